@@ -1,0 +1,35 @@
+"""ckptfs: mount remote checkpoints as local directories instead of copying them.
+
+`Checkpoint` is loaded when it is first used: the daemon's processes and the command line, which
+also import this package, need no pyarrow.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ckptfs.errors import AccessDenied as AccessDenied
+from ckptfs.errors import Busy as Busy
+from ckptfs.errors import CannotMount as CannotMount
+from ckptfs.errors import CheckpointIsFile as CheckpointIsFile
+from ckptfs.errors import CheckpointNotFound as CheckpointNotFound
+from ckptfs.errors import CkptfsError as CkptfsError
+from ckptfs.errors import ConfigError as ConfigError
+from ckptfs.errors import DaemonError as DaemonError
+from ckptfs.errors import LimitExceeded as LimitExceeded
+from ckptfs.errors import LocationError as LocationError
+from ckptfs.errors import NotAttached as NotAttached
+from ckptfs.errors import ObjectChanged as ObjectChanged
+from ckptfs.errors import ProtocolError as ProtocolError
+from ckptfs.errors import StoreError as StoreError
+from ckptfs.errors import StoreTimeout as StoreTimeout
+from ckptfs.errors import StoreUnavailable as StoreUnavailable
+
+if TYPE_CHECKING:
+    from ckptfs.checkpoint import Checkpoint as Checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Checkpoint":
+        from ckptfs.checkpoint import Checkpoint
+
+        return Checkpoint
+    raise AttributeError(f"module 'ckptfs' has no attribute {name!r}")

@@ -1,0 +1,265 @@
+"""The blocking client of the control socket; it finds the daemon, or starts one.
+
+Nothing of trio, pyfuse3 or pyarrow is imported here: a container that only talks to its node's
+daemon has none of them.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+from ckptfs._config import load_config
+from ckptfs._model.config import Config
+from ckptfs._model.location import Location
+from ckptfs._model.wire import (
+    Attach,
+    Attached,
+    Detach,
+    Done,
+    Failed,
+    Reply,
+    Request,
+    Status,
+    StatusReply,
+    Stop,
+    decode_reply,
+    encode,
+)
+from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, ProtocolError
+
+_START_WAIT_S = 60.0
+"""Longest wait for a daemon that somebody else is starting."""
+_REPLY_BYTES_MAX = 64 << 20
+_TRIES = 5
+"""A daemon that is just ending hangs up on us; the next try finds or starts another."""
+_UCRED = struct.Struct("3i")
+
+R = TypeVar("R", bound=Reply)
+
+
+class Connection:
+    """One connection. Attachments that were asked for on it are held until it is closed."""
+
+    def __init__(self, config: Config, timeout_s: float) -> None:
+        self._config = config
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(config.socket)
+            self._check_server()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _check_server(self) -> None:
+        """Credentials go to a daemon of our own or of root's, not to whoever owns the path."""
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(raw)
+        if uid not in (0, os.geteuid()):
+            raise DaemonError(
+                f"{self._config.socket} is served by uid {uid}, which is neither you nor root; "
+                "set CKPTFS_SOCKET to another path"
+            )
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def attach(self, location: Location, *, pinned: bool = False) -> Attached:
+        """Attach a checkpoint. Raises what the store or the daemon says."""
+        return self._request(Attach(location=location, pinned=pinned), Attached)
+
+    def detach(self, name: str, location: Location | None = None, *, force: bool = False) -> None:
+        """End an attachment. Raises NotAttached or Busy."""
+        self._request(Detach(name=name, location=location, force=force), Done)
+
+    def status(self) -> StatusReply:
+        """The daemon's state."""
+        return self._request(Status(), StatusReply)
+
+    def stop(self, *, force: bool = False) -> None:
+        """Ask the daemon to end. Raises Busy."""
+        with contextlib.suppress(ConnectionResetError):  # it may end before it has answered
+            self._request(Stop(force=force), Done)
+
+    def path_of(self, attached: Attached) -> str:
+        """Where the attachment is, as this process sees it: CKPTFS_MOUNT wins over the daemon's."""
+        return os.path.join(os.environ.get("CKPTFS_MOUNT") or attached.mount, attached.name)
+
+    def _request(self, request: Request, expected: type[R]) -> R:
+        try:
+            self._socket.sendall(encode(request))
+            reply = decode_reply(self._read_line())
+        except TimeoutError:
+            raise DaemonError(
+                f"the ckptfs daemon at {self._config.socket} does not answer; see its log "
+                f"({self._config.socket}.log)"
+            ) from None
+        if isinstance(reply, Failed):
+            raise BY_CODE.get(reply.code, CkptfsError)(reply.message)
+        if not isinstance(reply, expected):
+            raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
+        return reply
+
+    def _read_line(self) -> bytes:
+        parts: list[bytes] = []
+        length = 0
+        while True:
+            data = self._socket.recv(1 << 20)
+            if not data:
+                raise ConnectionResetError("the daemon hung up")
+            parts.append(data)
+            length += len(data)
+            if data.endswith(b"\n"):
+                return b"".join(parts)
+            if length > _REPLY_BYTES_MAX:
+                raise ProtocolError("the daemon's answer is too long")
+
+
+def connect(config: Config | None = None, timeout_s: float | None = None) -> Connection:
+    """Connect to the running daemon. Raises DaemonError where none is running."""
+    config = config or load_config()
+    timeout_s = config.attach_deadline_s + 10 if timeout_s is None else timeout_s
+    try:
+        return Connection(config, timeout_s)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise DaemonError(f"no ckptfs daemon is running at {config.socket}") from None
+    except OSError as error:
+        raise DaemonError(f"{config.socket}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def attached(
+    location: Location, *, pinned: bool = False, timeout_s: float | None = None
+) -> Generator[tuple[str, Attached]]:
+    """Attach through the running daemon, or one that is started; yields path and reply.
+
+    The connection, which holds the attachment, lasts as long as the context.
+    """
+    for attempt in range(_TRIES):
+        config = load_config()
+        connection = connect_or_start(config, timeout_s)
+        try:
+            reply = connection.attach(location, pinned=pinned)
+        except (ConnectionResetError, BrokenPipeError):
+            connection.close()
+            if attempt == _TRIES - 1:
+                raise DaemonError(
+                    f"the ckptfs daemon ended while it was asked; see {config.socket}.log"
+                ) from None
+            continue
+        except BaseException:
+            connection.close()
+            raise
+        with connection:
+            yield connection.path_of(reply), reply
+        return
+
+
+def connect_or_start(config: Config, timeout_s: float | None = None) -> Connection:
+    """Connect to the daemon; where none is running, start one, whoever else does so too.
+
+    Raises CannotMount, ConfigError or DaemonError.
+    """
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        return Connection(config, _timeout(config, timeout_s))
+    with _start_lock(config):
+        # Somebody else may have started it while we waited for the lock.
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            return Connection(config, _timeout(config, timeout_s))
+        start(config)
+        return connect(config, _timeout(config, timeout_s))
+
+
+def _timeout(config: Config, timeout_s: float | None) -> float:
+    return config.attach_deadline_s + 10 if timeout_s is None else timeout_s
+
+
+def start(config: Config) -> None:
+    """Start a daemon in the background and wait until it serves.
+
+    Raises CannotMount, ConfigError or DaemonError.
+    """
+    environment = {
+        **os.environ,
+        "CKPTFS_SOCKET": config.socket,
+        "CKPTFS_MOUNT": config.mount,
+        "CKPTFS_CACHE_DIR": config.cache_dir,
+    }
+    # In "/", because "-m" puts the working directory on the module path.
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptfs._daemon.keeper", "--background"],
+        cwd="/",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    try:
+        told: dict[str, str] = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise DaemonError(f"the ckptfs daemon did not start: {last or done.returncode}") from None
+    if told:
+        raise BY_CODE.get(told["code"], DaemonError)(told["message"])
+
+
+@contextlib.contextmanager
+def _start_lock(config: Config) -> Generator[None]:
+    path = Path(f"{config.socket}.start")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise DaemonError(f"{path}: {error.strerror}; set CKPTFS_SOCKET to another path") from None
+    try:
+        deadline = time.monotonic() + _START_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DaemonError(
+                        f"another process has been starting the daemon for {_START_WAIT_S:g} s; "
+                        f"see {config.socket}.log"
+                    ) from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
+
+
+def wait_ended(config: Config, timeout_s: float) -> bool:
+    """Wait until no keeper has the socket's lock; returns whether that is so."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        lock = os.open(f"{config.socket}.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.02)
+    finally:
+        os.close(lock)

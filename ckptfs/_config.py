@@ -1,0 +1,98 @@
+"""The effective configuration: defaults, then one TOML file, then the environment.
+
+| variable | sets | | --- | --- | | CKPTFS_CONFIG | the TOML file (default: ``/etc/ckptfs.toml`` for
+root, else in the user's config folder) | | CKPTFS_SOCKET, CKPTFS_MOUNT, CKPTFS_CACHE_DIR |
+`socket`, `mount`, `cache_dir` |
+"""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from ckptfs._model.config import Config
+from ckptfs.errors import ConfigError
+
+_ENVIRONMENT = {
+    "CKPTFS_SOCKET": "socket",
+    "CKPTFS_MOUNT": "mount",
+    "CKPTFS_CACHE_DIR": "cache_dir",
+}
+
+
+def load_config(environ: Mapping[str, str] | None = None) -> Config:
+    """Read the configuration of this process.
+
+    Args:
+        environ: The environment; None means ``os.environ``.
+
+    Raises:
+        ConfigError: The file named by CKPTFS_CONFIG is missing, a file cannot be parsed, a key is
+            unknown, or a value is of the wrong type or out of range.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, object] = dict(_default_paths(environ))
+    named = environ.get("CKPTFS_CONFIG")
+    file = Path(named) if named else _default_file()
+    if named or file.is_file():
+        values |= _read(file)
+    for variable, field in _ENVIRONMENT.items():
+        if environ.get(variable):
+            values[field] = environ[variable]
+    try:
+        config = msgspec.convert(values, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {error}; correct the value") from None
+    for field in _ENVIRONMENT.values():
+        if not os.path.isabs(getattr(config, field)):
+            raise ConfigError(f"{field} must be an absolute path, not {getattr(config, field)!r}")
+    return config
+
+
+def runtime_dir(environ: Mapping[str, str]) -> Path:
+    """The directory for this user's socket and mount point. It may not exist yet."""
+    if os.geteuid() == 0:
+        return Path("/run/ckptfs")
+    for candidate in (environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.geteuid()}"):
+        if candidate and os.path.isdir(candidate) and os.stat(candidate).st_uid == os.geteuid():
+            return Path(candidate, "ckptfs")
+    return Path(tempfile.gettempdir(), f"ckptfs-{os.geteuid()}")
+
+
+def _default_paths(environ: Mapping[str, str]) -> dict[str, str]:
+    runtime = runtime_dir(environ)
+    root = os.geteuid() == 0
+    cache = Path("/var/cache/ckptfs") if root else platformdirs.user_cache_path("ckptfs")
+    return {
+        "socket": str(runtime / "control.sock"),
+        "mount": str(runtime / "mnt"),
+        "cache_dir": str(cache),
+    }
+
+
+def _default_file() -> Path:
+    if os.geteuid() == 0:
+        return Path("/etc/ckptfs.toml")
+    return platformdirs.user_config_path("ckptfs") / "ckptfs.toml"
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        values = msgspec.toml.decode(file.read_bytes(), type=dict[str, object])
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: {error.strerror}; CKPTFS_CONFIG must name a readable file"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    known = Config.__struct_fields__
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{file}: unknown key {key!r}; {hint}")
+    return values

@@ -1,0 +1,1 @@
+"""The daemon: everything that runs in the keeper and in the mount's own process."""

@@ -1,0 +1,111 @@
+"""The daemon process: puts the parts together and runs them.
+
+Started by the keeper only, which passes the FUSE session, the listening socket and a pipe to say
+"ready" on as descriptors, and the configuration as JSON on standard input.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import trio
+
+from ckptfs._daemon import fuse
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.control import Control
+from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.service import Service
+from ckptfs._model.config import Config
+from ckptfs.errors import CkptfsError
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def main() -> None:
+    """Run the daemon until it is stopped, is idle, or its mount is gone."""
+    parser = argparse.ArgumentParser()
+    for name in ("--fuse-fd", "--listen-fd", "--ready-fd", "--keeper-pid"):
+        parser.add_argument(name, type=int, required=True)
+    args = parser.parse_args()
+    _end_with(args.keeper_pid)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)
+    _raise_descriptor_limit()
+    try:
+        cache = Cache(Path(config.cache_dir), config.cache_bytes_max, config.cache_free_share_min)
+    except CkptfsError as error:
+        os.write(
+            args.ready_fd, msgspec.json.encode({"code": error.code, "message": str(error)}) + b"\n"
+        )
+        sys.exit(1)
+    trio.run(_run, config, cache, args.fuse_fd, args.listen_fd, args.ready_fd)
+    cache.shut()
+    logging.shutdown()
+    # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
+    os._exit(0)
+
+
+async def _run(config: Config, cache: Cache, fuse_fd: int, listen_fd: int, ready_fd: int) -> None:
+    async with trio.open_nursery() as nursery:
+        offload = Offload(config.connections_max)
+        fetcher = Fetcher(config, cache, offload, nursery)
+        service = Service(config, cache, fetcher, offload, nursery, fuse.forget_name)
+        await fuse.take_session(fuse_fd, fuse.Operations(service.vfs))
+        control = Control(service, config)
+        nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
+        nursery.start_soon(_stop_on_signal, service)
+        nursery.start_soon(_stop_when_idle, service)
+        nursery.start_soon(_serve_fuse, service)
+        os.write(ready_fd, b"{}\n")
+        os.close(ready_fd)
+        log.info("serving on %s", config.mount)
+        await service.stopped.wait()
+        log.info("ending")
+        nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal(service: Service) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            service.stopped.set()
+
+
+async def _stop_when_idle(service: Service) -> None:
+    await service.wait_idle()
+    service.stopped.set()
+
+
+async def _serve_fuse(service: Service) -> None:
+    await fuse.serve()
+    service.stopped.set()  # somebody has unmounted it
+
+
+def _end_with(keeper_pid: int) -> None:
+    """Ask the kernel to end us when the keeper dies: without it nobody could unmount."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper_pid:
+        sys.exit(1)
+
+
+def _raise_descriptor_limit() -> None:
+    """An open file of the mount takes two descriptors."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The control socket's server: who is asking, what is asked, and the answer.
+
+Every connection is identified by the kernel (SO_PEERCRED). Without `allow_other` only the daemon's
+own user and root are served. A connection holds the attachments it asked for until it is closed.
+"""
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+import trio
+
+from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.service import Service
+from ckptfs._model.config import Config
+from ckptfs._model.wire import (
+    LINE_BYTES_MAX,
+    Attach,
+    Attached,
+    Detach,
+    Done,
+    Failed,
+    Reply,
+    Request,
+    Status,
+    decode_request,
+    encode,
+)
+from ckptfs.errors import AccessDenied, CkptfsError, LimitExceeded, ProtocolError
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS_MAX = 256
+_IDLE_S = 120.0
+"""A connection with no request for so long is closed; clients need it for moments only."""
+_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
+
+
+class Control:
+    """Serves `service` on a listening unix socket."""
+
+    def __init__(self, service: Service, config: Config) -> None:
+        self._service = service
+        self._allow_other = config.allow_other
+        self._mount = config.mount
+        self._connections = 0
+
+    async def serve(self, listening: socket.socket) -> None:
+        """Answer connections until cancelled."""
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        await trio.serve_listeners(self._connection, [listener])
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        held: list[Attachment] = []
+        self._service.client_came()
+        self._connections += 1
+        try:
+            raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            _, uid, gid = _UCRED.unpack(raw)
+            self._admit(uid)
+            async for line in _lines(stream):
+                await stream.send_all(encode(await self._answer(line, uid, gid, held)))
+        except CkptfsError as error:  # the connection itself is at fault: say so and hang up
+            with trio.move_on_after(1):
+                await _send_if_there(stream, Failed(code=error.code, message=str(error)))
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            pass  # the client is gone, or silent
+        finally:
+            for attachment in held:
+                self._service.let_go(attachment)
+            self._connections -= 1
+            self._service.client_left()
+            with trio.CancelScope(shield=True):
+                await stream.aclose()
+
+    def _admit(self, uid: int) -> None:
+        if not self._allow_other and uid not in (0, os.geteuid()):
+            raise AccessDenied(
+                f"this ckptfs daemon serves uid {os.geteuid()} only; start your own (unset "
+                "CKPTFS_SOCKET), or have allow_other set in its configuration"
+            )
+        if self._connections > _CONNECTIONS_MAX:
+            raise LimitExceeded(
+                f"more than {_CONNECTIONS_MAX} control connections; try again later"
+            )
+
+    async def _answer(self, line: bytes, uid: int, gid: int, held: list[Attachment]) -> Reply:
+        try:
+            return await self._handle(decode_request(line), uid, gid, held)
+        except ProtocolError:
+            raise
+        except CkptfsError as error:
+            return Failed(code=error.code, message=str(error))
+        except Exception:
+            log.exception("unexpected error in a control request")
+            return Failed(code="error", message="internal error of the daemon; see its log")
+
+    async def _handle(self, request: Request, uid: int, gid: int, held: list[Attachment]) -> Reply:
+        if isinstance(request, Attach):
+            attachment = await self._service.attach(
+                request.location, uid, gid, pinned=request.pinned
+            )
+            held.append(attachment)
+            manifest = attachment.manifest
+            return Attached(
+                mount=self._mount,
+                name=attachment.name,
+                uri=attachment.location.uri,
+                version=manifest.version,
+                files=len(manifest.files),
+                size=manifest.size,
+                skipped=len(manifest.skipped),
+            )
+        if isinstance(request, Detach):
+            attachment = self._service.find(uid, request.name, request.location)
+            self._service.detach(attachment, force=request.force)
+            return Done()
+        if isinstance(request, Status):
+            return self._service.status(uid)
+        if uid not in (0, os.geteuid()):
+            raise AccessDenied("only the daemon's own user may stop it")
+        self._service.stop(force=request.force)
+        return Done()
+
+
+async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
+    """Requests, one per line. Raises ProtocolError for one that is too long, TooSlowError."""
+    pending = bytearray()
+    while True:
+        while (end := pending.find(b"\n")) >= 0:
+            line = bytes(pending[:end])
+            del pending[: end + 1]
+            yield line
+        if len(pending) > LINE_BYTES_MAX:
+            raise ProtocolError(f"a control message is longer than {LINE_BYTES_MAX} bytes")
+        with trio.fail_after(_IDLE_S):
+            data = await stream.receive_some(65536)
+        if not data:
+            return
+        pending += data
+
+
+async def _send_if_there(stream: trio.SocketStream, reply: Reply) -> None:
+    try:
+        await stream.send_all(encode(reply))
+    except trio.BrokenResourceError:
+        return

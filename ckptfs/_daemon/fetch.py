@@ -1,0 +1,443 @@
+"""Fetching: single flight, versions, retries and deadlines between readers, store and cache.
+
+**A span** is a run of absent blocks that is fetched by one request. While it is under way each of
+its blocks is in `_flights`, and whoever wants one waits for that span: no byte is fetched twice.
+Its life:
+
+1. wait for a place (`Slots`: demand before readahead, bounded places and bytes);
+2. make room in the cache, under `_room`, so that the limit holds before the write;
+3. a worker thread reads the range into its own buffer, computes the checksums and writes the
+   blocks; the place is given back;
+4. a version check that *began after* the read says that the object is still the pinned version.
+   Checks are shared: all spans of a file that wait are covered by the next one (like a group
+   commit), so a running reader pays no round trip for them;
+5. the blocks are published and the waiting readers go on; the map on disk follows.
+
+Only then were the bytes ever visible: bytes of another version are discarded with the span.
+
+**The first check** of a file happens before its first read: it learns the ETag, and lets cached
+blocks of an earlier attachment be used (unless their size and mtime settle that, see
+``cache.SETTLED_S``).
+
+**Errors.** What can pass (`StoreUnavailable`) is tried again with growing, jittered pauses until
+the deadline, the place given back meanwhile; what cannot (`ObjectChanged`, `AccessDenied`) ends the
+span at once, and with it the reads that wait. The next read tries anew: nothing remembers a failure
+but the attributes. A reader that joined an older span's failure tries once more within its own
+deadline.
+
+**Cancellation.** A reader that goes away leaves the span running for others. A span that runs out
+of time abandons its thread; `_Transfer.abandon` makes sure that the thread cannot write afterwards,
+when the blocks may already be somebody else's.
+"""
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import trio
+
+from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject
+from ckptfs._daemon.cachedir import ObjectKey
+from ckptfs._daemon.offload import Offload, thread_buffer
+from ckptfs._daemon.readahead import Readahead
+from ckptfs._daemon.slots import Priority, Slots, Ticket
+from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
+from ckptfs._model.config import Config
+from ckptfs._model.manifest import printable
+from ckptfs._store.base import Pin, Store
+from ckptfs.errors import CkptfsError, ObjectChanged, StoreTimeout, StoreUnavailable
+
+if TYPE_CHECKING:
+    from array import array
+
+log = logging.getLogger(__name__)
+
+State = Literal["lazy", "fetching", "cached", "changed", "failing"]
+
+_PAUSE_S = 0.1
+_PAUSE_S_MAX = 5.0
+"""First and longest pause before another try; each is twice the last, times 0.5 to 1."""
+
+
+class RemoteFile:
+    """One file of one attachment. It has blocks to read (`entry`) while it is open.
+
+    Attributes:
+        pin: The pinned version.
+        trusted: Whether `pin` was confirmed by the store since it was attached.
+        changed: The object is another version by now.
+        error: Time and text of the last error, or "".
+    """
+
+    def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
+        self.store = store
+        self.key = key
+        self.pin = pin
+        self.trusted = False
+        self.changed = False
+        self.failing = False
+        self.error = ""
+        self.opens = 0
+        self.flights = 0
+        self.check_lock = trio.Lock()
+        self.next_check: _Check | None = None
+        self.readahead: Readahead | None = None
+        self._entry: CachedObject | None = None
+
+    @property
+    def entry(self) -> CachedObject:
+        """Its blocks; only while the file is open."""
+        if self._entry is None:
+            raise RuntimeError(f"{self.pin.path} is not open")
+        return self._entry
+
+    @entry.setter
+    def entry(self, entry: CachedObject | None) -> None:
+        self._entry = entry
+
+    def state(self, cached_bytes: int) -> State:
+        """What the attribute `user.ckptfs.state` says, where `cached_bytes` of it are on disk."""
+        if self.changed:
+            return "changed"
+        if self.failing:
+            return "failing"
+        if self.flights:
+            return "fetching"
+        return "cached" if cached_bytes == self.pin.size else "lazy"
+
+
+class _Check:
+    """A version check that has not begun yet, or its outcome."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: CkptfsError | None = None
+
+
+class _Span:
+    def __init__(self, file: RemoteFile, blocks: range, priority: Priority) -> None:
+        self.file = file
+        self.entry = file.entry
+        self.blocks = blocks
+        self.length = blocks_length(blocks, self.entry.size)
+        self.ticket = Ticket(priority, self.length)
+        self.done = trio.Event()
+        self.error: CkptfsError | None = None
+
+
+class _Transfer:
+    """The part of a span that runs in a worker thread."""
+
+    def __init__(self, span: _Span, stores: bool) -> None:
+        self._span = span
+        self._stores = stores
+        self._pin = span.file.pin
+        self._lock = threading.Lock()
+        self._abandoned = False
+
+    def run(self) -> "tuple[array[int] | None, bytes | None]":
+        """Blocking. Checksums of the blocks if they were written, else the bytes themselves."""
+        span = self._span
+        buffer = thread_buffer(span.length)
+        span.file.store.read_into(self._pin, span.blocks.start * BLOCK_BYTES, buffer)
+        with self._lock:
+            if self._abandoned:
+                return None, None
+            if self._stores:
+                try:
+                    return Cache.write(span.entry, span.blocks.start, buffer), None
+                except OSError as error:
+                    log.warning("cache: cannot write: %s; reading without storing", error)
+            return None, bytes(buffer)
+
+    def abandon(self) -> None:
+        """Forbid the write. Waits for one that has begun (milliseconds; only after a deadline)."""
+        with self._lock:
+            self._abandoned = True
+
+
+class Fetcher:
+    """Reads files through the cache. Spans run in `nursery`; all methods belong to the event
+    loop."""
+
+    def __init__(
+        self, config: Config, cache: Cache, offload: Offload, nursery: trio.Nursery
+    ) -> None:
+        self._cache = cache
+        self._offload = offload
+        self._nursery = nursery
+        self._deadline_s = config.read_deadline_s
+        self._span_blocks_max = max(1, config.span_bytes_max // BLOCK_BYTES)
+        self._window_bytes_max = config.window_bytes_max
+        self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
+        self._room = trio.Lock()
+        self._flights: dict[tuple[str, int], _Span] = {}
+        self.fetched_bytes = 0
+        self.fetched_spans = 0
+
+    # -- files
+
+    def open(self, file: RemoteFile) -> None:
+        """Make the file readable; each call needs a `close`."""
+        file.opens += 1
+        if file.opens > 1:
+            return
+        entry = file.entry = self._cache.open(file.key)
+        file.readahead = Readahead(file.pin.size, self._window_bytes_max)
+        if file.trusted:
+            if not entry.about.etag:  # nothing of it is cached
+                self._cache.learn(entry, file.pin.etag)
+        elif entry.about.settled:
+            file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
+            file.trusted = True
+
+    def close(self, file: RemoteFile) -> None:
+        """Undo one `open`. Spans that are under way end by themselves."""
+        file.opens -= 1
+        if not file.opens:
+            self._cache.close(file.entry)
+            file.entry = file.readahead = None
+
+    # -- reading
+
+    def read_now(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
+        """The bytes, if they can be had without waiting. The view is valid until the next call."""
+        entry = file.entry
+        if not file.trusted or file.pin.etag != entry.about.etag:
+            return None
+        if not entry.readable(blocks_of(offset, length)):
+            return None
+        return self._cache.read_now(entry, offset, length)
+
+    async def read(self, file: RemoteFile, offset: int, length: int) -> memoryview:
+        """The bytes [offset, offset + length), which must lie within the file; `length` >= 1.
+
+        Raises what a Store raises, at the latest when the read deadline is over.
+        """
+        with trio.move_on_after(self._deadline_s):
+            while True:
+                await self._ensure(file, blocks_of(offset, length))
+                data = self.read_now(file, offset, length)
+                if data is None:
+                    data = await self._load(file, offset, length)
+                if data is not None:
+                    return data
+        cause = f"; last: {file.error}" if file.error else ""
+        raise StoreTimeout(
+            f"{printable(file.pin.path)}: no data within {self._deadline_s:g} s{cause}"
+        )
+
+    def access(self, file: RemoteFile, offset: int, length: int) -> None:
+        """Take in an access: start what it needs, then what will be wanted next."""
+        if file.changed or file.readahead is None:
+            return
+        state = file.entry.state
+        needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
+        self._want(file, needed, Priority.DEMAND)
+        ahead = file.readahead.access(offset, length)
+        self._want(file, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
+
+    async def _ensure(self, file: RemoteFile, blocks: range) -> None:
+        """Return when every block was there at some moment since the call."""
+        if not file.trusted:
+            await self._persist(file, lambda: self._confirm(file))
+        if file.pin.etag != file.entry.about.etag:
+            raise ObjectChanged(
+                f"{printable(file.pin.path)} was written again in the second in which it was "
+                "attached; attach the checkpoint again to see the new version"
+            )
+        state = file.entry.state
+        if any(state[i] == DYING for i in blocks):
+            async with self._room:  # the hole is made under this lock
+                pass
+        absent = [i for i in blocks if state[i] == ABSENT]
+        known = {self._flights.get((file.entry.digest, i)) for i in absent}
+        for span in self._want(file, absent, Priority.DEMAND):
+            await span.done.wait()
+            if isinstance(span.error, StoreUnavailable) and span in known:
+                continue  # it was older than this read: the caller's loop tries anew
+            if span.error is not None:
+                raise span.error
+
+    async def _load(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
+        """The bytes from the disk, checked; None if a block was lost on the way."""
+        entry = file.entry
+        parts: list[memoryview] = []
+        for index in blocks_of(offset, length):
+            data = self._cache.block_in_memory(entry, index)
+            if data is None and entry.state[index] in (STORED, VERIFIED):
+                checksum = entry.sums[index]
+                with self._held(entry):
+                    data = await self._offload.disk(self._cache.load, entry, index, checksum)
+                    self._cache.loaded(entry, index, checksum, data is not None)
+            if data is None:
+                return None
+            base = index * BLOCK_BYTES
+            parts.append(memoryview(data)[max(0, offset - base) : offset + length - base])
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    # -- spans
+
+    def _want(self, file: RemoteFile, blocks: Iterable[int], priority: Priority) -> list[_Span]:
+        """The spans that will bring `blocks`: those under way, and new ones for the rest."""
+        digest = file.entry.digest
+        spans: dict[_Span, None] = {}
+        missing: list[int] = []
+        for index in blocks:
+            span = self._flights.get((digest, index))
+            if span is None:
+                missing.append(index)
+            else:
+                spans[span] = None
+                self._slots.raise_priority(span.ticket, priority)
+        for run in runs(missing, self._span_blocks_max):
+            span = _Span(file, run, priority)
+            spans[span] = None
+            self._flights.update(dict.fromkeys(((digest, i) for i in run), span))
+            file.flights += 1
+            span.entry.users += 1  # the file may be closed before the span ends, or even starts
+            self._nursery.start_soon(self._run, span)
+        return list(spans)
+
+    async def _run(self, span: _Span) -> None:
+        file, entry = span.file, span.entry
+        try:
+            with trio.fail_after(self._deadline_s):
+                await self._persist(file, lambda: self._attempt(span))
+            file.failing = False
+        except trio.TooSlowError:
+            span.error = StoreTimeout(
+                f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; "
+                f"last: {file.error.rpartition('last: ')[2] or 'no answer'}"
+            )
+            self._note(file, span.error)
+        except CkptfsError as error:
+            span.error = error
+            self._note(file, error)
+        finally:
+            file.flights -= 1
+            for index in span.blocks:
+                del self._flights[entry.digest, index]
+            self._cache.close(entry)
+            span.done.set()
+
+    async def _attempt(self, span: _Span) -> None:
+        try:
+            await self._fetch(span)
+        except StoreUnavailable:
+            await self._confirm(span.file)  # an object that became shorter can look like an outage
+            raise
+
+    async def _fetch(self, span: _Span) -> None:
+        """Steps 1 to 5, once."""
+        file, entry = span.file, span.entry
+        first = span.blocks.start
+        if not file.trusted:
+            await self._confirm(file)
+        stores = written = False
+        try:
+            await self._slots.acquire(span.ticket)
+            try:
+                stores = await self._make_room(entry, span.length)
+                transfer = _Transfer(span, stores)
+                try:
+                    sums, data = await self._offload.data(transfer.run)
+                except trio.Cancelled:
+                    transfer.abandon()
+                    raise
+            finally:
+                self._slots.release(span.ticket)
+            await self._confirm(file)
+            self.fetched_bytes += span.length
+            self.fetched_spans += 1
+            if sums is not None:
+                self._cache.publish(entry, first, sums)
+                written = True
+                span.done.set()
+                await self._offload.disk(self._cache.record, entry, first, sums)
+            elif data is not None:
+                self._cache.keep_in_memory(entry, first, data)
+        finally:
+            if stores and not written:
+                with trio.CancelScope(shield=True):  # the space must not stay taken and uncounted
+                    await self._offload.disk(self._cache.discard, entry, first, span.length)
+                self._cache.unreserve(span.length)
+
+    async def _make_room(self, entry: CachedObject, length: int) -> bool:
+        """Whether `length` bytes may be written to the cache; they are reserved then."""
+        async with self._room:
+            reservation = self._cache.reserve(entry, length)
+            victims = {victim for victim, _ in reservation.blocks}
+            with contextlib.ExitStack() as held, trio.CancelScope(shield=True):
+                for victim in victims:
+                    held.enter_context(self._held(victim))
+                files = await self._offload.disk(self._cache.make_room, reservation)
+                self._cache.settle(reservation, files)
+            return reservation.stores
+
+    @contextlib.contextmanager
+    def _held(self, entry: CachedObject) -> Generator[None]:
+        """Keep an object open while a thread uses it."""
+        entry.users += 1
+        try:
+            yield
+        finally:
+            self._cache.close(entry)
+
+    # -- versions and errors
+
+    async def _confirm(self, file: RemoteFile) -> None:
+        """Return after a version check that began after this call; raises ObjectChanged."""
+        check = file.next_check
+        if check is not None:
+            await check.done.wait()
+        else:
+            check = file.next_check = _Check()
+            check.error = StoreTimeout("the version check was cancelled")
+            try:
+                async with file.check_lock:
+                    file.next_check = None  # begun: whoever comes now needs the next one
+                    pin = await self._offload.control(file.store.confirm, file.pin)
+                    self._confirmed(file, pin)
+                check.error = None
+            except CkptfsError as error:
+                check.error = error
+            finally:
+                if file.next_check is check:
+                    file.next_check = None
+                check.done.set()
+        if check.error is not None:
+            raise check.error
+
+    def _confirmed(self, file: RemoteFile, pin: Pin) -> None:
+        if not file.trusted:
+            self._cache.learn(file.entry, pin.etag)
+            file.pin = pin
+            file.trusted = True
+
+    async def _persist(self, file: RemoteFile, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Run `attempt` until it succeeds; only errors that can pass are tried again."""
+        pause_s = _PAUSE_S
+        while True:
+            try:
+                await attempt()
+                return
+            except StoreUnavailable as error:
+                self._note(file, error)
+            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+
+    def _note(self, file: RemoteFile, error: CkptfsError) -> None:
+        """Keep the error where the attributes find it, and log it where it is new."""
+        if isinstance(error, ObjectChanged):
+            file.changed = True
+        if str(error) != file.error.partition(" ")[2]:
+            log.warning("%s", error)
+        file.failing = True
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file.error = f"{stamp} {error}"

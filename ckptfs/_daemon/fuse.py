@@ -1,0 +1,205 @@
+# pyfuse3's types are those of a C extension; they are converted here and go no further.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+"""The FUSE adapter: pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Generator
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext, XAttrNameT
+
+from ckptfs import errors
+from ckptfs._daemon import session, vfs
+from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._daemon.vfs import Stat, Vfs
+
+log = logging.getLogger(__name__)
+
+_FOREVER_S = 86400.0
+"""Validity of names and attributes of a snapshot, in the kernel's caches."""
+_TASKS_MAX = 2000
+"""Requests handled at the same time; each read that waits for a store holds one."""
+
+ERRNOS: dict[type[Exception], int] = {
+    vfs.NoEntry: errno.ENOENT,
+    vfs.NotDirectory: errno.ENOTDIR,
+    vfs.IsDirectory: errno.EISDIR,
+    vfs.StaleInode: errno.ESTALE,
+    vfs.NoAttribute: errno.ENODATA,
+    errors.ObjectChanged: errno.ESTALE,
+    errors.StoreTimeout: errno.ETIMEDOUT,
+    errors.StoreUnavailable: errno.EIO,
+    errors.StoreError: errno.EIO,
+    errors.AccessDenied: errno.EIO,
+    errors.CheckpointNotFound: errno.EIO,
+    errors.CheckpointIsFile: errno.EIO,
+    errors.LocationError: errno.EIO,
+    errors.ConfigError: errno.EIO,
+    errors.DaemonError: errno.EIO,
+    errors.CannotMount: errno.EIO,
+    errors.ProtocolError: errno.EIO,
+    errors.NotAttached: errno.ESTALE,
+    errors.Busy: errno.EBUSY,
+    errors.LimitExceeded: errno.ENFILE,
+    errors.CkptfsError: errno.EIO,
+}
+"""What each error is for a program that reads the mount. The only such table."""
+
+
+@contextlib.contextmanager
+def _as_errno() -> Generator[None]:
+    try:
+        yield
+    except (vfs.VfsError, errors.CkptfsError) as error:
+        raise pyfuse3.FUSEError(ERRNOS[type(error)]) from None
+    except pyfuse3.FUSEError:
+        raise
+    except Exception:
+        log.exception("unexpected error in a file system operation")
+        raise pyfuse3.FUSEError(errno.EIO) from None
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's operations on a `Vfs`."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, files: Vfs) -> None:
+        super().__init__()
+        self._vfs = files
+        self.handshake: trio.CancelScope | None = None
+
+    def init(self) -> None:
+        """Called by libfuse when it has taken its FUSE_INIT; see `take_session`."""
+        if self.handshake is not None:
+            self.handshake.cancel()
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        with _as_errno():
+            try:
+                return _entry(self._vfs.lookup(parent_inode, name))
+            except vfs.NoEntry:
+                if not self._vfs.is_snapshot(parent_inode):
+                    raise
+                absent = pyfuse3.EntryAttributes()
+                absent.st_ino = 0  # the kernel remembers that there is no such name
+                absent.entry_timeout = _FOREVER_S
+                return absent
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        with _as_errno():
+            return _entry(self._vfs.getattr(inode))
+
+    async def forget(self, inode_list: object) -> None:
+        """Nothing is counted: see `tree`."""
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        with _as_errno():
+            return self._vfs.opendir(inode, ctx.pid)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        with _as_errno():
+            for name, found, position in self._vfs.readdir(fh, start_id):
+                if not pyfuse3.readdir_reply(token, name, _entry(found), position):
+                    return
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        with _as_errno():
+            self._vfs.releasedir(fh)
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        with _as_errno():
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise pyfuse3.FUSEError(errno.EROFS)
+            handle = self._vfs.open(inode)
+            return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> "memoryview | bytes":
+        try:  # _as_errno, without its cost: this is the hot path
+            return await self._vfs.read(fh, off, size)
+        except (vfs.VfsError, errors.CkptfsError) as error:
+            raise pyfuse3.FUSEError(ERRNOS[type(error)]) from None
+        except Exception:
+            log.exception("unexpected error in read")
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    async def flush(self, fh: FileHandleT) -> None:
+        """Nothing to write."""
+
+    async def release(self, fh: FileHandleT) -> None:
+        with _as_errno():
+            self._vfs.release(fh)
+
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        space = self._vfs.statfs()
+        result = pyfuse3.StatvfsData()
+        result.f_bsize = result.f_frsize = 4096
+        result.f_blocks = -(-space.total_bytes // 4096)
+        result.f_bfree = result.f_bavail = 0
+        result.f_files = space.files
+        result.f_ffree = result.f_favail = 0
+        result.f_namemax = 255
+        return result
+
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        with _as_errno():
+            return self._vfs.getxattr(inode, name.decode("utf-8", "replace"))
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
+        with _as_errno():
+            return [name.encode() for name in self._vfs.listxattr(inode)]
+
+
+def _entry(found: Stat) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = found.inode
+    kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
+    entry.st_mode = kind | found.mode
+    entry.st_nlink = found.nlink
+    entry.st_uid, entry.st_gid = found.uid, found.gid
+    entry.st_size = found.size
+    entry.st_blksize = 1 << 20
+    entry.st_blocks = -(-found.size // 512)
+    entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = found.mtime_ns
+    entry.entry_timeout = _FOREVER_S
+    entry.attr_timeout = 0 if found.inode == MOUNT_ROOT else _FOREVER_S
+    return entry
+
+
+async def take_session(fuse_fd: int, operations: Operations) -> None:
+    """Make libfuse serve the session of `fuse_fd`, which is initialised already (see `session`).
+
+    The order matters: libfuse initialises itself on a socket pair, its answer is dropped, and only
+    then the real descriptor takes the socket's place.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
+    ours.send(session.made_init())
+    with trio.CancelScope() as operations.handshake:
+        await pyfuse3.main()
+    operations.handshake = None
+    ours.recv(4096)
+    os.dup2(fuse_fd, theirs.fileno(), inheritable=False)
+    theirs.detach()  # libfuse owns it now
+    ours.close()
+
+
+async def serve() -> None:
+    """Handle the kernel's requests until the session ends (the mount is gone)."""
+    await pyfuse3.main(min_tasks=4, max_tasks=_TASKS_MAX)
+
+
+def forget_name(name: str) -> None:
+    """Let the kernel forget an attachment's directory, which is no longer there."""
+    pyfuse3.invalidate_entry_async(MOUNT_ROOT, name.encode(), ignore_enoent=True)

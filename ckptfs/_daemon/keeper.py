@@ -1,0 +1,297 @@
+"""The keeper: owns the mount and the control socket, and runs the daemon on them.
+
+It stays small (no pyarrow, no pyfuse3, no trio) and never touches its own mount by path: a request
+that no daemon answers would hang it. It ends the mount when the daemon ends, and the kernel ends
+the daemon when the keeper ends, so that neither leaves a mount on which processes hang.
+
+Start, in this order: the lock (one keeper per socket), what a dead predecessor left, the mount and
+its FUSE_INIT, the socket, the daemon. With ``--background`` the start is reported as one JSON line
+on standard output: ``{}``, or an error's code and message.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckptfs._config import load_config
+from ckptfs._daemon import session
+from ckptfs._model.config import Config
+from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
+
+_LOCK_WAIT_S = 10.0
+"""How long a predecessor may take to end."""
+_READY_WAIT_S = 30.0
+"""How long the daemon may take to come up: importing pyarrow from a slow disk."""
+_LOG_BYTES_MAX = 4 << 20
+_BACKLOG = 128
+
+
+def main() -> None:
+    """Run the keeper in the foreground, or with ``--background`` in a process of its own."""
+    parser = argparse.ArgumentParser(prog="ckptfs mount")
+    parser.add_argument("--background", action="store_true")
+    args = parser.parse_args()
+    report_fd = 1 if args.background else -1
+    try:
+        config = load_config()
+        if importlib.util.find_spec("pyfuse3") is None or importlib.util.find_spec("trio") is None:
+            raise CannotMount(
+                "cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'"
+            )
+        _make_runtime_dirs(config)
+        if args.background:
+            report_fd = _detach(config)
+        os.chdir("/")
+        with Keeper(config) as keeper:
+            keeper.start()
+            if args.background:
+                _report(report_fd)
+                os.close(report_fd)
+                report_fd = -1
+            keeper.run()
+    except CkptfsError as error:
+        print(f"ckptfs: {error}", file=sys.stderr)
+        if report_fd >= 0:
+            _report(report_fd, error)
+        sys.exit(1)
+
+
+class Keeper:
+    """The life of one mount. Use it as a context: leaving it takes everything away again."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._mount = Path(config.mount)
+        self._socket_path = Path(config.socket)
+        self._undo = contextlib.ExitStack()
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._fuse_fd = -1
+        self._listening: socket.socket | None = None
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def start(self) -> None:
+        """Mount, listen, and bring the daemon up. Raises CannotMount, ConfigError, DaemonError."""
+        self._take_lock()
+        self._clear_leftovers()
+        self._fuse_fd = session.mount(self._mount, allow_other=self._config.allow_other)
+        self._undo.callback(os.close, self._fuse_fd)
+        self._undo.callback(session.unmount, self._mount)
+        session.answer_init(self._fuse_fd)
+        if os.geteuid() == 0:
+            session.set_read_ahead(self._mount, self._config.read_ahead_kb)
+        self._listening = self._listen()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        self._start_daemon()
+
+    def run(self) -> None:
+        """Wait for the daemon's end."""
+        assert self._daemon is not None
+        code = self._daemon.wait()
+        if code:
+            print(f"keeper: the daemon ended with {code}: ending the mount", file=sys.stderr)
+
+    # -- parts of the start
+
+    def _take_lock(self) -> None:
+        path = f"{self._socket_path}.lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(lock)
+                    raise DaemonError(
+                        f"a ckptfs daemon is already running on {self._socket_path}; "
+                        "ckptfs umount ends it"
+                    ) from None
+                time.sleep(0.02)
+        self._undo.callback(os.close, lock)  # the last thing to go
+
+    def _clear_leftovers(self) -> None:
+        """Whoever had the lock before us is dead, and so is what it left behind."""
+        for _ in range(8):  # mounts can be stacked
+            if session.device_of_mount(self._mount) is None:
+                break
+            session.unmount(self._mount)
+        self._socket_path.unlink(missing_ok=True)
+        created = not self._mount.exists()
+        try:
+            self._mount.mkdir(mode=0o700, exist_ok=True)
+            occupied = any(self._mount.iterdir())
+        except OSError as error:
+            raise ConfigError(f"mount point {self._mount}: {error.strerror}") from None
+        if occupied:
+            raise ConfigError(
+                f"mount point {self._mount} is not empty; set CKPTFS_MOUNT to another"
+            )
+        if created:
+            self._undo.callback(_remove_directory, self._mount)
+
+    def _listen(self) -> socket.socket:
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        mask = os.umask(0o111 if self._config.allow_other else 0o177)
+        try:
+            listening.bind(str(self._socket_path))
+        except OSError as error:
+            raise ConfigError(f"socket {self._socket_path}: {error.strerror or error}") from None
+        finally:
+            os.umask(mask)
+        listening.listen(_BACKLOG)
+        self._undo.callback(listening.close)
+        self._undo.callback(lambda: self._socket_path.unlink(missing_ok=True))
+        return listening
+
+    def _start_daemon(self) -> None:
+        assert self._listening is not None
+        ready, theirs = os.pipe()
+        options = {
+            "--fuse-fd": self._fuse_fd,
+            "--listen-fd": self._listening.fileno(),
+            "--ready-fd": theirs,
+            "--keeper-pid": os.getpid(),
+        }
+        command = [sys.executable, "-m", "ckptfs._daemon.app"]
+        self._daemon = subprocess.Popen(
+            command + [str(word) for option in options.items() for word in option],
+            stdin=subprocess.PIPE,
+            pass_fds=(self._fuse_fd, self._listening.fileno(), theirs),
+        )
+        self._undo.callback(self._end_daemon)
+        os.close(theirs)
+        assert self._daemon.stdin is not None
+        self._daemon.stdin.write(msgspec.json.encode(self._config))
+        self._daemon.stdin.close()
+        line = _read_line(ready, _READY_WAIT_S)
+        os.close(ready)
+        _raise_reported(line, "the daemon did not come up; see its log")
+
+    def _end_daemon(self) -> None:
+        assert self._daemon is not None
+        if self._daemon.poll() is None:
+            self._daemon.terminate()
+            try:
+                self._daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
+
+    def _pass_on(self, number: int, _: object) -> None:
+        """A signal to end: let the daemon end first. `run` then returns."""
+        if self._daemon is None:
+            sys.exit(128 + number)
+        if self._daemon.poll() is None:
+            self._daemon.send_signal(signal.SIGTERM)
+
+
+# -- the start's report
+
+
+def _report(fd: int, error: CkptfsError | None = None) -> None:
+    told: dict[str, str] = {"code": error.code, "message": str(error)} if error else {}
+    os.write(fd, json.dumps(told).encode() + b"\n")
+
+
+def _read_line(fd: int, timeout_s: float) -> bytes:
+    """The first line that arrives, or b"" at end of file or when the time is over."""
+    line = b""
+    deadline = time.monotonic() + timeout_s
+    while not line.endswith(b"\n"):
+        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
+            return b""
+        data = os.read(fd, 65536)
+        if not data:
+            return b""
+        line += data
+    return line
+
+
+def _raise_reported(line: bytes, otherwise: str) -> None:
+    told: Any = json.loads(line) if line else {"code": DaemonError.code, "message": otherwise}
+    if told:
+        raise BY_CODE.get(told["code"], DaemonError)(told["message"])
+
+
+# -- becoming a process of one's own
+
+
+def _make_runtime_dirs(config: Config) -> None:
+    """The directories of the socket and the mount point; the first must be ours alone."""
+    for path in (Path(config.socket).parent, Path(config.mount).parent):
+        try:
+            path.mkdir(mode=0o755 if config.allow_other else 0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: {error.strerror}; set CKPTFS_SOCKET and CKPTFS_MOUNT"
+            ) from None
+    info = os.lstat(Path(config.socket).parent)
+    sticky = info.st_mode & stat.S_ISVTX
+    if info.st_uid not in (0, os.geteuid()) or (info.st_mode & 0o022 and not sticky):
+        raise ConfigError(
+            f"{Path(config.socket).parent} belongs to another user or is writable by others; "
+            "set CKPTFS_SOCKET to a path in a directory of your own"
+        )
+
+
+def _detach(config: Config) -> int:
+    """Go on in a child of its own session; the parent passes the child's report on and exits.
+
+    Returns the descriptor for the report.
+    """
+    ours, theirs = os.pipe()
+    sys.stdout.flush()
+    if os.fork():
+        os.close(theirs)
+        line = _read_line(ours, _LOCK_WAIT_S + _READY_WAIT_S)
+        error = DaemonError(f"the keeper did not come up; see {_log_path(config)}")
+        os.write(
+            1, line or json.dumps({"code": error.code, "message": str(error)}).encode() + b"\n"
+        )
+        os._exit(0 if line == b"{}\n" else 1)
+    os.close(ours)
+    os.setsid()
+    log = _log_path(config)
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > _LOG_BYTES_MAX:
+            log.replace(f"{log}.1")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    for fd, path, mode in ((0, "/dev/null", os.O_RDONLY), (1, log, flags), (2, log, flags)):
+        opened = os.open(path, mode, 0o600)
+        os.dup2(opened, fd)
+        os.close(opened)
+    return theirs
+
+
+def _log_path(config: Config) -> Path:
+    return Path(f"{config.socket}.log")
+
+
+def _remove_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+if __name__ == "__main__":
+    main()

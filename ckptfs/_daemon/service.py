@@ -1,0 +1,278 @@
+"""The daemon's service: attach, detach, status, and when things end.
+
+An attachment is shared by all attaches of the same place by the same user. It ends `linger_s` after
+nobody holds it any more: no open directory or file, no control connection, not pinned. An attach
+that finds it lingering lists the store again, and shows the new version if there is one; one that
+finds it held joins the snapshot of the others.
+
+All state belongs to the event loop. `_locks` makes attaches of one place wait for each other.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import version as version_of
+
+import msgspec
+import trio
+
+from ckptfs._daemon.attachment import Attachment, object_key
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.vfs import Vfs
+from ckptfs._model.config import Config
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import Manifest, build_manifest
+from ckptfs._model.wire import AttachmentStatus, StatusReply
+from ckptfs._store.base import Pin, Store
+from ckptfs._store.resolve import open_store
+from ckptfs.errors import Busy, LimitExceeded, NotAttached, ObjectChanged, StoreTimeout
+
+log = logging.getLogger(__name__)
+
+_SKIPPED_IN_STATUS = 100
+"""Skipped objects that a status lists per attachment; the count is always whole."""
+
+
+class Service:
+    """Owns the attachments.
+
+    Args:
+        config: Limits and times.
+        cache: For sizes in `status`.
+        fetcher: Reads the files.
+        offload: Runs the listings.
+        nursery: Runs the timers.
+        forget_name: Tells the kernel that an attachment's directory is gone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        fetcher: Fetcher,
+        offload: Offload,
+        nursery: trio.Nursery,
+        forget_name: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._fetcher = fetcher
+        self._offload = offload
+        self._nursery = nursery
+        self._forget_name = forget_name
+        self.vfs = Vfs(fetcher, cache, os.geteuid(), os.getegid(), self.released)
+        self.stopped = trio.Event()
+        self._attachments: dict[tuple[int, str], Attachment] = {}
+        self._secrets: dict[tuple[int, str], dict[str, str]] = {}
+        self._locks: dict[tuple[int, str], trio.Lock] = {}
+        self._ordinal = 0
+        self._clients = 0
+        self._last_use_s = trio.current_time()
+
+    # -- attach and detach
+
+    async def attach(self, location: Location, uid: int, gid: int, *, pinned: bool) -> Attachment:
+        """The attachment of `location` for that user, with one control connection holding it.
+
+        Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError and its
+        kinds (StoreTimeout at the latest after `attach_deadline_s`), LimitExceeded.
+        """
+        key = (uid, location.identity)
+        lock = self._locks.setdefault(key, trio.Lock())
+        try:
+            with trio.fail_after(self._config.attach_deadline_s):
+                async with lock:
+                    attachment = await self._attach(key, location, uid, gid)
+                    attachment.clients += 1
+        except trio.TooSlowError:
+            raise StoreTimeout(
+                f"{location.uri}: the store gave no listing within "
+                f"{self._config.attach_deadline_s:g} s; try again, or raise attach_deadline_s"
+            ) from None
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._locks.pop(key, None)
+        attachment.pinned |= pinned
+        return attachment
+
+    async def _attach(
+        self, key: tuple[int, str], location: Location, uid: int, gid: int
+    ) -> Attachment:
+        known = self._attachments.get(key)
+        if known is not None and known.held:
+            if location.secrets != self._secrets[key]:
+                store = open_store(location, self._config.store_timeout_s)
+                await self._offload.control(_prove_access, store, known.manifest)
+                known.use_store(store)
+                self._secrets[key] = location.secrets
+            return known
+        if known is None and len(self._attachments) >= self._config.attachments_max:
+            raise LimitExceeded(
+                f"{len(self._attachments)} checkpoints are attached, the most that attachments_max "
+                "allows; detach one, or raise it"
+            )
+        store = open_store(location, self._config.store_timeout_s)
+        self._ordinal += 1
+        fresh = await self._offload.control(self._build, self._ordinal, location, store, uid, gid)
+        known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
+        if known is not None and (known.held or known.manifest.version == fresh.manifest.version):
+            known.use_store(store)
+            self._secrets[key] = location.secrets
+            return known
+        if known is not None:
+            self._remove(known)
+        self._attachments[key] = fresh
+        self._secrets[key] = location.secrets
+        self.vfs.add(fresh)
+        log.info("attached %s: %d files", fresh.location.uri, len(fresh.manifest.files))
+        for skipped in fresh.manifest.skipped[:_SKIPPED_IN_STATUS]:
+            log.warning("%s: left out %s: %s", fresh.location.uri, skipped.name, skipped.reason)
+        return fresh
+
+    def _build(
+        self, ordinal: int, location: Location, store: Store, uid: int, gid: int
+    ) -> Attachment:
+        """Blocking. List the store and build everything that follows from the listing."""
+        public = msgspec.structs.replace(location, secrets={})
+        manifest = build_manifest(store.list(self._config.files_max))
+        digests = [
+            object_key(public, Pin(f.path, f.size, f.mtime_ns)).digest() for f in manifest.files
+        ]
+        return Attachment(ordinal, public, store, manifest, digests, uid, gid)
+
+    def let_go(self, attachment: Attachment) -> None:
+        """A control connection that held the attachment has ended."""
+        attachment.clients -= 1
+        self.released(attachment)
+
+    def released(self, attachment: Attachment) -> None:
+        """Something that held the attachment is gone."""
+        if not attachment.held:
+            attachment.idle_since_s = trio.current_time()
+            self._nursery.start_soon(self._linger, attachment, attachment.idle_since_s)
+
+    async def _linger(self, attachment: Attachment, since_s: float) -> None:
+        await trio.sleep(self._config.linger_s)
+        current = self._attachments.get(attachment.key) is attachment
+        if current and not attachment.held and attachment.idle_since_s == since_s:
+            self._remove(attachment)
+
+    def detach(self, attachment: Attachment, *, force: bool) -> None:
+        """End a pinned attachment, or with `force` any. Raises Busy while processes hold it."""
+        was_pinned, attachment.pinned = attachment.pinned, False
+        if not attachment.held or force:
+            self._remove(attachment)
+        elif not was_pinned:
+            holders = (
+                ", ".join(map(str, sorted(set(attachment.directories.values())))) or "open files"
+            )
+            raise Busy(
+                f"{attachment.location.uri} is held by {holders}; end these processes, or detach "
+                "with --force (their reads will fail)"
+            )
+
+    def find(self, uid: int, name: str, location: Location | None) -> Attachment:
+        """The user's attachment by directory name or location. Raises NotAttached."""
+        for attachment in self._attachments.values():
+            same_place = location is not None and attachment.location.identity == location.identity
+            if self._may_see(uid, attachment) and (attachment.name == name or same_place):
+                return attachment
+        what = location.uri if location else name
+        raise NotAttached(f"{what} is not attached; ckptfs status lists what is")
+
+    def _remove(self, attachment: Attachment) -> None:
+        self.vfs.remove(attachment)
+        del self._attachments[attachment.key]
+        del self._secrets[attachment.key]
+        attachment.store.close()
+        self._forget_name(attachment.name)
+        self._last_use_s = trio.current_time()
+        log.info("detached %s", attachment.location.uri)
+
+    # -- the daemon's own end
+
+    def client_came(self) -> None:
+        """A control connection was opened."""
+        self._clients += 1
+
+    def client_left(self) -> None:
+        """A control connection was closed."""
+        self._clients -= 1
+        self._last_use_s = trio.current_time()
+
+    async def wait_idle(self) -> None:
+        """Return when nobody has used the daemon for `idle_exit_s`."""
+        idle_exit_s = self._config.idle_exit_s
+        while True:
+            used = self._clients or self._attachments or not idle_exit_s
+            left_s = self._last_use_s + idle_exit_s - trio.current_time()
+            if not used and left_s <= 0:
+                return
+            await trio.sleep(min(1.0, max(0.05, left_s)) if not used else 1.0)
+
+    def stop(self, *, force: bool) -> None:
+        """Ask the daemon to end. Raises Busy while checkpoints are in use, unless `force`."""
+        used = [a for a in self._attachments.values() if a.directories or a.open_handles]
+        if used and not force:
+            raise Busy(
+                f"{len(used)} checkpoints are in use (first: {used[0].location.uri}); end their "
+                "users, or use --force (their reads will fail)"
+            )
+        self.stopped.set()
+
+    # -- status
+
+    def status(self, uid: int) -> StatusReply:
+        """The daemon's state, with the attachments that this user may see."""
+        return StatusReply(
+            version=version_of("ckptfs"),
+            pid=os.getpid(),
+            mount=self._config.mount,
+            cache_dir=self._config.cache_dir,
+            cache_bytes=self._cache.used_bytes,
+            cache_bytes_max=self._config.cache_bytes_max,
+            fetched_bytes=self._fetcher.fetched_bytes,
+            fetched_spans=self._fetcher.fetched_spans,
+            attachments=[
+                self._status_of(a) for a in self._attachments.values() if self._may_see(uid, a)
+            ],
+        )
+
+    def _status_of(self, attachment: Attachment) -> AttachmentStatus:
+        manifest = attachment.manifest
+        cached = attachment.cached_bytes(self._cache)
+        return AttachmentStatus(
+            name=attachment.name,
+            path=f"{self._config.mount}/{attachment.name}",
+            uri=attachment.location.uri,
+            version=manifest.version,
+            state=attachment.state(cached),
+            files=len(manifest.files),
+            size=manifest.size,
+            cached=cached,
+            holders=sorted(set(attachment.directories.values())),
+            open_files=attachment.open_handles,
+            pinned=attachment.pinned,
+            attached=attachment.attached_s,
+            uid=attachment.uid,
+            error=attachment.error,
+            skipped=list(manifest.skipped[:_SKIPPED_IN_STATUS]),
+            skipped_count=len(manifest.skipped),
+        )
+
+    @staticmethod
+    def _may_see(uid: int, attachment: Attachment) -> bool:
+        return uid in (0, attachment.uid)
+
+
+def _prove_access(store: Store, manifest: Manifest) -> None:
+    """Blocking. Raise AccessDenied if the store's credentials cannot read the checkpoint."""
+    if not manifest.files:
+        return
+    first = manifest.files[0]
+    try:
+        store.confirm(Pin(first.path, first.size, first.mtime_ns))
+    except ObjectChanged:
+        return  # it could be read, and readers will hear of the change

@@ -1,0 +1,1 @@
+"""Plain data shared by client and daemon. No IO happens here."""

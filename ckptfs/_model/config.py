@@ -1,0 +1,63 @@
+"""The configuration: every setting with its unit, default and reason. Plain data.
+
+Reading it from the file and the environment is done in ``ckptfs._config``.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
+
+MIB = 1 << 20
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one daemon and of the clients that use it.
+
+    Attributes:
+        socket: Path of the control socket.
+        mount: Directory where the daemon mounts; checkpoints appear inside it.
+        cache_dir: Directory of the cache; one daemon at a time uses it.
+        cache_bytes_max: Most bytes that the cache keeps on disk; 0: only the free share limits it.
+        cache_free_share_min: Share of the disk that the cache leaves free for others.
+        linger_s: How long an attachment that nobody holds stays, so that the next user of the same
+            checkpoint finds it attached.
+        idle_exit_s: How long a daemon with no attachment and no client stays; 0: for ever.
+        read_deadline_s: Longest time that a read waits for the store.
+        attach_deadline_s: Longest time that an attach waits for the store's listing.
+        store_timeout_s: Longest silence of the store within one request, and longest connect.
+        connections_max: Requests for data that run at the same time.
+        in_flight_bytes_max: Most bytes that are being fetched at the same time.
+        span_bytes_max: Most bytes of one request. 8 MiB makes the round trip small beside the
+            transfer, and still spreads a file over several connections.
+        window_bytes_max: Furthest that readahead runs ahead of one cursor.
+        read_ahead_kb: The kernel's own readahead for the mount, in KiB (needs root). 1024 was
+            measured half again as fast as the default of 128.
+        allow_other: Let other users of the node use this daemon (needs root, or
+            ``user_allow_other`` in fuse.conf).
+        files_max: Most objects in one checkpoint.
+        attachments_max: Most checkpoints that are attached at the same time.
+    """
+
+    socket: str
+    mount: str
+    cache_dir: str
+    cache_bytes_max: Bytes = 0
+    cache_free_share_min: Share = 0.1
+    linger_s: Seconds = 10.0
+    idle_exit_s: Seconds = 60.0
+    read_deadline_s: Seconds = 60.0
+    attach_deadline_s: Seconds = 60.0
+    store_timeout_s: Seconds = 4.0
+    connections_max: Count = 16
+    in_flight_bytes_max: Bytes = 128 * MIB
+    span_bytes_max: Bytes = 8 * MIB
+    window_bytes_max: Bytes = 64 * MIB
+    read_ahead_kb: Bytes = 1024
+    allow_other: bool = False
+    files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
+    attachments_max: Count = 1000

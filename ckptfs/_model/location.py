@@ -1,0 +1,95 @@
+"""Where a checkpoint is: a filesystem's kind and options, and a path on it.
+
+A location is what crosses the control socket instead of a pickled filesystem. What identifies it is
+public; credentials travel beside it in `secrets`, live in memory only, and are left out of `repr`,
+URIs, digests and everything that is stored.
+"""
+
+import hashlib
+import json
+import re
+from typing import Literal
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+Kind = Literal["s3", "gcs", "azure", "hdfs", "local"]
+Option = str | int | float | bool
+
+_SCHEMES: dict[Kind, str] = {
+    "s3": "s3",
+    "gcs": "gs",
+    "azure": "abfss",
+    "hdfs": "hdfs",
+    "local": "file",
+}
+
+# Options that tell one store from another of the same kind. A region or a timeout does not.
+_IDENTITY: dict[Kind, tuple[str, ...]] = {
+    "s3": ("endpoint_override", "scheme"),
+    "gcs": ("endpoint_override", "scheme"),
+    "azure": ("account_name", "blob_storage_authority", "dfs_storage_authority"),
+    "hdfs": ("host", "port"),
+    "local": (),
+}
+
+
+class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A directory on a described filesystem.
+
+    Attributes:
+        kind: The type of filesystem.
+        path: Path on it, without leading scheme or trailing slash, e.g. ``bucket/run/checkpoint``.
+        options: Public constructor options of the filesystem (allow-listed where it is built).
+        secrets: Credentials among its options. Never printed, hashed or stored.
+    """
+
+    kind: Kind
+    path: str
+    options: dict[str, Option] = {}
+    secrets: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"Location({self.uri!r})"
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for two locations exactly when they name the same directory."""
+        options = {name: self.options.get(name, "") for name in _IDENTITY[self.kind]}
+        return json.dumps([self.kind, options, self.path], sort_keys=True)
+
+    @property
+    def store_identity(self) -> str:
+        """Like `identity`, without the path: equal for locations in the same store."""
+        return msgspec.structs.replace(self, path="").identity
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of the identity's hash; part of the directory name inside the mount."""
+        return hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's own name: its last path component, made safe for a file name."""
+        safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", self.path.rstrip("/").rsplit("/", 1)[-1])
+        return safe[:100].lstrip(".") or "checkpoint"
+
+    @property
+    def uri(self) -> str:
+        """A URI without secrets, that names this directory and can be attached again."""
+        if self.kind == "local":
+            return "file://" + quote(self.path)
+        path = quote(self.path)
+        query: dict[str, Option] = {}
+        if self.kind == "azure":
+            container, _, rest = path.partition("/")
+            authority = self.options.get("dfs_storage_authority", ".dfs.core.windows.net")
+            path = f"{container}@{self.options.get('account_name', '')}{authority}/{rest}"
+        elif self.kind == "hdfs":
+            path = f"{self.options.get('host', '')}:{self.options.get('port', 0)}{path}"
+        else:
+            names = ("endpoint_override", "scheme", "region")
+            query = {name: self.options[name] for name in names if self.options.get(name)}
+            if query.get("scheme") == "https":
+                del query["scheme"]
+        return f"{_SCHEMES[self.kind]}://{path}" + ("?" + urlencode(query) if query else "")

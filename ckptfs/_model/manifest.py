@@ -1,0 +1,134 @@
+"""The manifest: what a checkpoint held at the moment it was attached.
+
+Object names are not trusted. A name that no Linux directory can hold, or that would lead out of the
+mount, is left out and reported; the rest of the checkpoint is not affected.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+NAME_BYTES_MAX = 255
+"""Bytes of one path component (NAME_MAX of Linux, limits.h)."""
+
+
+class ListedFile(msgspec.Struct, frozen=True, gc=False):
+    """A file as the store listed it.
+
+    Attributes:
+        path: Path relative to the checkpoint, with ``/`` between components.
+        size: Bytes.
+        mtime_ns: Modification time in nanoseconds since the epoch; 0 where the store has none.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Skipped(msgspec.Struct, frozen=True, gc=False):
+    """An object that is not shown, and why. `name` is printable (escaped) text."""
+
+    name: str
+    reason: str
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """What a store reported: unchecked files, directories (relative paths), unreadable names."""
+
+    files: list[ListedFile]
+    directories: list[str]
+    skipped: list[Skipped] = []
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """An immutable snapshot of names, sizes and times.
+
+    Attributes:
+        files: The files, sorted by path.
+        directories: Every directory except the root, parents first.
+        skipped: Objects that are left out.
+        version: 32 hex digits over all paths, sizes and times.
+        size: Bytes of all files together.
+    """
+
+    files: tuple[ListedFile, ...]
+    directories: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    version: str
+    size: int
+
+
+def printable(name: str) -> str:
+    """`name` with control characters, quotes and undecodable bytes escaped; at most 300
+    characters."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def fault_of_name(path: str) -> str | None:
+    """Why `path` cannot be shown in a Linux directory, or None where it can."""
+    try:
+        raw = path.encode()
+    except UnicodeEncodeError:
+        return "the name is not valid UTF-8"
+    if b"\0" in raw or b"\n" in raw:
+        return "the name holds a NUL or newline"
+    for component in raw.split(b"/"):
+        if component == b"":
+            return "the name has an empty component"
+        if component in (b".", b".."):
+            return "the name has a '.' or '..' component"
+        if len(component) > NAME_BYTES_MAX:
+            return f"a component of the name is longer than {NAME_BYTES_MAX} bytes"
+    return None
+
+
+def build_manifest(listing: Listing) -> Manifest:
+    """Check every name of `listing`, add the implied directories, and fix the version."""
+    skipped = list(listing.skipped)
+    files: dict[str, ListedFile] = {}
+    directories: set[str] = set()
+    good_parents: set[str] = {""}  # most files share their parent: check each only once
+
+    def add_parents(path: str) -> None:
+        parent = path.rpartition("/")[0]
+        while parent not in good_parents:
+            good_parents.add(parent)
+            directories.add(parent)
+            parent = parent.rpartition("/")[0]
+
+    for path in listing.directories:
+        # A hostile directory name is reported through the objects below it.
+        if fault_of_name(path) is None:
+            directories.add(path)
+            add_parents(path)
+    for file in listing.files:
+        fault = fault_of_name(file.path)
+        if fault is None and file.path in files:
+            fault = "the store listed the name twice"
+        if fault is not None:
+            skipped.append(Skipped(printable(file.path), fault))
+            continue
+        files[file.path] = file
+        add_parents(file.path)
+    for path in directories & files.keys():
+        skipped.append(Skipped(printable(path), "the name is both a file and a directory"))
+        del files[path]
+    ordered = tuple(files[path] for path in sorted(files))
+    return Manifest(
+        files=ordered,
+        directories=tuple(sorted(directories)),
+        skipped=tuple(skipped),
+        version=_version(ordered),
+        size=sum(file.size for file in ordered),
+    )
+
+
+def _version(files: Iterable[ListedFile]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""The control protocol: one JSON object per line, a request and then its reply, on a unix socket.
+
+The socket is a trust border. Unknown fields, unknown operations and other protocol versions are
+refused, and a line is at most `LINE_BYTES_MAX` long. While a connection is open it holds what it
+attached, so that a client can take its own lease (an open directory) before it hangs up.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import Skipped
+from ckptfs.errors import ProtocolError
+
+LINE_BYTES_MAX = 1 << 20
+"""Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
+
+Version = Annotated[int, msgspec.Meta(ge=1, le=1)]
+
+
+class Message(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"
+):
+    """Base of all messages; `v` is the protocol's version."""
+
+    v: Version = 1
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it."""
+
+    location: Location
+    pinned: bool = False
+
+
+class Detach(Message, frozen=True, tag="detach"):
+    """End an attachment, named by its directory inside the mount or by its location."""
+
+    name: str = ""
+    location: Location | None = None
+    force: bool = False
+
+
+class Status(Message, frozen=True, tag="status"):
+    """Ask for the daemon's state."""
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """End the daemon and its mount. Refused while something is held, unless `force`."""
+
+    force: bool = False
+
+
+Request = Attach | Detach | Status | Stop
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """Reply to `Attach`. `mount` is the mount point as the daemon sees it, `name` a directory in
+    it."""
+
+    mount: str
+    name: str
+    uri: str
+    version: str
+    files: int
+    size: int
+    skipped: int
+
+
+class Done(Message, frozen=True, tag="done"):
+    """Reply to `Detach` and `Stop`."""
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The request failed; `code` is one of ``ckptfs.errors.BY_CODE``."""
+
+    code: str
+    message: str
+
+
+class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch."""
+
+    name: str
+    path: str
+    uri: str
+    version: str
+    state: Literal["lazy", "fetching", "cached", "changed", "failing"]
+    files: int
+    size: int
+    cached: int
+    holders: list[int]
+    open_files: int
+    pinned: bool
+    attached: float
+    uid: int
+    error: str = ""
+    skipped: list[Skipped] = []
+    skipped_count: int = 0
+
+
+class StatusReply(Message, frozen=True, tag="status-reply"):
+    """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started."""
+
+    version: str
+    pid: int
+    mount: str
+    cache_dir: str
+    cache_bytes: int
+    cache_bytes_max: int
+    fetched_bytes: int
+    fetched_spans: int
+    attachments: list[AttachmentStatus]
+
+
+Reply = Attached | Done | Failed | StatusReply
+
+_encoder = msgspec.json.Encoder()
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+_Decoded = TypeVar("_Decoded")
+
+
+def encode(message: Request | Reply) -> bytes:
+    """`message` as one line, newline included."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """The request in `line`. Raises ProtocolError for everything else."""
+    return _decode(_requests, line)
+
+
+def decode_reply(line: bytes) -> Reply:
+    """The reply in `line`. Raises ProtocolError for everything else."""
+    return _decode(_replies, line)
+
+
+def _decode(decoder: "msgspec.json.Decoder[_Decoded]", line: bytes) -> _Decoded:
+    try:
+        return decoder.decode(line)
+    except (msgspec.DecodeError, RecursionError) as error:
+        # Of the decoder's text only: the line itself may hold credentials.
+        raise ProtocolError(
+            f"malformed control message: {error}; client and daemon must be of the same version"
+        ) from None

@@ -1,0 +1,1 @@
+"""Stores: blocking access to the objects of a checkpoint. The only importer of pyarrow."""

@@ -1,0 +1,247 @@
+# pyarrow has no usable type stubs; nothing of it leaves this folder.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+"""A Store over any pyarrow filesystem.
+
+pyarrow has no conditional reads. Opening a file costs one HEAD and its handle then knows the ETag,
+so `confirm` opens a handle; the handle is kept for the reads that follow, which makes the first
+touch of an object cost HEAD, GET, HEAD. A handle holds no connection on S3, and one descriptor on
+local files.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
+from ckptfs._store.base import Pin
+from ckptfs.errors import (
+    AccessDenied,
+    CheckpointIsFile,
+    CheckpointNotFound,
+    CkptfsError,
+    LimitExceeded,
+    ObjectChanged,
+    StoreError,
+    StoreTimeout,
+    StoreUnavailable,
+)
+
+_HANDLES_MAX = 128
+"""Open handles kept per store: enough for every connection of several files, few descriptors."""
+
+# Names of aws::S3Errors as Arrow prints them ("AWS Error NAME during ...") and what they mean.
+_DENIED = frozenset(
+    [
+        "ACCESS_DENIED",
+        "INVALID_ACCESS_KEY_ID",
+        "SIGNATURE_DOES_NOT_MATCH",
+        "INVALID_CLIENT_TOKEN_ID",
+        "MISSING_AUTHENTICATION_TOKEN",
+        "EXPIRED_TOKEN",
+        "UNRECOGNIZED_CLIENT",
+        "ACCOUNT_PROBLEM",
+        "INVALID_SIGNATURE",
+        "OPT_IN_REQUIRED",
+        "REQUEST_EXPIRED",
+        "REQUEST_TIME_TOO_SKEWED",
+    ]
+)
+_TRANSIENT = frozenset(
+    [
+        "NETWORK_CONNECTION",
+        "SLOW_DOWN",
+        "SERVICE_UNAVAILABLE",
+        "THROTTLING",
+        "INTERNAL_FAILURE",
+        "REQUEST_TIMEOUT",
+    ]
+)
+
+
+class ArrowStore:
+    """The directory `root` of `filesystem`. `name` is the checkpoint's URI, for messages."""
+
+    def __init__(self, filesystem: "pafs.FileSystem", root: str, name: str) -> None:
+        self._fs = filesystem
+        self._root = root.rstrip("/")
+        self._name = name
+        self._lock = threading.Lock()  # guards _idle; never held during IO
+        self._idle: OrderedDict[str, list[Any]] = OrderedDict()  # path -> open handles, LRU first
+        self._idle_count = 0
+
+    def list(self, files_max: int) -> Listing:
+        """See Store.list."""
+        try:
+            infos = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
+        except FileNotFoundError:
+            raise self._why_not_found() from None
+        except (OSError, pa.ArrowException) as error:
+            raise translate_error(error, self._name) from error
+        if len(infos) > files_max:
+            raise LimitExceeded(
+                f"{self._name} holds {len(infos)} objects, more than files_max = {files_max}; "
+                "name a directory below it, or raise files_max"
+            )
+        files: list[ListedFile] = []
+        directories: list[str] = []
+        skipped: list[Skipped] = []
+        prefix = len(self._root) + 1 if self._root else 0
+        for info in infos:
+            try:
+                path: str = info.path[prefix:]
+            except UnicodeDecodeError as error:
+                raw = bytes(error.object)[prefix:]
+                name = printable(raw.decode("utf-8", "backslashreplace"))
+                skipped.append(Skipped(name, "the name is not valid UTF-8"))
+                continue
+            if info.type == pafs.FileType.File:
+                files.append(ListedFile(path, info.size, info.mtime_ns or 0))
+            elif info.type == pafs.FileType.Directory:
+                directories.append(path)
+            else:
+                skipped.append(Skipped(printable(path), "it is neither a file nor a directory"))
+        return Listing(files, directories, skipped)
+
+    def confirm(self, pin: Pin) -> Pin:
+        """See Store.confirm."""
+        try:
+            handle = self._fs.open_input_file(self._path(pin))
+            current = self._version_of(handle, pin)
+        except (OSError, pa.ArrowException) as error:
+            raise self._of_object(error, pin) from error
+        self._give_back(pin.path, handle)
+        if current.size != pin.size:
+            raise self._changed(pin, f"{pin.size} bytes became {current.size}")
+        # S3 gives whole seconds in Last-Modified, and some servers fractions in the listing.
+        if pin.mtime_ns and current.mtime_ns // 10**9 != pin.mtime_ns // 10**9:
+            raise self._changed(pin, "it was written again")
+        if pin.etag and current.etag != pin.etag:
+            raise self._changed(pin, f"ETag {pin.etag} became {current.etag or 'none'}")
+        return msgspec.structs.replace(pin, etag=current.etag)
+
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+        """See Store.read_into."""
+        handle = self._take(pin.path)
+        try:
+            if handle is None:
+                handle = self._fs.open_input_file(self._path(pin))
+            handle.seek(offset)
+            done = 0
+            while done < len(buffer):
+                count = handle.readinto(buffer[done:])
+                if count == 0:
+                    raise self._changed(pin, f"it ends at byte {offset + done} of {pin.size}")
+                done += count
+        except (OSError, pa.ArrowException) as error:
+            raise self._of_object(error, pin) from error
+        self._give_back(pin.path, handle)
+
+    def close(self) -> None:
+        """See Store.close."""
+        with self._lock:
+            self._idle.clear()  # a handle closes when it is collected
+            self._idle_count = 0
+
+    # -- handles
+
+    def _take(self, path: str) -> Any:
+        with self._lock:
+            handles = self._idle.get(path)
+            if not handles:
+                return None
+            self._idle_count -= 1
+            handle = handles.pop()
+            if not handles:
+                del self._idle[path]
+            return handle
+
+    def _give_back(self, path: str, handle: Any) -> None:
+        dropped: list[Any] = []  # closed outside the lock
+        with self._lock:
+            self._idle.setdefault(path, []).append(handle)
+            self._idle.move_to_end(path)
+            self._idle_count += 1
+            while self._idle_count > _HANDLES_MAX:
+                dropped += self._idle.popitem(last=False)[1]
+                self._idle_count -= len(dropped)
+
+    # -- versions and errors
+
+    def _path(self, pin: Pin) -> str:
+        return f"{self._root}/{pin.path}"
+
+    def _version_of(self, handle: Any, pin: Pin) -> Pin:
+        """The version that `handle` was opened on. Object stores tell it with the handle."""
+        metadata: dict[bytes | str, bytes] = handle.metadata() or {}
+        known = {
+            (k.decode() if isinstance(k, bytes) else k).lower(): v for k, v in metadata.items()
+        }
+        if "etag" in known and "last-modified" in known:
+            modified = datetime.strptime(known["last-modified"].decode(), "%Y-%m-%dT%H:%M:%SZ")
+            mtime_ns = int(modified.replace(tzinfo=timezone.utc).timestamp()) * 10**9
+            etag = known["etag"].decode()
+            return Pin(pin.path, handle.size(), mtime_ns, "" if etag == '""' else etag)
+        info = self._fs.get_file_info(self._path(pin))
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(pin.path)
+        return Pin(pin.path, info.size, info.mtime_ns or 0)
+
+    def _changed(self, pin: Pin, how: str) -> ObjectChanged:
+        return ObjectChanged(
+            f"{printable(pin.path)} in {self._name} changed at the store since it was attached: "
+            f"{how}; attach the checkpoint again to see the new version"
+        )
+
+    def _of_object(self, error: Exception, pin: Pin) -> CkptfsError:
+        if isinstance(error, CkptfsError):
+            return error
+        text = str(error)
+        # A range behind the end of a truncated object (HTTP 416) has no error name of its own.
+        if "416" in text or "INVALID_RANGE" in text.upper() or "InvalidRange" in text:
+            return self._changed(pin, "it became shorter")
+        if isinstance(error, FileNotFoundError) or re.search(
+            "NO_SUCH_KEY|RESOURCE_NOT_FOUND", text
+        ):
+            return self._changed(pin, "it was deleted")
+        return translate_error(error, f"{printable(pin.path)} in {self._name}")
+
+    def _why_not_found(self) -> CkptfsError:
+        try:
+            info = self._fs.get_file_info(self._root)
+        except (OSError, pa.ArrowException) as error:
+            return translate_error(error, self._name)
+        if info.type == pafs.FileType.File:
+            return CheckpointIsFile(
+                f"{self._name} is a file, not a directory; name the directory that holds it"
+            )
+        return CheckpointNotFound(f"{self._name} does not exist; check the path")
+
+
+def translate_error(error: Exception, what: str) -> CkptfsError:
+    """The exception of ours that says what pyarrow's `error` means for `what`."""
+    text = str(error).partition("\n")[0]
+    match = re.search(r"AWS Error ([A-Z_]+)", text)
+    name = match[1] if match else ""
+    # Arrow repeats bucket and key before the cause, which `what` has said already.
+    cause = printable(text[match.start() :] if match else text)
+    if name == "NO_SUCH_BUCKET" or ("Bucket '" in text and "not found" in text):
+        return CheckpointNotFound(f"{what}: there is no such bucket; check its name")
+    if name in _DENIED or isinstance(error, PermissionError):
+        return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
+    if "imeout was reached" in text or "timed out" in text:
+        return StoreTimeout(f"{what}: the store did not answer ({cause}); check the endpoint")
+    if name in _TRANSIENT or re.search(r"HTTP status (5\d\d|429)", text):
+        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
+    if "XML_ERROR" in text:
+        return StoreError(
+            f"{what}: the store's listing is not valid XML ({cause}); an object name with a "
+            "control character does this: rename or remove that object"
+        )
+    return StoreError(f"{what}: {cause or type(error).__name__}")

@@ -1,0 +1,64 @@
+"""The Store protocol and its error contract.
+
+A store gives access to the objects below one directory. All methods block, may be called from any
+thread, and raise nothing but these:
+
+- `CheckpointNotFound`, `CheckpointIsFile`: from `list` only;
+- `ObjectChanged`: the object is gone or is no longer the pinned version;
+- `AccessDenied`: the credentials are wrong, expired or insufficient; trying again does not help;
+- `StoreTimeout`, `StoreUnavailable`: trying again can help;
+- `StoreError`: anything else the store answered.
+
+**Versions.** The pin of an object starts with what the listing says (size, mtime). `confirm` asks
+the store for the current version and compares; where the store has an ETag it is learned by the
+first `confirm` and compared by the later ones. `read_into` alone promises nothing about the
+version. The rule that makes it safe: learn the pin (`confirm`), read, `confirm` again. Stores are
+strongly consistent, so equal versions before and after mean that the bytes in between are of that
+version.
+"""
+
+from typing import Protocol
+
+import msgspec
+
+from ckptfs._model.manifest import Listing
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """The version of one object that readers see.
+
+    Attributes:
+        path: Path relative to the checkpoint.
+        size: Bytes.
+        mtime_ns: Modification time from the listing, nanoseconds since the epoch.
+        etag: The ETag; "" until it is learned, and for stores that have none.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    etag: str = ""
+
+
+class Store(Protocol):
+    """One directory of a store. See the module's text for the contract."""
+
+    def list(self, files_max: int) -> Listing:
+        """Names, sizes and times of everything below the directory; reads no content.
+
+        Raises LimitExceeded where there are more than `files_max` objects.
+        """
+        ...
+
+    def confirm(self, pin: Pin) -> Pin:
+        """Check that `pin` is the store's current version; returns it with the ETag filled in."""
+        ...
+
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the object's bytes from `offset` on. A short object is
+        ObjectChanged."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open handles. Calls that are still running may fail."""
+        ...

@@ -1,0 +1,20 @@
+"""The command line: one file per group of commands. Thin: asks the client, prints."""
+
+import typer
+
+from ckptfs.cli import checkpoints, daemon, topics
+
+app = typer.Typer(
+    name="ckptfs",
+    help="Mount remote checkpoints as local directories instead of copying them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("mount")(daemon.mount)
+app.command("umount")(daemon.umount)
+app.command("status")(daemon.status)
+app.command("attach")(checkpoints.attach)
+app.command("detach")(checkpoints.detach)
+app.command("ls")(checkpoints.ls)
+app.command("help")(topics.help_)

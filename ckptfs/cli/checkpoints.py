@@ -1,0 +1,148 @@
+"""``attach``, ``detach`` and ``ls``: checkpoints."""
+
+import os
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from ckptfs import _client, xattrs
+from ckptfs._config import load_config
+from ckptfs._model import attributes
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import printable
+from ckptfs.cli import output
+from ckptfs.errors import NotAttached
+
+UriArgument = Annotated[str, typer.Argument(metavar="URI", help="E.g. s3://bucket/run/checkpoint.")]
+PathOrUriArgument = Annotated[
+    str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, or a URI.")
+]
+
+
+def attach(uri: UriArgument, as_json: output.JsonOption = False) -> None:
+    """Attach a checkpoint until it is detached; prints its path and nothing else."""
+    with _client.attached(_location(uri), pinned=True) as (path, reply):
+        if as_json:
+            output.print_json(
+                {
+                    "path": path,
+                    "uri": reply.uri,
+                    "version": reply.version,
+                    "files": reply.files,
+                    "size": reply.size,
+                    "skipped": reply.skipped,
+                }
+            )
+        else:
+            print(path)
+
+
+def detach(
+    path_or_uri: PathOrUriArgument,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while processes hold it: their reads fail.")
+    ] = False,
+) -> None:
+    """End an attachment. What is cached stays cached."""
+    name = _name_in_mount(path_or_uri)
+    location = None if name else _location(path_or_uri)
+    with _client.connect() as connection:
+        connection.detach(name or "", location, force=force)
+
+
+def ls(
+    path_or_uri: Annotated[
+        str, typer.Argument(metavar="[PATH_OR_URI]", help="A path inside the mount, or a URI.")
+    ] = "",
+    as_json: output.JsonOption = False,
+) -> None:
+    """List the files of a checkpoint with size, cached share and state; alone: the checkpoints."""
+    if not path_or_uri:
+        _list_attachments(as_json)
+    elif "://" in path_or_uri:
+        with _client.attached(_location(path_or_uri)) as (path, _):
+            lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _list_files(path, as_json)
+            finally:
+                os.close(lease)
+    else:
+        _list_files(path_or_uri, as_json)
+
+
+def _list_attachments(as_json: bool) -> None:
+    with _client.connect() as connection:
+        reply = connection.status()
+    if as_json:
+        output.print_json(reply.attachments)
+        return
+    rows = [
+        [output.size(a.size), output.share(a.cached, a.size), output.state(a.state), a.path]
+        for a in reply.attachments
+    ]
+    output.print_table(["SIZE", "CACHED", "STATE", "PATH"], [*rows], right=(0,))
+
+
+def _list_files(top: str, as_json: bool) -> None:
+    found = sorted(_walk(top))
+    rows = [
+        (os.path.relpath(path, top) if path != top else os.path.basename(top), path)
+        for path in found
+    ]
+    listed = [
+        {
+            "path": relative,
+            "size": int(known[attributes.SIZE]),
+            "cached": int(known[attributes.CACHED]),
+            "state": known[attributes.STATE],
+            "version": known[attributes.VERSION],
+        }
+        for relative, path in rows
+        for known in [xattrs.read_all(path)]
+    ]
+    if as_json:
+        output.print_json(listed)
+        return
+    output.print_table(
+        ["SIZE", "CACHED", "STATE", "PATH"],
+        [
+            [
+                output.size(int(row["size"])),
+                output.share(int(row["cached"]), int(row["size"])),
+                output.state(str(row["state"])),
+                printable(str(row["path"])),
+            ]
+            for row in listed
+        ],
+        right=(0,),
+    )
+
+
+def _walk(top: str) -> Iterator[str]:
+    xattrs.read_all(top)  # refuses what is not in the mount
+    if os.path.isfile(top):
+        yield top
+    for folder, _, files in os.walk(top):
+        yield from (os.path.join(folder, name) for name in files)
+
+
+def _location(uri: str) -> Location:
+    # Not at the top: `status` and `umount` need no pyarrow.
+    from ckptfs._store.resolve import describe, filesystem_of
+
+    return describe(*filesystem_of(uri))
+
+
+def _name_in_mount(path: str) -> str | None:
+    """The attachment's directory name that a path inside the mount begins with; None for a URI."""
+    if "://" in path:
+        return None
+    mount = load_config().mount
+    relative = os.path.relpath(os.path.abspath(path), mount)
+    name = relative.split(os.sep)[0]
+    if name in (os.curdir, os.pardir):
+        raise NotAttached(
+            f"{path} is not inside the mount {mount}; ckptfs status lists what is attached"
+        )
+    return name

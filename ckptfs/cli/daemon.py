@@ -1,0 +1,91 @@
+"""``mount``, ``umount`` and ``status``: the daemon itself."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ckptfs import _client
+from ckptfs._config import load_config
+from ckptfs._model.manifest import printable
+from ckptfs.cli import output
+from ckptfs.errors import DaemonError
+
+_END_WAIT_S = 20.0
+
+
+def mount(
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Stay in the foreground, log to stderr.")
+    ] = False,
+) -> None:
+    """Start the daemon and its mount, where it is not running yet; prints the mount point."""
+    config = load_config()
+    if foreground:
+        os.chdir("/")
+        os.execv(sys.executable, [sys.executable, "-m", "ckptfs._daemon.keeper"])
+    _client.connect_or_start(config).close()
+    print(config.mount)
+
+
+def umount(
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while checkpoints are in use: their reads fail.")
+    ] = False,
+) -> None:
+    """End the daemon and its mount."""
+    config = load_config()
+    with _client.connect(config) as connection:
+        connection.stop(force=force)
+    if not _client.wait_ended(config, _END_WAIT_S):
+        raise DaemonError(
+            f"the daemon has not ended within {_END_WAIT_S:g} s; see {config.socket}.log"
+        )
+
+
+def status(as_json: output.JsonOption = False) -> None:
+    """Show the daemon and the attached checkpoints."""
+    with _client.connect() as connection:
+        reply = connection.status()
+    if as_json:
+        output.print_json(reply)
+        return
+    limit = f" of at most {output.size(reply.cache_bytes_max)}" if reply.cache_bytes_max else ""
+    print(f"ckptfs {reply.version}, pid {reply.pid}, mounted on {reply.mount}")
+    print(f"cache {reply.cache_dir}: {output.size(reply.cache_bytes)}{limit}")
+    print(f"fetched {output.size(reply.fetched_bytes)} in {reply.fetched_spans} requests")
+    if not reply.attachments:
+        print("no checkpoint is attached")
+        return
+    print()
+    output.print_table(
+        ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "HELD BY"],
+        [
+            [
+                attachment.uri.partition("?")[0],
+                output.state(attachment.state),
+                output.share(attachment.cached, attachment.size),
+                output.size(attachment.size),
+                str(attachment.files),
+                _holders(attachment.holders, attachment.open_files, attachment.pinned),
+            ]
+            for attachment in reply.attachments
+        ],
+        right=(3, 4),
+    )
+    for attachment in reply.attachments:
+        print(f"\n{attachment.path}")
+        if attachment.error:
+            print(f"  last error: {printable(attachment.error)}")
+        for skipped in attachment.skipped:
+            print(f"  left out: {skipped.name}: {skipped.reason}")
+        if attachment.skipped_count > len(attachment.skipped):
+            print(f"  left out: {attachment.skipped_count - len(attachment.skipped)} more")
+
+
+def _holders(pids: list[int], open_files: int, pinned: bool) -> str:
+    words = [f"pid {pid}" for pid in pids]
+    words += [f"{open_files} open"] if open_files else []
+    words += ["pinned"] if pinned else []
+    return ", ".join(words) or "nobody"

@@ -1,0 +1,63 @@
+"""How things look on a terminal, shared by the commands."""
+
+import json
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ckptfs._model.wire import Message
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_BAR_WIDTH = 10
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output; the wire protocol's own fields are left out."""
+    plain: Any = msgspec.to_builtins(value)
+    if isinstance(value, Message):
+        plain = {k: v for k, v in plain.items() if k not in ("op", "v")}
+    print(json.dumps(plain, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    columns: list[str], rows: list[list[str | Text]], right: tuple[int, ...] = ()
+) -> None:
+    """A table without frame; `right`: positions of the columns that are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position in right else "left", overflow="fold")
+    for row in rows:
+        # Names come from the store: Text, so that rich does not look for markup in them.
+        table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in row])
+    Console(soft_wrap=False).print(table)
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def share(part: int, whole: int) -> Text:
+    """A bar and the percentage of `part` in `whole`."""
+    ratio = part / whole if whole else 1.0
+    filled = round(ratio * _BAR_WIDTH)
+    bar = Text("█" * filled, style="green") + Text("░" * (_BAR_WIDTH - filled), style="dim")
+    return bar + f" {ratio:4.0%}"
+
+
+_STATE_STYLES = {"cached": "green", "fetching": "cyan", "changed": "yellow", "failing": "red"}
+
+
+def state(value: str) -> Text:
+    """A state, coloured."""
+    return Text(value, style=_STATE_STYLES.get(value, ""))
