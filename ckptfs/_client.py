@@ -5,19 +5,18 @@ daemon has none of them.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
 
-from ckptfs._config import load_config
+from ckptfs._config import load_config, log_path
+from ckptfs._filelock import locked, wait_unlocked
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.wire import (
@@ -108,7 +107,7 @@ class Connection:
         except TimeoutError:
             raise DaemonError(
                 f"the ckptfs daemon at {self._config.socket} does not answer; see its log "
-                f"({self._config.socket}.log)"
+                f"({log_path(self._config)})"
             ) from None
         if isinstance(reply, Failed):
             raise BY_CODE.get(reply.code, CkptfsError)(reply.message)
@@ -160,7 +159,7 @@ def attached(
             connection.close()
             if attempt == _TRIES - 1:
                 raise DaemonError(
-                    f"the ckptfs daemon ended while it was asked; see {config.socket}.log"
+                    f"the ckptfs daemon ended while it was asked; see {log_path(config)}"
                 ) from None
             continue
         except BaseException:
@@ -224,42 +223,17 @@ def _start_lock(config: Config) -> Generator[None]:
     path = Path(f"{config.socket}.start")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with locked(str(path), _START_WAIT_S):
+            yield
+    except TimeoutError:
+        raise DaemonError(
+            f"another process has been starting the daemon for {_START_WAIT_S:g} s; "
+            f"see {log_path(config)}"
+        ) from None
     except OSError as error:
         raise DaemonError(f"{path}: {error.strerror}; set CKPTFS_SOCKET to another path") from None
-    try:
-        deadline = time.monotonic() + _START_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DaemonError(
-                        f"another process has been starting the daemon for {_START_WAIT_S:g} s; "
-                        f"see {config.socket}.log"
-                    ) from None
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(lock)
 
 
 def wait_ended(config: Config, timeout_s: float) -> bool:
-    """Wait until no keeper has the socket's lock; returns whether that is so."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        lock = os.open(f"{config.socket}.lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.02)
-    finally:
-        os.close(lock)
+    """Wait until the keeper has ended; returns whether it has."""
+    return wait_unlocked(f"{config.socket}.lock", timeout_s)

@@ -23,6 +23,9 @@ _ENVIRONMENT = {
     "CKPTFS_CACHE_DIR": "cache_dir",
 }
 
+_SOCKET_BYTES_MAX = 107
+"""unix(7)"""
+
 
 def load_config(environ: Mapping[str, str] | None = None) -> Config:
     """Read the configuration of this process.
@@ -50,7 +53,17 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
     for field in _ENVIRONMENT.values():
         if not os.path.isabs(getattr(config, field)):
             raise ConfigError(f"{field} must be an absolute path, not {getattr(config, field)!r}")
+    if len(os.fsencode(config.socket)) > _SOCKET_BYTES_MAX:
+        raise ConfigError(
+            f"socket: {config.socket!r} is longer than the {_SOCKET_BYTES_MAX} bytes that a unix "
+            "socket's path may have; set CKPTFS_SOCKET to a shorter one"
+        )
     return config
+
+
+def log_path(config: Config) -> Path:
+    """Where a daemon in the background logs: beside its cache, which it alone uses."""
+    return Path(config.cache_dir, "daemon.log")
 
 
 def runtime_dir(environ: Mapping[str, str]) -> Path:

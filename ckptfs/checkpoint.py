@@ -5,7 +5,8 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-from ckptfs import _client from ckptfs._store.resolve import (
+from ckptfs import _client
+from ckptfs._store.resolve import (
     FileSystem,
     describe,
     filesystem_of,

@@ -40,7 +40,14 @@ import msgspec
 
 from ckptfs._daemon import cachedir
 from ckptfs._daemon.cachedir import NO_FILES, About, Files, ObjectKey
-from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_of
+from ckptfs._model.blocks import (
+    BLOCK_BYTES,
+    block_count,
+    block_length,
+    blocks_length,
+    blocks_of,
+    runs,
+)
 from ckptfs.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -235,12 +242,16 @@ class Cache:
 
     def learn(self, entry: CachedObject, etag: str) -> None:
         """Take in the ETag that the store confirmed; blocks of another ETag are dropped."""
-        settled = time.time() - entry.about.key.mtime_ns / 1e9 > SETTLED_S
+        mtime_ns = entry.about.key.mtime_ns  # 0: the store has none, so it identifies nothing
+        settled = mtime_ns > 0 and time.time() - mtime_ns / 1e9 > SETTLED_S
         if entry.about.etag not in ("", etag):
             log.warning("cache: %s was written twice in one second: dropped", entry.about.key.path)
-            for index in range(len(entry.state)):
-                if entry.state[index] in (STORED, VERIFIED):
+            for index, state in enumerate(entry.state):
+                if state in (STORED, VERIFIED):
                     self._forget(entry, index)
+                elif state == IN_MEMORY:
+                    del self._memory[entry.digest, index]
+                    entry.state[index] = ABSENT
         elif (entry.about.etag, entry.about.settled) == (etag, settled):
             return
         entry.about = msgspec.structs.replace(entry.about, etag=etag, settled=settled)
@@ -455,7 +466,9 @@ class Cache:
             folder = self._folder(digest)
             try:
                 files, about, sums = cachedir.open_existing(folder, key)
-                return CachedObject(digest, about, files, sums)
+                entry = CachedObject(digest, about, files, sums)
+                self._free_unrecorded(entry)
+                return entry
             except (OSError, ValueError) as error:
                 log.warning("cache: removing %s: %s", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -463,11 +476,21 @@ class Cache:
         sums = array("Q", bytes(8 * block_count(key.size)))
         return CachedObject(digest, about, NO_FILES, sums)
 
+    def _free_unrecorded(self, entry: CachedObject) -> None:
+        """Free what a daemon that died had written but not recorded: nobody counts it."""
+        taken = os.fstat(entry.files.data).st_blocks * 512
+        if taken > _pages(entry.stored_bytes()) + _PAGE_BYTES:  # a page for the file system's own
+            absent = (index for index, s in enumerate(entry.sums) if not s)
+            for run in runs(absent, len(entry.sums)):
+                self.discard(entry, run.start, blocks_length(run, entry.size))
+
     def _forget(self, entry: CachedObject, index: int) -> None:
         entry.state[index] = ABSENT
         entry.sums[index] = 0
-        self.unreserve(block_length(index, entry.size))
+        length = block_length(index, entry.size)
+        self.unreserve(length)
         self.record(entry, index, array("Q", [0]))
+        self.discard(entry, index, length)
 
 
 def _pages(length: int) -> int:

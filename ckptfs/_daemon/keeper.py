@@ -11,7 +11,6 @@ on standard output: ``{}``, or an error's code and message.
 
 import argparse
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -27,8 +26,9 @@ from typing import Any
 
 import msgspec
 
-from ckptfs._config import load_config
+from ckptfs._config import load_config, log_path
 from ckptfs._daemon import session
+from ckptfs._filelock import locked
 from ckptfs._model.config import Config
 from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
 
@@ -38,6 +38,7 @@ _READY_WAIT_S = 30.0
 """How long the daemon may take to come up: importing pyarrow from a slow disk."""
 _LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
+_VARIABLES = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
             raise CannotMount(
                 "cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'"
             )
-        _make_runtime_dirs(config)
+        _make_directories(config)
         if args.background:
             report_fd = _detach(config)
         os.chdir("/")
@@ -113,22 +114,14 @@ class Keeper:
     # -- parts of the start
 
     def _take_lock(self) -> None:
-        path = f"{self._socket_path}.lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(lock)
-                    raise DaemonError(
-                        f"a ckptfs daemon is already running on {self._socket_path}; "
-                        "ckptfs umount ends it"
-                    ) from None
-                time.sleep(0.02)
-        self._undo.callback(os.close, lock)  # the last thing to go
+        try:
+            self._undo.enter_context(locked(f"{self._socket_path}.lock", _LOCK_WAIT_S))
+        except TimeoutError:
+            raise DaemonError(
+                f"a ckptfs daemon is already running on {self._socket_path}; ckptfs umount ends it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{self._socket_path}.lock: {error.strerror}") from None
 
     def _clear_leftovers(self) -> None:
         """Whoever had the lock before us is dead, and so is what it left behind."""
@@ -142,7 +135,10 @@ class Keeper:
             self._mount.mkdir(mode=0o700, exist_ok=True)
             occupied = any(self._mount.iterdir())
         except OSError as error:
-            raise ConfigError(f"mount point {self._mount}: {error.strerror}") from None
+            cause = "not a directory" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(
+                f"mount point {self._mount}: {cause}; set CKPTFS_MOUNT to another"
+            ) from None
         if occupied:
             raise ConfigError(
                 f"mount point {self._mount} is not empty; set CKPTFS_MOUNT to another"
@@ -237,22 +233,22 @@ def _raise_reported(line: bytes, otherwise: str) -> None:
 # -- becoming a process of one's own
 
 
-def _make_runtime_dirs(config: Config) -> None:
-    """The directories of the socket and the mount point; the first must be ours alone."""
-    for path in (Path(config.socket).parent, Path(config.mount).parent):
+def _make_directories(config: Config) -> None:
+    """The directories of socket, mount point and cache. Nobody else may be able to write there."""
+    ours = 0o755 if config.allow_other else 0o700
+    socket_dir, mount_dir = Path(config.socket).parent, Path(config.mount).parent
+    for path, mode in ((socket_dir, ours), (mount_dir, ours), (Path(config.cache_dir), 0o700)):
         try:
-            path.mkdir(mode=0o755 if config.allow_other else 0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            info = path.stat()
         except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; set {_VARIABLES}") from None
+        shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
+        if info.st_uid not in (0, os.geteuid()) or shared:
             raise ConfigError(
-                f"{path}: {error.strerror}; set CKPTFS_SOCKET and CKPTFS_MOUNT"
-            ) from None
-    info = os.lstat(Path(config.socket).parent)
-    sticky = info.st_mode & stat.S_ISVTX
-    if info.st_uid not in (0, os.geteuid()) or (info.st_mode & 0o022 and not sticky):
-        raise ConfigError(
-            f"{Path(config.socket).parent} belongs to another user or is writable by others; "
-            "set CKPTFS_SOCKET to a path in a directory of your own"
-        )
+                f"{path} belongs to another user or is writable by others; set {_VARIABLES} to "
+                "paths in a directory of your own"
+            )
 
 
 def _detach(config: Config) -> int:
@@ -265,14 +261,14 @@ def _detach(config: Config) -> int:
     if os.fork():
         os.close(theirs)
         line = _read_line(ours, _LOCK_WAIT_S + _READY_WAIT_S)
-        error = DaemonError(f"the keeper did not come up; see {_log_path(config)}")
+        error = DaemonError(f"the keeper did not come up; see {log_path(config)}")
         os.write(
             1, line or json.dumps({"code": error.code, "message": str(error)}).encode() + b"\n"
         )
         os._exit(0 if line == b"{}\n" else 1)
     os.close(ours)
     os.setsid()
-    log = _log_path(config)
+    log = log_path(config)
     with contextlib.suppress(OSError):
         if log.stat().st_size > _LOG_BYTES_MAX:
             log.replace(f"{log}.1")
@@ -282,10 +278,6 @@ def _detach(config: Config) -> int:
         os.dup2(opened, fd)
         os.close(opened)
     return theirs
-
-
-def _log_path(config: Config) -> Path:
-    return Path(f"{config.socket}.log")
 
 
 def _remove_directory(path: Path) -> None:

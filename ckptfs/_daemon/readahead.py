@@ -51,6 +51,7 @@ class Readahead:
             first_after = (stop - 1) // BLOCK_BYTES + 1
             self._cursors.append(_Cursor(stop, offset < BLOCK_BYTES, length, first_after))
             return range(0)
+        cursor.from_start |= offset < BLOCK_BYTES  # its first request may have been overtaken
         if stop <= cursor.position:
             return range(0)
         cursor.read_bytes += min(length, stop - cursor.position)
@@ -77,8 +78,8 @@ class Readahead:
         current = (cursor.position - 1) // BLOCK_BYTES + 1  # first block not touched yet
         target = min((cursor.position + window) // BLOCK_BYTES, self._blocks)
         start = max(cursor.ahead, current)
-        # Ask for a quarter of the window at a time: larger requests, fewer decisions.
-        if target < self._blocks and (target - start) * BLOCK_BYTES * 4 < window:
+        # Ask for half of the window at a time: fewer and larger requests.
+        if target < self._blocks and (target - start) * BLOCK_BYTES * 2 < window:
             return range(0)
         cursor.ahead = max(start, target)
         return range(start, cursor.ahead)

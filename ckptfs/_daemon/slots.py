@@ -51,6 +51,7 @@ class Slots:
                 self.release(ticket)
             else:
                 self._waiting.remove(ticket)
+                self._grant()  # it may have been in the way of smaller ones
             raise
 
     def release(self, ticket: Ticket) -> None:

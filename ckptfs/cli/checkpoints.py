@@ -53,7 +53,7 @@ def detach(
 
 def ls(
     path_or_uri: Annotated[
-        str, typer.Argument(metavar="[PATH_OR_URI]", help="A path inside the mount, or a URI.")
+        str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, or a URI.")
     ] = "",
     as_json: output.JsonOption = False,
 ) -> None:

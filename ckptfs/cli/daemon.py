@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ckptfs import _client
-from ckptfs._config import load_config
+from ckptfs._config import load_config, log_path
 from ckptfs._model.manifest import printable
 from ckptfs.cli import output
 from ckptfs.errors import DaemonError
@@ -40,7 +40,7 @@ def umount(
         connection.stop(force=force)
     if not _client.wait_ended(config, _END_WAIT_S):
         raise DaemonError(
-            f"the daemon has not ended within {_END_WAIT_S:g} s; see {config.socket}.log"
+            f"the daemon has not ended within {_END_WAIT_S:g} s; see {log_path(config)}"
         )
 
 

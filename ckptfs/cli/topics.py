@@ -24,4 +24,4 @@ def help_(
     commands: dict[str, Any] = getattr(parent.command, "commands", {})
     if topic not in commands:
         raise typer.BadParameter(f"no command or topic {topic!r}")
-    print(commands[topic].get_help(typer.Context(commands[topic], topic, parent=parent)))
+    print(commands[topic].get_help(typer.Context(commands[topic], parent=parent, info_name=topic)))

@@ -1,0 +1,233 @@
+"""Fixtures: a node with a daemon of its own, an S3 server, and the check that nothing is left."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3server import S3Server
+
+HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
+COMMAND_TIMEOUT_S = 60
+
+
+_scratch = ""
+
+
+def pytest_configure() -> None:
+    """Give the run a temporary folder of its own, so that what is left in it is ours."""
+    global _scratch
+    _scratch = tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ckptfs-tests-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_scratch)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_FUSE:
+        return
+    for item in items:
+        if item.get_closest_marker("mount"):
+            item.add_marker(pytest.mark.skip(reason="there is no /dev/fuse"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [
+        r for r in terminalreporter.stats.get("skipped", []) if "/dev/fuse" in str(r.longrepr)
+    ]
+    if skipped:
+        terminalreporter.section("NO /dev/fuse: THE MOUNT WAS NOT TESTED", sep="!", red=True)
+        terminalreporter.line(f"{len(skipped)} tests that mount were skipped")
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+    """Return as soon as `condition()` is true. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout_s:g} s")
+        time.sleep(0.02)
+
+
+# -- what must not be left behind
+
+
+def mounts() -> set[str]:
+    """Mount points below the run's temporary folder."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {path for line in lines if (path := line.split(" ")[4]).startswith(_scratch)}
+
+
+def daemons() -> set[int]:
+    """Processes of this run that are a keeper or a daemon."""
+    found: set[int] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if b"ckptfs._daemon" in command and _scratch.encode() in environment:
+                found.add(int(entry.name))
+    return found
+
+
+def temporary() -> set[str]:
+    return set(os.listdir(_scratch))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    before = mounts(), daemons(), temporary()
+    yield
+    after = mounts(), daemons(), temporary()
+    left = [sorted(now - then) for now, then in zip(after, before, strict=True)]  # type: ignore[type-var]
+    assert left == [[], [], []], f"left behind: mounts, processes, temporary files: {left}"
+
+
+# -- a node
+
+
+class Node:
+    """An isolated node: socket, mount, cache and configuration of its own.
+
+    The environment of the test's process points to it, as does that of the commands it runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mount = folder / "mnt"
+        self.cache_dir = folder / "cache"
+        self.socket = folder / "sock"
+        self.expected_in_log: list[str] = []
+        self.environment = {
+            "CKPTFS_SOCKET": str(self.socket),
+            "CKPTFS_MOUNT": str(self.mount),
+            "CKPTFS_CACHE_DIR": str(self.cache_dir),
+            "CKPTFS_CONFIG": str(folder / "ckptfs.toml"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.configure()
+
+    def configure(self, **settings: Any) -> None:
+        """Write the configuration file. Takes effect with the next daemon."""
+        settings = {
+            "linger_s": 0.2,
+            "read_deadline_s": 20.0,
+            "cache_free_share_min": 0.0,
+        } | settings
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        (self.folder / "ckptfs.toml").write_text("".join(lines))
+
+    def run(
+        self, *command: str, check: bool = True, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run any command, with a time limit."""
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+            **options,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``ckptfs`` with `arguments`."""
+        command = Path(sys.executable).with_name("ckptfs")
+        return self.run(str(command), *arguments, check=check)
+
+    def python(self, code: str, *arguments: str) -> "subprocess.Popen[str]":
+        """Start a Python process that runs `code`; its output can be read."""
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """``ckptfs status --json``."""
+        return json.loads(self.cli("status", "--json").stdout)
+
+    def log(self) -> str:
+        """What keeper and daemon have logged."""
+        path = self.cache_dir / "daemon.log"
+        return path.read_text() if path.exists() else ""
+
+    def end(self) -> None:
+        """End the daemon, if it runs."""
+        if self.socket.exists():
+            self.cli("umount", "--force")
+
+    def check_log(self, log: str) -> None:
+        """Fail for every line above INFO that the test did not announce in `expected_in_log`."""
+        for line in log.splitlines():
+            if " INFO " not in line and not any(known in line for known in self.expected_in_log):
+                pytest.fail(f"unexpected line in the daemon's log: {line}\n\n{log}")
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    """A node. Its path is short: the socket's name has a limit of 107 bytes (unix(7))."""
+    node = Node(Path(tempfile.mkdtemp(prefix="ckptfs-")))
+    for name, value in node.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        yield node
+    finally:
+        node.end()
+        log = node.log()
+        shutil.rmtree(node.folder)
+    node.check_log(log)
+
+
+# -- stores
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """One S3 server for all tests, behind a counting proxy."""
+    with S3Server(counted=True) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> Iterator[Path]:
+    """The folder of a bucket of the test's own; its name is the folder's."""
+    folder = s3.bucket_dir(f"test-{uuid.uuid4().hex[:12]}")
+    s3.reset_traffic()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def uri_of(s3: S3Server) -> Callable[[Path], str]:
+    """The URI of a folder in a bucket."""
+    return lambda folder: s3.uri(str(folder.relative_to(s3.root)))
+
+
+@pytest.fixture
+def small(bucket: Path) -> Path:
+    """A checkpoint with a few small files, ``<bucket>/run/checkpoint``."""
+    top = bucket / "run" / "checkpoint"
+    (top / "layers" / "0").mkdir(parents=True)
+    (top / "config.json").write_text('{"layers": 1}')
+    (top / "empty").touch()
+    (top / "layers" / "0" / "weights.bin").write_bytes(os.urandom(3_000_000))
+    return top

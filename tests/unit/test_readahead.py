@@ -1,0 +1,169 @@
+"""Readahead asks for what a cursor will read next: not twice, not too much, not behind it."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+from unit.fakes import MIB
+
+from ckptfs._daemon.readahead import CURSORS_MAX, Readahead
+from ckptfs._model.blocks import BLOCK_BYTES, block_count
+
+WINDOW = 64 * MIB
+REACH = 2 * MIB
+
+lengths = st.integers(1, MIB)
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> "tuple[int, list[tuple[int, int]]]":
+    """A file size, and accesses in it: runs, small and large jumps, in both directions."""
+    size = draw(st.integers(1, 256 * MIB))
+    accesses: list[tuple[int, int]] = []
+    position = 0
+    for _ in range(draw(st.integers(1, 40))):
+        step = draw(st.sampled_from(["on", "on", "on", "near", "far"]))
+        if step == "near":
+            position += draw(st.integers(-3 * MIB, 3 * MIB))
+        elif step == "far":
+            position = draw(st.integers(0, size - 1))
+        position = min(max(position, 0), size - 1)
+        length = min(draw(lengths), size - position)
+        accesses.append((position, length))
+        position += length
+    return size, accesses
+
+
+@given(walks(), st.integers(0, WINDOW))
+def test_ranges_lie_in_the_file_and_ahead_of_the_access(
+    walk: "tuple[int, list[tuple[int, int]]]", window: int
+) -> None:
+    size, accesses = walk
+    readahead = Readahead(size, window)
+    for offset, length in accesses:
+        ahead = readahead.access(offset, length)
+        if ahead:
+            assert ahead.step == 1
+            assert ahead.start > (offset + length - 1) // BLOCK_BYTES
+            assert ahead.stop <= block_count(size)
+            assert ahead.stop * BLOCK_BYTES <= offset + length + window + BLOCK_BYTES
+
+
+@given(st.integers(0, 255 * MIB), lengths)
+def test_first_touch_of_a_place_fetches_nothing_else(offset: int, length: int) -> None:
+    assert not Readahead(256 * MIB, WINDOW).access(offset, length)
+
+
+@given(st.lists(lengths, min_size=2, max_size=120), st.integers(0, 20 * MIB))
+def test_a_sequential_cursor_gets_no_block_twice(steps: list[int], start: int) -> None:
+    size = 200 * MIB
+    readahead = Readahead(size, WINDOW)
+    position, next_block = start, 0
+    for length in steps:
+        ahead = readahead.access(position, length)
+        position += length
+        if ahead:
+            assert ahead.start >= next_block
+            next_block = ahead.stop
+
+
+@given(st.integers(64 << 10, MIB), st.sampled_from([0, 4 * MIB, 16 * MIB, WINDOW]))
+def test_a_cursor_from_the_start_runs_ahead_by_what_it_read(length: int, window_max: int) -> None:
+    size = 300 * MIB
+    readahead = Readahead(size, window_max)
+    asked_to = 0
+    for position in range(0, 200 * MIB, length):
+        stop = position + length
+        if ahead := readahead.access(position, length):
+            asked_to = ahead.stop * BLOCK_BYTES
+        window = min(stop, window_max)
+        assert asked_to <= stop + window
+        if position:  # it may lag by a quarter of the window, and by the rounding to a block
+            asked_or_read = max(asked_to, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
+            assert asked_or_read > stop + window * 3 // 4 - BLOCK_BYTES
+
+
+def test_a_cursor_from_the_start_ends_with_all_of_the_file_asked_for() -> None:
+    size = 10 * MIB + 5
+    readahead = Readahead(size, WINDOW)
+    ranges = [readahead.access(position, MIB) for position in range(0, 10 * MIB, MIB)]
+    ranges.append(readahead.access(10 * MIB, 5))
+    asked = [block for ahead in ranges for block in ahead]
+    assert asked == list(range(asked[0], block_count(size)))
+    assert asked[0] <= 3
+
+
+@given(st.integers(MIB, 64 * MIB), st.lists(lengths, min_size=1, max_size=150))
+def test_a_cursor_elsewhere_asks_for_a_block_and_a_sixteenth(start: int, steps: list[int]) -> None:
+    readahead = Readahead(400 * MIB, WINDOW)
+    position = start
+    for length in steps:
+        ahead = readahead.access(position, length)
+        position += length
+        if ahead:
+            bound = position + BLOCK_BYTES + (position - start) // 16
+            assert ahead.stop * BLOCK_BYTES <= bound
+
+
+def test_a_cursor_elsewhere_runs_ahead_once_it_goes_on() -> None:
+    readahead = Readahead(400 * MIB, WINDOW)
+    assert not readahead.access(100 * MIB, MIB)
+    assert readahead.access(101 * MIB, MIB) == range(102, 103)
+
+
+@given(st.data())
+def test_interleaved_cursors_are_as_good_as_alone(data: st.DataObject) -> None:
+    size = 2048 * MIB
+    count = data.draw(st.integers(2, CURSORS_MAX))
+    shared = Readahead(size, WINDOW)
+    alone = [Readahead(size, WINDOW) for _ in range(count)]
+    positions = [i * 60 * MIB for i in range(count)]
+    for _ in range(data.draw(st.integers(1, 80))):
+        which = data.draw(st.integers(0, count - 1))
+        length = data.draw(lengths)
+        assert shared.access(positions[which], length) == alone[which].access(
+            positions[which], length
+        )
+        positions[which] += length
+
+
+@given(st.integers(0, 1000), st.sampled_from([128, 256, 512, 1024]))
+def test_requests_out_of_order_stay_on_one_cursor(seed: int, kib: int) -> None:
+    piece = kib << 10
+    order = list(range(0, 64 * MIB, piece))
+    group = min(4, REACH // piece)  # the kernel has a few requests under way, in any order
+    shuffle = random.Random(seed).shuffle
+    for i in range(0, len(order), group):
+        part = order[i : i + group]
+        shuffle(part)
+        order[i : i + group] = part
+    readahead = Readahead(300 * MIB, WINDOW)
+    asked: list[int] = []
+    for offset in order:
+        asked += readahead.access(offset, piece)
+    assert asked == sorted(set(asked))  # a second cursor would ask again
+    assert asked[-1] * BLOCK_BYTES >= 64 * MIB + 8 * MIB
+
+
+def _places(count: int) -> list[int]:
+    return [(8 + 16 * i) * MIB for i in range(count)]
+
+
+def test_the_least_recently_used_cursor_is_forgotten() -> None:
+    readahead = Readahead(1024 * MIB, WINDOW)
+    places = _places(CURSORS_MAX + 1)
+    for place in places[:-1]:
+        readahead.access(place, MIB)
+    assert readahead.access(places[0] + MIB, MIB)  # the first one is in use again
+    readahead.access(places[-1], MIB)  # one too many: the second goes
+    assert readahead.access(places[0] + 2 * MIB, MIB)
+    assert readahead.access(places[2] + MIB, MIB)
+    assert not readahead.access(places[1] + MIB, MIB)
+
+
+def test_a_step_back_costs_the_cursor_nothing() -> None:
+    readahead = Readahead(300 * MIB, WINDOW)
+    reference = Readahead(300 * MIB, WINDOW)
+    for offset in range(0, 32 * MIB, MIB):
+        assert readahead.access(offset, MIB) == reference.access(offset, MIB)
+        assert not readahead.access(max(0, offset - MIB), MIB)

@@ -1,0 +1,190 @@
+"""Places are bounded, the urgent go first, and none is lost when a waiter goes away."""
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
+
+from ckptfs._daemon.slots import Priority, Slots, Ticket
+
+DEMAND, READAHEAD = Priority.DEMAND, Priority.READAHEAD
+
+
+class Clients:
+    """Tasks that acquire tickets; `granted` names those that hold a place, in order."""
+
+    def __init__(self, slots: Slots, nursery: trio.Nursery) -> None:
+        self.slots = slots
+        self.granted: list[str] = []
+        self.tickets: dict[str, Ticket] = {}
+        self.scopes: dict[str, trio.CancelScope] = {}
+        self._nursery = nursery
+
+    async def start(self, name: str, priority: Priority, length: int = 1) -> None:
+        self.tickets[name] = Ticket(priority, length)
+        self.scopes[name] = trio.CancelScope()
+        self._nursery.start_soon(self._run, name)
+        await wait_all_tasks_blocked()
+
+    async def _run(self, name: str) -> None:
+        with self.scopes[name]:
+            await self.slots.acquire(self.tickets[name])
+            self.granted.append(name)
+
+    async def release(self, name: str) -> None:
+        self.granted.remove(name)
+        self.slots.release(self.tickets[name])
+        await wait_all_tasks_blocked()
+
+
+@pytest.fixture
+async def clients(nursery: trio.Nursery) -> Clients:
+    return Clients(Slots(3, 100), nursery)
+
+
+async def test_demand_goes_first_and_then_the_older(clients: Clients) -> None:
+    for name in ("a", "b", "c"):
+        await clients.start(name, DEMAND)
+    await clients.start("late readahead", READAHEAD)
+    await clients.start("first demand", DEMAND)
+    await clients.start("second demand", DEMAND)
+    assert clients.granted == ["a", "b", "c"]
+    await clients.release("a")
+    assert clients.granted == ["b", "c", "first demand"]
+    await clients.release("b")
+    assert clients.granted == ["c", "first demand", "second demand"]
+    for name in ("c", "first demand"):
+        await clients.release(name)
+    assert clients.granted == ["second demand"]  # two places are kept for demand
+    await clients.release("second demand")
+    assert clients.granted == ["late readahead"]
+
+
+async def test_readahead_leaves_places_for_demand(clients: Clients) -> None:
+    await clients.start("ahead", READAHEAD)
+    await clients.start("more ahead", READAHEAD)
+    assert clients.granted == ["ahead"]
+    await clients.start("x", DEMAND)
+    await clients.start("y", DEMAND)
+    assert clients.granted == ["ahead", "x", "y"]
+
+
+async def test_bytes_are_bounded_and_a_large_one_is_not_overtaken(clients: Clients) -> None:
+    await clients.start("60", DEMAND, 60)
+    await clients.start("50", DEMAND, 50)
+    await clients.start("1", DEMAND, 1)
+    assert clients.granted == ["60"]
+    await clients.release("60")
+    assert sorted(clients.granted) == ["1", "50"]
+
+
+async def test_one_transfer_larger_than_everything_may_run_alone(clients: Clients) -> None:
+    await clients.start("huge", READAHEAD, 10**9)
+    await clients.start("other", DEMAND)
+    assert clients.granted == ["huge"]
+    await clients.release("huge")
+    assert clients.granted == ["other"]
+    await clients.start("huge again", DEMAND, 10**9)
+    assert clients.granted == ["other"]
+
+
+async def test_cancelling_a_waiter_leaves_the_queue(clients: Clients) -> None:
+    for name in ("a", "b", "c", "gone", "next"):
+        await clients.start(name, DEMAND)
+    clients.scopes["gone"].cancel()
+    await wait_all_tasks_blocked()
+    await clients.release("a")
+    assert clients.granted == ["b", "c", "next"]
+
+
+async def test_cancelling_a_blocked_head_lets_smaller_ones_go(clients: Clients) -> None:
+    """The head of the queue was in the way only while it waited."""
+    await clients.start("60", DEMAND, 60)
+    await clients.start("50", DEMAND, 50)
+    await clients.start("1", DEMAND, 1)
+    clients.scopes["50"].cancel()
+    await wait_all_tasks_blocked()
+    assert clients.granted == ["60", "1"]
+
+
+async def test_cancelling_after_the_grant_gives_the_place_back() -> None:
+    slots = Slots(1, 100)
+    ticket = Ticket(DEMAND, 100)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await slots.acquire(ticket)
+    assert scope.cancelled_caught
+    with trio.fail_after(1):
+        await slots.acquire(Ticket(DEMAND, 100))
+
+
+async def test_a_raised_ticket_goes_ahead(clients: Clients) -> None:
+    for name in ("a", "b", "c"):
+        await clients.start(name, DEMAND)
+    await clients.start("one", READAHEAD)
+    await clients.start("two", READAHEAD)
+    clients.slots.raise_priority(clients.tickets["two"], DEMAND)
+    clients.slots.raise_priority(clients.tickets["two"], READAHEAD)  # never lowers
+    await clients.release("a")
+    assert clients.granted == ["b", "c", "two"]
+
+
+async def test_raising_uses_a_place_that_was_kept(clients: Clients) -> None:
+    await clients.start("ahead", READAHEAD)
+    await clients.start("more", READAHEAD)
+    assert clients.granted == ["ahead"]
+    clients.slots.raise_priority(clients.tickets["more"], DEMAND)
+    await wait_all_tasks_blocked()
+    assert clients.granted == ["ahead", "more"]
+
+
+_OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("start"), st.sampled_from(Priority), st.integers(1, 150)),
+        st.tuples(st.sampled_from(["release", "cancel", "raise"]), st.just(0), st.integers(0, 99)),
+    ),
+    max_size=40,
+)
+
+
+@given(_OPERATIONS, st.integers(1, 5))
+def test_bounds_hold_and_nothing_waits_without_a_reason(
+    operations: "list[tuple[str, int, int]]", places: int
+) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            clients = Clients(Slots(places, 100), nursery)
+            for number, (operation, priority, value) in enumerate(operations):
+                waiting = [n for n in clients.tickets if n not in clients.granted]
+                if operation == "start":
+                    await clients.start(str(number), Priority(priority), value)
+                elif operation == "release" and clients.granted:
+                    name = clients.granted[value % len(clients.granted)]
+                    await clients.release(name)
+                    del clients.tickets[name]
+                elif operation == "cancel" and waiting:
+                    name = waiting[value % len(waiting)]
+                    clients.scopes[name].cancel()
+                    del clients.tickets[name]
+                elif operation == "raise" and waiting:
+                    name = waiting[value % len(waiting)]
+                    clients.slots.raise_priority(clients.tickets[name], DEMAND)
+                await wait_all_tasks_blocked()
+                _check(clients, places)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def _check(clients: Clients, places: int) -> None:
+    running = [clients.tickets[name] for name in clients.granted]
+    waiting = [t for name, t in clients.tickets.items() if name not in clients.granted]
+    taken = sum(t.length for t in running)
+    assert len(running) <= places
+    assert taken <= 100 or len(running) == 1
+    if waiting:
+        head = min(waiting, key=lambda t: (t.priority, t.serial))
+        kept = 0 if head.priority is DEMAND else 2
+        assert running
+        assert len(running) + kept >= places or taken + head.length > 100
