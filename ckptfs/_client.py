@@ -33,7 +33,7 @@ from ckptfs._model.wire import (
     decode_reply,
     encode,
 )
-from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, ProtocolError
+from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, NoDaemon, ProtocolError
 
 _START_WAIT_S = 60.0
 """Longest wait for a daemon that somebody else is starting."""
@@ -48,12 +48,12 @@ R = TypeVar("R", bound=Reply)
 class Connection:
     """One connection. Attachments that were asked for on it are held until it is closed."""
 
-    def __init__(self, config: Config, timeout_s: float) -> None:
-        self._config = config
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
         try:
-            self._socket.connect(config.socket)
+            self._socket.connect(path)
             self._check_server()
         except BaseException:
             self._socket.close()
@@ -65,7 +65,7 @@ class Connection:
         _, uid, _ = _UCRED.unpack(raw)
         if uid not in (0, os.geteuid()):
             raise DaemonError(
-                f"{self._config.socket} is served by uid {uid}, which is neither you nor root; "
+                f"{self._path} is served by uid {uid}, which is neither you nor root; "
                 "set CKPTFS_SOCKET to another path"
             )
 
@@ -106,8 +106,7 @@ class Connection:
             reply = decode_reply(self._read_line())
         except TimeoutError:
             raise DaemonError(
-                f"the ckptfs daemon at {self._config.socket} does not answer; see its log "
-                f"({log_path(self._config)})"
+                f"the ckptfs daemon at {self._path} does not answer; see its log"
             ) from None
         if isinstance(reply, Failed):
             raise BY_CODE.get(reply.code, CkptfsError)(reply.message)
@@ -131,13 +130,21 @@ class Connection:
 
 
 def connect(config: Config | None = None, timeout_s: float | None = None) -> Connection:
-    """Connect to the running daemon. Raises DaemonError where none is running."""
+    """Connect to the node's daemon if it serves us, else to our own.
+
+    Raises NoDaemon where none is running, DaemonError for one that cannot be used.
+    """
     config = config or load_config()
     timeout_s = config.attach_deadline_s + 10 if timeout_s is None else timeout_s
+    if config.node_socket not in ("", config.socket):
+        with contextlib.suppress(OSError):  # not there, or not for us (its mode)
+            return Connection(config.node_socket, timeout_s)
     try:
-        return Connection(config, timeout_s)
+        return Connection(config.socket, timeout_s)
     except (FileNotFoundError, ConnectionRefusedError):
-        raise DaemonError(f"no ckptfs daemon is running at {config.socket}") from None
+        raise NoDaemon(
+            f"no ckptfs daemon is running at {config.socket}; ckptfs mount starts one"
+        ) from None
     except OSError as error:
         raise DaemonError(f"{config.socket}: {error.strerror or error}") from None
 
@@ -175,18 +182,14 @@ def connect_or_start(config: Config, timeout_s: float | None = None) -> Connecti
 
     Raises CannotMount, ConfigError or DaemonError.
     """
-    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-        return Connection(config, _timeout(config, timeout_s))
+    with contextlib.suppress(NoDaemon):
+        return connect(config, timeout_s)
     with _start_lock(config):
         # Somebody else may have started it while we waited for the lock.
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            return Connection(config, _timeout(config, timeout_s))
+        with contextlib.suppress(NoDaemon):
+            return connect(config, timeout_s)
         start(config)
-        return connect(config, _timeout(config, timeout_s))
-
-
-def _timeout(config: Config, timeout_s: float | None) -> float:
-    return config.attach_deadline_s + 10 if timeout_s is None else timeout_s
+        return connect(config, timeout_s)
 
 
 def start(config: Config) -> None:

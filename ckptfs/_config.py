@@ -27,6 +27,10 @@ _SOCKET_BYTES_MAX = 107
 """unix(7)"""
 
 
+NODE_SOCKET = "/run/ckptfs/control.sock"
+"""Where root's daemon listens, unless it is configured otherwise."""
+
+
 def load_config(environ: Mapping[str, str] | None = None) -> Config:
     """Read the configuration of this process.
 
@@ -38,7 +42,8 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
             unknown, or a value is of the wrong type or out of range.
     """
     environ = os.environ if environ is None else environ
-    values: dict[str, object] = dict(_default_paths(environ))
+    defaults = _default_paths(environ)
+    values: dict[str, object] = {**defaults}
     named = environ.get("CKPTFS_CONFIG")
     file = Path(named) if named else _default_file()
     if named or file.is_file():
@@ -46,6 +51,8 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
     for variable, field in _ENVIRONMENT.items():
         if environ.get(variable):
             values[field] = environ[variable]
+    if values["socket"] == defaults["socket"]:
+        values["node_socket"] = NODE_SOCKET
     try:
         config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
@@ -100,7 +107,7 @@ def _read(file: Path) -> dict[str, object]:
         raise ConfigError(
             f"{file}: {error.strerror}; CKPTFS_CONFIG must name a readable file"
         ) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     known = Config.__struct_fields__
     for key in values:

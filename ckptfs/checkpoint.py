@@ -13,6 +13,7 @@ from ckptfs._store.resolve import (
     local_filesystem,
     local_path_of,
 )
+from ckptfs.errors import CheckpointIsFile, CheckpointNotFound
 
 
 class Checkpoint:
@@ -74,6 +75,12 @@ class Checkpoint:
         """
         local = local_path_of(self.filesystem, self.path)
         if local is not None:
+            if not os.path.isdir(local):
+                raise (
+                    CheckpointIsFile(f"{local} is a file, not a directory; name its directory")
+                    if os.path.exists(local)
+                    else CheckpointNotFound(f"{local} does not exist; check the path")
+                )
             yield local
             return
         location = describe(self.filesystem, self.path)

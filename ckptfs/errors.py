@@ -79,6 +79,12 @@ class DaemonError(CkptfsError):
     code = "daemon"
 
 
+class NoDaemon(DaemonError):
+    """No daemon is running, and this command does not start one."""
+
+    code = "no-daemon"
+
+
 class CannotMount(DaemonError):
     """This machine does not let us mount (no /dev/fuse, no permission, a missing package)."""
 

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from s3server import S3Server
 
+from ckptfs import _client
+from ckptfs._config import load_config
+
 HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
 COMMAND_TIMEOUT_S = 60
 
@@ -163,15 +166,22 @@ class Node:
         """``ckptfs status --json``."""
         return json.loads(self.cli("status", "--json").stdout)
 
+    def wait_quiet(self) -> None:
+        """Wait until nothing is being fetched any more, also ahead of the readers."""
+        wait_until(lambda: all(a["state"] != "fetching" for a in self.status()["attachments"]))
+
     def log(self) -> str:
         """What keeper and daemon have logged."""
         path = self.cache_dir / "daemon.log"
         return path.read_text() if path.exists() else ""
 
     def end(self) -> None:
-        """End the daemon, if it runs."""
+        """End the daemon, if it runs; what ``ckptfs umount --force`` does, in a fifth of the time."""
         if self.socket.exists():
-            self.cli("umount", "--force")
+            with _client.connect() as connection:
+                connection.stop(force=True)
+            assert _client.wait_ended(load_config(), COMMAND_TIMEOUT_S)
+        wait_until(lambda: not daemons())  # the keeper gives its lock back before its last breath
 
     def check_log(self, log: str) -> None:
         """Fail for every line above INFO that the test did not announce in `expected_in_log`."""

@@ -81,6 +81,7 @@ class CachedObject:
         self.state = bytearray(STORED if s else ABSENT for s in sums)
         self.oldest = deque(i for i, s in enumerate(sums) if s)  # stored blocks, oldest first
         self.users = 0
+        self.unreliable = False  # its disk lost a block that was good: keep no more there
 
     def stored_bytes(self) -> int:
         """Bytes of the blocks that are on disk."""
@@ -116,6 +117,11 @@ class Reservation:
         self.stores = True
         self.folders: list[Path] = []
         self.blocks: list[tuple[CachedObject, int]] = []
+
+    def refuse(self) -> None:
+        """There is no room."""
+        self.bytes = 0
+        self.creates = self.stores = False
 
 
 class Cache:
@@ -267,6 +273,8 @@ class Cache:
 
         All blocks must be `readable`. Runs in the event loop: it never waits for the disk.
         """
+        if length > _READ_BYTES_MAX:
+            return None
         view = self._buffer[:length]
         if self._memory:
             blocks = blocks_of(offset, length)
@@ -323,6 +331,7 @@ class Cache:
             entry.state[index] = VERIFIED
             return
         log.warning("cache: block %d of %s is damaged: dropped", index, entry.about.key.path)
+        entry.unreliable |= entry.state[index] == VERIFIED
         self._forget(entry, index)
 
     # -- writing
@@ -380,6 +389,9 @@ class Cache:
         memory.
         """
         result = Reservation(entry, length)
+        if entry.unreliable:
+            result.refuse()
+            return result
         goal = self._excess(result.bytes)
         while result.freed_bytes < goal and self._closed:
             digest, size = self._closed.popitem(last=False)
@@ -392,8 +404,7 @@ class Cache:
                 result.blocks.append((victim, index))
                 result.freed_bytes += _pages(block_length(index, victim.size))
         if result.freed_bytes < goal:
-            result.bytes = 0
-            result.creates = result.stores = False
+            result.refuse()
         self.used_bytes += result.bytes
         return result
 

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import trio
 
+from ckptfs._daemon import formats
 from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload, thread_buffer
@@ -50,7 +51,14 @@ from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._store.base import Pin, Store
-from ckptfs.errors import CkptfsError, ObjectChanged, StoreTimeout, StoreUnavailable
+from ckptfs.errors import (
+    CkptfsError,
+    NotAttached,
+    ObjectChanged,
+    StoreError,
+    StoreTimeout,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     from array import array
@@ -87,13 +95,14 @@ class RemoteFile:
         self.check_lock = trio.Lock()
         self.next_check: _Check | None = None
         self.readahead: Readahead | None = None
+        self.recognised = False  # whether `readahead` knows all that the header says
         self._entry: CachedObject | None = None
 
     @property
     def entry(self) -> CachedObject:
         """Its blocks; only while the file is open."""
         if self._entry is None:
-            raise RuntimeError(f"{self.pin.path} is not open")
+            raise NotAttached(f"{printable(self.pin.path)} was closed: its checkpoint is detached")
         return self._entry
 
     @entry.setter
@@ -116,15 +125,18 @@ class _Check:
 
     def __init__(self) -> None:
         self.done = trio.Event()
+        self.cancelled = False
         self.error: CkptfsError | None = None
 
 
 class _Span:
-    def __init__(self, file: RemoteFile, blocks: range, priority: Priority) -> None:
+    def __init__(
+        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
+    ) -> None:
         self.file = file
-        self.entry = file.entry
+        self.entry = entry
         self.blocks = blocks
-        self.length = blocks_length(blocks, self.entry.size)
+        self.length = blocks_length(blocks, entry.size)
         self.ticket = Ticket(priority, self.length)
         self.done = trio.Event()
         self.error: CkptfsError | None = None
@@ -189,12 +201,15 @@ class Fetcher:
             return
         entry = file.entry = self._cache.open(file.key)
         file.readahead = Readahead(file.pin.size, self._window_bytes_max)
+        file.recognised = False
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
                 self._cache.learn(entry, file.pin.etag)
         elif entry.about.settled:
             file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
             file.trusted = True
+        elif file.trusted and not entry.about.etag:
+            self._cache.learn(entry, file.pin.etag)  # its folder was evicted meanwhile
 
     def close(self, file: RemoteFile) -> None:
         """Undo one `open`. Spans that are under way end by themselves."""
@@ -207,7 +222,11 @@ class Fetcher:
 
     def read_now(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
         """The bytes, if they can be had without waiting. The view is valid until the next call."""
-        entry = file.entry
+        return self._read_now(file, file.entry, offset, length)
+
+    def _read_now(
+        self, file: RemoteFile, entry: CachedObject, offset: int, length: int
+    ) -> memoryview | None:
         if not file.trusted or file.pin.etag != entry.about.etag:
             return None
         if not entry.readable(blocks_of(offset, length)):
@@ -219,62 +238,89 @@ class Fetcher:
 
         Raises what a Store raises, at the latest when the read deadline is over.
         """
-        with trio.move_on_after(self._deadline_s):
+        entry = file.entry  # held, because a forced detach closes the file at any time
+        with self._held(entry), trio.move_on_after(self._deadline_s):
             while True:
-                await self._ensure(file, blocks_of(offset, length))
-                data = self.read_now(file, offset, length)
+                await self._ensure(file, entry, blocks_of(offset, length))
+                data = self._read_now(file, entry, offset, length)
                 if data is None:
-                    data = await self._load(file, offset, length)
+                    data = await self._load(entry, offset, length)
                 if data is not None:
                     return data
         cause = f"; last: {file.error}" if file.error else ""
-        raise StoreTimeout(
+        error = StoreTimeout(
             f"{printable(file.pin.path)}: no data within {self._deadline_s:g} s{cause}"
         )
+        if not file.failing:
+            self._note(file, error)
+        raise error
 
     def access(self, file: RemoteFile, offset: int, length: int) -> None:
-        """Take in an access: start what it needs, then what will be wanted next."""
+        """Take in an access: start what it needs, then what will be wanted next.
+
+        Ends the validity of what `read_now` returned.
+        """
         if file.changed or file.readahead is None:
             return
-        state = file.entry.state
+        entry = file.entry
+        state = entry.state
         needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
-        self._want(file, needed, Priority.DEMAND)
+        self._want(file, entry, needed, Priority.DEMAND)
+        if not file.recognised:
+            self._recognise(file, file.readahead, entry)
         ahead = file.readahead.access(offset, length)
-        self._want(file, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
+        self._want(file, entry, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
 
-    async def _ensure(self, file: RemoteFile, blocks: range) -> None:
+    def _recognise(self, file: RemoteFile, readahead: Readahead, entry: CachedObject) -> None:
+        """Look at the file's header as soon as it is there, to know the file's parts."""
+        size = entry.size
+        prefix_length = formats.SAFETENSORS_PREFIX_BYTES + 1
+        length = 0
+        if size >= prefix_length:
+            prefix = self._read_now(file, entry, 0, prefix_length)
+            if prefix is None:
+                return
+            length = formats.safetensors_header_length(bytes(prefix), size)
+        if length:
+            head = self._read_now(file, entry, 0, length)
+            if head is None:
+                return
+            if parts := formats.safetensors_parts(bytes(head), size):
+                readahead.learn_parts(parts)
+        file.recognised = True
+
+    async def _ensure(self, file: RemoteFile, entry: CachedObject, blocks: range) -> None:
         """Return when every block was there at some moment since the call."""
         if not file.trusted:
-            await self._persist(file, lambda: self._confirm(file))
-        if file.pin.etag != file.entry.about.etag:
+            await self._persist(file, lambda: self._learn(file, entry))
+        if file.pin.etag != entry.about.etag:
             raise ObjectChanged(
                 f"{printable(file.pin.path)} was written again in the second in which it was "
                 "attached; attach the checkpoint again to see the new version"
             )
-        state = file.entry.state
+        state = entry.state
         if any(state[i] == DYING for i in blocks):
             async with self._room:  # the hole is made under this lock
                 pass
         absent = [i for i in blocks if state[i] == ABSENT]
-        known = {self._flights.get((file.entry.digest, i)) for i in absent}
-        for span in self._want(file, absent, Priority.DEMAND):
+        known = {self._flights.get((entry.digest, i)) for i in absent}
+        for span in self._want(file, entry, absent, Priority.DEMAND):
             await span.done.wait()
-            if isinstance(span.error, StoreUnavailable) and span in known:
-                continue  # it was older than this read: the caller's loop tries anew
+            foreign = span.file is not file  # with other credentials, maybe of another version
+            if span in known and (foreign or isinstance(span.error, StoreUnavailable)):
+                continue  # it was not for this read: the caller's loop tries anew
             if span.error is not None:
                 raise span.error
 
-    async def _load(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
+    async def _load(self, entry: CachedObject, offset: int, length: int) -> memoryview | None:
         """The bytes from the disk, checked; None if a block was lost on the way."""
-        entry = file.entry
         parts: list[memoryview] = []
         for index in blocks_of(offset, length):
             data = self._cache.block_in_memory(entry, index)
             if data is None and entry.state[index] in (STORED, VERIFIED):
                 checksum = entry.sums[index]
-                with self._held(entry):
-                    data = await self._offload.disk(self._cache.load, entry, index, checksum)
-                    self._cache.loaded(entry, index, checksum, data is not None)
+                data = await self._offload.disk(self._cache.load, entry, index, checksum)
+                self._cache.loaded(entry, index, checksum, data is not None)
             if data is None:
                 return None
             base = index * BLOCK_BYTES
@@ -283,9 +329,11 @@ class Fetcher:
 
     # -- spans
 
-    def _want(self, file: RemoteFile, blocks: Iterable[int], priority: Priority) -> list[_Span]:
+    def _want(
+        self, file: RemoteFile, entry: CachedObject, blocks: Iterable[int], priority: Priority
+    ) -> list[_Span]:
         """The spans that will bring `blocks`: those under way, and new ones for the rest."""
-        digest = file.entry.digest
+        digest = entry.digest
         spans: dict[_Span, None] = {}
         missing: list[int] = []
         for index in blocks:
@@ -296,11 +344,11 @@ class Fetcher:
                 spans[span] = None
                 self._slots.raise_priority(span.ticket, priority)
         for run in runs(missing, self._span_blocks_max):
-            span = _Span(file, run, priority)
+            span = _Span(file, entry, run, priority)
             spans[span] = None
             self._flights.update(dict.fromkeys(((digest, i) for i in run), span))
             file.flights += 1
-            span.entry.users += 1  # the file may be closed before the span ends, or even starts
+            entry.users += 1  # the file may be closed before the span ends, or even starts
             self._nursery.start_soon(self._run, span)
         return list(spans)
 
@@ -309,7 +357,6 @@ class Fetcher:
         try:
             with trio.fail_after(self._deadline_s):
                 await self._persist(file, lambda: self._attempt(span))
-            file.failing = False
         except trio.TooSlowError:
             span.error = StoreTimeout(
                 f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; "
@@ -318,7 +365,10 @@ class Fetcher:
             self._note(file, span.error)
         except CkptfsError as error:
             span.error = error
-            self._note(file, error)
+        except Exception:  # it must not take the daemon with it
+            log.exception("unexpected error while fetching %s", file.pin.path)
+            span.error = StoreError(f"{printable(file.pin.path)}: internal error; see the log")
+            self._note(file, span.error)
         finally:
             file.flights -= 1
             for index in span.blocks:
@@ -337,8 +387,7 @@ class Fetcher:
         """Steps 1 to 5, once."""
         file, entry = span.file, span.entry
         first = span.blocks.start
-        if not file.trusted:
-            await self._confirm(file)
+        await self._learn(file, entry)
         stores = written = False
         try:
             await self._slots.acquire(span.ticket)
@@ -353,13 +402,16 @@ class Fetcher:
             finally:
                 self._slots.release(span.ticket)
             await self._confirm(file)
+            if file.pin.etag != entry.about.etag:
+                raise ObjectChanged(f"{printable(file.pin.path)} was written again meanwhile")
             self.fetched_bytes += span.length
             self.fetched_spans += 1
             if sums is not None:
                 self._cache.publish(entry, first, sums)
                 written = True
                 span.done.set()
-                await self._offload.disk(self._cache.record, entry, first, sums)
+                with trio.CancelScope(shield=True):  # the thread uses the descriptors of `entry`
+                    await self._offload.disk(self._cache.record, entry, first, sums)
             elif data is not None:
                 self._cache.keep_in_memory(entry, first, data)
         finally:
@@ -391,22 +443,33 @@ class Fetcher:
 
     # -- versions and errors
 
+    async def _learn(self, file: RemoteFile, entry: CachedObject) -> None:
+        """The first check of a file: from here on its version is pinned with its ETag."""
+        async with file.check_lock:
+            if not file.trusted:
+                file.pin = await self._offload.control(file.store.confirm, file.pin)
+                self._cache.learn(entry, file.pin.etag)
+                file.trusted = True
+
     async def _confirm(self, file: RemoteFile) -> None:
         """Return after a version check that began after this call; raises ObjectChanged."""
         check = file.next_check
-        if check is not None:
+        while check is not None:
             await check.done.wait()
+            if not check.cancelled:
+                break
+            check = file.next_check
         else:
             check = file.next_check = _Check()
-            check.error = StoreTimeout("the version check was cancelled")
             try:
                 async with file.check_lock:
                     file.next_check = None  # begun: whoever comes now needs the next one
-                    pin = await self._offload.control(file.store.confirm, file.pin)
-                    self._confirmed(file, pin)
-                check.error = None
+                    await self._offload.control(file.store.confirm, file.pin)
             except CkptfsError as error:
                 check.error = error
+            except BaseException:
+                check.cancelled = True
+                raise
             finally:
                 if file.next_check is check:
                     file.next_check = None
@@ -414,21 +477,22 @@ class Fetcher:
         if check.error is not None:
             raise check.error
 
-    def _confirmed(self, file: RemoteFile, pin: Pin) -> None:
-        if not file.trusted:
-            self._cache.learn(file.entry, pin.etag)
-            file.pin = pin
-            file.trusted = True
-
     async def _persist(self, file: RemoteFile, attempt: Callable[[], Awaitable[None]]) -> None:
-        """Run `attempt` until it succeeds; only errors that can pass are tried again."""
+        """Run `attempt` until it succeeds; only errors that can pass are tried again.
+
+        All of them are noted.
+        """
         pause_s = _PAUSE_S
         while True:
             try:
                 await attempt()
+                file.failing = False
                 return
             except StoreUnavailable as error:
                 self._note(file, error)
+            except CkptfsError as error:
+                self._note(file, error)
+                raise
             await trio.sleep(pause_s * random.uniform(0.5, 1))
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 

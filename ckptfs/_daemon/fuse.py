@@ -43,6 +43,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.LocationError: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,
+    errors.NoDaemon: errno.EIO,
     errors.CannotMount: errno.EIO,
     errors.ProtocolError: errno.EIO,
     errors.NotAttached: errno.ESTALE,

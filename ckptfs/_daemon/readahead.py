@@ -5,28 +5,35 @@ handle: page faults of a mapping and processes that share a descriptor come thro
 access that touches no cursor starts one, and fetches no more than itself: the first touch of a
 random place costs one block. When the cursor goes on, a window runs ahead of it:
 
-- a cursor that began at the start of the file most likely reads all of it: the window is as large
-  as what it has read (it doubles), up to the maximum;
+- where the file's format says what its parts are (tensors; see `formats`), the part that is being
+  read is fetched to its end, and only it; a cursor that has passed two parts reads on through the
+  file, and its window is as large as what it has read;
+- otherwise, a cursor that began at the start of the file most likely reads all of it: the window is
+  as large as what it has read (it doubles), up to the maximum;
 - a cursor that began elsewhere reads one tensor, and where that ends we do not know: the window is
-  one block and a sixteenth of what it has read, so that the waste stays below a tenth of what was
-  needed.
+  one block and a sixteenth of what it has read, so that little is fetched in vain.
 
 Small gaps and small steps back (the kernel's own readahead arrives out of order; a strided walk)
 belong to the same cursor.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
+from ckptfs._daemon.formats import Parts
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 
 CURSORS_MAX = 32
 """Cursors per file; the least recently used one is forgotten."""
 _REACH_BYTES = 2 * BLOCK_BYTES
-"""Largest gap or step back within a cursor: twice the kernel's largest request."""
+"""Largest gap or step back within a cursor: twice the kernel's largest request. The kernel's own
+readahead may touch as much behind the end of what a program reads, so less proves nothing."""
+_PAGE_BYTES = 4096
 
 
 @dataclass(slots=True)
 class _Cursor:
+    anchor: int  # a byte that the program surely asked for with its first access
     position: int  # first byte after the furthest access
     from_start: bool
     read_bytes: int  # by accesses that moved it forward
@@ -37,9 +44,14 @@ class Readahead:
     """The cursors of one file of `size` bytes; a window is at most `window_bytes_max`."""
 
     def __init__(self, size: int, window_bytes_max: int) -> None:
-        self._blocks = block_count(size)
+        self._size = size
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
+        self._parts: Parts | None = None
+
+    def learn_parts(self, parts: Parts) -> None:
+        """Take in what the file consists of."""
+        self._parts = parts
 
     def access(self, offset: int, length: int) -> range:
         """Take in an access; returns the blocks to fetch ahead of it (may be empty)."""
@@ -48,8 +60,11 @@ class Readahead:
         if cursor is None:
             if len(self._cursors) >= CURSORS_MAX:
                 del self._cursors[0]
-            first_after = (stop - 1) // BLOCK_BYTES + 1
-            self._cursors.append(_Cursor(stop, offset < BLOCK_BYTES, length, first_after))
+            first_after = block_count(stop)
+            # A page fault comes with as much before as after it, and at the start of its page.
+            anchor = offset + min(length // 2 + _PAGE_BYTES, length - 1)
+            from_start = offset < BLOCK_BYTES
+            self._cursors.append(_Cursor(anchor, stop, from_start, length, first_after))
             return range(0)
         cursor.from_start |= offset < BLOCK_BYTES  # its first request may have been overtaken
         if stop <= cursor.position:
@@ -72,14 +87,33 @@ class Readahead:
         return cursor
 
     def _advance(self, cursor: _Cursor) -> range:
-        doubled, careful = cursor.read_bytes, BLOCK_BYTES + cursor.read_bytes // 16
-        window = doubled if cursor.from_start else careful
+        window, limit = self._window(cursor)
         window = min(window, self._window_bytes_max)
-        current = (cursor.position - 1) // BLOCK_BYTES + 1  # first block not touched yet
-        target = min((cursor.position + window) // BLOCK_BYTES, self._blocks)
+        end = block_count(limit)
+        current = block_count(cursor.position)  # first block not touched yet
+        target = min((cursor.position + window) // BLOCK_BYTES, end)
         start = max(cursor.ahead, current)
         # Ask for half of the window at a time: fewer and larger requests.
-        if target < self._blocks and (target - start) * BLOCK_BYTES * 2 < window:
+        if target < end and (target - start) * BLOCK_BYTES * 2 < window:
             return range(0)
         cursor.ahead = max(start, target)
         return range(start, cursor.ahead)
+
+    def _window(self, cursor: _Cursor) -> tuple[int, int]:
+        """How many bytes to run ahead of the cursor, and the byte at which to stop."""
+        careful = BLOCK_BYTES + cursor.read_bytes // 16
+        if self._parts is None:
+            return cursor.read_bytes if cursor.from_start else careful, self._size
+        first = self._part(self._parts, cursor.anchor)
+        # The furthest byte that is not just the kernel's readahead, and the part that it is in.
+        sure = cursor.position - _REACH_BYTES - 1
+        part = max(first, self._part(self._parts, sure))
+        if part >= first + 2:
+            return cursor.read_bytes, self._size
+        is_sure = sure >= self._parts.starts[part]
+        return self._window_bytes_max if is_sure else careful, self._parts.stops[part]
+
+    @staticmethod
+    def _part(parts: Parts, offset: int) -> int:
+        """Index of the part that holds `offset`; of the first one for what is before it."""
+        return max(0, bisect_right(parts.starts, offset) - 1)

@@ -5,7 +5,8 @@ nobody holds it any more: no open directory or file, no control connection, not 
 that finds it lingering lists the store again, and shows the new version if there is one; one that
 finds it held joins the snapshot of the others.
 
-All state belongs to the event loop. `_locks` makes attaches of one place wait for each other.
+All state belongs to the event loop. `_locks` makes attaches of one place wait for each other; those
+that waited for one which found the store dark share its answer, instead of asking one by one.
 """
 
 import logging
@@ -27,7 +28,14 @@ from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Pin, Store
 from ckptfs._store.resolve import open_store
-from ckptfs.errors import Busy, LimitExceeded, NotAttached, ObjectChanged, StoreTimeout
+from ckptfs.errors import (
+    Busy,
+    LimitExceeded,
+    NotAttached,
+    ObjectChanged,
+    StoreTimeout,
+    StoreUnavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class Service:
         self._attachments: dict[tuple[int, str], Attachment] = {}
         self._secrets: dict[tuple[int, str], dict[str, str]] = {}
         self._locks: dict[tuple[int, str], trio.Lock] = {}
+        self._outages: dict[tuple[int, str], tuple[Location, StoreUnavailable]] = {}
         self._ordinal = 0
         self._clients = 0
         self._last_use_s = trio.current_time()
@@ -84,8 +93,14 @@ class Service:
         try:
             with trio.fail_after(self._config.attach_deadline_s):
                 async with lock:
+                    asked, outage = self._outages.get(key, (None, None))
+                    if outage is not None and asked == location:
+                        raise type(outage)(*outage.args)
                     attachment = await self._attach(key, location, uid, gid)
                     attachment.clients += 1
+        except StoreUnavailable as error:
+            self._outages[key] = location, error
+            raise
         except trio.TooSlowError:
             raise StoreTimeout(
                 f"{location.uri}: the store gave no listing within "
@@ -94,6 +109,7 @@ class Service:
         finally:
             if not lock.statistics().tasks_waiting and not lock.locked():
                 self._locks.pop(key, None)
+                self._outages.pop(key, None)
         attachment.pinned |= pinned
         return attachment
 

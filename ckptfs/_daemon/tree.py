@@ -65,10 +65,10 @@ class Tree:
             node.size = file.size
             node.mtime_ns = file.mtime_ns or mtime_ns
         for node in reversed(self._nodes):  # children come after their parents
-            if not node.mtime_ns:
-                node.mtime_ns = mtime_ns
             if node.parent is not None:
                 node.parent.mtime_ns = max(node.parent.mtime_ns, node.mtime_ns)
+        for node in self._nodes:
+            node.mtime_ns = node.mtime_ns or mtime_ns
 
     def _add(self, base: int, path: str, parent: Node, index: int) -> Node:
         name = path.rpartition("/")[2].encode()

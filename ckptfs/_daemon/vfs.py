@@ -216,8 +216,8 @@ class Vfs:
         length = min(length, file.pin.size - offset)
         if length <= 0:
             return b""
-        data = self._fetcher.read_now(file, offset, length)
         self._fetcher.access(file, offset, length)
+        data = self._fetcher.read_now(file, offset, length)
         if data is None:
             data = await self._fetcher.read(file, offset, length)
         return data

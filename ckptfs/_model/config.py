@@ -20,6 +20,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         socket: Path of the control socket.
+        node_socket: Control socket of the node's daemon, which clients prefer where it serves them;
+            "" if `socket` was set on purpose.
         mount: Directory where the daemon mounts; checkpoints appear inside it.
         cache_dir: Directory of the cache; one daemon at a time uses it.
         cache_bytes_max: Most bytes that the cache keeps on disk; 0: only the free share limits it.
@@ -29,7 +31,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         idle_exit_s: How long a daemon with no attachment and no client stays; 0: for ever.
         read_deadline_s: Longest time that a read waits for the store.
         attach_deadline_s: Longest time that an attach waits for the store's listing.
-        store_timeout_s: Longest silence of the store within one request, and longest connect.
+        store_timeout_s: Longest silence of the store within one request, and longest connect. Two
+            attempts of 3 s, the AWS SDK's default, keep the answer to an attach below 10 s.
         connections_max: Requests for data that run at the same time.
         in_flight_bytes_max: Most bytes that are being fetched at the same time.
         span_bytes_max: Most bytes of one request. 8 MiB makes the round trip small beside the
@@ -44,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     socket: str
+    node_socket: str = ""
     mount: str
     cache_dir: str
     cache_bytes_max: Bytes = 0
@@ -52,7 +56,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     idle_exit_s: Seconds = 60.0
     read_deadline_s: Seconds = 60.0
     attach_deadline_s: Seconds = 60.0
-    store_timeout_s: Seconds = 4.0
+    store_timeout_s: Seconds = 3.0
     connections_max: Count = 16
     in_flight_bytes_max: Bytes = 128 * MIB
     span_bytes_max: Bytes = 8 * MIB

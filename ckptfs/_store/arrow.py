@@ -80,7 +80,7 @@ class ArrowStore:
         """See Store.list."""
         try:
             infos = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise self._why_not_found() from None
         except (OSError, pa.ArrowException) as error:
             raise translate_error(error, self._name) from error
@@ -116,7 +116,6 @@ class ArrowStore:
             current = self._version_of(handle, pin)
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
-        self._give_back(pin.path, handle)
         if current.size != pin.size:
             raise self._changed(pin, f"{pin.size} bytes became {current.size}")
         # S3 gives whole seconds in Last-Modified, and some servers fractions in the listing.
@@ -124,6 +123,7 @@ class ArrowStore:
             raise self._changed(pin, "it was written again")
         if pin.etag and current.etag != pin.etag:
             raise self._changed(pin, f"ETag {pin.etag} became {current.etag or 'none'}")
+        self._give_back(pin.path, handle)  # not one of another version: its size is fixed
         return msgspec.structs.replace(pin, etag=current.etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
@@ -132,6 +132,8 @@ class ArrowStore:
         try:
             if handle is None:
                 handle = self._fs.open_input_file(self._path(pin))
+            if (size := handle.size()) != pin.size:  # seek would refuse what lies behind the end
+                raise self._changed(pin, f"{pin.size} bytes became {size}")
             handle.seek(offset)
             done = 0
             while done < len(buffer):
@@ -237,7 +239,7 @@ def translate_error(error: Exception, what: str) -> CkptfsError:
         return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
     if "imeout was reached" in text or "timed out" in text:
         return StoreTimeout(f"{what}: the store did not answer ({cause}); check the endpoint")
-    if name in _TRANSIENT or re.search(r"HTTP status (5\d\d|429)", text):
+    if name in _TRANSIENT or re.search(r"HTTP status (5\d\d|429)|\(UNAVAILABLE", text):
         return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
     if "XML_ERROR" in text:
         return StoreError(

@@ -8,6 +8,7 @@ options listed here cross the process border, so nothing that arrives can name c
 
 import os
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Kind, Location, Option
+from ckptfs._model.manifest import printable
 from ckptfs._store.arrow import ArrowStore, translate_error
 from ckptfs._store.base import Store
 from ckptfs.errors import LocationError
@@ -96,7 +98,7 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         shown = _without_userinfo(text)
-        cause = str(error).partition("\n")[0].replace(text, shown)
+        cause = printable(str(error).replace(text, shown).partition("\n")[0])
         if "AWS Error" in cause or "Bucket '" in cause:  # it was asked for its region
             raise translate_error(error, shown) from None
         if "empty scheme" in cause:
@@ -184,8 +186,9 @@ def _s3(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
     )
 
 
-def _gcs(options: Mapping[str, Any], _: float) -> FileSystem:
-    return pafs.GcsFileSystem(**options)
+def _gcs(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
+    # The default is 15 minutes of silent retries.
+    return pafs.GcsFileSystem(**options, retry_time_limit=timedelta(seconds=timeout_s))
 
 
 def _azure(options: Mapping[str, Any], _: float) -> FileSystem:
@@ -210,14 +213,12 @@ _BUILDERS: dict[Kind, Callable[[Mapping[str, Any], float], FileSystem]] = {
 
 
 def _without_userinfo(uri: str) -> str:
-    """`uri` with the secret part of ``key:secret@`` and of the query hidden, for messages."""
+    """`uri` with what looks like ``key:secret@`` hidden and without its query, for messages."""
     scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    shown = f"***@{host}" if at and ":" in user else authority
-    return f"{scheme}://{shown}{slash}{path.partition('?')[0]}"
+    # The last "@": a secret that was not percent-encoded may hold any character.
+    userinfo, at, host = rest.rpartition("@")
+    shown = f"***@{host}" if at and ":" in userinfo else rest
+    return printable(f"{scheme}{separator}{shown.partition('?')[0]}")
 
 
 def local_filesystem() -> FileSystem:

@@ -52,7 +52,7 @@ def share(part: int, whole: int) -> Text:
     ratio = part / whole if whole else 1.0
     filled = round(ratio * _BAR_WIDTH)
     bar = Text("█" * filled, style="green") + Text("░" * (_BAR_WIDTH - filled), style="dim")
-    return bar + f" {ratio:4.0%}"
+    return bar + f" {int(100 * ratio):3}%"  # never 100 % before it is all there
 
 
 _STATE_STYLES = {"cached": "green", "fetching": "cyan", "changed": "yellow", "failing": "red"}
