@@ -102,7 +102,8 @@ class Connection:
 
     def _request(self, request: Request, expected: type[R]) -> R:
         try:
-            self._socket.sendall(encode(request))
+            with contextlib.suppress(BrokenPipeError):  # it may have hung up with a reason
+                self._socket.sendall(encode(request))
             reply = decode_reply(self._read_line())
         except TimeoutError:
             raise DaemonError(

@@ -92,3 +92,7 @@ class Checkpoint:
             yield path
         finally:
             os.close(lease)
+            # The kernel tells the daemon of a close and does not wait. This question comes after it,
+            # so when it is answered the lease is gone, and who attaches next sees the store anew.
+            with contextlib.suppress(OSError):
+                os.stat(os.path.dirname(path))

@@ -178,8 +178,11 @@ class Cache:
     def _recover(self) -> int:
         """Index what an earlier daemon left; remove what is not whole. Returns bytes on disk."""
         shutil.rmtree(self.directory / "trash", ignore_errors=True)
-        (self.directory / "trash").mkdir(mode=0o700, exist_ok=True)
-        (self.directory / "objects").mkdir(mode=0o700, exist_ok=True)
+        for name in ("trash", "objects"):
+            try:
+                (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{self.directory / name}: {error.strerror}; remove it") from None
         found: list[tuple[float, str, int]] = []
         for folder in self.directory.glob("objects/*/*"):
             try:
@@ -389,10 +392,10 @@ class Cache:
         memory.
         """
         result = Reservation(entry, length)
-        if entry.unreliable:
+        goal = self._excess(result.bytes)
+        if entry.unreliable or goal is None:
             result.refuse()
             return result
-        goal = self._excess(result.bytes)
         while result.freed_bytes < goal and self._closed:
             digest, size = self._closed.popitem(last=False)
             result.folders.append(self._to_trash(digest))
@@ -448,13 +451,13 @@ class Cache:
         fullest = max(self._open.values(), key=lambda entry: len(entry.oldest), default=None)
         return fullest if fullest and fullest.oldest else None
 
-    def _excess(self, length: int) -> int:
-        """Bytes that have to go before `length` more can be stored."""
+    def _excess(self, length: int) -> int | None:
+        """Bytes that have to go before `length` more can be stored; None: the disk is gone."""
         excess = self.used_bytes + length - self.bytes_max if self.bytes_max else 0
         try:
             disk = os.statvfs(self.directory)
         except OSError:
-            return self.used_bytes + length + 1  # no disk: nothing can be stored
+            return None
         free = disk.f_bavail * disk.f_frsize
         leave = int(self._free_share_min * disk.f_blocks * disk.f_frsize)
         return max(excess, leave + length - free)

@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import trio
 
@@ -60,13 +61,16 @@ class Control:
             raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             _, uid, gid = _UCRED.unpack(raw)
             self._admit(uid)
-            async for line in _lines(stream):
-                await stream.send_all(encode(await self._answer(line, uid, gid, held)))
+            async with aclosing(_lines(stream)) as lines:
+                async for line in lines:
+                    await stream.send_all(encode(await self._answer(line, uid, gid, held)))
         except CkptfsError as error:  # the connection itself is at fault: say so and hang up
             with trio.move_on_after(1):
                 await _send_if_there(stream, Failed(code=error.code, message=str(error)))
         except (trio.BrokenResourceError, trio.TooSlowError):
             pass  # the client is gone, or silent
+        except Exception:  # whatever a client does, it must not take the daemon with it
+            log.exception("unexpected error on a control connection")
         finally:
             for attachment in held:
                 self._service.let_go(attachment)
@@ -125,11 +129,11 @@ class Control:
         return Done()
 
 
-async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
+async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
     """Requests, one per line. Raises ProtocolError for one that is too long, TooSlowError."""
     pending = bytearray()
     while True:
-        while (end := pending.find(b"\n")) >= 0:
+        while 0 <= (end := pending.find(b"\n")) <= LINE_BYTES_MAX:
             line = bytes(pending[:end])
             del pending[: end + 1]
             yield line

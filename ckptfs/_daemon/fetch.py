@@ -32,6 +32,7 @@ when the blocks may already be somebody else's.
 
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
@@ -138,8 +139,14 @@ class _Span:
         self.blocks = blocks
         self.length = blocks_length(blocks, entry.size)
         self.ticket = Ticket(priority, self.length)
+        self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.error: CkptfsError | None = None
+
+    def start_clock(self, deadline_s: float) -> None:
+        """Count from the first dealing with the store: waiting for a place is no fault of it."""
+        if self.scope.deadline == math.inf:
+            self.scope.deadline = trio.current_time() + deadline_s
 
 
 class _Transfer:
@@ -185,7 +192,11 @@ class Fetcher:
         self._nursery = nursery
         self._deadline_s = config.read_deadline_s
         self._span_blocks_max = max(1, config.span_bytes_max // BLOCK_BYTES)
-        self._window_bytes_max = config.window_bytes_max
+        # With other users, cached bytes are for those whose own credentials have passed a check.
+        self._allow_other = config.allow_other
+        # A window that fills the cache would push out what was not read yet.
+        share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
+        self._window_bytes_max = min(config.window_bytes_max, share)
         self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
@@ -205,11 +216,9 @@ class Fetcher:
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
                 self._cache.learn(entry, file.pin.etag)
-        elif entry.about.settled:
+        elif entry.about.settled and not self._allow_other:
             file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
             file.trusted = True
-        elif file.trusted and not entry.about.etag:
-            self._cache.learn(entry, file.pin.etag)  # its folder was evicted meanwhile
 
     def close(self, file: RemoteFile) -> None:
         """Undo one `open`. Spans that are under way end by themselves."""
@@ -355,14 +364,14 @@ class Fetcher:
     async def _run(self, span: _Span) -> None:
         file, entry = span.file, span.entry
         try:
-            with trio.fail_after(self._deadline_s):
+            with span.scope:
                 await self._persist(file, lambda: self._attempt(span))
-        except trio.TooSlowError:
-            span.error = StoreTimeout(
-                f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; "
-                f"last: {file.error.rpartition('last: ')[2] or 'no answer'}"
-            )
-            self._note(file, span.error)
+            if span.scope.cancelled_caught:
+                span.error = StoreTimeout(
+                    f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; "
+                    f"last: {file.error.rpartition('last: ')[2] or 'no answer'}"
+                )
+                self._note(file, span.error)
         except CkptfsError as error:
             span.error = error
         except Exception:  # it must not take the daemon with it
@@ -387,10 +396,13 @@ class Fetcher:
         """Steps 1 to 5, once."""
         file, entry = span.file, span.entry
         first = span.blocks.start
-        await self._learn(file, entry)
+        if not file.trusted:
+            span.start_clock(self._deadline_s)
+            await self._learn(file, entry)
         stores = written = False
         try:
             await self._slots.acquire(span.ticket)
+            span.start_clock(self._deadline_s)
             try:
                 stores = await self._make_room(entry, span.length)
                 transfer = _Transfer(span, stores)

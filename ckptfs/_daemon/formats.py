@@ -49,7 +49,7 @@ def safetensors_parts(head: bytes, size: int) -> Parts | None:
     """
     try:
         tensors = _header.decode(head[SAFETENSORS_PREFIX_BYTES:])
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also UnicodeDecodeError
         return None
     tensors.pop("__metadata__", None)
     ranges = sorted(tensor.data_offsets for tensor in tensors.values())

@@ -76,7 +76,8 @@ class Keeper:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._mount = Path(config.mount)
+        # As the kernel will name it. Not resolved itself: a dead mount may be on it.
+        self._mount = Path(os.path.realpath(os.path.dirname(config.mount)), Path(config.mount).name)
         self._socket_path = Path(config.socket)
         self._undo = contextlib.ExitStack()
         self._daemon: subprocess.Popen[bytes] | None = None

@@ -118,17 +118,17 @@ class Service:
     ) -> Attachment:
         known = self._attachments.get(key)
         if known is not None and known.held:
-            if location.secrets != self._secrets[key]:
-                store = open_store(location, self._config.store_timeout_s)
-                await self._offload.control(_prove_access, store, known.manifest)
+            if location.secrets == self._secrets[key]:
+                return known
+            store = open_store(location, self._config.store_timeout_s)
+            await self._offload.control(_prove_access, store, known.manifest)
+            if self._attachments.get(key) is known:  # it may have ended meanwhile
                 known.use_store(store)
                 self._secrets[key] = location.secrets
-            return known
-        if known is None and len(self._attachments) >= self._config.attachments_max:
-            raise LimitExceeded(
-                f"{len(self._attachments)} checkpoints are attached, the most that attachments_max "
-                "allows; detach one, or raise it"
-            )
+                return known
+            known = self._attachments.get(key)
+        if known is None:
+            self._check_limit()
         store = open_store(location, self._config.store_timeout_s)
         self._ordinal += 1
         fresh = await self._offload.control(self._build, self._ordinal, location, store, uid, gid)
@@ -139,6 +139,7 @@ class Service:
             return known
         if known is not None:
             self._remove(known)
+        self._check_limit()  # other places may have been attached meanwhile
         self._attachments[key] = fresh
         self._secrets[key] = location.secrets
         self.vfs.add(fresh)
@@ -146,6 +147,13 @@ class Service:
         for skipped in fresh.manifest.skipped[:_SKIPPED_IN_STATUS]:
             log.warning("%s: left out %s: %s", fresh.location.uri, skipped.name, skipped.reason)
         return fresh
+
+    def _check_limit(self) -> None:
+        if len(self._attachments) >= self._config.attachments_max:
+            raise LimitExceeded(
+                f"{len(self._attachments)} checkpoints are attached, the most that attachments_max "
+                "allows; detach one, or raise it"
+            )
 
     def _build(
         self, ordinal: int, location: Location, store: Store, uid: int, gid: int

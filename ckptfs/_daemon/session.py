@@ -12,6 +12,7 @@ This module must not touch the mount by path: nobody may answer yet.
 import array
 import ctypes
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -127,10 +128,10 @@ def unmount(mountpoint: Path) -> None:
 def device_of_mount(mountpoint: Path) -> str | None:
     """``major:minor`` of what ckptfs has mounted there, or None. Never touches the mount itself."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
         fields = line.split(" ")
         kind = fields[fields.index("-") + 1]
-        path = fields[4].encode().decode("unicode_escape")  # \040 for a space, proc(5)
+        path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])  # see proc(5)
         if kind == FSTYPE and path == str(mountpoint):
             found = fields[2]
     return found

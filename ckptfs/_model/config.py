@@ -36,7 +36,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         connections_max: Requests for data that run at the same time.
         in_flight_bytes_max: Most bytes that are being fetched at the same time.
         span_bytes_max: Most bytes of one request. 8 MiB makes the round trip small beside the
-            transfer, and still spreads a file over several connections.
+            transfer, and still spreads a file over several connections. At most 16 MiB, because
+            what the disk refuses is kept in memory as a whole.
         window_bytes_max: Furthest that readahead runs ahead of one cursor.
         read_ahead_kb: The kernel's own readahead for the mount, in KiB (needs root). 1024 was
             measured half again as fast as the default of 128.
@@ -59,7 +60,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     store_timeout_s: Seconds = 3.0
     connections_max: Count = 16
     in_flight_bytes_max: Bytes = 128 * MIB
-    span_bytes_max: Bytes = 8 * MIB
+    span_bytes_max: Annotated[int, msgspec.Meta(ge=1, le=16 * MIB)] = 8 * MIB
     window_bytes_max: Bytes = 64 * MIB
     read_ahead_kb: Bytes = 1024
     allow_other: bool = False

@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True):
         files: The files, sorted by path.
         directories: Every directory except the root, parents first.
         skipped: Objects that are left out.
-        version: 32 hex digits over all paths, sizes and times.
+        version: 32 hex digits over all names, sizes and times.
         size: Bytes of all files together.
     """
 
@@ -100,35 +100,51 @@ def build_manifest(listing: Listing) -> Manifest:
             directories.add(parent)
             parent = parent.rpartition("/")[0]
 
+    hostile: dict[str, str] = {}
     for path in listing.directories:
-        # A hostile directory name is reported through the objects below it.
-        if fault_of_name(path) is None:
+        fault = fault_of_name(path)
+        if fault is None:
             directories.add(path)
             add_parents(path)
+        elif path:
+            hostile[path] = fault
     for file in listing.files:
         fault = fault_of_name(file.path)
         if fault is None and file.path in files:
             fault = "the store listed the name twice"
         if fault is not None:
             skipped.append(Skipped(printable(file.path), fault))
+            _drop_parents(hostile, file.path)
             continue
         files[file.path] = file
         add_parents(file.path)
     for path in directories & files.keys():
         skipped.append(Skipped(printable(path), "the name is both a file and a directory"))
         del files[path]
+    for path in sorted(hostile, key=len, reverse=True):  # the deepest first
+        if fault := hostile.pop(path, None):
+            skipped.append(Skipped(printable(path), fault))
+            _drop_parents(hostile, path)
     ordered = tuple(files[path] for path in sorted(files))
     return Manifest(
         files=ordered,
         directories=tuple(sorted(directories)),
         skipped=tuple(skipped),
-        version=_version(ordered),
+        version=_version(ordered, sorted(directories)),
         size=sum(file.size for file in ordered),
     )
 
 
-def _version(files: Iterable[ListedFile]) -> str:
+def _drop_parents(hostile: dict[str, str], path: str) -> None:
+    """A hostile directory is reported through what is below it, where there is anything."""
+    while hostile and (path := path.rpartition("/")[0]):
+        hostile.pop(path, None)
+
+
+def _version(files: Iterable[ListedFile], directories: Iterable[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    for path in directories:
+        digest.update(f"{path}/\n".encode())
     for file in files:
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -140,7 +140,7 @@ def decode_reply(line: bytes) -> Reply:
 def _decode(decoder: "msgspec.json.Decoder[_Decoded]", line: bytes) -> _Decoded:
     try:
         return decoder.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # Of the decoder's text only: the line itself may hold credentials.
         raise ProtocolError(
             f"malformed control message: {error}; client and daemon must be of the same version"

@@ -234,8 +234,8 @@ class FakeStore:
 class InlineOffload(Offload):
     """Runs the calls in the event loop, after a checkpoint, so that a test can own the clock.
 
-    `latency_s` gives a kind of call ("data", "control", "disk") a duration before it runs (infinity:
-    it never does); `reply_s` delays its result.
+    `latency_s` gives a kind of call ("data", "control", "disk") a duration before it runs
+    (infinity: it never does); `reply_s` delays its result.
     """
 
     def __init__(self) -> None:

@@ -42,8 +42,14 @@ class Rig:
 
     async def quiet(self) -> None:
         """Return when no span is under way."""
-        while any(file.flights for file in self.files):
+        while any(file.flights for file in self.files):  # noqa: ASYNC110 - threads end them
             await trio.sleep(0.002)
+
+
+def bytes_on_disk(cache_dir: Path) -> int:
+    """What the files of all cached objects really take."""
+    files = [path for path in (cache_dir / "objects").rglob("*") if path.is_file()]
+    return sum(path.stat().st_blocks * 512 for path in files)
 
 
 @asynccontextmanager
@@ -53,9 +59,15 @@ async def rig_in(
     """A rig whose cache is in `directory`; all of it ends with the block."""
     config = config_of(directory, **settings)
     cache = Cache(Path(config.cache_dir), config.cache_bytes_max, config.cache_free_share_min)
+    failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
-            yield Rig(config, cache, offload or InlineOffload(), nursery)
+            try:
+                yield Rig(config, cache, offload or InlineOffload(), nursery)
+            except Exception as error:  # to be raised without the nursery's group around it
+                failure = error
             nursery.cancel_scope.cancel()
     finally:
         cache.shut()
+    if failure is not None:
+        raise failure

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.fakes import MIB, OLD_NS, pattern
+from unit.rig import bytes_on_disk
 from unit.test_cachedir import DAMAGES
 
 from ckptfs._daemon import cachedir
@@ -71,12 +72,6 @@ def load(cache: Cache, entry: CachedObject, index: int) -> bytes | None:
     data = cache.load(entry, index, checksum)
     cache.loaded(entry, index, checksum, data is not None)
     return data
-
-
-def bytes_on_disk(cache: Cache) -> int:
-    """What the files of all objects really take."""
-    files = [p for p in (cache.directory / "objects").rglob("*") if p.is_file()]
-    return sum(p.stat().st_blocks * 512 for p in files)
 
 
 @contextlib.contextmanager
@@ -142,7 +137,7 @@ def test_a_block_written_but_not_recorded_is_absent_after_a_crash(directory: Pat
     with cache_in(directory) as cache:
         entry = cache.open(key)
         assert bytes(entry.state) == bytes([STORED, ABSENT, ABSENT, ABSENT])
-        assert bytes_on_disk(cache) <= cache.used_bytes
+        assert bytes_on_disk(cache.directory) <= cache.used_bytes
 
 
 def test_a_flipped_bit_is_found_and_only_its_block_is_dropped(directory: Path) -> None:
@@ -160,7 +155,7 @@ def test_a_flipped_bit_is_found_and_only_its_block_is_dropped(directory: Path) -
         assert b"".join(load(cache, entry, i) or b"?" for i in (0, 2, 3)) == (
             data[:MIB] + data[2 * MIB :]
         )
-        assert bytes_on_disk(cache) <= cache.used_bytes
+        assert bytes_on_disk(cache.directory) <= cache.used_bytes
         assert store(cache, entry, 1, data[MIB : 2 * MIB])
     with cache_in(directory) as cache:
         assert load(cache, cache.open(key), 1) == data[MIB : 2 * MIB]
@@ -199,7 +194,7 @@ def test_a_damaged_folder_is_dropped(directory: Path, damage: Callable[[Path], N
         entry = cache.open(key)
         assert not any(entry.state)
         assert store(cache, entry, 0, block_of(entry, 0))
-        assert bytes_on_disk(cache) <= cache.used_bytes
+        assert bytes_on_disk(cache.directory) <= cache.used_bytes
         other = cache.open(good)
         assert load(cache, other, 2) == content[2 * MIB : 3 * MIB]
     with cache_in(directory) as cache:
@@ -306,7 +301,7 @@ def test_blocks_of_another_etag_are_dropped(directory: Path) -> None:
         assert not any(entry.state)
         assert cache.block_in_memory(entry, 2) is None
         assert entry.about.etag == '"2"'
-        assert bytes_on_disk(cache) <= cache.used_bytes == FOLDER
+        assert bytes_on_disk(cache.directory) <= cache.used_bytes == FOLDER
         store(cache, entry, 1, block_of(entry, 1))
     with cache_in(directory) as cache:
         entry = cache.open(key)
@@ -389,7 +384,7 @@ def test_a_block_cannot_be_read_while_its_hole_is_made(directory: Path) -> None:
         assert not entry.readable(range(1))
         assert entry.state[0] != ABSENT  # nor fetched again
         used = cache.used_bytes
-        assert used >= bytes_on_disk(cache)  # counted until it is gone
+        assert used >= bytes_on_disk(cache.directory)  # counted until it is gone
         cache.settle(reservation, cache.make_room(reservation))
         assert entry.state[0] == ABSENT
         cache.unreserve(MIB)
@@ -402,7 +397,7 @@ def test_an_object_larger_than_the_limit_flows_through(directory: Path) -> None:
         for index in range(20):
             assert store(cache, entry, index, block_of(entry, index))
             assert cache.read_now(entry, index * MIB, MIB) == block_of(entry, index)
-            assert bytes_on_disk(cache) <= cache.used_bytes <= limit
+            assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
         assert entry.stored_bytes() == 3 * MIB
 
 
@@ -413,7 +408,7 @@ def test_what_does_not_fit_is_kept_in_memory(directory: Path, limit: int, share:
         assert not store(cache, entry, 0, block_of(entry, 0))
         assert cache.used_bytes == 0
         assert cache.read_now(entry, 0, MIB) == block_of(entry, 0)
-        assert bytes_on_disk(cache) == 0
+        assert bytes_on_disk(cache.directory) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_not_counted(
@@ -440,7 +435,7 @@ def test_a_discarded_write_frees_its_space(cache: Cache) -> None:
     cache.write(entry, 1, memoryview(pattern(2 * MIB)))
     cache.discard(entry, 1, 2 * MIB)
     cache.unreserve(2 * MIB)
-    assert cache.used_bytes == used >= bytes_on_disk(cache)
+    assert cache.used_bytes == used >= bytes_on_disk(cache.directory)
     assert cache.read_now(entry, 0, MIB) == block_of(entry, 0)
 
 
@@ -504,18 +499,18 @@ def test_the_limit_holds_at_every_step(
             cache.shut()
             entries.clear()
             cache = Cache(directory, limit, 0.0)
-        assert bytes_on_disk(cache) <= cache.used_bytes <= limit
+        assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
     for entry in entries.values():
         for index, state in enumerate(entry.state):
             if state in (STORED, VERIFIED):
                 assert load(cache, entry, index) == block_of(entry, index)
         cache.close(entry)
-    assert bytes_on_disk(cache) <= cache.used_bytes <= limit
+    assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
     last = cache.open(key_of("last", 10 * limit))
     reservation = cache.reserve(last, 10 * limit)  # more than there can be: all else goes
     cache.settle(reservation, cache.make_room(reservation))
     assert cache.used_bytes == 0
-    assert bytes_on_disk(cache) == 0
+    assert bytes_on_disk(cache.directory) == 0
     cache.shut()
 
 

@@ -1,0 +1,343 @@
+"""The control socket answers every request, survives every line, and holds what was attached."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+from unit.fakes import InlineOffload
+from unit.rig import rig_in
+from unit.test_service import PLACE, SETTINGS, Bench
+
+from ckptfs._daemon import control as control_module
+from ckptfs._daemon import service as service_module
+from ckptfs._daemon.control import Control
+from ckptfs._model.location import Location
+from ckptfs._model.wire import (
+    LINE_BYTES_MAX,
+    Attach,
+    Attached,
+    Detach,
+    Done,
+    Failed,
+    Reply,
+    Request,
+    Status,
+    StatusReply,
+    Stop,
+    decode_reply,
+    encode,
+)
+from ckptfs.errors import AccessDenied, CheckpointNotFound
+
+
+class Client:
+    """One connection of a client that may say anything."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._pending = b""
+
+    async def line(self) -> bytes:
+        """The next line; empty at the end."""
+        while b"\n" not in self._pending:
+            data = await self.stream.receive_some()
+            if not data:
+                return b""
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    async def ask(self, request: "Request | bytes") -> Reply:
+        """Send a request, or any bytes, and wait for the reply."""
+        await self.stream.send_all(request if isinstance(request, bytes) else encode(request))
+        return decode_reply(await self.line())
+
+
+class Server(Bench):
+    """A service behind a control socket."""
+
+    path: Path
+    control: Control
+    clients: "list[Client]"
+
+    async def listen(self, path: Path) -> None:
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening.bind(str(path))
+        listening.listen()
+        self.path = path
+        self.clients = []
+        self.control = Control(self.service, self.rig.config)
+        self.rig.nursery.start_soon(self.control.serve, listening)
+
+    async def connect(self) -> Client:
+        """A new connection."""
+        self.clients.append(Client(await trio.open_unix_socket(str(self.path))))
+        return self.clients[-1]
+
+
+@pytest.fixture
+async def server(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Server]:
+    async with rig_in(tmp_path, InlineOffload(), **SETTINGS) as rig:
+        server = Server(rig)
+        monkeypatch.setattr(service_module, "open_store", server.open_store)
+        await server.listen(tmp_path_factory.mktemp("s") / "s")  # a path of at most 107 bytes
+        yield server
+        for client in server.clients:
+            await client.stream.aclose()
+
+
+async def test_attach_tells_where_and_what(server: Server, autojump_clock: MockClock) -> None:
+    server.store(PLACE).overwrite("..", b"")
+    reply = await (await server.connect()).ask(Attach(location=PLACE))
+    assert isinstance(reply, Attached)
+    attachment = server.service.find(os.geteuid(), reply.name, None)
+    assert reply.mount == server.rig.config.mount
+    assert reply.uri == PLACE.uri
+    assert reply.version == attachment.manifest.version
+    assert (reply.files, reply.size, reply.skipped) == (2, 8, 1)
+    assert attachment.uid == os.geteuid()
+    assert attachment.gid == os.getegid()
+
+
+async def test_an_attachment_is_held_while_the_connection_is_open(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    first, second = await server.connect(), await server.connect()
+    reply = await first.ask(Attach(location=PLACE))
+    assert await first.ask(Attach(location=PLACE)) == reply
+    assert await second.ask(Attach(location=PLACE)) == reply
+    assert server.lists() == 1
+    await first.stream.aclose()
+    await trio.sleep(60)
+    assert server.shown() == [reply.name]
+    await second.stream.aclose()
+    await trio.sleep(9)
+    assert server.shown() == [reply.name]
+    await trio.sleep(2)
+    assert server.shown() == []
+
+
+async def test_a_pinned_one_outlives_the_connection(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    reply = await client.ask(Attach(location=PLACE, pinned=True))
+    await client.stream.aclose()
+    await trio.sleep(1000)
+    assert server.shown() == [reply.name]
+    client = await server.connect()
+    assert await client.ask(Detach(location=PLACE)) == Done()
+    assert server.shown() == []
+
+
+async def test_errors_are_replies_and_the_connection_goes_on(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    server.store(PLACE).fail("list", CheckpointNotFound("there is none"))
+    assert await client.ask(Attach(location=PLACE)) == Failed(
+        code="not-found", message="there is none"
+    )
+    reply = await client.ask(Detach(name="unknown"))
+    assert isinstance(reply, Failed)
+    assert reply.code == "not-attached"
+    assert isinstance(await client.ask(Attach(location=PLACE)), Attached)
+
+
+async def test_an_unexpected_error_says_nothing_and_does_not_end_the_server(
+    server: Server,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = await server.connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service, "status", lambda uid: 1 / 0)
+        reply = await client.ask(Status())
+    assert isinstance(reply, Failed)
+    assert reply.code == "error"
+    assert "division" not in reply.message
+    assert "ZeroDivisionError" in caplog.text
+    assert isinstance(await client.ask(Status()), StatusReply)
+
+
+async def test_detach_of_what_is_held_needs_force(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    attached = await client.ask(Attach(location=PLACE))
+    other = await server.connect()
+    reply = await other.ask(Detach(name=attached.name))
+    assert isinstance(reply, Failed)
+    assert reply.code == "busy"
+    assert await other.ask(Detach(name=attached.name, force=True)) == Done()
+    assert server.shown() == []
+    await client.stream.aclose()
+    await trio.sleep(100)
+
+
+async def test_requests_may_come_all_at_once_or_byte_by_byte(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    await client.stream.send_all(
+        encode(Status()) + encode(Attach(location=PLACE)) + encode(Status())
+    )
+    replies = [decode_reply(await client.line()) for _ in range(3)]
+    assert [type(r) for r in replies] == [StatusReply, Attached, StatusReply]
+    assert [len(r.attachments) for r in (replies[0], replies[2])] == [0, 1]
+    for byte in encode(Status()):
+        await client.stream.send_all(bytes([byte]))
+    assert isinstance(decode_reply(await client.line()), StatusReply)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"not json\n",
+        b"[]\n",
+        b'{"op":"format-disk"}\n',
+        b'{"op":"status","v":2}\n',
+        b'{"op":"status","extra":1}\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff\xfe\n",
+        b'{"op":"attach","location":{"kind":"ftp","path":"x"}}\n',
+    ],
+    ids=lambda line: ascii(line[:30]),
+)
+async def test_a_line_that_is_no_request_ends_the_connection(
+    server: Server, autojump_clock: MockClock, line: bytes
+) -> None:
+    client, other = await server.connect(), await server.connect()
+    attached = await client.ask(Attach(location=PLACE))
+    reply = await client.ask(line)
+    assert isinstance(reply, Failed)
+    assert reply.code == "protocol"
+    assert await client.line() == b""
+    await trio.sleep(11)
+    assert server.shown() == []  # and lets go of what it held
+    assert isinstance(attached, Attached)
+    assert isinstance(await other.ask(Status()), StatusReply)
+
+
+@pytest.mark.parametrize("excess", [1, 100, 1 << 20])
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["open", "ended"])
+async def test_a_line_that_is_too_long_ends_the_connection(
+    server: Server, autojump_clock: MockClock, excess: int, end: bytes
+) -> None:
+    client = await server.connect()
+    line = encode(Status()).rstrip().ljust(LINE_BYTES_MAX + excess) + end
+
+    async def send() -> None:
+        with contextlib.suppress(trio.BrokenResourceError):  # it may hang up in the middle
+            await client.stream.send_all(line)
+
+    server.rig.nursery.start_soon(send)
+    reply = decode_reply(await client.line())
+    assert isinstance(reply, Failed)
+    assert reply.code == "protocol"
+    assert str(LINE_BYTES_MAX) in reply.message
+
+
+async def test_the_longest_line_is_taken(server: Server, autojump_clock: MockClock) -> None:
+    client = await server.connect()
+    line = encode(Status()).rstrip().ljust(LINE_BYTES_MAX) + b"\n"
+    assert isinstance(await client.ask(line), StatusReply)
+
+
+async def test_connections_are_limited(
+    server: Server, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "_CONNECTIONS_MAX", 2)
+    clients = [await server.connect() for _ in range(2)]
+    for client in clients:
+        await client.ask(Status())
+    third = await server.connect()
+    reply = decode_reply(await third.line())
+    assert isinstance(reply, Failed)
+    assert reply.code == "limit"
+    assert await third.line() == b""
+    await clients[0].stream.aclose()
+    await trio.sleep(1)
+    assert isinstance(await (await server.connect()).ask(Status()), StatusReply)
+
+
+async def test_a_silent_connection_is_closed(server: Server, autojump_clock: MockClock) -> None:
+    client = await server.connect()
+    await client.ask(Attach(location=PLACE))
+    await trio.sleep(119)
+    assert isinstance(await client.ask(Status()), StatusReply)
+    await trio.sleep(119)
+    assert server.shown()
+    assert await client.line() == b""
+    await trio.sleep(11)
+    assert server.shown() == []
+
+
+async def test_a_client_that_leaves_in_the_middle_harms_nobody(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    server.offload.latency_s = {"control": 5.0}
+    client = await server.connect()
+    await client.stream.send_all(encode(Attach(location=PLACE)))
+    await trio.sleep(1)
+    await client.stream.aclose()
+    client = await server.connect()
+    await client.stream.send_all(encode(Attach(location=PLACE))[:-10])
+    await client.stream.aclose()
+    await trio.sleep(100)
+    assert server.shown() == []
+    assert isinstance(await (await server.connect()).ask(Status()), StatusReply)
+
+
+async def test_stop_is_answered(server: Server, autojump_clock: MockClock) -> None:
+    client = await server.connect()
+    reply = await client.ask(Attach(location=PLACE))
+    attachment = server.service.find(os.geteuid(), reply.name, None)
+    handle = server.service.vfs.opendir(attachment.tree.root.inode, 1)
+    refused = await client.ask(Stop())
+    assert isinstance(refused, Failed)
+    assert refused.code == "busy"
+    server.service.vfs.releasedir(handle)
+    assert await client.ask(Stop()) == Done()
+    assert server.service.stopped.is_set()
+
+
+async def test_other_users_are_served_only_if_configured(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    stranger = os.geteuid() + 4242
+    server.control._admit(os.geteuid())
+    server.control._admit(0)
+    with pytest.raises(AccessDenied, match="allow_other"):
+        server.control._admit(stranger)
+    server.control._allow_other = True
+    server.control._admit(stranger)
+    reply = await server.control._answer(encode(Stop(force=True)), stranger, stranger, [])
+    assert isinstance(reply, Failed)
+    assert reply.code == "access-denied"
+    assert not server.service.stopped.is_set()
+
+
+async def test_secrets_come_back_in_no_reply(server: Server, autojump_clock: MockClock) -> None:
+    client = await server.connect()
+    await client.stream.send_all(encode(Attach(location=PLACE)) + encode(Status()))
+    lines = [await client.line(), await client.line()]
+    broken = json.loads(encode(Attach(location=PLACE)))
+    broken["location"]["secrets"]["secret_key"] = ["S3CR3T"]
+    await client.stream.send_all(json.dumps(broken).encode() + b"\n")
+    lines.append(await client.line())
+    assert not any(b"S3CR3T" in line for line in lines)
+    assert isinstance(decode_reply(lines[2]), Failed)
+    assert Location(PLACE.kind, PLACE.path).digest.encode() in lines[0]

@@ -1,0 +1,478 @@
+"""Attachments are shared, live as long as somebody holds them, and are only their user's."""
+
+import math
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+from unit.fakes import FakeStore, InlineOffload
+from unit.rig import Rig, rig_in
+
+from ckptfs._daemon import service as service_module
+from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.service import Service
+from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._model.location import Location
+from ckptfs.errors import (
+    AccessDenied,
+    Busy,
+    LimitExceeded,
+    NotAttached,
+    StoreTimeout,
+)
+
+ME = os.geteuid()
+OTHER = 4242
+PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, {"secret_key": "S3CR3T"})
+ELSEWHERE = Location("s3", "bucket/run/step-2", {"region": "eu"})
+
+
+class Bench:
+    """A service whose stores are fakes, one per path."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.offload = rig.offload
+        self.forgotten: list[str] = []
+        self.stores: dict[str, FakeStore] = {}
+        self.opened: list[FakeStore] = []
+        self.service = Service(
+            rig.config, rig.cache, rig.fetcher, rig.offload, rig.nursery, self.forgotten.append
+        )
+
+    def store(self, location: Location) -> FakeStore:
+        """The store at a place."""
+        return self.stores.setdefault(location.path, FakeStore({"a/b": b"content", "c": b"x"}))
+
+    def open_store(self, location: Location, timeout_s: float) -> FakeStore:
+        """In place of ``resolve.open_store``."""
+        assert timeout_s == self.rig.config.store_timeout_s
+        self.opened.append(self.store(location))
+        return self.opened[-1]
+
+    async def attach(
+        self, location: Location = PLACE, uid: int = ME, *, pinned: bool = False
+    ) -> Attachment:
+        """Attach; the caller holds it until `let_go`."""
+        return await self.service.attach(location, uid, uid, pinned=pinned)
+
+    def lists(self, location: Location = PLACE) -> int:
+        """How often a place was listed."""
+        return sum(call.operation == "list" for call in self.store(location).calls)
+
+    def shown(self) -> list[str]:
+        """Names in the mount point."""
+        handle = self.service.vfs.opendir(MOUNT_ROOT, 1)
+        found = [name.decode() for name, _, _ in self.service.vfs.readdir(handle, 0)]
+        self.service.vfs.releasedir(handle)
+        return found
+
+
+SETTINGS = {"linger_s": 10, "idle_exit_s": 60, "attachments_max": 3, "attach_deadline_s": 60}
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    async with rig_in(tmp_path, InlineOffload(), **SETTINGS) as rig:
+        bench = Bench(rig)
+        monkeypatch.setattr(service_module, "open_store", bench.open_store)
+        yield bench
+
+
+# -- attach
+
+
+async def test_attaches_of_one_place_share_an_attachment(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach()
+    again = await bench.attach()
+    assert again is first
+    assert bench.lists() == 1
+    assert first.clients == 2
+    same_place = msgspec.structs.replace(PLACE, options={"region": "us"})
+    assert await bench.attach(same_place) is first
+    other_endpoint = msgspec.structs.replace(PLACE, options={"endpoint_override": "x:1"})
+    assert await bench.attach(other_endpoint) is not first
+
+
+async def test_users_and_places_do_not_share(bench: Bench, autojump_clock: MockClock) -> None:
+    attachments = [await bench.attach(), await bench.attach(uid=OTHER)]
+    assert attachments[0] is not attachments[1]
+    assert attachments[1].uid == OTHER
+    assert bench.lists() == 2
+    elsewhere = await bench.attach(ELSEWHERE)
+    assert elsewhere not in attachments
+
+
+async def test_concurrent_attaches_list_once(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.offload.latency_s = {"control": 5.0}
+    found: list[Attachment] = []
+
+    async def attach() -> None:
+        found.append(await bench.attach())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(attach)
+    assert bench.lists() == 1
+    assert found == [found[0]] * 5
+    assert found[0].clients == 5
+
+
+async def test_an_attach_reads_no_content(bench: Bench, autojump_clock: MockClock) -> None:
+    await bench.attach()
+    assert [call.operation for call in bench.store(PLACE).calls] == ["list"]
+
+
+async def test_secrets_are_kept_out_of_the_attachment(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    assert not attachment.location.secrets
+    assert b"S3CR3T" not in msgspec.json.encode(bench.service.status(ME))
+
+
+async def test_a_failed_attach_leaves_nothing_and_can_be_repeated(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.store(PLACE).fail("list", AccessDenied("no"))
+    with pytest.raises(AccessDenied):
+        await bench.attach()
+    assert bench.shown() == []
+    assert bench.service.status(ME).attachments == []
+    assert (await bench.attach()).held
+
+
+async def test_an_attach_ends_at_its_deadline(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.offload.latency_s = {"control": math.inf}
+    with pytest.raises(StoreTimeout, match="attach_deadline_s"):
+        await bench.attach()
+    bench.offload.latency_s = {}
+    assert (await bench.attach()).clients == 1
+
+
+async def test_the_number_of_attachments_is_limited(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    places = [Location("local", f"/{i}") for i in range(5)]
+    for place in places[:3]:
+        await bench.attach(place)
+    with pytest.raises(LimitExceeded, match="attachments_max"):
+        await bench.attach(places[3])
+    await bench.attach(places[0])  # one that is there already
+
+
+async def test_the_limit_holds_for_attaches_at_the_same_time(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.offload.latency_s = {"control": 1.0}
+    refused: list[LimitExceeded] = []
+
+    async def attach(number: int) -> None:
+        try:
+            await bench.attach(Location("local", f"/{number}"))
+        except LimitExceeded as error:
+            refused.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(attach, number)
+    assert len(bench.shown()) == 3
+    assert len(refused) == 2
+
+
+async def test_the_number_of_objects_is_limited(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.service._config = msgspec.structs.replace(bench.rig.config, files_max=1)
+    with pytest.raises(LimitExceeded, match="files_max"):
+        await bench.attach()
+
+
+# -- the end of an attachment
+
+
+async def test_it_lingers_and_is_removed(bench: Bench, autojump_clock: MockClock) -> None:
+    attachment = await bench.attach()
+    await trio.sleep(1000)
+    assert bench.shown() == [attachment.name]  # held by its client
+    bench.service.let_go(attachment)
+    await trio.sleep(9.9)
+    assert bench.shown() == [attachment.name]
+    await trio.sleep(0.2)
+    assert bench.shown() == []
+    assert bench.forgotten == [attachment.name]
+    assert bench.store(PLACE).closed
+    with pytest.raises(NotAttached):
+        bench.service.find(ME, attachment.name, None)
+
+
+async def test_every_use_begins_the_time_anew(bench: Bench, autojump_clock: MockClock) -> None:
+    attachment = await bench.attach()
+    bench.service.let_go(attachment)
+    await trio.sleep(8)
+    root = attachment.tree.root.inode
+    handle = bench.service.vfs.opendir(root, 1)
+    await trio.sleep(100)
+    assert bench.shown() == [attachment.name]
+    bench.service.vfs.releasedir(handle)
+    await trio.sleep(8)
+    bench.service.vfs.releasedir(bench.service.vfs.opendir(root, 1))  # for a moment only
+    await trio.sleep(8)
+    file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
+    await trio.sleep(8)
+    bench.service.vfs.release(file)
+    await trio.sleep(8)
+    assert bench.shown() == [attachment.name]
+    await trio.sleep(3)
+    assert bench.shown() == []
+
+
+async def test_a_lingering_one_is_listed_again_and_used_if_it_is_the_same(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach()
+    bench.service.let_go(first)
+    assert await bench.attach() is first
+    assert bench.lists() == 2
+    bench.service.let_go(first)
+    bench.store(PLACE).overwrite("c", b"y")
+    second = await bench.attach()
+    assert second is not first
+    assert second.ordinal != first.ordinal
+    assert second.manifest.version != first.manifest.version
+    assert bench.shown() == [second.name] == [first.name]
+    await trio.sleep(1000)
+    assert bench.shown() == [second.name]  # the first one's timer is not the second's
+
+
+async def test_a_held_one_is_joined_whatever_the_store_says(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach()
+    bench.store(PLACE).overwrite("c", b"y")
+    assert await bench.attach() is first
+    assert bench.lists() == 1
+
+
+async def test_one_that_ends_during_the_listing_is_attached_anew(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach()
+    bench.service.let_go(first)
+    bench.offload.latency_s = {"control": 15.0}
+    second = await bench.attach()  # listed for longer than the first one lingered
+    assert bench.shown() == [second.name]
+    assert second.held
+    assert bench.service.find(ME, second.name, None) is second
+
+
+async def test_a_pinned_one_stays(bench: Bench, autojump_clock: MockClock) -> None:
+    attachment = await bench.attach(pinned=True)
+    bench.service.let_go(attachment)
+    await trio.sleep(1000)
+    assert bench.shown() == [attachment.name]
+    bench.service.detach(attachment, force=False)
+    assert bench.shown() == []
+
+
+async def test_detach_is_refused_while_a_process_holds_it(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    bench.service.vfs.opendir(attachment.tree.root.inode, 777)
+    bench.service.let_go(attachment)
+    with pytest.raises(Busy, match="777"):
+        bench.service.detach(attachment, force=False)
+    assert bench.shown() == [attachment.name]
+    bench.service.detach(attachment, force=True)
+    assert bench.shown() == []
+    assert bench.forgotten == [attachment.name]
+    assert (await bench.attach()) is not attachment
+
+
+async def test_detach_of_a_pinned_one_in_use_lets_it_end_with_its_users(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach(pinned=True)
+    handle = bench.service.vfs.opendir(attachment.tree.root.inode, 777)
+    bench.service.let_go(attachment)
+    bench.service.detach(attachment, force=False)
+    await trio.sleep(1000)
+    assert bench.shown() == [attachment.name]
+    bench.service.vfs.releasedir(handle)
+    await trio.sleep(11)
+    assert bench.shown() == []
+
+
+async def test_a_client_of_one_that_was_detached_by_force_ends_harmlessly(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    bench.service.detach(attachment, force=True)
+    again = await bench.attach()
+    bench.service.let_go(attachment)
+    await trio.sleep(1000)
+    assert bench.service.find(ME, again.name, None) is again
+
+
+async def test_find_is_by_name_or_place_and_only_for_the_user(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    assert bench.service.find(ME, attachment.name, None) is attachment
+    assert bench.service.find(ME, "", PLACE) is attachment
+    for name, place in (("", None), ("other", None), ("", ELSEWHERE)):
+        with pytest.raises(NotAttached):
+            bench.service.find(ME, name, place)
+    with pytest.raises(NotAttached):
+        bench.service.find(OTHER, attachment.name, PLACE)
+
+
+# -- credentials
+
+
+def _with_secret(secret: str) -> Location:
+    return msgspec.structs.replace(PLACE, secrets={"secret_key": secret})
+
+
+async def test_new_credentials_must_prove_access_before_they_are_used(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    first = bench.store(PLACE)
+    renewed = bench.stores[PLACE.path] = FakeStore({"a/b": b"content", "c": b"x"})
+    assert await bench.attach(_with_secret("renewed")) is attachment
+    assert attachment.store is renewed
+    assert len(renewed.confirms()) == 1
+    denied = bench.stores[PLACE.path] = FakeStore({"a/b": b"content", "c": b"x"})
+    denied.fail_always("confirm", AccessDenied("no"))
+    with pytest.raises(AccessDenied):
+        await bench.attach(_with_secret("stolen"))
+    assert attachment.store is renewed
+    assert attachment.clients == 2
+    assert not first.confirms()
+
+
+async def test_files_that_are_open_go_on_with_the_new_credentials(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach()
+    file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
+    bench.store(PLACE).fail_always("read_into", AccessDenied("expired"))
+    with pytest.raises(AccessDenied):
+        await bench.service.vfs.read(file, 0, 1)
+    bench.stores[PLACE.path] = FakeStore({"a/b": b"content", "c": b"x"})  # with the same ETags
+    await bench.attach(_with_secret("renewed"))
+    assert bytes(await bench.service.vfs.read(file, 0, 1)) == b"x"
+
+
+async def test_one_that_ends_while_credentials_are_proved_is_attached_anew(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach()
+    bench.offload.latency_s = {"control": 15.0}
+    found: list[Attachment] = []
+
+    async def attach() -> None:
+        found.append(await bench.attach(_with_secret("renewed")))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attach)
+        await trio.sleep(1)
+        bench.service.let_go(first)  # it lingers for 10 s only
+    [second] = found
+    assert bench.service.find(ME, second.name, None) is second
+    assert bench.shown() == [second.name]
+
+
+# -- status, idle, stop
+
+
+async def test_status_shows_what_the_user_may_see(bench: Bench, autojump_clock: MockClock) -> None:
+    mine, theirs = await bench.attach(pinned=True), await bench.attach(uid=OTHER)
+    bench.service.vfs.opendir(mine.tree.root.inode, 77)
+    bench.service.vfs.opendir(mine.tree.root.inode, 77)
+    bench.service.vfs.open(mine.tree.root.children[b"c"].inode)
+    reply = bench.service.status(OTHER)
+    assert [a.uid for a in reply.attachments] == [OTHER]
+    assert [a.uid for a in bench.service.status(0).attachments] == [mine.uid, theirs.uid]
+    assert bench.service.status(999).attachments == []
+    [shown] = [a for a in bench.service.status(0).attachments if a.uid == mine.uid]
+    assert (shown.name, shown.path) == (mine.name, f"{bench.rig.config.mount}/{mine.name}")
+    assert (shown.files, shown.size, shown.cached) == (2, 8, 0)
+    assert (shown.holders, shown.open_files, shown.pinned) == ([77], 1, True)
+    assert (shown.state, shown.error) == ("lazy", "")
+    assert reply.pid == os.getpid()
+
+
+async def test_status_lists_some_skipped_objects_and_counts_all(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    for number in range(150):
+        bench.store(PLACE).overwrite(f"{number}/..", b"")
+    await bench.attach()
+    [shown] = bench.service.status(ME).attachments
+    assert (len(shown.skipped), shown.skipped_count) == (100, 150)
+
+
+async def test_idle_means_no_client_and_no_attachment_for_a_while(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.service.client_came()
+    attachment = await bench.attach()
+    ended = trio.Event()
+
+    async def wait() -> None:
+        await bench.service.wait_idle()
+        ended.set()
+
+    bench.rig.nursery.start_soon(wait)
+    await trio.sleep(500)
+    assert not ended.is_set()
+    bench.service.let_go(attachment)
+    await trio.sleep(500)
+    assert not ended.is_set()  # the client is still there
+    bench.service.client_left()
+    await trio.sleep(59)
+    assert not ended.is_set()
+    bench.service.client_came()
+    bench.service.client_left()
+    await trio.sleep(59)
+    assert not ended.is_set()
+    await trio.sleep(3)
+    assert ended.is_set()
+
+
+async def test_a_daemon_may_stay_for_ever(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.service._config = msgspec.structs.replace(bench.rig.config, idle_exit_s=0)
+    with trio.move_on_after(10_000) as scope:
+        await bench.service.wait_idle()
+    assert scope.cancelled_caught
+
+
+async def test_stop_is_refused_while_something_is_open(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    attachment = await bench.attach(pinned=True)
+    handle = bench.service.vfs.opendir(attachment.tree.root.inode, 1)
+    with pytest.raises(Busy):
+        bench.service.stop(force=False)
+    assert not bench.service.stopped.is_set()
+    bench.service.vfs.releasedir(handle)
+    file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
+    with pytest.raises(Busy):
+        bench.service.stop(force=False)
+    bench.service.vfs.release(file)
+    bench.service.stop(force=False)
+    assert bench.service.stopped.is_set()
+
+
+async def test_stop_by_force_asks_nobody(bench: Bench, autojump_clock: MockClock) -> None:
+    attachment = await bench.attach()
+    bench.service.vfs.opendir(attachment.tree.root.inode, 1)
+    bench.service.stop(force=True)
+    assert bench.service.stopped.is_set()

@@ -1,0 +1,609 @@
+"""What a program sees in the mount, without a kernel: names, attributes, leases and bytes."""
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
+from unit.rig import Rig, rig_in
+
+from ckptfs._daemon.attachment import Attachment, object_key
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._daemon.vfs import (
+    IsDirectory,
+    NoAttribute,
+    NoEntry,
+    NotDirectory,
+    StaleInode,
+    Stat,
+    Vfs,
+    VfsError,
+)
+from ckptfs._model import attributes as names
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import build_manifest
+from ckptfs._store.base import Pin
+from ckptfs.errors import (
+    AccessDenied,
+    CkptfsError,
+    NotAttached,
+    ObjectChanged,
+    StoreUnavailable,
+)
+
+UID, GID = 1234, 5678
+LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
+CONTENT = {
+    "config.json": b"{}",
+    "empty": b"",
+    "shards/00.bin": pattern(3 * MIB + 5),
+    "shards/01.bin": pattern(MIB),
+    "shards/deep/x": b"x",
+}
+
+
+class View:
+    """A `Vfs` with attachments of fake stores."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.released: list[Attachment] = []
+        self.vfs = Vfs(rig.fetcher, rig.cache, 1, 2, self.released.append)
+        self.attachments: list[Attachment] = []
+
+    def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
+        """Show what the store lists now."""
+        manifest = build_manifest(store.list(1000))
+        pins = [Pin(f.path, f.size, f.mtime_ns) for f in manifest.files]
+        digests = [object_key(location, pin).digest() for pin in pins]
+        ordinal = len(self.attachments) + 1
+        attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
+        self.attachments.append(attachment)
+        self.vfs.add(attachment)
+        return attachment
+
+    def stat(self, attachment: Attachment, path: str) -> Stat:
+        """Look a path up from the mount point on."""
+        found = self.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
+        for component in filter(None, path.split("/")):
+            found = self.vfs.lookup(found.inode, component.encode())
+        return found
+
+    def entries(self, inode: int, start: int = 0) -> "list[tuple[bytes, Stat, int]]":
+        """The entries of a directory from a position on."""
+        handle = self.vfs.opendir(inode, 1)
+        found = list(self.vfs.readdir(handle, start))
+        self.vfs.releasedir(handle)
+        return found
+
+    async def read(self, inode: int, offset: int, length: int) -> bytes:
+        """Bytes of an open file."""
+        return bytes(await self.vfs.read(inode, offset, length))
+
+    async def quiet(self) -> None:
+        """Return when no span is under way."""
+        self.rig.files = [f for a in self.attachments for f in a.files.values()]
+        await self.rig.quiet()
+
+    def text(self, inode: int, name: str) -> str:
+        """An extended attribute."""
+        return self.vfs.getxattr(inode, name).decode()
+
+
+@asynccontextmanager
+async def view_in(directory: Path, **settings: object) -> AsyncIterator[View]:
+    async with rig_in(directory, **settings) as rig:
+        view = View(rig)
+        yield view
+        await view.quiet()
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore(CONTENT)
+
+
+@pytest.fixture
+async def view(tmp_path: Path) -> AsyncIterator[View]:
+    async with view_in(tmp_path) as view:
+        yield view
+
+
+# -- names and attributes
+
+
+async def test_paths_are_found_with_their_attributes(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    for path, data in CONTENT.items():
+        found = view.stat(attachment, path)
+        assert found == view.vfs.getattr(found.inode)
+        assert (found.size, found.is_directory, found.nlink) == (len(data), False, 1)
+        assert (found.mode, found.uid, found.gid) == (0o400, UID, GID)
+        assert found.mtime_ns == OLD_NS
+    links = {"": 3, "shards": 3, "shards/deep": 2}
+    for path, nlink in links.items():
+        found = view.stat(attachment, path)
+        assert found == view.vfs.getattr(found.inode)
+        assert (found.is_directory, found.nlink, found.mode) == (True, nlink, 0o500)
+        assert found.mtime_ns == OLD_NS
+    assert not store.reads()
+    assert not store.confirms()
+
+
+async def test_the_mount_point_lists_the_attachments(view: View, store: FakeStore) -> None:
+    root = view.vfs.getattr(MOUNT_ROOT)
+    assert (root.nlink, root.mode, root.uid, root.gid) == (2, 0o711, 1, 2)
+    first = view.attach(store)
+    second = view.attach(store, Location("local", "/other"))
+    assert view.vfs.getattr(MOUNT_ROOT).nlink == 4
+    assert [(n, s.inode) for n, s, _ in view.entries(MOUNT_ROOT)] == [
+        (a.name.encode(), a.tree.root.inode) for a in (first, second)
+    ]
+    assert first.name.startswith("step-5-")
+    assert not view.vfs.is_snapshot(MOUNT_ROOT)
+    assert view.vfs.is_snapshot(first.tree.root.inode)
+
+
+async def test_unknown_names_and_wrong_kinds(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    root, file = attachment.tree.root.inode, view.stat(attachment, "config.json").inode
+    for parent in (MOUNT_ROOT, root, file):
+        with pytest.raises(NoEntry):
+            view.vfs.lookup(parent, b"absent")
+    with pytest.raises(IsDirectory):
+        view.vfs.open(root)
+    with pytest.raises(NotDirectory):
+        view.vfs.opendir(file, 1)
+    for unknown in (2, 99 << 32 | 1, root + 1000):
+        with pytest.raises(StaleInode):
+            view.vfs.getattr(unknown)
+        with pytest.raises(StaleInode):
+            view.vfs.open(unknown)
+    assert not attachment.held
+
+
+async def test_readdir_can_be_resumed_anywhere(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    for path in ("", "shards", "shards/deep"):
+        inode = view.stat(attachment, path).inode
+        everything = view.entries(inode)
+        assert [position for _, _, position in everything] == list(range(1, len(everything) + 1))
+        for name, found, _ in everything:
+            assert view.vfs.lookup(inode, name) == found
+        for start in range(len(everything) + 2):
+            assert view.entries(inode, start) == everything[start:]
+    assert {n for n, _, _ in view.entries(attachment.tree.root.inode)} == {
+        b"config.json",
+        b"empty",
+        b"shards",
+    }
+
+
+async def test_readdir_of_the_mount_point_is_stable_until_it_is_rewound(
+    view: View, store: FakeStore
+) -> None:
+    first = view.attach(store)
+    second = view.attach(store, Location("local", "/other"))
+    handle = view.vfs.opendir(MOUNT_ROOT, 1)
+    entries = view.vfs.readdir(handle, 0)
+    assert next(entries)[0] == first.name.encode()
+    view.vfs.remove(first)
+    assert [n for n, _, _ in view.vfs.readdir(handle, 1)] == [second.name.encode()]
+    assert [n for n, _, _ in view.vfs.readdir(handle, 0)] == [second.name.encode()]
+    view.vfs.releasedir(handle)
+
+
+async def test_statfs_sums_up(view: View, store: FakeStore) -> None:
+    assert view.vfs.statfs() == (0, 0)
+    view.attach(store)
+    other = view.attach(FakeStore({"a": b"abc"}), Location("local", "/other"))
+    size = sum(map(len, CONTENT.values()))
+    assert view.vfs.statfs() == (size + 3, len(CONTENT) + 1)
+    view.vfs.remove(other)
+    assert view.vfs.statfs() == (size, len(CONTENT))
+
+
+# -- leases
+
+
+async def test_an_open_directory_or_file_holds_the_attachment(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    root = attachment.tree.root.inode
+    handles = [view.vfs.opendir(root, 10), view.vfs.opendir(root, 20), view.vfs.opendir(root, 0)]
+    assert len(set(handles)) == 3
+    assert sorted(attachment.directories.values()) == [0, 10, 20]
+    below = view.vfs.opendir(view.stat(attachment, "shards").inode, 30)
+    inode = view.stat(attachment, "config.json").inode
+    assert view.vfs.open(inode) == view.vfs.open(inode) == inode
+    assert attachment.open_handles == 3
+    assert attachment.held
+    view.vfs.releasedir(below)
+    view.vfs.release(inode)
+    view.vfs.release(inode)
+    assert attachment.open_handles == 0
+    for handle in handles:
+        assert attachment.held
+        view.vfs.releasedir(handle)
+    assert not attachment.held
+    assert view.released == [attachment] * 6
+
+
+async def test_the_mount_point_holds_nothing(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    handle = view.vfs.opendir(MOUNT_ROOT, 1)
+    assert not attachment.held
+    view.vfs.releasedir(handle)
+    assert not view.released
+
+
+async def test_after_the_end_everything_is_stale(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    root = attachment.tree.root.inode
+    inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
+    view.vfs.open(inode)
+    handle, unread = view.vfs.opendir(root, 1), view.vfs.opendir(root, 1)
+    assert await view.read(inode, 0, 5) == CONTENT["shards/01.bin"][:5]
+    await view.quiet()
+    view.vfs.remove(attachment)
+    assert [file.opens for file in attachment.files.values()] == [0]
+    with pytest.raises(StaleInode):
+        await view.read(inode, 0, 5)
+    for call in (view.vfs.getattr, view.vfs.open, view.vfs.listxattr):
+        with pytest.raises(StaleInode):
+            call(root)
+    with pytest.raises(StaleInode):
+        view.vfs.lookup(root, b"empty")
+    with pytest.raises(StaleInode):
+        list(view.vfs.readdir(unread, 0))
+    with pytest.raises(NoEntry):
+        view.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
+    view.vfs.release(inode)  # the kernel closes what it had opened
+    view.vfs.release(inode)
+    view.vfs.releasedir(handle)
+    view.vfs.releasedir(unread)
+    assert not view.released
+    again = view.attach(store)
+    assert again.tree.root.inode != root
+    fresh = view.vfs.open(view.stat(again, "shards/01.bin").inode)
+    view.vfs.release(inode)  # a late one of the old attachment
+    assert await view.read(fresh, 1, 5) == CONTENT["shards/01.bin"][1:6]
+
+
+async def test_an_attachment_removed_while_it_is_read(
+    tmp_path: Path, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    offload = InlineOffload()
+    offload.latency_s = {"data": 1.0}
+    async with view_in(tmp_path, offload=offload) as view:
+        attachment = view.attach(store)
+        inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
+        outcomes: list[bytes | Exception] = []
+
+        async def reader() -> None:
+            try:
+                outcomes.append(await view.read(inode, 0, 5))
+            except (CkptfsError, VfsError) as error:
+                outcomes.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader)
+            await trio.sleep(0.5)
+            view.vfs.remove(attachment)
+            with pytest.raises(StaleInode):
+                await view.read(inode, 0, 5)
+        [outcome] = outcomes
+        assert outcome == CONTENT["shards/00.bin"][:5] or isinstance(outcome, NotAttached)
+
+
+# -- reading
+
+
+async def test_reads_are_cut_at_the_end_of_the_file(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    data = CONTENT["shards/00.bin"]
+    inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
+    for offset, length in [
+        (0, MIB),
+        (len(data) - 1, 1),
+        (len(data) - 1, MIB),
+        (len(data), MIB),
+        (len(data) + 5, MIB),
+        (2 * MIB + 7, MIB),
+        (5, 0),
+    ]:
+        assert await view.read(inode, offset, length) == data[offset : offset + length]
+    empty = view.vfs.open(view.stat(attachment, "empty").inode)
+    assert await view.read(empty, 0, MIB) == b""
+    assert not store.reads("empty")
+
+
+async def test_reading_on_fetches_ahead(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
+    await view.read(inode, 0, MIB)
+    assert len(store.reads()) == 1
+    await view.read(inode, MIB, MIB)
+    await view.quiet()
+    assert attachment.cached_bytes(view.rig.cache) == 3 * MIB + 5
+
+
+# -- extended attributes
+
+
+async def test_attributes_of_the_root(view: View, store: FakeStore) -> None:
+    store.overwrite("bad\nname", b"x")
+    store.overwrite("..", b"x")
+    attachment = view.attach(store)
+    root = attachment.tree.root.inode
+    size = sum(map(len, CONTENT.values()))
+    assert view.text(root, names.URI) == LOCATION.uri
+    assert view.text(root, names.VERSION) == attachment.manifest.version
+    assert view.text(root, names.SIZE) == str(size)
+    assert view.text(root, names.CACHED) == "0"
+    assert view.text(root, names.STATE) == "lazy"
+    skipped = view.text(root, names.SKIPPED).splitlines()
+    assert sorted(line.split("\t")[0] for line in skipped) == ["..", "bad\\nname"]
+    assert set(view.vfs.listxattr(root)) == {
+        *(names.URI, names.VERSION, names.SIZE, names.CACHED, names.STATE, names.SKIPPED)
+    }
+    for absent in (names.ERROR, "user.other", "security.capability"):
+        with pytest.raises(NoAttribute):
+            view.vfs.getxattr(root, absent)
+
+
+async def test_a_root_with_nothing_skipped_has_no_such_attribute(
+    view: View, store: FakeStore
+) -> None:
+    root = view.attach(store).tree.root.inode
+    assert names.SKIPPED not in view.vfs.listxattr(root)
+    with pytest.raises(NoAttribute):
+        view.vfs.getxattr(root, names.SKIPPED)
+
+
+async def test_a_long_list_of_skipped_names_is_cut_at_a_line(view: View) -> None:
+    store = FakeStore({f"{'x' * 200}{i}/..": b"" for i in range(500)})
+    root = view.attach(store).tree.root.inode
+    value = view.vfs.getxattr(root, names.SKIPPED)
+    assert names.VALUE_BYTES_MAX - 400 < len(value) <= names.VALUE_BYTES_MAX
+    assert all(len(line.split("\t")) == 2 for line in value.decode().splitlines())
+
+
+async def test_attributes_of_a_file_follow_it(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    inode = view.stat(attachment, "shards/01.bin").inode
+    assert view.text(inode, names.VERSION) == f"{MIB}-{OLD_NS}"
+    assert view.text(inode, names.STATE) == "lazy"
+    assert view.text(inode, names.URI).startswith("s3://bucket/run/step-5/shards/01.bin?")
+    assert not attachment.files  # asking opens nothing
+    view.vfs.open(inode)
+    await view.read(inode, 0, 1)
+    assert view.text(inode, names.VERSION) == store.etag("shards/01.bin").strip('"')
+    await view.quiet()
+    assert view.text(inode, names.CACHED) == view.text(inode, names.SIZE) == str(MIB)
+    assert view.text(inode, names.STATE) == "cached"
+    view.vfs.release(inode)
+    assert view.text(inode, names.STATE) == "cached"
+    root = attachment.tree.root.inode
+    assert view.text(root, names.CACHED) == str(MIB)
+    assert view.text(root, names.STATE) == "lazy"
+    with pytest.raises(NoAttribute):
+        view.vfs.getxattr(inode, names.ERROR)
+    with pytest.raises(NoAttribute):
+        view.vfs.getxattr(inode, names.SKIPPED)
+
+
+async def test_attributes_of_other_inodes(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    inode = view.stat(attachment, "shards/deep").inode
+    assert view.vfs.listxattr(inode) == [names.URI]
+    assert view.text(inode, names.URI).startswith("s3://bucket/run/step-5/shards/deep?")
+    assert view.vfs.listxattr(MOUNT_ROOT) == []
+    with pytest.raises(NoAttribute):
+        view.vfs.getxattr(MOUNT_ROOT, names.URI)
+
+
+async def test_an_error_is_told_on_the_file_and_on_the_root(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    root = attachment.tree.root.inode
+    inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
+    await view.read(inode, 0, 1)
+    store.fail("read_into", AccessDenied("shards/00.bin: expired"))
+    with pytest.raises(AccessDenied):
+        await view.read(inode, 3 * MIB, 1)
+    for place in (inode, root):
+        assert view.text(place, names.STATE) == "failing"
+        assert view.text(place, names.ERROR).endswith("Z shards/00.bin: expired")
+        assert names.ERROR in view.vfs.listxattr(place)
+    store.overwrite("shards/00.bin", b"other")
+    with pytest.raises(ObjectChanged):
+        await view.read(inode, 3 * MIB, 1)
+    for place in (inode, root):
+        assert view.text(place, names.STATE) == "changed"
+    assert await view.read(inode, 5, 10) == CONTENT["shards/00.bin"][5:15]
+
+
+async def test_state_is_fetching_while_something_is_under_way(
+    tmp_path: Path, store: FakeStore, autojump_clock: MockClock
+) -> None:
+    offload = InlineOffload()
+    offload.latency_s = {"data": 1.0}
+    async with view_in(tmp_path, offload=offload) as view:
+        attachment = view.attach(store)
+        inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(view.read, inode, 0, 1)
+            await trio.sleep(0.5)
+            assert view.text(inode, names.STATE) == "fetching"
+            assert view.text(attachment.tree.root.inode, names.STATE) == "fetching"
+
+
+async def test_an_empty_checkpoint_is_cached_from_the_start(view: View) -> None:
+    root = view.attach(FakeStore()).tree.root.inode
+    assert view.text(root, names.STATE) == "cached"
+    assert view.entries(root) == []
+
+
+# -- against a model
+
+PATHS = ("a", "b", "c")
+SIZES = {"a": 3 * MIB + 5, "b": 2 * MIB, "c": 7}
+_serial = itertools.count()
+_operations = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["read"] * 8
+            + ["pair", "pair", "release", "attach", "remove", "overwrite", "same second"]
+            + ["outage", "denied", "disk full", "damage", "late overwrite", "clear"]
+        ),
+        st.sampled_from(PATHS),
+        st.integers(0, 3 * MIB + 4),
+        st.sampled_from([1, 4096, 128 << 10, MIB]),
+        st.integers(1, 9),
+    ),
+    min_size=8,
+    max_size=40,
+)
+
+
+class Model:
+    """Plain bytes: every version that an object had, and what was seen of each attachment."""
+
+    def __init__(self) -> None:
+        self.serial = itertools.count()
+        self.mtime_ns = int(time.time()) * 10**9  # young: the same second can come again
+        self.store = FakeStore()
+        self.versions: dict[tuple[str, int], list[bytes]] = {}
+        self.seen: dict[tuple[int, str], list[tuple[int, bytes]]] = {}
+        self.denied = False
+        for path in PATHS:
+            self.overwrite(path)
+
+    def overwrite(self, path: str, *, same_second: bool = False) -> None:
+        if not same_second:
+            self.mtime_ns += 10**9
+        data = pattern(SIZES[path], next(self.serial))
+        old = self.store._objects.get(path)
+        mtime_ns = old.mtime_ns if same_second and old else self.mtime_ns
+        self.versions.setdefault((path, mtime_ns), []).append(data)
+        self.store.overwrite(path, data, mtime_ns=mtime_ns)
+
+    def changed(self, path: str, mtime_ns: int) -> bool:
+        """Whether the object is, or may be, another version than a listing's."""
+        current = self.store.pin(path).mtime_ns
+        return current != mtime_ns or len(self.versions[path, mtime_ns]) > 1
+
+    def check(self, attachment: Attachment, path: str, offset: int, data: bytes) -> None:
+        """All that an attachment ever read of a file is of one version of the listed second."""
+        seen = self.seen.setdefault((attachment.ordinal, path), [])
+        seen.append((offset, data))
+        [listed] = [f for f in attachment.manifest.files if f.path == path]
+        assert any(
+            all(version[start : start + len(part)] == part for start, part in seen)
+            for version in self.versions[path, listed.mtime_ns]
+        ), f"{path}: bytes of no version, or of two"
+
+
+async def _operate(
+    view: View, model: Model, operations: "list[tuple[str, str, int, int, int]]"
+) -> None:
+    vfs, store = view.vfs, model.store
+    attachment: Attachment | None = view.attach(store)
+    opened: set[int] = set()
+
+    async def read(attachment: Attachment, path: str, offset: int, length: int) -> None:
+        inode = view.stat(attachment, path).inode
+        if inode not in opened:
+            vfs.open(inode)
+            opened.add(inode)
+        [listed] = [f for f in attachment.manifest.files if f.path == path]
+        try:
+            data = await view.read(inode, offset, length)
+        except ObjectChanged:
+            assert model.changed(path, listed.mtime_ns)
+        except AccessDenied:
+            assert model.denied
+        else:
+            assert len(data) == max(0, min(length, SIZES[path] - offset))
+            model.check(attachment, path, offset, data)
+
+    for operation, path, offset, length, number in operations:
+        if operation == "attach" and attachment is None:
+            attachment = view.attach(store)
+        elif operation == "remove" and attachment is not None:
+            vfs.remove(attachment)
+            attachment = None
+            opened.clear()
+        elif operation == "overwrite":
+            model.overwrite(path)
+        elif operation == "same second":
+            model.overwrite(path, same_second=True)
+        elif operation == "late overwrite":
+            store.at_moment(number, lambda path=path: model.overwrite(path))
+        elif operation == "outage":
+            kind = "confirm" if number % 2 else "read_into"
+            store.fail(kind, StoreUnavailable("outage"), at=1 + number // 4, times=3)
+        elif operation == "denied":
+            store.fail("confirm" if number % 2 else "read_into", AccessDenied("no"))
+            model.denied = True
+        elif operation == "clear":
+            store._plans.clear()
+        elif operation == "release" and opened:
+            vfs.release(opened.pop())
+        elif operation == "damage" and attachment is not None:
+            _damage(view, attachment, path)
+        elif operation in ("read", "pair", "disk full") and attachment is not None:
+            refuse: Callable[..., object] = mock.Mock(side_effect=OSError(28, "full"))
+            real = Cache.write
+            with mock.patch.object(
+                Cache, "write", staticmethod(refuse if operation == "disk full" else real)
+            ):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read, attachment, path, offset, length)
+                    if operation == "pair":
+                        nursery.start_soon(read, attachment, path, max(0, offset - MIB), MIB)
+
+
+def _damage(view: View, attachment: Attachment, path: str) -> None:
+    """Write over the cached bytes of a file on the disk, as far as they are not verified."""
+    [digest] = [
+        d
+        for d, f in zip(attachment.digests, attachment.manifest.files, strict=True)
+        if f.path == path
+    ]
+    if digest not in view.rig.cache._open:  # closed: all of it will be checked when it is used
+        data = view.rig.cache.directory / "objects" / digest[:2] / digest / "data"
+        if data.exists():
+            with data.open("r+b") as file:
+                file.write(b"damage")
+
+
+@settings(max_examples=100)
+@given(_operations, st.sampled_from([100, MIB + 20_000, 4 * MIB, 0]))
+def test_reads_give_the_bytes_of_one_version_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory,
+    operations: "list[tuple[str, str, int, int, int]]",
+    bytes_max: int,
+) -> None:
+    directory = tmp_path_factory.getbasetemp() / f"model{next(_serial)}"
+    model = Model()
+
+    async def main() -> None:
+        limits = {"cache_bytes_max": bytes_max, "span_bytes_max": 2 * MIB}
+        async with view_in(directory, **limits) as view:
+            await _operate(view, model, operations)
+        async with view_in(directory, **limits) as view:  # and what is left on the disk is right
+            model.denied = True
+            model.seen.clear()
+            again = [("read", p, o, MIB, 1) for p in PATHS for o in range(0, SIZES[p], MIB)]
+            await _operate(view, model, again)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -1,0 +1,185 @@
+"""Messages survive the wire; whatever else arrives is refused, and not repeated."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import Skipped
+from ckptfs._model.wire import (
+    LINE_BYTES_MAX,
+    Attach,
+    Attached,
+    AttachmentStatus,
+    Detach,
+    Done,
+    Failed,
+    Reply,
+    Request,
+    Status,
+    StatusReply,
+    Stop,
+    decode_reply,
+    decode_request,
+    encode,
+)
+from ckptfs.errors import BY_CODE, CkptfsError, ProtocolError
+
+SECRET = "S3CR3TS3CR3T"
+PLACE = Location("s3", "bucket/a\nb", {"region": "eu", "anonymous": True}, {"secret_key": SECRET})
+REQUESTS: list[Request] = [
+    Attach(location=PLACE),
+    Attach(location=Location("local", "/ü"), pinned=True),
+    Detach(name="a"),
+    Detach(location=PLACE, force=True),
+    Status(),
+    Stop(),
+    Stop(force=True),
+]
+REPLIES: list[Reply] = [
+    Attached(mount="/m", name="a", uri="file:///a", version="0", files=1, size=2, skipped=3),
+    Done(),
+    Failed(code="busy", message="line\nline"),
+    StatusReply(
+        version="1",
+        pid=1,
+        mount="/m",
+        cache_dir="/c",
+        cache_bytes=1 << 50,
+        cache_bytes_max=0,
+        fetched_bytes=1,
+        fetched_spans=2,
+        attachments=[
+            AttachmentStatus(
+                name="a",
+                path="/m/a",
+                uri="file:///a",
+                version="0",
+                state="lazy",
+                files=1,
+                size=2,
+                cached=0,
+                holders=[1, 2],
+                open_files=0,
+                pinned=False,
+                attached=1.5,
+                uid=0,
+                skipped=[Skipped("x", "y")],
+                skipped_count=1,
+            )
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda m: type(m).__name__)
+def test_requests_survive_the_wire(message: Request) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert decode_request(line) == message
+    with pytest.raises(ProtocolError):
+        decode_reply(line)
+
+
+@pytest.mark.parametrize("message", REPLIES, ids=lambda m: type(m).__name__)
+def test_replies_survive_the_wire(message: Reply) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1
+    assert decode_reply(line) == message
+    with pytest.raises(ProtocolError):
+        decode_request(line)
+
+
+def _attach(**changes: object) -> bytes:
+    return json.dumps({**json.loads(encode(Attach(location=PLACE))), **changes}).encode()
+
+
+def _located(**changes: object) -> bytes:
+    place = json.loads(encode(Attach(location=PLACE)))["location"]
+    return _attach(location={**place, **changes})
+
+
+BAD = {
+    "empty": b"",
+    "not json": b"attach " + SECRET.encode(),
+    "cut": encode(Attach(location=PLACE))[:-5],
+    "not an object": json.dumps([SECRET]).encode(),
+    "null": b"null",
+    "no operation": json.dumps({"v": 1, "x": SECRET}).encode(),
+    "unknown operation": _attach(op="format"),
+    "newer version": _attach(v=2),
+    "version zero": _attach(v=0),
+    "version as text": _attach(v="1"),
+    "unknown field": _attach(more=SECRET),
+    "wrong type": _attach(pinned=SECRET),
+    "location as text": _attach(location=SECRET),
+    "no location": json.dumps({"op": "attach"}).encode(),
+    "unknown kind": _located(kind="ftp"),
+    "unknown field of the location": _located(more=SECRET),
+    "path as number": _located(path=5),
+    "secret as list": _located(secrets={"secret_key": [SECRET]}),
+    "secrets as list": _located(secrets=[SECRET]),
+    "option as object": _located(options={"region": {"x": SECRET}}),
+    "deep": b"[" * 200_000 + SECRET.encode(),
+    "deep objects": b'{"op":"attach","location":' + b'{"a":' * 200_000,
+    "deep known field": b'{"op":"attach","location":{"secrets":' + b'{"a":' * 100_000,
+    "not utf-8": b'{"op":"attach","x":"\xff' + SECRET.encode() + b'"}',
+    "trailing": encode(Status()) + SECRET.encode(),
+    "two": encode(Status()) * 2,
+}
+
+
+@pytest.mark.parametrize("line", BAD.values(), ids=BAD)
+def test_everything_else_is_refused_and_not_repeated(line: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_request(line)
+    assert SECRET not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert len(str(caught.value)) < 300
+
+
+@given(st.integers(0, 200), st.sampled_from(["replace", "cut", "insert"]), st.binary(max_size=4))
+def test_a_line_with_an_error_in_it_does_not_show_its_secret(
+    place: int, how: str, noise: bytes
+) -> None:
+    line = bytearray(encode(Attach(location=PLACE)))
+    place %= len(line)
+    end = {"replace": place + len(noise), "cut": len(line), "insert": place}[how]
+    line[place:end] = noise
+    message = ""
+    try:
+        decode_request(bytes(line))
+    except ProtocolError as error:
+        message = str(error)
+    assert SECRET not in message
+
+
+@given(st.binary(max_size=60))
+def test_noise_is_refused(noise: bytes) -> None:
+    for decode in (decode_request, decode_reply):
+        with pytest.raises(ProtocolError):
+            decode(noise)
+
+
+def test_a_full_status_fits_into_a_line() -> None:
+    status = REPLIES[3]
+    assert isinstance(status, StatusReply)
+    [attachment] = status.attachments
+    size = len(encode(status)) * 1000
+    assert attachment.skipped_count
+    assert size < LINE_BYTES_MAX
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    def tree(root: type[CkptfsError]) -> list[type[CkptfsError]]:
+        return [root, *(leaf for child in root.__subclasses__() for leaf in tree(child))]
+
+    own = [cls for cls in tree(CkptfsError) if cls.__module__ == "ckptfs.errors"]
+    assert len({cls.code for cls in own}) == len(own)
+    for cls in own:
+        assert BY_CODE[cls.code] is cls
+        assert str(cls("one line")) == "one line"
