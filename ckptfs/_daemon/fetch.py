@@ -45,13 +45,14 @@ import trio
 from ckptfs._daemon import formats
 from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.offload import Offload, thread_buffer
+from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.slots import Priority, Slots, Ticket
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._store.base import Pin, Store
+from ckptfs._store.buffers import thread_buffer
 from ckptfs.errors import (
     CkptfsError,
     NotAttached,
@@ -81,6 +82,7 @@ class RemoteFile:
         trusted: Whether `pin` was confirmed by the store since it was attached.
         changed: The object is another version by now.
         error: Time and text of the last error, or "".
+        cause: Text of the last answer of the store that was an error which can pass, or "".
     """
 
     def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
@@ -91,6 +93,7 @@ class RemoteFile:
         self.changed = False
         self.failing = False
         self.error = ""
+        self.cause = ""
         self.opens = 0
         self.flights = 0
         self.check_lock = trio.Lock()
@@ -171,13 +174,24 @@ class _Transfer:
                 try:
                     return Cache.write(span.entry, span.blocks.start, buffer), None
                 except OSError as error:
-                    log.warning("cache: cannot write: %s; reading without storing", error)
+                    _warn_of_disk(error)
             return None, bytes(buffer)
 
     def abandon(self) -> None:
         """Forbid the write. Waits for one that has begun (milliseconds; only after a deadline)."""
         with self._lock:
             self._abandoned = True
+
+
+_warned_s = -math.inf
+
+
+def _warn_of_disk(error: OSError) -> None:
+    """One line a minute: a full disk refuses every span."""
+    global _warned_s
+    if time.monotonic() - _warned_s > 60:
+        _warned_s = time.monotonic()
+        log.warning("cache: cannot write: %s; reading without storing", error)
 
 
 class Fetcher:
@@ -256,7 +270,7 @@ class Fetcher:
                     data = await self._load(entry, offset, length)
                 if data is not None:
                     return data
-        cause = f"; last: {file.error}" if file.error else ""
+        cause = f"; last: {file.cause}" if file.cause else ""
         error = StoreTimeout(
             f"{printable(file.pin.path)}: no data within {self._deadline_s:g} s{cause}"
         )
@@ -368,8 +382,8 @@ class Fetcher:
                 await self._persist(file, lambda: self._attempt(span))
             if span.scope.cancelled_caught:
                 span.error = StoreTimeout(
-                    f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; "
-                    f"last: {file.error.rpartition('last: ')[2] or 'no answer'}"
+                    f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; last: "
+                    f"{file.cause or 'no answer'}"
                 )
                 self._note(file, span.error)
         except CkptfsError as error:
@@ -501,6 +515,7 @@ class Fetcher:
                 file.failing = False
                 return
             except StoreUnavailable as error:
+                file.cause = str(error)
                 self._note(file, error)
             except CkptfsError as error:
                 self._note(file, error)

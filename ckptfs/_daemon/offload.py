@@ -6,8 +6,6 @@ it really ends, which bounds the threads that a library can hold.
 """
 
 import functools
-import mmap
-import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -45,18 +43,3 @@ class Offload:
 
 async def _run(limiter: trio.CapacityLimiter, call: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
-
-
-_buffers = threading.local()
-
-
-def thread_buffer(length: int) -> memoryview:
-    """A buffer that belongs to the calling thread, valid until its next call from the same thread.
-
-    Fresh memory for each span costs up to half of the throughput in page faults [measured].
-    """
-    buffer: memoryview | None = getattr(_buffers, "view", None)
-    if buffer is None or len(buffer) < length:
-        buffer = memoryview(mmap.mmap(-1, length))
-        _buffers.view = buffer
-    return buffer[:length]

@@ -130,6 +130,8 @@ def describe(
     if kind is None:
         known = ", ".join(d.type_name for d in _DESCRIPTIONS.values())
         raise LocationError(f"a {name.lstrip('_')} cannot be mounted; use one of {known}")
+    if not path and kind in ("s3", "gcs", "azure"):
+        raise LocationError(f"a {name} without a path names no checkpoint; add a bucket and a path")
     arguments: dict[str, Any] = {}
     if kind != "local":
         arguments = filesystem.__reduce__()[1][0]
@@ -173,6 +175,15 @@ def open_store(location: Location, timeout_s: float) -> Store:
         cause = str(error).partition("\n")[0]
         raise LocationError(f"{location.uri}: {cause}; check the options") from None
     return ArrowStore(filesystem, location.path, location.uri)
+
+
+def store_of(filesystem: FileSystem, path: str) -> Store:
+    """The store at `path` on a filesystem of this very process, of whatever type."""
+    try:
+        name = describe(filesystem, path).uri
+    except LocationError:
+        name = f"{filesystem.type_name}:{path}"
+    return ArrowStore(filesystem, path, name)
 
 
 def _s3(options: Mapping[str, Any], timeout_s: float) -> FileSystem:

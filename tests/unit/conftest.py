@@ -4,4 +4,3 @@ from hypothesis import settings
 
 settings.register_profile("unit", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("unit")
-

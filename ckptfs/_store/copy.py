@@ -1,0 +1,244 @@
+"""Copy a checkpoint, or some of its files, to a local directory: in parallel, verified, resumable.
+
+A file appears under its name only when it is complete and its version was confirmed after its last
+byte was read. Until then it is ``.<name>.ckptfs-partial`` beside it, with ``.<name>.ckptfs-parts``,
+which holds the version that is being copied and a byte for each part that is written. A later run
+goes on from there, if the version is still the same. A file that is there already with the right
+size and modification time is not copied again.
+
+One process at a time copies to a directory (lock file); another one waits, and then finds the
+files there, or goes on where the first one failed.
+
+The main thread decides (what is next, what is complete); the workers only read and write.
+"""
+
+import fnmatch
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+from ckptfs._filelock import locked
+from ckptfs._model.manifest import ListedFile, Manifest, build_manifest
+from ckptfs._store.base import Pin, Store
+from ckptfs._store.buffers import thread_buffer
+from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreUnavailable
+
+PART_BYTES = 8 << 20
+"""Bytes of one request: the round trip is small beside the transfer, and a large file still spreads
+over all connections."""
+_THREADS = 16
+_FILES_MAX = 10_000_000
+_TRIES = 5
+_PAUSE_S = 0.2
+"""Tries of a request whose error can pass, and the pause after the first (doubled, jittered)."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are there and the bytes of all files, from the calling thread."""
+
+
+def copy_directory(
+    store: Store,
+    target: Path,
+    *,
+    include: Sequence[str] = (),
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Copy what `store` holds to `target`, which may exist; other files in it stay.
+
+    Args:
+        store: The checkpoint.
+        target: A directory; made with its parents if it is missing.
+        include: Globs on relative paths (``*`` also matches ``/``); empty: everything.
+        timeout_s: Longest wait for another process that copies to `target`; None: no limit.
+        progress: Told about each part that arrived.
+
+    Raises:
+        CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: The store's
+            answer. What is complete stays, also the parts, for another try.
+        StoreError: The local disk refused, or `timeout_s` is over.
+    """
+    target = target.absolute()
+    lock = target.parent / f".{target.name}.ckptfs-lock"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(str(lock), float("inf") if timeout_s is None else timeout_s):
+            manifest = build_manifest(store.list(_FILES_MAX))
+            target.mkdir(exist_ok=True)
+            if not include:
+                for directory in manifest.directories:  # also the empty ones
+                    (target / directory).mkdir(exist_ok=True)
+            _Copy(store, target, _chosen(manifest, include), progress).run()
+    except CkptfsError:
+        raise
+    except TimeoutError:
+        raise StoreError(
+            f"{target}: another process has been copying to it for {timeout_s:g} s; wait for it, "
+            "or choose another directory"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"cannot copy to {target}: {error.strerror or error}") from error
+
+
+def _chosen(manifest: Manifest, include: Sequence[str]) -> list[ListedFile]:
+    if not include:
+        return list(manifest.files)
+    return [f for f in manifest.files if any(fnmatch.fnmatchcase(f.path, g) for g in include)]
+
+
+class _File:
+    """A file that is being copied."""
+
+    def __init__(self, target: Path, listed: ListedFile) -> None:
+        self.pin = Pin(listed.path, listed.size, listed.mtime_ns)
+        self.path = target / listed.path
+        self.partial = self.path.parent / f".{self.path.name}.ckptfs-partial"
+        self.parts_file = self.path.parent / f".{self.path.name}.ckptfs-parts"
+        self.parts = -(-listed.size // PART_BYTES)
+        self.missing: set[int] = set()
+
+    def is_complete(self) -> bool:
+        """Whether it is there already, from an earlier run."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        return found.st_size == self.pin.size and found.st_mtime_ns == self.pin.mtime_ns != 0
+
+    def length(self, part: int) -> int:
+        """Bytes of a part."""
+        return min(PART_BYTES, self.pin.size - part * PART_BYTES)
+
+    @property
+    def version(self) -> bytes:
+        """The first line of the parts file."""
+        return f"{self.pin.size} {self.pin.mtime_ns} {self.pin.etag}\n".encode()
+
+
+class _Copy:
+    """One run. `_after_*` run in the main thread, what they submit in the workers."""
+
+    def __init__(
+        self, store: Store, target: Path, chosen: list[ListedFile], progress: Progress | None
+    ) -> None:
+        self._store = store
+        self._files = [_File(target, listed) for listed in chosen]
+        self._progress = progress
+        self._total_bytes = sum(listed.size for listed in chosen)
+        self._done_bytes = 0
+        self._running = 0
+        self._outcomes: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(_THREADS, "ckptfs-copy")
+
+    def run(self) -> None:
+        """Copy; returns when everything is there. The first error ends the rest."""
+        try:
+            for file in self._files:
+                if file.is_complete():
+                    self._count(file.pin.size)
+                else:
+                    file.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._submit(self._begin, file, then=self._after_begin)
+            while self._running:
+                future, then = self._outcomes.get()
+                self._running -= 1
+                future.result()
+                then()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _submit(
+        self, work: Callable[..., None], file: _File, *part: int, then: Callable[..., None]
+    ) -> None:
+        self._running += 1
+        future = self._pool.submit(_persist, partial(work, file, *part))
+        future.add_done_callback(lambda f: self._outcomes.put((f, partial(then, file, *part))))
+
+    def _count(self, length: int) -> None:
+        self._done_bytes += length
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)
+
+    # -- a file's life
+
+    def _begin(self, file: _File) -> None:
+        file.pin = self._store.confirm(file.pin)
+        file.missing = _open_partial(file)
+
+    def _after_begin(self, file: _File) -> None:
+        self._count(sum(file.length(p) for p in range(file.parts) if p not in file.missing))
+        for part in sorted(file.missing):
+            self._submit(self._fetch, file, part, then=self._after_fetch)
+        if not file.missing:
+            self._submit(self._finish, file, then=_nothing)
+
+    def _fetch(self, file: _File, part: int) -> None:
+        buffer = thread_buffer(file.length(part))
+        self._store.read_into(file.pin, part * PART_BYTES, buffer)
+        _write_at(file.partial, part * PART_BYTES, buffer)
+        _write_at(file.parts_file, len(file.version) + part, memoryview(b"+"))
+
+    def _after_fetch(self, file: _File, part: int) -> None:
+        self._count(file.length(part))
+        file.missing.discard(part)
+        if not file.missing:
+            self._submit(self._finish, file, then=_nothing)
+
+    def _finish(self, file: _File) -> None:
+        try:
+            self._store.confirm(file.pin)
+        except ObjectChanged:
+            _remove_partial(file)
+            raise
+        if file.pin.mtime_ns:
+            os.utime(file.partial, ns=(file.pin.mtime_ns, file.pin.mtime_ns))
+        file.partial.replace(file.path)
+        file.parts_file.unlink()
+
+
+def _open_partial(file: _File) -> set[int]:
+    """Make the partial file, or go on with one of the same version; returns the missing parts."""
+    header = file.version
+    try:
+        known = file.parts_file.read_bytes()
+        if known.startswith(header) and file.partial.stat().st_size == file.pin.size:
+            done = known[len(header) :].ljust(file.parts, b"-")
+            return {part for part in range(file.parts) if done[part : part + 1] != b"+"}
+    except FileNotFoundError:
+        pass
+    _remove_partial(file)
+    with file.partial.open("xb") as out:
+        out.truncate(file.pin.size)
+    file.parts_file.write_bytes(header)
+    return set(range(file.parts))
+
+
+def _write_at(path: Path, offset: int, data: memoryview) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def _remove_partial(file: _File) -> None:
+    file.partial.unlink(missing_ok=True)
+    file.parts_file.unlink(missing_ok=True)
+
+
+def _nothing(_: _File) -> None:
+    """A finished file needs nothing more."""
+
+
+def _persist(work: Callable[[], None]) -> None:
+    pause_s = _PAUSE_S
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except StoreUnavailable:
+            time.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s *= 2
+    return work()
