@@ -64,9 +64,10 @@ _READ_BYTES_MAX = 2 << 20
 """Size of the reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
 _PAGE_BYTES = 4096
 """Unit in which file systems give out space."""
-_FOLDER_BYTES = 4 * _PAGE_BYTES
-"""What an object costs beside its blocks: folder, map and description, a page each, and one spare.
-(A map outgrows its page at 512 MiB, by one part in 131,072 of the data.)"""
+_FOLDER_BYTES = 6 * _PAGE_BYTES
+"""What an object costs beside its blocks, a page each: folder and its parent, map, description and
+the one that replaces it, and the block that lists the extents of a file with holes. (A map outgrows
+its page at 512 MiB, by one part in 131,072 of the data.)"""
 
 
 class CachedObject:

@@ -11,6 +11,7 @@ This module must not touch the mount by path: nobody may answer yet.
 
 import array
 import ctypes
+import logging
 import os
 import re
 import socket
@@ -19,6 +20,8 @@ import subprocess
 from pathlib import Path
 
 from ckptfs.errors import CannotMount
+
+log = logging.getLogger(__name__)
 
 _IN_HEADER = struct.Struct("<IIQQIIIHH")
 _OUT_HEADER = struct.Struct("<IiQ")
@@ -121,8 +124,10 @@ def unmount(mountpoint: Path) -> None:
     if os.geteuid() == 0:
         _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
         return
-    command = ["fusermount3", "-u", "-z", "-q", "--", str(mountpoint)]
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    command = ["fusermount3", "-u", "-z", "--", str(mountpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.warning("cannot unmount %s: %s", mountpoint, done.stderr.strip())
 
 
 def device_of_mount(mountpoint: Path) -> str | None:

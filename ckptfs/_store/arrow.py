@@ -204,13 +204,12 @@ class ArrowStore:
     def _of_object(self, error: Exception, pin: Pin) -> CkptfsError:
         if isinstance(error, CkptfsError):
             return error
-        text = str(error)
-        # A range behind the end of a truncated object (HTTP 416) has no error name of its own.
-        if "416" in text or "INVALID_RANGE" in text.upper() or "InvalidRange" in text:
+        cause = _cause(str(error))
+        # A range behind the end of a truncated object has no error name of its own.
+        if re.search(r"HTTP status 416|InvalidRange|INVALID_RANGE", cause):
             return self._changed(pin, "it became shorter")
-        if isinstance(error, FileNotFoundError) or re.search(
-            "NO_SUCH_KEY|RESOURCE_NOT_FOUND", text
-        ):
+        gone = re.match("AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)", cause)
+        if gone or isinstance(error, FileNotFoundError):
             return self._changed(pin, "it was deleted")
         return translate_error(error, f"{printable(pin.path)} in {self._name}")
 
@@ -226,14 +225,21 @@ class ArrowStore:
         return CheckpointNotFound(f"{self._name} does not exist; check the path")
 
 
+def _cause(text: str) -> str:
+    """The part of an error's text that the store or SDK wrote: bucket and key, which Arrow puts
+    before it, can hold any word that would be looked for."""
+    text = text.partition("\n")[0]
+    start = text.rfind("AWS Error ")
+    return text[start:] if start >= 0 else text
+
+
 def translate_error(error: Exception, what: str) -> CkptfsError:
     """The exception of ours that says what pyarrow's `error` means for `what`."""
-    text = str(error).partition("\n")[0]
-    match = re.search(r"AWS Error ([A-Z_]+)", text)
+    text = _cause(str(error))
+    match = re.match(r"AWS Error ([A-Z_]+)", text)
     name = match[1] if match else ""
-    # Arrow repeats bucket and key before the cause, which `what` has said already.
-    cause = printable(text[match.start() :] if match else text)
-    if name == "NO_SUCH_BUCKET" or ("Bucket '" in text and "not found" in text):
+    cause = printable(text)
+    if name == "NO_SUCH_BUCKET" or re.match("Bucket '.*' not found", text):
         return CheckpointNotFound(f"{what}: there is no such bucket; check its name")
     if name in _DENIED or isinstance(error, PermissionError):
         return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")

@@ -194,7 +194,7 @@ def test_a_machine_that_cannot_mount(
     with injected(node, monkeypatch, code):
         with (
             pytest.raises(ckptfs.CannotMount, match=message),
-            ckptfs.Checkpoint(uri_of(small)).as_directory(),
+            ckptfs.Checkpoint(uri_of(small)).as_directory(mode="mount"),
         ):
             pass
         assert "cannot mount: " in attach_by_cli(uri_of(small))

@@ -195,15 +195,26 @@ def test_damage_of_every_kind(node: Node, bucket: Path, uri_of: UriOf) -> None:
 
 
 def disk_bytes(top: Path) -> int:
-    """What the files and folders of the cache take, also while they come and go."""
-    total = 0
-    for folder, _, names in os.walk(top, onerror=None):
-        for path in (folder, *(os.path.join(folder, name) for name in names)):
-            try:
-                total += os.lstat(path).st_blocks * 512
-            except FileNotFoundError:
-                continue
-    return total
+    """What the files and folders of the cache take, also while they come and go.
+
+    Sizes of different moments must not be added up: each is the lesser of two readings, the second
+    in the reverse order, so that what left one file before it came to another counts once.
+    """
+    paths = [
+        path
+        for folder, _, names in os.walk(top, onerror=None)
+        for path in (folder, *(os.path.join(folder, name) for name in names))
+    ]
+    first = [_blocks(path) for path in paths]
+    second = [_blocks(path) for path in reversed(paths)]
+    return 512 * sum(map(min, first, reversed(second)))
+
+
+def _blocks(path: str) -> int:
+    try:
+        return os.lstat(path).st_blocks
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length
 from ckptfs.errors import ConfigError
 
-FOLDER = 16 << 10
+FOLDER = 24 << 10
 """What an object's folder is counted for."""
 
 

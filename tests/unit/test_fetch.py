@@ -146,7 +146,7 @@ async def test_bytes_of_another_version_are_never_seen(
         assert await rig.read(file, 0, MIB) == DATA[:MIB]  # what is cached can still be read
         with pytest.raises(ObjectChanged):
             await rig.read(file, 8 * MIB, 1)
-        assert rig.cache.used_bytes == MIB + (16 << 10)
+        assert rig.cache.used_bytes == MIB + (24 << 10)
 
 
 async def test_a_version_written_back_in_the_same_second_is_another_one(
@@ -193,7 +193,7 @@ _reads = st.lists(
 @given(
     _reads,
     st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=3),
-    st.sampled_from([0, 2 * MIB + (16 << 10), 100]),
+    st.sampled_from([0, 2 * MIB + (24 << 10), 100]),
 )
 def test_whatever_is_overwritten_when_the_bytes_are_of_one_version(
     tmp_path_factory: pytest.TempPathFactory,
@@ -323,7 +323,7 @@ async def test_a_dark_store_ends_at_the_deadline(
         assert file.failing
         assert "a: no" in file.error
         await rig.quiet()
-        assert rig.cache.used_bytes == (16 << 10 if kind == "data" else 0)
+        assert rig.cache.used_bytes == (24 << 10 if kind == "data" else 0)
         offload.latency_s = {}
         assert await rig.read(file, 0, 1) == DATA[:1]
 
@@ -671,7 +671,7 @@ async def test_failures_of_another_attachment_are_not_mine(
         assert await rig.read(mine, 0, 10) == DATA[:10]
 
 
-@pytest.mark.parametrize("bytes_max", [0, 4 * MIB + (16 << 10), 100])
+@pytest.mark.parametrize("bytes_max", [0, 4 * MIB + (24 << 10), 100])
 async def test_a_file_opened_again_is_the_same_version(
     tmp_path: Path, store: FakeStore, bytes_max: int
 ) -> None:
@@ -711,7 +711,7 @@ async def test_a_disk_that_cannot_be_written_is_no_read_error(
         expected = VERIFIED if what == "record" else IN_MEMORY
         assert set(file.entry.state) == {expected}
         if what == "write":
-            assert rig.cache.used_bytes == 16 << 10
+            assert rig.cache.used_bytes == 24 << 10
             path = rig.cache.directory / "objects"
             assert sum(p.stat().st_blocks for p in path.rglob("data")) == 0
 
@@ -731,7 +731,7 @@ async def test_a_write_that_fails_half_way_is_no_read_error(
         assert await rig.read(file, 0, 4 * MIB) == DATA[: 4 * MIB]
         await rig.quiet()
         assert os.fstat(file.entry.files.data).st_blocks == 0
-        assert rig.cache.used_bytes == 16 << 10
+        assert rig.cache.used_bytes == 24 << 10
 
 
 async def test_a_disk_that_cannot_be_read_is_no_read_error(
@@ -764,7 +764,7 @@ async def test_a_damaged_block_is_fetched_again(tmp_path: Path, store: FakeStore
         assert [(c.offset, c.length) for c in store.reads()] == [(MIB, MIB)]
 
 
-@pytest.mark.parametrize("bytes_max", [100, MIB + (16 << 10), 3 * MIB + (16 << 10)])
+@pytest.mark.parametrize("bytes_max", [100, MIB + (24 << 10), 3 * MIB + (24 << 10)])
 async def test_a_file_larger_than_the_cache_is_readable(
     tmp_path: Path, store: FakeStore, offload: Offload, bytes_max: int
 ) -> None:
