@@ -49,8 +49,8 @@ def test_an_outage_is_an_outage_whatever_the_name(
         ("When x: AWS Error SLOW_DOWN during GetObject operation: no", StoreUnavailable),
         ("When x: AWS Error UNKNOWN (HTTP status 503) during GetObject: no", StoreUnavailable),
         (
-            "When x: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout "
-            "was reached",
+            "When x: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, "
+            "Timeout was reached",
             StoreTimeout,
         ),
         ("When listing 'ACCESS_DENIED': AWS Error UNKNOWN (HTTP status 400) during x", StoreError),
