@@ -1,6 +1,12 @@
 """Entry point of the ``ckptfs`` command."""
 
+import os
 import sys
+
+try:
+    os.getcwd()
+except OSError:  # the shell stands in a mount that is gone; libraries ask for it on import
+    os.chdir("/")
 
 from ckptfs.cli import app
 from ckptfs.errors import CkptfsError

@@ -56,9 +56,14 @@ class Attachment:
         self.idle_since_s = 0.0
 
     @property
+    def in_use(self) -> bool:
+        """Whether anybody uses it now."""
+        return bool(self.directories or self.open_handles or self.clients)
+
+    @property
     def held(self) -> bool:
-        """Whether anybody uses it."""
-        return bool(self.directories or self.open_handles or self.clients or self.pinned)
+        """Whether it has to stay."""
+        return self.in_use or self.pinned
 
     @property
     def key(self) -> tuple[int, str]:

@@ -25,6 +25,9 @@ span at once, and with it the reads that wait. The next read tries anew: nothing
 but the attributes. A reader that joined an older span's failure tries once more within its own
 deadline.
 
+**A dark store** must not keep the others waiting: from its first error that can pass until it has
+delivered a span, its spans go last and leave places free, and its checks have their own threads.
+
 **Cancellation.** A reader that goes away leaves the span running for others. A span that runs out
 of time abandons its thread; `_Transfer.abandon` makes sure that the thread cannot write afterwards,
 when the blocks may already be somebody else's.
@@ -214,6 +217,7 @@ class Fetcher:
         self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
+        self._dark: set[Store] = set()  # stores whose last answer was none
         self.fetched_bytes = 0
         self.fetched_spans = 0
 
@@ -365,7 +369,8 @@ class Fetcher:
                 missing.append(index)
             else:
                 spans[span] = None
-                self._slots.raise_priority(span.ticket, priority)
+                if span.file.store not in self._dark:
+                    self._slots.raise_priority(span.ticket, priority)
         for run in runs(missing, self._span_blocks_max):
             span = _Span(file, entry, run, priority)
             spans[span] = None
@@ -386,6 +391,8 @@ class Fetcher:
                     f"{file.cause or 'no answer'}"
                 )
                 self._note(file, span.error)
+            else:
+                self._dark.discard(file.store)
         except CkptfsError as error:
             span.error = error
         except Exception:  # it must not take the daemon with it
@@ -415,6 +422,8 @@ class Fetcher:
             await self._learn(file, entry)
         stores = written = False
         try:
+            if file.store in self._dark:
+                span.ticket.priority = Priority.DARK
             await self._slots.acquire(span.ticket)
             span.start_clock(self._deadline_s)
             try:
@@ -469,11 +478,15 @@ class Fetcher:
 
     # -- versions and errors
 
+    async def _check_at_store(self, file: RemoteFile) -> Pin:
+        run = self._offload.dark if file.store in self._dark else self._offload.control
+        return await run(file.store.confirm, file.pin)
+
     async def _learn(self, file: RemoteFile, entry: CachedObject) -> None:
         """The first check of a file: from here on its version is pinned with its ETag."""
         async with file.check_lock:
             if not file.trusted:
-                file.pin = await self._offload.control(file.store.confirm, file.pin)
+                file.pin = await self._check_at_store(file)
                 self._cache.learn(entry, file.pin.etag)
                 file.trusted = True
 
@@ -490,7 +503,7 @@ class Fetcher:
             try:
                 async with file.check_lock:
                     file.next_check = None  # begun: whoever comes now needs the next one
-                    await self._offload.control(file.store.confirm, file.pin)
+                    await self._check_at_store(file)
             except CkptfsError as error:
                 check.error = error
             except BaseException:
@@ -512,9 +525,10 @@ class Fetcher:
         while True:
             try:
                 await attempt()
-                file.failing = False
+                file.failing = file.changed = False
                 return
             except StoreUnavailable as error:
+                self._dark.add(file.store)
                 file.cause = str(error)
                 self._note(file, error)
             except CkptfsError as error:

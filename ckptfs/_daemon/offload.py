@@ -18,6 +18,8 @@ _DISK_THREADS = 8
 """Enough to keep an NVMe disk busy with 1 MiB reads; more only wait for each other."""
 _CONTROL_THREADS = 16
 """Listings and version checks, which must not wait behind data."""
+_DARK_THREADS = 4
+"""Version checks at stores that do not answer, which must not keep the others waiting."""
 
 
 class Offload:
@@ -26,6 +28,7 @@ class Offload:
     def __init__(self, data_threads: int) -> None:
         self._data = trio.CapacityLimiter(data_threads)
         self._control = trio.CapacityLimiter(_CONTROL_THREADS)
+        self._dark = trio.CapacityLimiter(_DARK_THREADS)
         self._disk = trio.CapacityLimiter(_DISK_THREADS)
 
     async def data(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -35,6 +38,10 @@ class Offload:
     async def control(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a small request to the store: a listing, a version check."""
         return await _run(self._control, functools.partial(function, *args, **kwargs))
+
+    async def dark(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a small request to a store that did not answer last time."""
+        return await _run(self._dark, functools.partial(function, *args, **kwargs))
 
     async def disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run disk IO."""

@@ -2,8 +2,8 @@
 
 An attachment is shared by all attaches of the same place by the same user. It ends `linger_s` after
 nobody holds it any more: no open directory or file, no control connection, not pinned. An attach
-that finds it lingering lists the store again, and shows the new version if there is one; one that
-finds it held joins the snapshot of the others.
+that finds it in nobody's use (lingering, or only pinned) lists the store again, and shows the new
+version if there is one; one that finds it in use joins the snapshot of the others.
 
 All state belongs to the event loop. `_locks` makes attaches of one place wait for each other; those
 that waited for one which found the store dark share its answer, instead of asking one by one.
@@ -117,7 +117,7 @@ class Service:
         self, key: tuple[int, str], location: Location, uid: int, gid: int
     ) -> Attachment:
         known = self._attachments.get(key)
-        if known is not None and known.held:
+        if known is not None and known.in_use:
             if location.secrets == self._secrets[key]:
                 return known
             store = open_store(location, self._config.store_timeout_s)
@@ -133,11 +133,12 @@ class Service:
         self._ordinal += 1
         fresh = await self._offload.control(self._build, self._ordinal, location, store, uid, gid)
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
-        if known is not None and (known.held or known.manifest.version == fresh.manifest.version):
+        if known is not None and (known.in_use or known.manifest.version == fresh.manifest.version):
             known.use_store(store)
             self._secrets[key] = location.secrets
             return known
         if known is not None:
+            fresh.pinned = known.pinned
             self._remove(known)
         self._check_limit()  # other places may have been attached meanwhile
         self._attachments[key] = fresh

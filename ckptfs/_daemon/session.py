@@ -53,9 +53,12 @@ _WANTED = (
 _PAGES_MAX = 256  # 1 MiB requests: the most that an unprivileged limit of the kernel allows
 _MAX_WRITE = 128 << 10
 _READAHEAD_BYTES_MAX = 16 << 20  # only bounds what read_ahead_kb may be set to
-_BACKGROUND_MAX = 64
-_CONGESTION = 48
-"""Against the default of 12 and 9: a fifth more throughput with two readers [measured]."""
+_BACKGROUND_MAX = 1000
+_CONGESTION = 750
+"""Requests of the kernel's readahead that may wait at the same time (defaults: 12 and 9). All of
+the mount shares them, so reads that wait for a dark store must not use them up: cached files of
+other checkpoints would wait, too, and the daemon would not even hear of it. Below
+`fuse._TASKS_MAX`."""
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH = 2

@@ -7,14 +7,16 @@ import trio
 
 
 class Priority(IntEnum):
-    """Who goes first. A reader is waiting for DEMAND; nobody waits yet for READAHEAD."""
+    """Who goes first. A reader is waiting for DEMAND; nobody waits yet for READAHEAD; DARK is for
+    stores that do not answer, whoever waits: they must not keep the others from theirs."""
 
     DEMAND = 0
     READAHEAD = 1
+    DARK = 2
 
 
 _KEPT_FOR_DEMAND = 2
-"""Places that readahead leaves free, so that a reader does not wait for one to end."""
+"""Places that the others leave free, so that a reader does not wait for one to end."""
 
 _serial = count()
 

@@ -72,6 +72,8 @@ class ArrowStore:
         self._fs = filesystem
         self._root = root.rstrip("/")
         self._name = name
+        # Of a local file, each handle is a descriptor, and keeps a deleted file on the disk.
+        self._handles_max = 8 if filesystem.type_name == "local" else _HANDLES_MAX
         self._lock = threading.Lock()  # guards _idle; never held during IO
         self._idle: OrderedDict[str, list[Any]] = OrderedDict()  # path -> open handles, LRU first
         self._idle_count = 0
@@ -170,7 +172,7 @@ class ArrowStore:
             self._idle.setdefault(path, []).append(handle)
             self._idle.move_to_end(path)
             self._idle_count += 1
-            while self._idle_count > _HANDLES_MAX:
+            while self._idle_count > self._handles_max:
                 dropped += self._idle.popitem(last=False)[1]
                 self._idle_count -= len(dropped)
 

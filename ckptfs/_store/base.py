@@ -41,7 +41,7 @@ class Pin(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """One directory of a store. See the module's text for the contract."""
+    """One directory of a store, hashable by identity. See the module's text for the contract."""
 
     def list(self, files_max: int) -> Listing:
         """Names, sizes and times of everything below the directory; reads no content.

@@ -93,13 +93,12 @@ def _list_files(top: str, as_json: bool) -> None:
     listed = [
         {
             "path": relative,
-            "size": int(known[attributes.SIZE]),
-            "cached": int(known[attributes.CACHED]),
-            "state": known[attributes.STATE],
-            "version": known[attributes.VERSION],
+            "size": os.stat(path).st_size,
+            "cached": int(xattrs.get(path, attributes.CACHED) or 0),
+            "state": xattrs.get(path, attributes.STATE) or "",
+            "version": xattrs.get(path, attributes.VERSION) or "",
         }
         for relative, path in rows
-        for known in [xattrs.read_all(path)]
     ]
     if as_json:
         output.print_json(listed)

@@ -1,6 +1,7 @@
 """How things look on a terminal, shared by the commands."""
 
 import json
+import sys
 from typing import Annotated, Any
 
 import msgspec
@@ -14,6 +15,8 @@ from ckptfs._model.wire import Message
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _BAR_WIDTH = 10
+_PIPED_WIDTH = 5000
+"""Longer than any row: a path has at most 4096 bytes (PATH_MAX)."""
 
 
 def print_json(value: Any) -> None:
@@ -34,7 +37,8 @@ def print_table(
     for row in rows:
         # Names come from the store: Text, so that rich does not look for markup in them.
         table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in row])
-    Console(soft_wrap=False).print(table)
+    # Piped, a line is a row: nothing is folded.
+    Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
 
 
 def size(count: int) -> str:
@@ -51,7 +55,9 @@ def share(part: int, whole: int) -> Text:
     """A bar and the percentage of `part` in `whole`."""
     ratio = part / whole if whole else 1.0
     filled = round(ratio * _BAR_WIDTH)
-    bar = Text("█" * filled, style="green") + Text("░" * (_BAR_WIDTH - filled), style="dim")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    full, empty = ("█", "░") if unicode else ("#", ".")
+    bar = Text(full * filled, style="green") + Text(empty * (_BAR_WIDTH - filled), style="dim")
     return bar + f" {int(100 * ratio):3}%"  # never 100 % before it is all there
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -360,6 +360,46 @@ def test_a_store_that_goes_away_and_comes_back(
         wait_until(lambda: is_readable(f"{path}/other.bin", 0))
         assert reopened(f"{path}/other.bin", 0) == data[:100]
         assert attribute(file, "state") in ("lazy", "fetching")
+
+
+def test_a_dark_store_harms_its_own_readers_only(
+    node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+) -> None:
+    node.configure(read_deadline_s=30, store_timeout_s=0.5)
+    node.expected_in_log += ["cannot reach the store", "did not answer", "not fetched", "no data"]
+    dark_files, bright_files = bucket / "dark", bucket / "bright"
+    for folder in (dark_files, bright_files):
+        folder.mkdir()
+    for number in range(100):
+        (dark_files / str(number)).write_bytes(bytes(2 * MIB))
+    for name in ("cached", "cold", "later"):
+        (bright_files / name).write_bytes(name.encode() * MIB)
+
+    def head(path: str, name: str) -> str:
+        return node.run("head", "-c", str(len(name)), f"{path}/{name}").stdout
+
+    with Forwarder(s3.endpoint) as forwarder, ExitStack() as stack:
+        dark_uri = with_endpoint(uri_of(dark_files), s3, forwarder.endpoint)
+        dark = stack.enter_context(ckptfs.Checkpoint(dark_uri).as_directory())
+        bright = stack.enter_context(ckptfs.Checkpoint(uri_of(bright_files)).as_directory())
+        assert head(bright, "cached") == "cached"
+        forwarder.hold()
+        readers = [
+            subprocess.Popen(["cat", f"{dark}/{number}"], stdout=-3, stderr=-3)
+            for number in range(100)
+        ]
+        try:
+            wait_until(lambda: any(a["state"] == "failing" for a in node.status()["attachments"]))
+            for name in ("cached", "cold"):  # within 60 s: the dark ones have not ended by then
+                assert head(bright, name) == name
+            assert all(reader.poll() is None for reader in readers)
+        finally:
+            for reader in readers:
+                reader.kill()
+        assert head(bright, "later") == "later"
+        forwarder.release()
+        for reader in readers:
+            reader.wait(60)
 
 
 def is_timeout_or_io(error: OSError) -> bool:

@@ -222,3 +222,25 @@ def test_secrets_are_shown_nowhere(node: Node, s3: S3Server, small: Path, uri_of
     found = node.run("grep", "-rl", s3.secret_key, str(node.folder), check=False)
     assert (found.returncode, found.stdout) == (1, "")
     assert any(node.cache_dir.glob("objects/*/*/data"))
+
+
+def test_attaching_again_shows_the_new_version(node: Node, small: Path, uri_of: UriOf) -> None:
+    path = node.cli("attach", uri_of(small)).stdout.strip()
+    assert Path(path, "config.json").read_text() == '{"layers": 1}'
+    (small / "config.json").write_text('{"layers": "two"}')
+    # Its readers have gone: only the pin holds it.
+    wait_until(lambda: node.status()["attachments"][0]["open_files"] == 0)
+    assert node.cli("attach", uri_of(small)).stdout.strip() == path
+    assert Path(path, "config.json").read_text() == '{"layers": "two"}'
+    (attachment,) = node.status()["attachments"]
+    assert attachment["pinned"]
+
+
+def test_commands_work_from_a_mount_that_is_gone(node: Node) -> None:
+    node.cli("mount")
+    ckptfs = str(Path(sys.executable).with_name("ckptfs"))
+    script = f"cd {node.mount} && {ckptfs} umount && {ckptfs} status"
+    done = node.run("sh", "-c", script, check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("ckptfs: no ckptfs daemon is running")

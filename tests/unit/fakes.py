@@ -251,6 +251,10 @@ class InlineOffload(Offload):
         """See Offload.control."""
         return await self._inline("control", functools.partial(function, *args, **kwargs))
 
+    async def dark(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See Offload.dark; for a test, the same kind as `control`."""
+        return await self.control(function, *args, **kwargs)
+
     async def disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """See Offload.disk."""
         return await self._inline("disk", functools.partial(function, *args, **kwargs))

@@ -433,6 +433,28 @@ async def test_a_reader_that_joined_late_has_its_own_deadline(
 # -- who goes first, and who goes away
 
 
+async def test_a_dark_store_leaves_places_to_the_others(tmp_path: Path) -> None:
+    names = [str(number) for number in range(40)]
+    dark = FakeStore(dict.fromkeys(names, pattern(MIB)))
+    bright = FakeStore({"a": DATA})
+    async with rig_in(tmp_path, Offload(4), connections_max=4) as rig:
+        dark.fail("confirm", StoreUnavailable("outage"), at=1)
+        first = rig.open(dark, "0")
+        gates = [dark.block("read_into", at=number) for number in range(1, 41)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.read, first, 0, 1)
+            while not first.cause:  # noqa: ASYNC110 - the store is known to be dark from then on
+                await trio.sleep(0.002)
+            for name in names[1:]:
+                nursery.start_soon(rig.read, rig.open(dark, name), 0, 1)
+            await trio.to_thread.run_sync(gates[0].entered.wait, 10)
+            with trio.fail_after(10):
+                assert await rig.read(rig.open(bright, "a"), 0, MIB) == DATA[:MIB]
+            nursery.cancel_scope.cancel()
+        dark.release_all()
+        await rig.quiet()
+
+
 async def test_demand_goes_before_queued_readahead(
     tmp_path: Path, store: FakeStore, autojump_clock: MockClock
 ) -> None:
