@@ -163,7 +163,7 @@ def attached(
         connection = connect_or_start(config, timeout_s)
         try:
             reply = connection.attach(location, pinned=pinned)
-        except (ConnectionResetError, BrokenPipeError):
+        except ConnectionResetError:
             connection.close()
             if attempt == _TRIES - 1:
                 raise DaemonError(
@@ -176,6 +176,24 @@ def attached(
         with connection:
             yield connection.path_of(reply), reply
         return
+
+
+@contextlib.contextmanager
+def leased(location: Location, *, timeout_s: float | None = None) -> Generator[str]:
+    """Attach, and hold the attachment by an open directory for the length of the context.
+
+    From then on the kernel gives the lease back for us, however this process ends. Yields the path.
+    """
+    with attached(location, timeout_s=timeout_s) as (path, _):
+        lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield path
+    finally:
+        os.close(lease)
+        # The kernel tells the daemon of a close and does not wait. This question comes after it, so
+        # when it is answered the lease is gone, and who attaches next sees the store anew.
+        with contextlib.suppress(OSError):
+            os.stat(os.path.dirname(path))
 
 
 def connect_or_start(config: Config, timeout_s: float | None = None) -> Connection:

@@ -156,22 +156,9 @@ class Checkpoint:
         """The mount path, held by `stack`; None: a copy has to do."""
         try:
             location = describe(self.filesystem, self.path)
-            with _client.attached(location, timeout_s=timeout_s) as (path, _):
-                # From here on the open directory is the lease: the kernel gives it back for us,
-                # however this process ends.
-                lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return stack.enter_context(_client.leased(location, timeout_s=timeout_s))
         except (CannotMount, LocationError) as error:
             if mode == "mount":
                 raise
             warnings.warn(f"ckptfs copies the whole checkpoint: {error}", stacklevel=5)
             return None
-        stack.callback(_end_lease, lease, path)
-        return path
-
-
-def _end_lease(lease: int, path: str) -> None:
-    os.close(lease)
-    # The kernel tells the daemon of a close and does not wait. This question comes after it, so
-    # when it is answered the lease is gone, and who attaches next sees the store anew.
-    with contextlib.suppress(OSError):
-        os.stat(os.path.dirname(path))

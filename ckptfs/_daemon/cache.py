@@ -289,9 +289,8 @@ class Cache:
             return None
         done = 0
         try:
-            while (
-                done < length
-            ):  # a short read is not the end of the file: see RWF_NOWAIT, preadv(2)
+            # A short read is not the end of the file: see RWF_NOWAIT, preadv(2).
+            while done < length:
                 count = os.preadv(entry.files.data, [view[done:]], offset + done, self._nowait)
                 if count == 0:
                     return None

@@ -39,6 +39,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -217,7 +218,8 @@ class Fetcher:
         self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
-        self._dark: set[Store] = set()  # stores whose last answer was none
+        # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
+        self._dark: weakref.WeakSet[Store] = weakref.WeakSet()
         self.fetched_bytes = 0
         self.fetched_spans = 0
 

@@ -61,12 +61,8 @@ def ls(
     if not path_or_uri:
         _list_attachments(as_json)
     elif "://" in path_or_uri:
-        with _client.attached(_location(path_or_uri)) as (path, _):
-            lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                _list_files(path, as_json)
-            finally:
-                os.close(lease)
+        with _client.leased(_location(path_or_uri)) as path:
+            _list_files(path, as_json)
     else:
         _list_files(path_or_uri, as_json)
 
