@@ -16,6 +16,7 @@ from ckptfs.errors import ConfigError as ConfigError
 from ckptfs.errors import DaemonError as DaemonError
 from ckptfs.errors import LimitExceeded as LimitExceeded
 from ckptfs.errors import LocationError as LocationError
+from ckptfs.errors import MetadataError as MetadataError
 from ckptfs.errors import NoDaemon as NoDaemon
 from ckptfs.errors import NotAttached as NotAttached
 from ckptfs.errors import ObjectChanged as ObjectChanged

@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,10 +46,17 @@ R = TypeVar("R", bound=Reply)
 
 
 class Connection:
-    """One connection. Attachments that were asked for on it are held until it is closed."""
+    """One connection. Attachments that were asked for on it are held until it is closed.
 
-    def __init__(self, path: str, timeout_s: float) -> None:
+    Args:
+        path: Of the socket.
+        timeout_s: Longest wait for an answer.
+        mount: Where this process sees the mount; "": where the daemon does.
+    """
+
+    def __init__(self, path: str, timeout_s: float, mount: str = "") -> None:
         self._path = path
+        self._mount = mount
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
         try:
@@ -79,9 +86,15 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def attach(self, location: Location, *, pinned: bool = False) -> Attached:
-        """Attach a checkpoint. Raises what the store or the daemon says."""
-        return self._request(Attach(location=location, pinned=pinned), Attached)
+    def attach(
+        self, location: Location, *, pinned: bool = False, prefetch: Sequence[str] = ()
+    ) -> Attached:
+        """Attach a checkpoint, and begin to fetch the files that the globs `prefetch` name.
+
+        Raises what the store or the daemon says.
+        """
+        request = Attach(location=location, pinned=pinned, prefetch=list(prefetch))
+        return self._request(request, Attached)
 
     def detach(self, name: str, location: Location | None = None, *, force: bool = False) -> None:
         """End an attachment. Raises NotAttached or Busy."""
@@ -97,8 +110,8 @@ class Connection:
             self._request(Stop(force=force), Done)
 
     def path_of(self, attached: Attached) -> str:
-        """Where the attachment is, as this process sees it: CKPTFS_MOUNT wins over the daemon's."""
-        return os.path.join(os.environ.get("CKPTFS_MOUNT") or attached.mount, attached.name)
+        """Where the attachment is, as this process sees it."""
+        return os.path.join(self._mount or attached.mount, attached.name)
 
     def _request(self, request: Request, expected: type[R]) -> R:
         try:
@@ -137,32 +150,48 @@ def connect(config: Config | None = None, timeout_s: float | None = None) -> Con
     """
     config = config or load_config()
     timeout_s = config.attach_deadline_s + 10 if timeout_s is None else timeout_s
+    mount = os.environ.get("CKPTFS_MOUNT", "")
     if config.node_socket not in ("", config.socket):
         with contextlib.suppress(OSError):  # not there, or not for us (its mode)
-            return Connection(config.node_socket, timeout_s)
+            return Connection(config.node_socket, timeout_s, mount)
+    return connect_to(config.socket, timeout_s, mount)
+
+
+def connect_to(path: str, timeout_s: float, mount: str = "") -> Connection:
+    """Connect to the socket `path`. Raises NoDaemon or DaemonError."""
     try:
-        return Connection(config.socket, timeout_s)
+        return Connection(path, timeout_s, mount)
     except (FileNotFoundError, ConnectionRefusedError):
-        raise NoDaemon(
-            f"no ckptfs daemon is running at {config.socket}; ckptfs mount starts one"
-        ) from None
+        raise NoDaemon(f"no ckptfs daemon is running at {path}; ckptfs mount starts one") from None
     except OSError as error:
-        raise DaemonError(f"{config.socket}: {error.strerror or error}") from None
+        raise DaemonError(f"{path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
 def attached(
-    location: Location, *, pinned: bool = False, timeout_s: float | None = None
+    location: Location,
+    *,
+    pinned: bool = False,
+    prefetch: Sequence[str] = (),
+    timeout_s: float | None = None,
+    to: Callable[[Config, float | None], Connection] | None = None,
 ) -> Generator[tuple[str, Attached]]:
     """Attach through the running daemon, or one that is started; yields path and reply.
 
     The connection, which holds the attachment, lasts as long as the context.
+
+    Args:
+        location: The checkpoint.
+        pinned: It stays until it is detached.
+        prefetch: Globs of files to fetch in the background.
+        timeout_s: Longest wait for the daemon's answer.
+        to: Makes the connection; without it, `connect_or_start`.
     """
     for attempt in range(_TRIES):
         config = load_config()
-        connection = connect_or_start(config, timeout_s)
+        connection = (to or connect_or_start)(config, timeout_s)
         try:
-            reply = connection.attach(location, pinned=pinned)
+            reply = connection.attach(location, pinned=pinned, prefetch=prefetch)
         except ConnectionResetError:
             connection.close()
             if attempt == _TRIES - 1:
@@ -179,12 +208,19 @@ def attached(
 
 
 @contextlib.contextmanager
-def leased(location: Location, *, timeout_s: float | None = None) -> Generator[str]:
+def leased(
+    location: Location,
+    *,
+    prefetch: Sequence[str] = (),
+    timeout_s: float | None = None,
+    to: Callable[[Config, float | None], Connection] | None = None,
+) -> Generator[str]:
     """Attach, and hold the attachment by an open directory for the length of the context.
 
     From then on the kernel gives the lease back for us, however this process ends. Yields the path.
+    The arguments are those of `attached`.
     """
-    with attached(location, timeout_s=timeout_s) as (path, _):
+    with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
         lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield path
@@ -217,17 +253,31 @@ def start(config: Config) -> None:
     Raises CannotMount, ConfigError or DaemonError.
     """
     environment = {
-        **os.environ,
         "CKPTFS_SOCKET": config.socket,
         "CKPTFS_MOUNT": config.mount,
         "CKPTFS_CACHE_DIR": config.cache_dir,
     }
+    run_keeper(["--background"], environment)
+
+
+def run_keeper(
+    options: list[str], environment: Mapping[str, str], given: bytes = b""
+) -> dict[str, str]:
+    """Run the keeper until it has gone to the background; returns its report.
+
+    Args:
+        options: Of the keeper's command line.
+        environment: Added to that of this process.
+        given: Its standard input.
+
+    Raises CannotMount, ConfigError, DaemonError, or what else the report names.
+    """
     # In "/", because "-m" puts the working directory on the module path.
     done = subprocess.run(
-        [sys.executable, "-m", "ckptfs._daemon.keeper", "--background"],
+        [sys.executable, "-m", "ckptfs._daemon.keeper", *options],
         cwd="/",
-        env=environment,
-        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        input=given,
         capture_output=True,
         check=False,
     )
@@ -236,8 +286,9 @@ def start(config: Config) -> None:
     except ValueError:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise DaemonError(f"the ckptfs daemon did not start: {last or done.returncode}") from None
-    if told:
+    if "code" in told:
         raise BY_CODE.get(told["code"], DaemonError)(told["message"])
+    return told
 
 
 @contextlib.contextmanager

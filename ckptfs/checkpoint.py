@@ -1,28 +1,36 @@
-"""The Checkpoint API: Ray's names, with a mount instead of a download."""
+"""The Checkpoint API: Ray's names, with a mount instead of a download.
+
+The methods use nothing of an object but `path`, `filesystem` and `_uuid`, which Ray's checkpoints
+have, too: ``ckptfs.ray.install`` puts them in the place of Ray's.
+"""
 
 import contextlib
 import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from ckptfs import _client
-from ckptfs._store.base import Store
+from ckptfs import _client, _private
+from ckptfs._scratch import scratch_directory
+from ckptfs._store import metadata as _metadata
 from ckptfs._store.copy import Progress, copy_directory
-from ckptfs._store.resolve import (
+from ckptfs._store.describe import NotDescribable, describe
+from ckptfs._store.filesystems import (
     FileSystem,
-    describe,
     filesystem_of,
     local_filesystem,
     local_path_of,
-    store_of,
+    wrapped,
 )
-from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound, LocationError
+from ckptfs._store.private import dump
+from ckptfs._store.resolve import store_of
+from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound
 
 Mode = Literal["auto", "mount", "copy"]
+Self = TypeVar("Self", bound="Checkpoint")
 
 
 class Checkpoint:
@@ -31,7 +39,16 @@ class Checkpoint:
     Attributes:
         path: Path on the filesystem.
         filesystem: The pyarrow filesystem that holds it.
+
+    >>> checkpoint = Checkpoint.from_directory("/tmp/example_checkpoint_dir")
+    >>> checkpoint.filesystem
+    <pyarrow._fs.LocalFileSystem object...
+    >>> checkpoint.path
+    '/tmp/example_checkpoint_dir'
     """
+
+    path: str
+    filesystem: FileSystem
 
     def __init__(
         self, path: "str | os.PathLike[str]", filesystem: FileSystem | None = None
@@ -40,23 +57,24 @@ class Checkpoint:
 
         Args:
             path: A path on `filesystem`; without one a URI (``s3://…``, ``gs://…``, ``abfss://…``,
-                ``hdfs://…``, ``file://…``) or an absolute local path, also with ``~``.
-            filesystem: A ``pyarrow.fs.FileSystem``.
+                ``hdfs://…``, ``file://…``; through fsspec ``hf://…``, ``az://…``, ``https://…``) or
+                an absolute local path, also with ``~``.
+            filesystem: A ``pyarrow.fs.FileSystem`` or an fsspec filesystem, which is wrapped.
 
         Raises:
-            LocationError: The URI's scheme is unknown, or the path is relative.
+            LocationError: The URI's scheme is unknown, a package for it is missing, or the path is
+                relative.
             StoreError: The store had to be asked for the bucket's region, and failed.
+            TypeError: `filesystem` is no filesystem.
         """
         if filesystem is None:
             self.filesystem, self.path = filesystem_of(os.fspath(path))
         else:
-            self.filesystem, self.path = filesystem, os.fspath(path)
+            self.filesystem, self.path = wrapped(filesystem), os.fspath(path)
         self._uuid = uuid.uuid4()
 
     def __repr__(self) -> str:
-        return (
-            f"Checkpoint(filesystem={type(self.filesystem).__name__.lstrip('_')}, path={self.path})"
-        )
+        return f"Checkpoint(filesystem={self.filesystem.type_name}, path={self.path})"
 
     def __fspath__(self) -> str:
         raise TypeError(
@@ -64,17 +82,20 @@ class Checkpoint:
         )
 
     @classmethod
-    def from_directory(cls, path: "str | os.PathLike[str]") -> "Checkpoint":
+    def from_directory(cls: type[Self], path: "str | os.PathLike[str]") -> Self:
         """A checkpoint that is a directory on the local filesystem."""
         return cls(Path(path).expanduser().absolute(), filesystem=local_filesystem())
+
+    # -- content
 
     @contextlib.contextmanager
     def as_directory(
         self,
         *,
+        prefetch: 'Sequence[str] | Literal["all"]' = (),
+        timeout_s: float | None = None,
         mode: Mode = "auto",
         include: Sequence[str] = (),
-        timeout_s: float | None = None,
     ) -> Generator[str]:
         """The checkpoint as a local directory, for the length of the context.
 
@@ -82,35 +103,46 @@ class Checkpoint:
         daemon (which is started where there is none), and its files are fetched when they are read.
 
         Args:
+            prefetch: Globs on relative paths (``*`` also matches ``/``), or "all": these files are
+                fetched in the background, in the order of the globs. Not in copy mode, where they
+                are there.
+            timeout_s: Longest wait for the daemon's answer.
             mode: "mount"; "copy": all of it is copied to a temporary directory, which is removed at
                 the end; "auto": mount, and where this machine or this filesystem cannot be mounted,
                 copy, with a warning that says why.
-            include: Globs on relative paths: a copy holds these files only. A mount shows all,
-                since what is not read costs nothing.
-            timeout_s: Longest wait for the daemon's answer.
+            include: Globs: a copy holds these files only. A mount shows all, since what is not read
+                costs nothing.
 
         Yields:
             The directory's path.
 
         Raises:
             CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError: The store's answer.
-            LocationError: The filesystem cannot be described to the daemon (only with "mount").
+            LocationError: No filesystem of that type can be mounted (only with "mount").
             CannotMount: This machine cannot mount (only with "mount").
             DaemonError, ConfigError: The daemon's.
         """
+        if mode not in ("auto", "mount", "copy"):
+            raise ValueError(f"mode must be 'auto', 'mount' or 'copy', not {mode!r}")
+        globs = ["*"] if prefetch == "all" else _globs("prefetch", prefetch)
+        included = _globs("include", include)
+        local = local_path_of(self.filesystem, self.path)
         with contextlib.ExitStack() as stack:
-            path = local_path_of(self.filesystem, self.path)
-            if path is not None and not os.path.isdir(path):
-                raise (
-                    CheckpointIsFile(f"{path} is a file, not a directory; name its directory")
-                    if os.path.exists(path)
-                    else CheckpointNotFound(f"{path} does not exist; check the path")
-                )
-            if path is None and mode != "copy":
-                path = self._mounted(stack, mode, timeout_s)
-            if path is None:
-                path = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-copy-"))
-                copy_directory(self._store(), Path(path), include=include)
+            if local is not None:
+                path = _existing(local)
+            elif mode == "copy":
+                path = _copied(self, stack, included)
+            else:
+                try:
+                    path = stack.enter_context(
+                        _mounted(self.filesystem, self.path, globs, timeout_s)
+                    )
+                except (CannotMount, NotDescribable) as error:
+                    if mode == "mount":
+                        raise
+                    # The caller's line, behind the context manager's two.
+                    warnings.warn(f"ckptfs copies the checkpoint: {error}", stacklevel=3)
+                    path = _copied(self, stack, included)
             yield path
 
     def to_directory(
@@ -119,7 +151,7 @@ class Checkpoint:
         *,
         include: Sequence[str] = (),
         timeout_s: float | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool = False,
     ) -> str:
         """Copy the checkpoint to a local directory; other files that are in it stay.
 
@@ -127,10 +159,11 @@ class Checkpoint:
 
         Args:
             path: The directory; None: ``checkpoint_tmp_<uuid>`` in the temporary folder, the same
-                one for each call on this object.
+                one for each call on this object and its pickled copies.
             include: Globs on relative paths; empty: everything.
             timeout_s: Longest wait for another process that copies to the same directory.
-            progress: Called with the bytes that are there, and the bytes of all files.
+            progress: True: a bar on the terminal. Or a function, called with the bytes that are
+                there, and the bytes of all files.
 
         Returns:
             The normalised path of the directory.
@@ -141,24 +174,83 @@ class Checkpoint:
         """
         if path is None:
             path = os.path.join(tempfile.gettempdir(), f"checkpoint_tmp_{self._uuid.hex}")
-        target = os.path.normpath(path)
-        copy_directory(
-            self._store(), Path(target), include=include, timeout_s=timeout_s, progress=progress
-        )
+        target = os.path.normpath(os.path.expanduser(path))
+        included = _globs("include", include)
+        with contextlib.ExitStack() as stack:
+            if progress is True:
+                from ckptfs._progress import progress_bar  # rich is slow to import
+
+                progress = stack.enter_context(progress_bar(f"copying {self.path}"))
+            copy_directory(
+                store_of(self.filesystem, self.path),
+                Path(target),
+                include=included,
+                timeout_s=timeout_s,
+                progress=progress or None,
+            )
         return target
 
-    def _store(self) -> Store:
-        return store_of(self.filesystem, self.path)
+    # -- metadata
 
-    def _mounted(
-        self, stack: contextlib.ExitStack, mode: Mode, timeout_s: float | None
-    ) -> str | None:
-        """The mount path, held by `stack`; None: a copy has to do."""
-        try:
-            location = describe(self.filesystem, self.path)
-            return stack.enter_context(_client.leased(location, timeout_s=timeout_s))
-        except (CannotMount, LocationError) as error:
-            if mode == "mount":
-                raise
-            warnings.warn(f"ckptfs copies the whole checkpoint: {error}", stacklevel=5)
-            return None
+    def get_metadata(self) -> dict[str, Any]:
+        """The metadata that is stored with the checkpoint, ``{}`` where there is none.
+
+        Raises:
+            MetadataError: What is stored is not JSON.
+            AccessDenied, StoreError: The store's answer.
+        """
+        return _metadata.read(store_of(self.filesystem, self.path))
+
+    def set_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Replace the metadata that is stored with the checkpoint, as a whole.
+
+        Raises:
+            TypeError, ValueError: It cannot be written as JSON; what is stored stays.
+            AccessDenied, StoreError: The store's answer.
+        """
+        _metadata.write(store_of(self.filesystem, self.path), metadata)
+
+    def update_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Change some keys of the metadata. Processes of this node that do so wait for each other.
+
+        Raises:
+            TypeError: `metadata`, or what is stored, is no dict; or it cannot be written as JSON.
+            MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
+        """
+        _metadata.update(store_of(self.filesystem, self.path), metadata)
+
+
+def _globs(name: str, globs: Sequence[str]) -> list[str]:
+    if isinstance(globs, str):  # a Sequence[str], but of characters
+        raise TypeError(f"{name} must be a list of globs, not the string {globs!r}")
+    return list(globs)
+
+
+def _existing(path: str) -> str:
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise CheckpointIsFile(f"{path} is a file, not a directory; name its directory")
+    raise CheckpointNotFound(f"{path} does not exist; check the path")
+
+
+def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
+    path = stack.enter_context(scratch_directory("ckptfs-copy-"))
+    copy_directory(store_of(checkpoint.filesystem, checkpoint.path), Path(path), include=include)
+    return path
+
+
+@contextlib.contextmanager
+def _mounted(
+    filesystem: FileSystem, path: str, prefetch: Sequence[str], timeout_s: float | None
+) -> Generator[str]:
+    """The mount path, by the node's or user's daemon, or by one of our own. Raises NotDescribable
+    where the filesystem cannot be handed to any."""
+    try:
+        location = describe(filesystem, path)
+    except NotDescribable as error:
+        lease = _private.leased(dump(filesystem, error), path, prefetch, timeout_s)
+    else:
+        lease = _client.leased(location, prefetch=prefetch, timeout_s=timeout_s)
+    with lease as mounted:
+        yield mounted

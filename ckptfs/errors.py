@@ -67,6 +67,12 @@ class ObjectChanged(CkptfsError):
     code = "object-changed"
 
 
+class MetadataError(CkptfsError, ValueError):
+    """What is stored as a checkpoint's metadata is not JSON."""
+
+    code = "metadata"
+
+
 class ConfigError(CkptfsError, ValueError):
     """A configuration file, environment variable or directory that cannot be used."""
 

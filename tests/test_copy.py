@@ -171,7 +171,7 @@ def test_a_machine_that_cannot_mount_copies_with_a_warning(
     monkeypatch.setattr("ckptfs._client.start", start)
     checkpoint = ckptfs.Checkpoint(uri_of(checkpoint_dir))
     with (
-        pytest.warns(UserWarning, match="copies the whole checkpoint: cannot mount: /dev/fuse"),
+        pytest.warns(UserWarning, match="ckptfs copies the checkpoint: cannot mount: /dev/fuse"),
         checkpoint.as_directory() as path,
     ):
         assert files_in(path) == files_in(checkpoint_dir)

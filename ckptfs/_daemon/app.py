@@ -1,7 +1,8 @@
 """The daemon process: puts the parts together and runs them.
 
 Started by the keeper only, which passes the FUSE session, the listening socket and a pipe to say
-"ready" on as descriptors, and the configuration as JSON on standard input.
+"ready" on as descriptors, and on standard input the configuration, one line of JSON; to a private
+daemon also the pickled filesystem, behind that line.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.service import Service
 from ckptfs._model.config import Config
+from ckptfs._store import private
+from ckptfs._store.resolve import OpenStore, open_store
 from ckptfs.errors import CkptfsError
 
 log = logging.getLogger(__name__)
@@ -43,27 +46,36 @@ def main() -> None:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)
+    settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
+    config = msgspec.json.decode(settings, type=Config)
     _raise_descriptor_limit()
     try:
+        opener = private.opener(pickled) if pickled else open_store
         cache = Cache(Path(config.cache_dir), config.cache_bytes_max, config.cache_free_share_min)
     except CkptfsError as error:
         os.write(
             args.ready_fd, msgspec.json.encode({"code": error.code, "message": str(error)}) + b"\n"
         )
         sys.exit(1)
-    trio.run(_run, config, cache, args.fuse_fd, args.listen_fd, args.ready_fd)
+    trio.run(_run, config, cache, opener, args.fuse_fd, args.listen_fd, args.ready_fd)
     cache.shut()
     logging.shutdown()
     # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
     os._exit(0)
 
 
-async def _run(config: Config, cache: Cache, fuse_fd: int, listen_fd: int, ready_fd: int) -> None:
+async def _run(
+    config: Config,
+    cache: Cache,
+    opener: OpenStore,
+    fuse_fd: int,
+    listen_fd: int,
+    ready_fd: int,
+) -> None:
     async with trio.open_nursery() as nursery:
         offload = Offload(config.connections_max)
         fetcher = Fetcher(config, cache, offload, nursery)
-        service = Service(config, cache, fetcher, offload, nursery, fuse.forget_name)
+        service = Service(config, cache, fetcher, offload, nursery, fuse.forget_name, opener)
         await fuse.take_session(fuse_fd, fuse.Operations(service.vfs))
         control = Control(service, config)
         nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))

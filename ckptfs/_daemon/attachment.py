@@ -1,14 +1,18 @@
 """An attached checkpoint: its snapshot, who holds it, and the state of its files."""
 
 import time
+from typing import TYPE_CHECKING
 
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import RemoteFile, State
-from ckptfs._daemon.tree import Node, Tree
+from ckptfs._daemon.tree import Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest
 from ckptfs._store.base import Pin, Store
+
+if TYPE_CHECKING:
+    import trio
 
 
 class Attachment:
@@ -23,6 +27,7 @@ class Attachment:
         directories: Open directory handles of its root, with the process that opened each.
         open_handles: How many other handles are open in it.
         clients: How many control connections hold it.
+        prefetches: Those that are running; cancelled when it ends.
         pinned: It stays until it is detached.
         attached_s: When, seconds since the epoch.
         idle_since_s: When its last holder went (event loop time).
@@ -52,6 +57,7 @@ class Attachment:
         self.directories: dict[int, int] = {}
         self.open_handles = 0
         self.clients = 0
+        self.prefetches: set[trio.CancelScope] = set()
         self.pinned = False
         self.idle_since_s = 0.0
 
@@ -70,15 +76,15 @@ class Attachment:
         """Equal for attachments that can be shared: the same user and the same place."""
         return self.uid, self.location.identity
 
-    def file(self, node: Node) -> RemoteFile:
-        """The state of a file, kept from now on."""
-        return self.files.setdefault(node.index, self.peek(node))
+    def file(self, index: int) -> RemoteFile:
+        """The state of the file at that position of the manifest, kept from now on."""
+        return self.files.setdefault(index, self.peek(index))
 
-    def peek(self, node: Node) -> RemoteFile:
+    def peek(self, index: int) -> RemoteFile:
         """The state of a file; that of one never opened is not kept."""
-        if known := self.files.get(node.index):
+        if known := self.files.get(index):
             return known
-        listed = self.manifest.files[node.index]
+        listed = self.manifest.files[index]
         pin = Pin(listed.path, listed.size, listed.mtime_ns)
         return RemoteFile(self.store, object_key(self.location, pin), pin)
 

@@ -451,6 +451,17 @@ class Cache:
         fullest = max(self._open.values(), key=lambda entry: len(entry.oldest), default=None)
         return fullest if fullest and fullest.oldest else None
 
+    def capacity_bytes(self) -> int:
+        """How many bytes it could hold now, if nothing else were in it."""
+        try:
+            disk = os.statvfs(self.directory)
+        except OSError:
+            return 0
+        free = disk.f_bavail * disk.f_frsize
+        leave = int(self._free_share_min * disk.f_blocks * disk.f_frsize)
+        on_disk = max(0, free + self.used_bytes - leave)
+        return min(on_disk, self.bytes_max) if self.bytes_max else on_disk
+
     def _excess(self, length: int) -> int | None:
         """Bytes that have to go before `length` more can be stored; None: the disk is gone."""
         excess = self.used_bytes + length - self.bytes_max if self.bytes_max else 0

@@ -107,6 +107,8 @@ class Control:
                 request.location, uid, gid, pinned=request.pinned
             )
             held.append(attachment)
+            if request.prefetch:
+                self._service.prefetch(attachment, request.prefetch)
             manifest = attachment.manifest
             return Attached(
                 mount=self._mount,

@@ -270,7 +270,7 @@ class Fetcher:
         entry = file.entry  # held, because a forced detach closes the file at any time
         with self._held(entry), trio.move_on_after(self._deadline_s):
             while True:
-                await self._ensure(file, entry, blocks_of(offset, length))
+                await self._ensure(file, entry, blocks_of(offset, length), Priority.DEMAND)
                 data = self._read_now(file, entry, offset, length)
                 if data is None:
                     data = await self._load(entry, offset, length)
@@ -318,7 +318,24 @@ class Fetcher:
                 readahead.learn_parts(parts)
         file.recognised = True
 
-    async def _ensure(self, file: RemoteFile, entry: CachedObject, blocks: range) -> None:
+    async def fetch(self, file: RemoteFile, blocks: range) -> None:
+        """Bring `blocks` of an open file into the cache, behind all readers.
+
+        Raises what a Store raises: StoreTimeout when the read deadline is over and the store has
+        not even answered the first check; each request then has that time, too.
+        """
+        entry = file.entry
+        with self._held(entry):
+            if not file.trusted:
+                with trio.move_on_after(self._deadline_s):
+                    await self._persist(file, lambda: self._learn(file, entry))
+                if not file.trusted:
+                    raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
+            await self._ensure(file, entry, blocks, Priority.PREFETCH)
+
+    async def _ensure(
+        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
+    ) -> None:
         """Return when every block was there at some moment since the call."""
         if not file.trusted:
             await self._persist(file, lambda: self._learn(file, entry))
@@ -333,7 +350,7 @@ class Fetcher:
                 pass
         absent = [i for i in blocks if state[i] == ABSENT]
         known = {self._flights.get((entry.digest, i)) for i in absent}
-        for span in self._want(file, entry, absent, Priority.DEMAND):
+        for span in self._want(file, entry, absent, priority):
             await span.done.wait()
             foreign = span.file is not file  # with other credentials, maybe of another version
             if span in known and (foreign or isinstance(span.error, StoreUnavailable)):

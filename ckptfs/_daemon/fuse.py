@@ -41,6 +41,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.CheckpointNotFound: errno.EIO,
     errors.CheckpointIsFile: errno.EIO,
     errors.LocationError: errno.EIO,
+    errors.MetadataError: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,
     errors.NoDaemon: errno.EIO,

@@ -6,7 +6,11 @@ the daemon when the keeper ends, so that neither leaves a mount on which process
 
 Start, in this order: the lock (one keeper per socket), what a dead predecessor left, the mount and
 its FUSE_INIT, the socket, the daemon. With ``--background`` the start is reported as one JSON line
-on standard output: ``{}``, or an error's code and message.
+on standard output: the socket, or an error's code and message.
+
+With ``--private`` (also in the background) it runs a daemon for one process: socket, mount and
+cache are in a scratch directory, and standard input, a pickled filesystem (see
+``ckptfs._private``), is handed on to the daemon unread.
 """
 
 import argparse
@@ -30,52 +34,74 @@ from ckptfs._config import load_config, log_path
 from ckptfs._daemon import session
 from ckptfs._filelock import locked
 from ckptfs._model.config import Config
+from ckptfs._scratch import scratch_directory
 from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
 
 _LOCK_WAIT_S = 10.0
 """How long a predecessor may take to end."""
 _READY_WAIT_S = 30.0
 """How long the daemon may take to come up: importing pyarrow from a slow disk."""
+_PRIVATE_IDLE_S = 10.0
+"""A private daemon serves one process and its children: nobody else comes."""
 _LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
 _VARIABLES = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
 
 
 def main() -> None:
-    """Run the keeper in the foreground, or with ``--background`` in a process of its own."""
+    """Run the keeper in the foreground, or in a process of its own; see the module's text."""
     parser = argparse.ArgumentParser(prog="ckptfs mount")
     parser.add_argument("--background", action="store_true")
+    parser.add_argument("--private", action="store_true")
     args = parser.parse_args()
-    report_fd = 1 if args.background else -1
+    report = _Report(1 if args.background or args.private else -1)
     try:
-        config = load_config()
-        if importlib.util.find_spec("pyfuse3") is None or importlib.util.find_spec("trio") is None:
-            raise CannotMount(
-                "cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'"
-            )
-        _make_directories(config)
-        if args.background:
-            report_fd = _detach(config)
-        os.chdir("/")
-        with Keeper(config) as keeper:
-            keeper.start()
-            if args.background:
-                _report(report_fd)
-                os.close(report_fd)
-                report_fd = -1
-            keeper.run()
+        with contextlib.ExitStack() as stack:
+            _run(args.private, report, stack)
     except CkptfsError as error:
         print(f"ckptfs: {error}", file=sys.stderr)
-        if report_fd >= 0:
-            _report(report_fd, error)
+        report.send({"code": error.code, "message": str(error)})
         sys.exit(1)
+
+
+class _Report:
+    """Where the start is reported to, once: a descriptor, or nowhere (-1)."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def send(self, told: dict[str, str]) -> None:
+        """Report: ``code`` and ``message`` of an error, or what is to be known of a success."""
+        if self.fd >= 0:
+            os.write(self.fd, json.dumps(told).encode() + b"\n")
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _run(private: bool, report: _Report, stack: contextlib.ExitStack) -> None:
+    config = load_config()
+    if importlib.util.find_spec("pyfuse3") is None or importlib.util.find_spec("trio") is None:
+        raise CannotMount("cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'")
+    pickled = b""
+    if private:
+        pickled = sys.stdin.buffer.read()
+        config = _private(config, stack)
+    _make_directories(config)
+    if report.fd >= 0:
+        report.fd = _detach(config)
+    os.chdir("/")
+    with Keeper(config, pickled) as keeper:
+        keeper.start()
+        report.send({"socket": config.socket})
+        keeper.run()
 
 
 class Keeper:
     """The life of one mount. Use it as a context: leaving it takes everything away again."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, pickled: bytes = b"") -> None:
         self._config = config
+        self._pickled = pickled
         # As the kernel will name it. Not resolved itself: a dead mount may be on it.
         self._mount = Path(os.path.realpath(os.path.dirname(config.mount)), Path(config.mount).name)
         self._socket_path = Path(config.socket)
@@ -179,7 +205,7 @@ class Keeper:
         self._undo.callback(self._end_daemon)
         os.close(theirs)
         assert self._daemon.stdin is not None
-        self._daemon.stdin.write(msgspec.json.encode(self._config))
+        self._daemon.stdin.write(msgspec.json.encode(self._config) + b"\n" + self._pickled)
         self._daemon.stdin.close()
         line = _read_line(ready, _READY_WAIT_S)
         os.close(ready)
@@ -204,11 +230,6 @@ class Keeper:
 
 
 # -- the start's report
-
-
-def _report(fd: int, error: CkptfsError | None = None) -> None:
-    told: dict[str, str] = {"code": error.code, "message": str(error)} if error else {}
-    os.write(fd, json.dumps(told).encode() + b"\n")
 
 
 def _read_line(fd: int, timeout_s: float) -> bytes:
@@ -252,6 +273,25 @@ def _make_directories(config: Config) -> None:
             )
 
 
+def _private(config: Config, stack: contextlib.ExitStack) -> Config:
+    """The configuration of a private daemon, whose files live as long as `stack`."""
+
+    def end_mount(folder: Path) -> None:
+        if session.device_of_mount(folder / "mnt") is not None:
+            session.unmount(folder / "mnt")
+
+    folder = stack.enter_context(scratch_directory("ckptfs-private-", end_mount))
+    return msgspec.structs.replace(
+        config,
+        socket=f"{folder}/sock",
+        node_socket="",
+        mount=f"{folder}/mnt",
+        cache_dir=f"{folder}/cache",
+        idle_exit_s=min(config.idle_exit_s or _PRIVATE_IDLE_S, _PRIVATE_IDLE_S),
+        allow_other=False,
+    )
+
+
 def _detach(config: Config) -> int:
     """Go on in a child of its own session; the parent passes the child's report on and exits.
 
@@ -263,10 +303,11 @@ def _detach(config: Config) -> int:
         os.close(theirs)
         line = _read_line(ours, _LOCK_WAIT_S + _READY_WAIT_S)
         error = DaemonError(f"the keeper did not come up; see {log_path(config)}")
-        os.write(
-            1, line or json.dumps({"code": error.code, "message": str(error)}).encode() + b"\n"
-        )
-        os._exit(0 if line == b"{}\n" else 1)
+        if line:
+            os.write(1, line)
+        else:
+            _Report(1).send({"code": error.code, "message": str(error)})
+        os._exit(0)
     os.close(ours)
     os.setsid()
     log = log_path(config)

@@ -11,7 +11,7 @@ that waited for one which found the store dark share its answer, instead of aski
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as version_of
 
 import msgspec
@@ -21,13 +21,14 @@ from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.prefetch import prefetch
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Pin, Store
-from ckptfs._store.resolve import open_store
+from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import (
     Busy,
     LimitExceeded,
@@ -53,6 +54,7 @@ class Service:
         offload: Runs the listings.
         nursery: Runs the timers.
         forget_name: Tells the kernel that an attachment's directory is gone.
+        open_store: Makes the stores.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Service:
         offload: Offload,
         nursery: trio.Nursery,
         forget_name: Callable[[str], None],
+        open_store: OpenStore,
     ) -> None:
         self._config = config
         self._cache = cache
@@ -70,6 +73,7 @@ class Service:
         self._offload = offload
         self._nursery = nursery
         self._forget_name = forget_name
+        self._open_store = open_store
         self.vfs = Vfs(fetcher, cache, os.geteuid(), os.getegid(), self.released)
         self.stopped = trio.Event()
         self._attachments: dict[tuple[int, str], Attachment] = {}
@@ -120,7 +124,7 @@ class Service:
         if known is not None and known.in_use:
             if location.secrets == self._secrets[key]:
                 return known
-            store = open_store(location, self._config.store_timeout_s)
+            store = self._open_store(location, self._config.store_timeout_s)
             await self._offload.control(_prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
                 known.use_store(store)
@@ -129,7 +133,7 @@ class Service:
             known = self._attachments.get(key)
         if known is None:
             self._check_limit()
-        store = open_store(location, self._config.store_timeout_s)
+        store = self._open_store(location, self._config.store_timeout_s)
         self._ordinal += 1
         fresh = await self._offload.control(self._build, self._ordinal, location, store, uid, gid)
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
@@ -166,6 +170,10 @@ class Service:
             object_key(public, Pin(f.path, f.size, f.mtime_ns)).digest() for f in manifest.files
         ]
         return Attachment(ordinal, public, store, manifest, digests, uid, gid)
+
+    def prefetch(self, attachment: Attachment, globs: Sequence[str]) -> None:
+        """Begin to fetch the files that match, in the background."""
+        self._nursery.start_soon(prefetch, attachment, globs, self._fetcher, self._cache)
 
     def let_go(self, attachment: Attachment) -> None:
         """A control connection that held the attachment has ended."""
@@ -208,6 +216,8 @@ class Service:
         raise NotAttached(f"{what} is not attached; ckptfs status lists what is")
 
     def _remove(self, attachment: Attachment) -> None:
+        for scope in attachment.prefetches:
+            scope.cancel()
         self.vfs.remove(attachment)
         del self._attachments[attachment.key]
         del self._secrets[attachment.key]

@@ -7,12 +7,14 @@ import trio
 
 
 class Priority(IntEnum):
-    """Who goes first. A reader is waiting for DEMAND; nobody waits yet for READAHEAD; DARK is for
-    stores that do not answer, whoever waits: they must not keep the others from theirs."""
+    """Who goes first. A reader is waiting for DEMAND; nobody waits yet for READAHEAD; PREFETCH may
+    never be read; DARK is for stores that do not answer, whoever waits: they must not keep the
+    others from theirs."""
 
     DEMAND = 0
     READAHEAD = 1
-    DARK = 2
+    PREFETCH = 2
+    DARK = 3
 
 
 _KEPT_FOR_DEMAND = 2

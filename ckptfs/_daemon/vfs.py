@@ -187,7 +187,7 @@ class Vfs:
         attachment, node = self._find(inode)
         if node.is_directory:
             raise IsDirectory(inode)
-        file = attachment.file(node)
+        file = attachment.file(node.index)
         self._fetcher.open(file)
         self._open[inode] = file
         attachment.open_handles += 1
@@ -276,7 +276,7 @@ class Vfs:
     def _file_xattrs(
         self, attachment: Attachment, node: Node, uri: str
     ) -> dict[str, Callable[[], str]]:
-        file = attachment.peek(node)
+        file = attachment.peek(node.index)
         digest = attachment.digests[node.index]
 
         def cached() -> int:

@@ -13,15 +13,20 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-Kind = Literal["s3", "gcs", "azure", "hdfs", "local"]
+Kind = Literal["s3", "gcs", "azure", "hdfs", "local", "hf", "http", "az", "private"]
+"""Types of filesystems. `hf`, `http` and `az` are fsspec's; `private` is one that is not described:
+a private daemon has the filesystem itself."""
 Option = str | int | float | bool
 
-_SCHEMES: dict[Kind, str] = {
+_SCHEMES: dict[Kind, str] = {  # not of http, whose paths are whole URLs
     "s3": "s3",
     "gcs": "gs",
     "azure": "abfss",
     "hdfs": "hdfs",
     "local": "file",
+    "hf": "hf",
+    "az": "az",
+    "private": "private",
 }
 
 # Options that tell one store from another of the same kind. A region or a timeout does not.
@@ -31,6 +36,10 @@ _IDENTITY: dict[Kind, tuple[str, ...]] = {
     "azure": ("account_name", "blob_storage_authority", "dfs_storage_authority"),
     "hdfs": ("host", "port"),
     "local": (),
+    "hf": ("endpoint",),
+    "http": (),
+    "az": ("account_name",),
+    "private": (),
 }
 
 
@@ -79,6 +88,10 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A URI without secrets, that names this directory and can be attached again."""
         if self.kind == "local":
             return "file://" + quote(self.path)
+        if self.kind == "http":
+            return self.path
+        if self.kind in ("hf", "az"):  # fsspec does not decode what is quoted
+            return f"{_SCHEMES[self.kind]}://{self.path}"
         path = quote(self.path)
         query: dict[str, Option] = {}
         if self.kind == "azure":

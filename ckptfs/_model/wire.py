@@ -28,10 +28,12 @@ class Message(
 
 
 class Attach(Message, frozen=True, tag="attach"):
-    """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it."""
+    """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it.
+    `prefetch`: globs of files to fetch in the background, in that order."""
 
     location: Location
     pinned: bool = False
+    prefetch: list[str] = []
 
 
 class Detach(Message, frozen=True, tag="detach"):

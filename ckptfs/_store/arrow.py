@@ -9,8 +9,10 @@ touch of an object cost HEAD, GET, HEAD. A handle holds no connection on S3, and
 local files.
 """
 
+import contextlib
 import re
 import threading
+import uuid
 from collections import OrderedDict
 from datetime import datetime, timezone
 from typing import Any
@@ -71,7 +73,7 @@ class ArrowStore:
     def __init__(self, filesystem: "pafs.FileSystem", root: str, name: str) -> None:
         self._fs = filesystem
         self._root = root.rstrip("/")
-        self._name = name
+        self.name = name
         # Of a local file, each handle is a descriptor, and keeps a deleted file on the disk.
         self._handles_max = 8 if filesystem.type_name == "local" else _HANDLES_MAX
         self._lock = threading.Lock()  # guards _idle; never held during IO
@@ -85,10 +87,10 @@ class ArrowStore:
         except (FileNotFoundError, NotADirectoryError):
             raise self._why_not_found() from None
         except (OSError, pa.ArrowException) as error:
-            raise translate_error(error, self._name) from error
+            raise translate_error(error, self.name) from error
         if len(infos) > files_max:
             raise LimitExceeded(
-                f"{self._name} holds {len(infos)} objects, more than files_max = {files_max}; "
+                f"{self.name} holds {len(infos)} objects, more than files_max = {files_max}; "
                 "name a directory below it, or raise files_max"
             )
         files: list[ListedFile] = []
@@ -147,6 +149,53 @@ class ArrowStore:
             raise self._of_object(error, pin) from error
         self._give_back(pin.path, handle)
 
+    def get(self, path: str) -> bytes | None:
+        """See Store.get."""
+        try:
+            with self._fs.open_input_file(f"{self._root}/{path}") as stream:
+                return bytes(stream.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, pa.ArrowException) as error:
+            raise translate_error(error, f"{printable(path)} in {self.name}") from error
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store.put."""
+        full = f"{self._root}/{path}"
+        try:
+            if isinstance(self._fs, pafs.LocalFileSystem | pafs.PyFileSystem):
+                self._write_beside(full, data)
+            else:
+                self._write(full, data)
+        except FileNotFoundError:
+            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+        except (OSError, pa.ArrowException) as error:
+            raise translate_error(error, f"{printable(path)} in {self.name}") from error
+
+    def _write(self, full: str, data: bytes) -> None:
+        with self._fs.open_output_stream(full) as stream:
+            stream.write(data)
+
+    def _write_beside(self, full: str, data: bytes) -> None:
+        temporary = f"{full}.{uuid.uuid4().hex}"
+        try:
+            self._write(temporary, data)
+            self._fs.move(temporary, full)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._fs.delete_file(temporary)
+            raise
+
+    def find(self, path: str) -> ListedFile | None:
+        """See Store.find."""
+        try:
+            info = self._fs.get_file_info(f"{self._root}/{path}")
+        except (OSError, pa.ArrowException) as error:
+            raise translate_error(error, f"{printable(path)} in {self.name}") from error
+        if info.type != pafs.FileType.File:
+            return None
+        return ListedFile(path, info.size, info.mtime_ns or 0)
+
     def close(self) -> None:
         """See Store.close."""
         with self._lock:
@@ -199,7 +248,7 @@ class ArrowStore:
 
     def _changed(self, pin: Pin, how: str) -> ObjectChanged:
         return ObjectChanged(
-            f"{printable(pin.path)} in {self._name} changed at the store since it was attached: "
+            f"{printable(pin.path)} in {self.name} changed at the store since it was attached: "
             f"{how}; attach the checkpoint again to see the new version"
         )
 
@@ -213,18 +262,18 @@ class ArrowStore:
         gone = re.match("AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)", cause)
         if gone or isinstance(error, FileNotFoundError):
             return self._changed(pin, "it was deleted")
-        return translate_error(error, f"{printable(pin.path)} in {self._name}")
+        return translate_error(error, f"{printable(pin.path)} in {self.name}")
 
     def _why_not_found(self) -> CkptfsError:
         try:
             info = self._fs.get_file_info(self._root)
         except (OSError, pa.ArrowException) as error:
-            return translate_error(error, self._name)
+            return translate_error(error, self.name)
         if info.type == pafs.FileType.File:
             return CheckpointIsFile(
-                f"{self._name} is a file, not a directory; name the directory that holds it"
+                f"{self.name} is a file, not a directory; name the directory that holds it"
             )
-        return CheckpointNotFound(f"{self._name} does not exist; check the path")
+        return CheckpointNotFound(f"{self.name} does not exist; check the path")
 
 
 def _cause(text: str) -> str:

@@ -3,7 +3,7 @@
 A store gives access to the objects below one directory. All methods block, may be called from any
 thread, and raise nothing but these:
 
-- `CheckpointNotFound`, `CheckpointIsFile`: from `list` only;
+- `CheckpointNotFound`: from `list` and `put`; `CheckpointIsFile`: from `list` only;
 - `ObjectChanged`: the object is gone or is no longer the pinned version;
 - `AccessDenied`: the credentials are wrong, expired or insufficient; trying again does not help;
 - `StoreTimeout`, `StoreUnavailable`: trying again can help;
@@ -21,7 +21,7 @@ from typing import Protocol
 
 import msgspec
 
-from ckptfs._model.manifest import Listing
+from ckptfs._model.manifest import ListedFile, Listing
 
 
 class Pin(msgspec.Struct, frozen=True):
@@ -41,7 +41,12 @@ class Pin(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """One directory of a store, hashable by identity. See the module's text for the contract."""
+    """One directory of a store, hashable by identity. See the module's text for the contract.
+
+    `name` is its URI, for messages.
+    """
+
+    name: str
 
     def list(self, files_max: int) -> Listing:
         """Names, sizes and times of everything below the directory; reads no content.
@@ -57,6 +62,22 @@ class Store(Protocol):
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the object's bytes from `offset` on. A short object is
         ObjectChanged."""
+        ...
+
+    def get(self, path: str) -> bytes | None:
+        """All of a small object, as it is now; None where there is none."""
+        ...
+
+    def put(self, path: str, data: bytes) -> None:
+        """Replace, or make, an object as a whole: others see the old one or the new one.
+
+        Object stores show an object when it is complete; on a local disk a temporary file takes
+        the file's place. On HDFS, and where fsspec's protocol writes in place, it is not so.
+        """
+        ...
+
+    def find(self, path: str) -> ListedFile | None:
+        """What `list` would say of one object now; None where there is none."""
         ...
 
     def close(self) -> None:

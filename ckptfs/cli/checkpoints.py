@@ -124,7 +124,8 @@ def _walk(top: str) -> Iterator[str]:
 
 def _location(uri: str) -> Location:
     # Not at the top: `status` and `umount` need no pyarrow.
-    from ckptfs._store.resolve import describe, filesystem_of
+    from ckptfs._store.describe import describe
+    from ckptfs._store.filesystems import filesystem_of
 
     return describe(*filesystem_of(uri))
 

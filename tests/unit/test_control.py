@@ -15,7 +15,6 @@ from unit.rig import rig_in
 from unit.test_service import PLACE, SETTINGS, Bench
 
 from ckptfs._daemon import control as control_module
-from ckptfs._daemon import service as service_module
 from ckptfs._daemon.control import Control
 from ckptfs._model.location import Location
 from ckptfs._model.wire import (
@@ -82,14 +81,9 @@ class Server(Bench):
 
 
 @pytest.fixture
-async def server(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> AsyncIterator[Server]:
+async def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
     async with rig_in(tmp_path, InlineOffload(), **SETTINGS) as rig:
         server = Server(rig)
-        monkeypatch.setattr(service_module, "open_store", server.open_store)
         await server.listen(tmp_path_factory.mktemp("s") / "s")  # a path of at most 107 bytes
         yield server
         for client in server.clients:

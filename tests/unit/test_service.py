@@ -12,7 +12,6 @@ from trio.testing import MockClock
 from unit.fakes import FakeStore, InlineOffload
 from unit.rig import Rig, rig_in
 
-from ckptfs._daemon import service as service_module
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
@@ -41,7 +40,13 @@ class Bench:
         self.stores: dict[str, FakeStore] = {}
         self.opened: list[FakeStore] = []
         self.service = Service(
-            rig.config, rig.cache, rig.fetcher, rig.offload, rig.nursery, self.forgotten.append
+            rig.config,
+            rig.cache,
+            rig.fetcher,
+            rig.offload,
+            rig.nursery,
+            self.forgotten.append,
+            self.open_store,
         )
 
     def store(self, location: Location) -> FakeStore:
@@ -76,11 +81,9 @@ SETTINGS = {"linger_s": 10, "idle_exit_s": 60, "attachments_max": 3, "attach_dea
 
 
 @pytest.fixture
-async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async with rig_in(tmp_path, InlineOffload(), **SETTINGS) as rig:
-        bench = Bench(rig)
-        monkeypatch.setattr(service_module, "open_store", bench.open_store)
-        yield bench
+        yield Bench(rig)
 
 
 # -- attach

@@ -1,0 +1,123 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+"""pyarrow and fsspec filesystems as objects: from a URI, wrapped, and without their wrappers."""
+
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from ckptfs._model.manifest import printable
+from ckptfs._store import fsspec
+from ckptfs._store.arrow import translate_error
+from ckptfs.errors import LocationError
+
+FileSystem: TypeAlias = Any
+"""A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
+
+
+def filesystem_of(uri: str) -> tuple[FileSystem, str]:
+    """The pyarrow filesystem and the path that `uri` (or an absolute path, also with ``~``) names.
+
+    Raises:
+        LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
+    """
+    text = str(Path(uri).expanduser()) if uri.startswith("~") else uri
+    shown = without_userinfo(text)
+    scheme = text.partition("://")[0].lower()
+    if "://" in text and scheme in fsspec.PACKAGES:
+        if scheme.startswith("http"):
+            refuse_secrets_in(text)
+        filesystem, path = fsspec.filesystem_of(text, shown)
+        return wrapped(filesystem), path
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        cause = printable(str(error).replace(text, shown).partition("\n")[0])
+        if "AWS Error" in cause or "Bucket '" in cause:  # it was asked for its region
+            raise translate_error(error, shown) from None
+        if "empty scheme" in cause:
+            raise LocationError(
+                f"{shown!r} is a relative path; use an absolute path or a URI"
+            ) from None
+        if "Unrecognized filesystem type" in cause:
+            schemes = "s3://, gs://, abfss://, hdfs://, file://, hf://, az:// or https://"
+            raise LocationError(
+                f"{shown}: unknown scheme; use {schemes}, or give a filesystem"
+            ) from None
+        raise LocationError(f"{shown}: {cause}; check the URI") from None
+    return filesystem, path.rstrip("/") or path
+
+
+def wrapped(filesystem: FileSystem) -> FileSystem:
+    """A pyarrow filesystem as it is; an fsspec filesystem wrapped in one. Raises TypeError."""
+    if isinstance(filesystem, pafs.FileSystem):
+        return filesystem
+    base = sys.modules.get("fsspec")
+    if base is not None and isinstance(filesystem, base.AbstractFileSystem):
+        if fsspec_name(filesystem) == "fsspec.LocalFileSystem":
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
+    raise TypeError(
+        "filesystem must be a pyarrow.fs.FileSystem or an fsspec filesystem, not a "
+        f"{type(filesystem).__name__}"
+    )
+
+
+def unwrapped(filesystem: FileSystem, path: str) -> tuple[FileSystem, str]:
+    """What is below filesystems that only add a prefix to paths, and the path on it."""
+    while True:
+        inner = fsspec_of(filesystem)
+        if isinstance(filesystem, pafs.SubTreeFileSystem):
+            prefix, filesystem = filesystem.base_path, filesystem.base_fs
+        elif inner is not None and fsspec_name(inner) == "fsspec.DirFileSystem":
+            prefix, filesystem = inner.path, wrapped(inner.fs)
+        elif inner is not None and fsspec_name(inner) == "fsspec.LocalFileSystem":
+            return pafs.LocalFileSystem(), path
+        else:
+            return filesystem, path.rstrip("/") or path
+        path = f"{prefix.rstrip('/')}/{path.lstrip('/')}"
+
+
+def fsspec_of(filesystem: FileSystem) -> Any:
+    """The fsspec filesystem in a wrapper of pyarrow, or None."""
+    handler = getattr(filesystem, "handler", None)
+    return handler.fs if isinstance(handler, pafs.FSSpecHandler) else None
+
+
+def fsspec_name(filesystem: Any) -> str:
+    """The class's name behind that of its package."""
+    kind: type = type(filesystem)
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def refuse_secrets_in(url: str) -> None:
+    """Raise LocationError for a URL that may hold some: paths are shown everywhere, and those of
+    http are whole URLs."""
+    if "@" in url.partition("://")[2].partition("/")[0] or "?" in url:
+        raise LocationError(
+            f"{without_userinfo(url)}: a URL with credentials or a query cannot be mounted; give "
+            "an fsspec HTTPFileSystem with client_kwargs instead"
+        )
+
+
+def without_userinfo(uri: str) -> str:
+    """`uri` with what looks like ``key:secret@`` hidden and without its query, for messages."""
+    scheme, separator, rest = uri.partition("://")
+    # The last "@": a secret that was not percent-encoded may hold any character.
+    userinfo, at, host = rest.rpartition("@")
+    shown = f"***@{host}" if at and ":" in userinfo else rest
+    return printable(f"{scheme}{separator}{shown.partition('?')[0]}")
+
+
+def local_filesystem() -> FileSystem:
+    """The local filesystem."""
+    return pafs.LocalFileSystem()
+
+
+def local_path_of(filesystem: FileSystem, path: str) -> str | None:
+    """The local path that `path` on `filesystem` is, or None for a remote one."""
+    filesystem, path = unwrapped(filesystem, path)
+    return path if isinstance(filesystem, pafs.LocalFileSystem) else None

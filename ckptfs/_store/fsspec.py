@@ -1,0 +1,288 @@
+# fsspec and the packages of its protocols are optional, and have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""A Store over an fsspec filesystem, and the URIs that only fsspec knows.
+
+Not through pyarrow's wrapper: that hides the ETag, and reads through a file object with a cache of
+its own. Here a read is one ranged request (`cat_file`), and a version is what `info` says. fsspec
+filesystems may be called from any thread; what they raise depends on the protocol's package.
+
+http lists what the links of an index page name, percent-encoded as they are there.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import msgspec
+
+from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
+from ckptfs._store.base import Pin
+from ckptfs.errors import (
+    AccessDenied,
+    CheckpointIsFile,
+    CheckpointNotFound,
+    CkptfsError,
+    LimitExceeded,
+    LocationError,
+    ObjectChanged,
+    StoreError,
+    StoreTimeout,
+    StoreUnavailable,
+)
+
+PACKAGES = {
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "http": "fsspec aiohttp",
+    "https": "fsspec aiohttp",
+}
+"""The schemes that pyarrow does not know and fsspec does, and what has to be installed for each.
+A fixed list: fsspec knows more, among them some that read or run what the URI names."""
+
+_THREADS = 16
+_ETAGS = ("etag", "ETag", "blob_id", "generation", "checksum")
+_TIMES = (
+    "mtime",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "modified",
+    "updated",
+    "created",
+)
+"""Names under which `info` has a version or a time: http, s3fs, adlfs, gcsfs, huggingface_hub,
+local."""
+
+
+def filesystem_of(uri: str, shown: str) -> tuple[Any, str]:
+    """The fsspec filesystem and the path that `uri`, with a scheme of `PACKAGES`, names.
+
+    Args:
+        uri: May hold credentials.
+        shown: The same without them, for messages.
+
+    Raises:
+        LocationError: A package is missing, or the URI is malformed.
+    """
+    scheme = uri.partition("://")[0].lower()
+    try:
+        from fsspec.core import url_to_fs
+
+        filesystem, path = url_to_fs(uri)
+    except ImportError:
+        raise LocationError(
+            f"{shown}: {scheme}:// needs a package that is not installed; pip install "
+            f"{PACKAGES[scheme]}"
+        ) from None
+    except Exception as error:  # each package has its own
+        cause = printable(str(error).replace(uri, shown).partition("\n")[0])
+        raise LocationError(f"{shown}: {cause or type(error).__name__}; check the URI") from None
+    return filesystem, path.rstrip("/")
+
+
+def build(protocol: str, options: Mapping[str, Any], timeout_s: float) -> Any:
+    """An fsspec filesystem from a location's options; one of its own, which remembers no listings.
+
+    Args:
+        protocol: One of `PACKAGES`.
+        options: Checked by the caller.
+        timeout_s: Longest connect and longest silence, where the protocol's package has a place for
+            it (http).
+
+    Raises ImportError, ValueError.
+    """
+    from fsspec import filesystem  # pyright: ignore[reportAttributeAccessIssue]
+
+    own: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if protocol == "https":
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        own["client_kwargs"] = {"timeout": timeout}
+    return filesystem(protocol, **options, **own)
+
+
+class FsspecStore:
+    """The directory `root` of an fsspec filesystem; `name`, its URI, is for messages."""
+
+    def __init__(self, filesystem: Any, root: str, name: str) -> None:
+        self._fs = filesystem
+        self._root = str(filesystem._strip_protocol(root)).rstrip("/")
+        self.name = name
+
+    def list(self, files_max: int) -> Listing:
+        """See Store.list."""
+        try:
+            self._fs.invalidate_cache()
+            found: dict[str, dict[str, Any]] = self._fs.find(self._root, withdirs=True, detail=True)
+            # An index page of http lists itself, as a file.
+            found = {path: info for path, info in found.items() if self._relative(path)}
+            if not found and self._fs.info(self._root)["type"] != "directory":
+                raise CheckpointIsFile(
+                    f"{self.name} is a file, not a directory; name the directory that holds it"
+                )
+            if len(found) > files_max:
+                raise LimitExceeded(
+                    f"{self.name} holds {len(found)} objects, more than files_max = {files_max}; "
+                    "name a directory below it, or raise files_max"
+                )
+            self._add_sizes(found)
+        except FileNotFoundError:
+            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+        except Exception as error:
+            raise _translated(error, self.name) from error
+        return self._listing(found)
+
+    def _add_sizes(self, found: dict[str, dict[str, Any]]) -> None:
+        """Ask for the sizes that the listing does not have (http: an index page has names only)."""
+        unknown = [p for p, i in found.items() if i["type"] == "file" and i.get("size") is None]
+        if unknown:
+            with ThreadPoolExecutor(_THREADS, "ckptfs-sizes") as pool:
+                for path, info in zip(unknown, pool.map(self._fs.info, unknown), strict=True):
+                    found[path] = info
+
+    def _listing(self, found: dict[str, dict[str, Any]]) -> Listing:
+        files: list[ListedFile] = []
+        directories: list[str] = []
+        skipped: list[Skipped] = []
+        for full, info in found.items():
+            path, size = self._relative(full), info.get("size")
+            if info["type"] == "directory":
+                directories.append(path)
+            elif info["type"] != "file":
+                skipped.append(Skipped(printable(path), "it is neither a file nor a directory"))
+            elif not isinstance(size, int):
+                skipped.append(Skipped(printable(path), "the store does not know its size"))
+            else:
+                files.append(ListedFile(path, size, _mtime_ns(info)))
+        return Listing(files, directories, skipped)
+
+    def _relative(self, full: str) -> str:
+        return full[len(self._root) :].strip("/")
+
+    def confirm(self, pin: Pin) -> Pin:
+        """See Store.confirm."""
+        path = f"{self._root}/{pin.path}"
+        try:
+            self._fs.invalidate_cache(self._fs._parent(path))
+            info: dict[str, Any] = self._fs.info(path)
+        except FileNotFoundError:
+            raise self._changed(pin, "it was deleted") from None
+        except Exception as error:
+            raise _translated(error, f"{printable(pin.path)} in {self.name}") from error
+        if info["type"] != "file":
+            raise self._changed(pin, "it is no file any more")
+        if info.get("size") != pin.size:
+            raise self._changed(pin, f"{pin.size} bytes became {info.get('size')}")
+        mtime_ns = _mtime_ns(info)
+        if pin.mtime_ns and mtime_ns and mtime_ns // 10**9 != pin.mtime_ns // 10**9:
+            raise self._changed(pin, "it was written again")
+        etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
+        if pin.etag and etag != pin.etag:
+            raise self._changed(pin, f"ETag {pin.etag} became {etag or 'none'}")
+        return msgspec.structs.replace(pin, etag=etag)
+
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+        """See Store.read_into."""
+        path, end = f"{self._root}/{pin.path}", offset + len(buffer)
+        try:
+            data: bytes = self._fs.cat_file(path, start=offset, end=end)
+        except FileNotFoundError:
+            raise self._changed(pin, "it was deleted") from None
+        except Exception as error:
+            if _status_of(error) == 416:
+                raise self._changed(pin, "it became shorter") from None
+            raise _translated(error, f"{printable(pin.path)} in {self.name}") from error
+        if len(data) < len(buffer):
+            raise self._changed(pin, f"it ends at byte {offset + len(data)} of {pin.size}")
+        if len(data) > len(buffer):
+            raise StoreError(
+                f"{printable(pin.path)} in {self.name}: the server does not know ranges; copy the "
+                "checkpoint to a store that does"
+            )
+        buffer[:] = data
+
+    def get(self, path: str) -> bytes | None:
+        """See Store.get."""
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{path}"))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise _translated(error, f"{printable(path)} in {self.name}") from error
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store.put."""
+        try:
+            self._fs.pipe_file(f"{self._root}/{path}", data)
+        except FileNotFoundError:
+            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+        except NotImplementedError:
+            raise AccessDenied(f"{self.name} cannot be written to: {self._fs.protocol}") from None
+        except Exception as error:
+            raise _translated(error, f"{printable(path)} in {self.name}") from error
+
+    def find(self, path: str) -> ListedFile | None:
+        """See Store.find."""
+        full = f"{self._root}/{path}"
+        try:
+            self._fs.invalidate_cache(self._fs._parent(full))
+            info: dict[str, Any] = self._fs.info(full)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise _translated(error, f"{printable(path)} in {self.name}") from error
+        return ListedFile(path, info["size"], _mtime_ns(info)) if info["type"] == "file" else None
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _changed(self, pin: Pin, how: str) -> ObjectChanged:
+        return ObjectChanged(
+            f"{printable(pin.path)} in {self.name} changed at the store since it was attached: "
+            f"{how}; attach the checkpoint again to see the new version"
+        )
+
+
+def _mtime_ns(info: Mapping[str, Any]) -> int:
+    value = next((info[name] for name in _TIMES if info.get(name)), None)
+    if isinstance(value, str):
+        try:
+            in_header = "," in value  # RFC 9110, section 5.6.7
+            value = parsedate_to_datetime(value) if in_header else datetime.fromisoformat(value)
+        except ValueError:
+            return 0
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+        return int(aware.timestamp()) * 10**9
+    return int(value * 10**9) if isinstance(value, int | float) else 0
+
+
+def _status_of(error: BaseException) -> int:
+    """The HTTP status that an exception of aiohttp, requests, httpx or azure carries, else 0."""
+    response = getattr(error, "response", None)
+    for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code")):
+        status = getattr(holder, name, None)
+        if isinstance(status, int):
+            return status
+    return 0
+
+
+def _translated(error: Exception, what: str) -> CkptfsError:
+    """The exception of ours that says what the `error` of an fsspec package means for `what`."""
+    if isinstance(error, CkptfsError):
+        return error
+    status = _status_of(error)
+    cause = printable(str(error).partition("\n")[0]) or type(error).__name__
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
+    if isinstance(error, TimeoutError) or "imeout" in type(error).__name__ or status == 408:
+        return StoreTimeout(f"{what}: the store did not answer ({cause}); check the endpoint")
+    if isinstance(error, ConnectionError) or status >= 500 or status == 429:
+        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
+    if "Connect" in type(error).__name__ or "Disconnected" in type(error).__name__:
+        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
+    return StoreError(f"{what}: {cause}")

@@ -1,0 +1,94 @@
+"""A checkpoint's own metadata: the JSON object in its file ``.metadata.json``, as Ray has it."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+from ckptfs._config import runtime_dir
+from ckptfs._filelock import locked
+from ckptfs._store.base import Store
+from ckptfs.errors import MetadataError, StoreTimeout
+
+FILE_NAME = ".metadata.json"
+"""Ray's name for it (``ray.train._checkpoint``)."""
+_LOCK_WAIT_S = 60.0
+"""Longest wait for another process that changes the metadata of the same checkpoint."""
+
+
+def read(store: Store) -> Any:
+    """The metadata, usually a dict; ``{}`` where there is none.
+
+    Raises:
+        MetadataError: The file is not JSON.
+        AccessDenied, StoreError: The store's answer.
+    """
+    raw = store.get(FILE_NAME)
+    if raw is None:
+        return {}
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise MetadataError(
+            f"{FILE_NAME} in {store.name} is not JSON ({error}); correct the file, or replace it "
+            "with set_metadata"
+        ) from None
+
+
+def write(store: Store, metadata: Any) -> None:
+    """Replace the metadata as a whole.
+
+    Raises:
+        TypeError, ValueError: It cannot be written as JSON; the store was not asked.
+        CheckpointNotFound: There is no such directory (where the store has directories).
+        AccessDenied, StoreError: The store's answer.
+    """
+    raw = json.dumps(metadata).encode()
+    with _serialised(store.name):
+        store.put(FILE_NAME, raw)
+
+
+def update(store: Store, changes: Mapping[str, Any]) -> None:
+    """Change some keys.
+
+    Raises:
+        TypeError: `changes`, or what is stored, is no dict; or it cannot be written as JSON.
+        MetadataError, CheckpointNotFound, AccessDenied, StoreError: As of `read` and `write`.
+    """
+    if not isinstance(changes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"metadata must be a dict, not {type(changes).__name__}")
+    change(store, lambda stored: {**stored, **changes})
+
+
+def change(store: Store, how: Callable[[dict[str, Any]], Any]) -> None:
+    """Replace the metadata by what `how` makes of it, while nobody else on this node changes it.
+
+    Nothing is written if `how` raises. Raises as `update`.
+    """
+    with _serialised(store.name):
+        stored = read(store)
+        if not isinstance(stored, dict):
+            raise TypeError(
+                f"{FILE_NAME} in {store.name} holds a {type(stored).__name__} and not a dict, so "
+                "it has no keys to change; use set_metadata"
+            )
+        store.put(FILE_NAME, json.dumps(how(stored)).encode())  # pyright: ignore[reportUnknownArgumentType]
+
+
+@contextlib.contextmanager
+def _serialised(name: str) -> Generator[None]:
+    """Changes of the same checkpoint by processes of this user wait for each other."""
+    folder = runtime_dir(os.environ)
+    lock = folder / f"metadata-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(locked(str(lock), _LOCK_WAIT_S))
+        except TimeoutError:
+            raise StoreTimeout(
+                f"{name}: another process has been changing its metadata for {_LOCK_WAIT_S:g} s; "
+                "try again"
+            ) from None
+        yield
