@@ -14,9 +14,11 @@ from ckptfs.errors import CheckpointNotFound as CheckpointNotFound
 from ckptfs.errors import CkptfsError as CkptfsError
 from ckptfs.errors import ConfigError as ConfigError
 from ckptfs.errors import DaemonError as DaemonError
+from ckptfs.errors import ExpressionError as ExpressionError
 from ckptfs.errors import LimitExceeded as LimitExceeded
 from ckptfs.errors import LocationError as LocationError
 from ckptfs.errors import MetadataError as MetadataError
+from ckptfs.errors import MetadataNotDict as MetadataNotDict
 from ckptfs.errors import NoDaemon as NoDaemon
 from ckptfs.errors import NotAttached as NotAttached
 from ckptfs.errors import ObjectChanged as ObjectChanged

@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from ckptfs._config import load_config, log_path
 from ckptfs._filelock import locked, wait_unlocked
 from ckptfs._model.config import Config
@@ -25,6 +27,7 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    MetadataChanged,
     Reply,
     Request,
     Status,
@@ -103,6 +106,10 @@ class Connection:
     def status(self) -> StatusReply:
         """The daemon's state."""
         return self._request(Status(), StatusReply)
+
+    def metadata_changed(self, location: Location) -> None:
+        """Tell the daemon that a checkpoint's metadata was changed at the store."""
+        self._request(MetadataChanged(location=location), Done)
 
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""
@@ -230,6 +237,15 @@ def leased(
         # when it is answered the lease is gone, and who attaches next sees the store anew.
         with contextlib.suppress(OSError):
             os.stat(os.path.dirname(path))
+
+
+def tell_metadata_changed(location: Location) -> None:
+    """Tell the daemon that serves us, if there is one, that a checkpoint's metadata was changed.
+
+    Returns when attachments of it show that. Whatever fails, the change itself is done.
+    """
+    with contextlib.suppress(CkptfsError, OSError), connect() as connection:
+        connection.metadata_changed(msgspec.structs.replace(location, secrets={}))
 
 
 def connect_or_start(config: Config, timeout_s: float | None = None) -> Connection:

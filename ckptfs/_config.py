@@ -23,7 +23,7 @@ _ENVIRONMENT = {
     "CKPTFS_CACHE_DIR": "cache_dir",
 }
 
-_SOCKET_BYTES_MAX = 107
+SOCKET_BYTES_MAX = 107
 """unix(7)"""
 
 
@@ -60,9 +60,9 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
     for field in _ENVIRONMENT.values():
         if not os.path.isabs(getattr(config, field)):
             raise ConfigError(f"{field} must be an absolute path, not {getattr(config, field)!r}")
-    if len(os.fsencode(config.socket)) > _SOCKET_BYTES_MAX:
+    if len(os.fsencode(config.socket)) > SOCKET_BYTES_MAX:
         raise ConfigError(
-            f"socket: {config.socket!r} is longer than the {_SOCKET_BYTES_MAX} bytes that a unix "
+            f"socket: {config.socket!r} is longer than the {SOCKET_BYTES_MAX} bytes that a unix "
             "socket's path may have; set CKPTFS_SOCKET to a shorter one"
         )
     return config

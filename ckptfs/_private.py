@@ -61,7 +61,7 @@ def _connect(pickled: bytes, timeout_s: float) -> Connection:
     with _lock:
         with contextlib.suppress(KeyError, NoDaemon):
             return _client.connect_to(_sockets[pickled], timeout_s)
-        modules = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        modules = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         told = _client.run_keeper(["--private"], {"PYTHONPATH": modules}, pickled)
         _sockets[pickled] = told["socket"]
         return _client.connect_to(told["socket"], timeout_s)

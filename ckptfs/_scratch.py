@@ -15,23 +15,30 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def scratch_directory(
-    prefix: str, before_removal: Callable[[Path], None] | None = None
+    prefix: str,
+    before_removal: Callable[[Path], None] | None = None,
+    *,
+    child_goes_on: bool = False,
 ) -> Generator[str]:
     """A new directory in the temporary folder, removed at the end.
 
     Args:
         prefix: Of its name, and of the names of its abandoned siblings.
         before_removal: Called with an abandoned sibling's path.
+        child_goes_on: A forked child takes the place of this process. Otherwise one that leaves the
+            context leaves the directory to its parent.
 
     Raises:
         OSError: The directory cannot be made.
     """
     _sweep(prefix, before_removal)
     path, lock = _make(prefix)
+    made_by = os.getpid()
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        if child_goes_on or os.getpid() == made_by:
+            shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 

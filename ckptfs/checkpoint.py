@@ -27,7 +27,7 @@ from ckptfs._store.filesystems import (
 )
 from ckptfs._store.private import dump
 from ckptfs._store.resolve import store_of
-from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound
+from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound, LocationError
 
 Mode = Literal["auto", "mount", "copy"]
 Self = TypeVar("Self", bound="Checkpoint")
@@ -84,7 +84,7 @@ class Checkpoint:
     @classmethod
     def from_directory(cls: type[Self], path: "str | os.PathLike[str]") -> Self:
         """A checkpoint that is a directory on the local filesystem."""
-        return cls(Path(path).expanduser().absolute(), filesystem=local_filesystem())
+        return cls(Path(os.path.expanduser(path)).absolute(), filesystem=local_filesystem())
 
     # -- content
 
@@ -209,15 +209,23 @@ class Checkpoint:
             AccessDenied, StoreError: The store's answer.
         """
         _metadata.write(store_of(self.filesystem, self.path), metadata)
+        _tell_changed(self.filesystem, self.path)
 
     def update_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Change some keys of the metadata. Processes of this node that do so wait for each other.
 
         Raises:
-            TypeError: `metadata`, or what is stored, is no dict; or it cannot be written as JSON.
+            TypeError: `metadata` is no dict, or it cannot be written as JSON.
+            MetadataNotDict: What is stored is no dict (also a TypeError).
             MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
         """
         _metadata.update(store_of(self.filesystem, self.path), metadata)
+        _tell_changed(self.filesystem, self.path)
+
+
+def _tell_changed(filesystem: FileSystem, path: str) -> None:
+    with contextlib.suppress(LocationError):
+        _client.tell_metadata_changed(describe(filesystem, path))
 
 
 def _globs(name: str, globs: Sequence[str]) -> list[str]:
@@ -235,9 +243,10 @@ def _existing(path: str) -> str:
 
 
 def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
-    path = stack.enter_context(scratch_directory("ckptfs-copy-"))
-    copy_directory(store_of(checkpoint.filesystem, checkpoint.path), Path(path), include=include)
-    return path
+    # The copy's lock file is beside it: in the scratch directory, and not left if we are killed.
+    path = Path(stack.enter_context(scratch_directory("ckptfs-copy-")), "checkpoint")
+    copy_directory(store_of(checkpoint.filesystem, checkpoint.path), path, include=include)
+    return str(path)
 
 
 @contextlib.contextmanager

@@ -73,6 +73,18 @@ class MetadataError(CkptfsError, ValueError):
     code = "metadata"
 
 
+class MetadataNotDict(MetadataError, TypeError):
+    """What is stored as a checkpoint's metadata is JSON, but no object: it has no keys."""
+
+    code = "metadata-not-dict"
+
+
+class ExpressionError(CkptfsError, ValueError):
+    """An expression of ``ckptfs find`` that is not in its language."""
+
+    code = "expression"
+
+
 class ConfigError(CkptfsError, ValueError):
     """A configuration file, environment variable or directory that cannot be used."""
 

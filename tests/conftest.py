@@ -1,5 +1,7 @@
 """Fixtures: a node with a daemon of its own, an S3 server, and the check that nothing is left."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import pytest
 from s3server import S3Server
 
 from ckptfs import _client
+from ckptfs.__main__ import main
 from ckptfs._config import load_config
 
 HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
@@ -153,6 +156,22 @@ class Node:
         """Run ``ckptfs`` with `arguments`."""
         command = Path(sys.executable).with_name("ckptfs")
         return self.run(str(command), *arguments, check=check)
+
+    def here(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``ckptfs`` with `arguments` in this process, without an interpreter's start."""
+        output, errors = io.StringIO(), io.StringIO()
+        argv, sys.argv = sys.argv, ["ckptfs", *arguments]
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 0
+        finally:
+            sys.argv = argv
+        said = output.getvalue(), errors.getvalue()
+        assert not check or status == 0, f"{arguments}: {said}"
+        return subprocess.CompletedProcess(arguments, status, *said)
 
     def python(self, code: str, *arguments: str) -> "subprocess.Popen[str]":
         """Start a Python process that runs `code`; its output can be read."""

@@ -12,7 +12,7 @@ import pytest
 import ckptfs
 from ckptfs import errors
 
-HEAVY = ("trio", "pyfuse3", "ray", "typer", "rich", "pyarrow")
+HEAVY = ("trio", "pyfuse3", "ray", "typer", "rich", "fsspec", "pyarrow")
 
 
 def imported_by(code: str) -> set[str]:

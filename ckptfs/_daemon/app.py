@@ -76,7 +76,7 @@ async def _run(
         offload = Offload(config.connections_max)
         fetcher = Fetcher(config, cache, offload, nursery)
         service = Service(config, cache, fetcher, offload, nursery, fuse.forget_name, opener)
-        await fuse.take_session(fuse_fd, fuse.Operations(service.vfs))
+        await fuse.take_session(fuse_fd, fuse.Operations(service))
         control = Control(service, config)
         nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
         nursery.start_soon(_stop_on_signal, service)

@@ -1,18 +1,42 @@
 """An attached checkpoint: its snapshot, who holds it, and the state of its files."""
 
+import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import trio
 
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.fetch import RemoteFile, State
-from ckptfs._daemon.tree import Tree
+from ckptfs._daemon.fetch import RemoteFile, State, stamped
+from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import Manifest
+from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._store.base import Pin, Store
+from ckptfs.errors import CkptfsError, StoreUnavailable
 
-if TYPE_CHECKING:
-    import trio
+
+class Metadata:
+    """What is known of a checkpoint's own metadata (its file ``.metadata.json``).
+
+    Attributes:
+        raw: The file's bytes; None where there is none.
+        values: The keys and values; empty if the file is no JSON object.
+        read_s: When that was so (event loop time).
+        error: What the store answered last time, if that was an error which can pass; `failed_s`:
+            when.
+        lock: Held by whoever reads or changes it at the store.
+    """
+
+    def __init__(self) -> None:
+        self.raw: bytes | None = None
+        self.values: dict[str, Any] = {}
+        self.read_s = -math.inf
+        self.error: StoreUnavailable | None = None
+        self.failed_s = -math.inf
+        self.lock = trio.Lock()
 
 
 class Attachment:
@@ -22,8 +46,14 @@ class Attachment:
         location: Where it is, without credentials.
         manifest: What it held when it was attached.
         name: Its directory inside the mount.
-        digests: Cache digest of each file, in the manifest's order.
+        listed: The manifest's files, and behind them newer versions (of the metadata file).
+        digests: Cache digest of each of them.
+        replaced: Positions of those that are no longer shown.
         files: The files that were opened so far, by position.
+        size: Bytes of all files that it shows.
+        metadata: What is known of the checkpoint's own metadata.
+        format: As ``user.ckptfs.format`` says; "" until somebody asks.
+        own_error: Time and text of the last error that is no file's, or "".
         directories: Open directory handles of its root, with the process that opened each.
         open_handles: How many other handles are open in it.
         clients: How many control connections hold it.
@@ -47,7 +77,13 @@ class Attachment:
         self.location = location
         self.store = store
         self.manifest = manifest
+        self.listed = list(manifest.files)
         self.digests = digests
+        self.replaced: set[int] = set()
+        self.size = manifest.size
+        self.format = ""
+        self.metadata = Metadata()
+        self.own_error = ""
         self.uid = uid
         self.gid = gid
         self.attached_s = time.time()
@@ -77,14 +113,14 @@ class Attachment:
         return self.uid, self.location.identity
 
     def file(self, index: int) -> RemoteFile:
-        """The state of the file at that position of the manifest, kept from now on."""
+        """The state of the file at that position of `listed`, kept from now on."""
         return self.files.setdefault(index, self.peek(index))
 
     def peek(self, index: int) -> RemoteFile:
         """The state of a file; that of one never opened is not kept."""
         if known := self.files.get(index):
             return known
-        listed = self.manifest.files[index]
+        listed = self.listed[index]
         pin = Pin(listed.path, listed.size, listed.mtime_ns)
         return RemoteFile(self.store, object_key(self.location, pin), pin)
 
@@ -94,23 +130,61 @@ class Attachment:
         for file in self.files.values():
             file.store = store
 
+    def shown(self) -> Iterator[tuple[int, ListedFile]]:
+        """The files that it shows now, with their positions in `listed`."""
+        return ((i, file) for i, file in enumerate(self.listed) if i not in self.replaced)
+
+    @property
+    def file_count(self) -> int:
+        """How many files it shows."""
+        return len(self.listed) - len(self.replaced)
+
+    def replace(self, file: ListedFile) -> Node:
+        """Show this version of a file of the root from now on. Open files stay what they are."""
+        self.hide(file.path)
+        index = len(self.listed)
+        if file.mtime_ns:
+            file = msgspec.structs.replace(file, mtime_ns=_told_apart(file.mtime_ns, index))
+        pin = Pin(file.path, file.size, file.mtime_ns)
+        self.listed.append(file)
+        self.digests.append(object_key(self.location, pin).digest())
+        self.size += file.size
+        return self.tree.replace(file, index)
+
+    def hide(self, path: str) -> None:
+        """Show that file of the root, if there is one, no more. Open files stay what they are."""
+        node = self.tree.remove(path)
+        if node is not None:
+            self.replaced.add(node.index)
+            self.size -= node.size
+
+    def note(self, error: CkptfsError) -> None:
+        """Keep an error that is no file's where the attribute finds it."""
+        self.own_error = stamped(error)
+
     def cached_bytes(self, cache: Cache) -> int:
         """Bytes of its files that are in the cache."""
-        sizes = zip(self.digests, self.manifest.files, strict=True)
-        return sum(cache.stored_bytes(digest, file.size) for digest, file in sizes)
+        return sum(cache.stored_bytes(self.digests[i], file.size) for i, file in self.shown())
 
     def state(self, cached_bytes: int) -> State:
         """The most noteworthy state among its files."""
-        states = {file.state(-1) for file in self.files.values()}
+        states = {file.state(-1) for i, file in self.files.items() if i not in self.replaced}
         for state in ("changed", "failing", "fetching"):
             if state in states:
                 return state
-        return "cached" if cached_bytes == self.manifest.size else "lazy"
+        return "cached" if cached_bytes == self.size else "lazy"
 
     @property
     def error(self) -> str:
-        """The newest error of its files, or ""; each begins with its time."""
-        return max((file.error for file in self.files.values()), default="")
+        """The newest error, or ""; each begins with its time."""
+        return max([self.own_error, *(file.error for file in self.files.values())])
+
+
+def _told_apart(mtime_ns: int, serial: int) -> int:
+    """Another time in the same second: a store's clock may tick in seconds, and the cache must not
+    take one version for another, while `Store.confirm` compares seconds."""
+    nudge = 1 + serial % 999
+    return mtime_ns + (nudge if mtime_ns % 10**9 + nudge < 10**9 else -nudge)
 
 
 def object_key(location: Location, pin: Pin) -> ObjectKey:

@@ -70,6 +70,11 @@ the one that replaces it, and the block that lists the extents of a file with ho
 its page at 512 MiB, by one part in 131,072 of the data.)"""
 
 
+def disk_bytes(size: int) -> int:
+    """Bytes that an object of `size` bytes takes on disk when all of it is cached."""
+    return _pages(size) + _FOLDER_BYTES if size else 0
+
+
 class CachedObject:
     """One open object. `data` of a block is at its own offset in `files.data`."""
 
@@ -450,6 +455,23 @@ class Cache:
     def _fullest_open(self) -> CachedObject | None:
         fullest = max(self._open.values(), key=lambda entry: len(entry.oldest), default=None)
         return fullest if fullest and fullest.oldest else None
+
+    def is_open(self, digest: str) -> bool:
+        """Whether somebody reads or fetches the object."""
+        return digest in self._open
+
+    def evict(self, digest: str) -> Path | None:
+        """Drop an object that is not open; returns the folder to `delete`, if it was there."""
+        on_disk = self._closed.pop(digest, 0)
+        if not on_disk:
+            return None
+        self.used_bytes -= on_disk
+        return self._to_trash(digest)
+
+    @staticmethod
+    def delete(folder: Path) -> None:
+        """Blocking. Delete what `evict` returned."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def capacity_bytes(self) -> int:
         """How many bytes it could hold now, if nothing else were in it."""

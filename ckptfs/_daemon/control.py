@@ -23,6 +23,7 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    MetadataChanged,
     Reply,
     Request,
     Status,
@@ -125,6 +126,9 @@ class Control:
             return Done()
         if isinstance(request, Status):
             return self._service.status(uid)
+        if isinstance(request, MetadataChanged):
+            await self._service.metadata_changed(request.location, uid)
+            return Done()
         if uid not in (0, os.geteuid()):
             raise AccessDenied("only the daemon's own user may stop it")
         self._service.stop(force=request.force)

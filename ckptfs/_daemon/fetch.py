@@ -28,9 +28,10 @@ deadline.
 **A dark store** must not keep the others waiting: from its first error that can pass until it has
 delivered a span, its spans go last and leave places free, and its checks have their own threads.
 
-**Cancellation.** A reader that goes away leaves the span running for others. A span that runs out
-of time abandons its thread; `_Transfer.abandon` makes sure that the thread cannot write afterwards,
-when the blocks may already be somebody else's.
+**Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
+takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
+its thread; `_Transfer.abandon` makes sure that the thread cannot write afterwards, when the blocks
+may already be somebody else's.
 """
 
 import contextlib
@@ -46,12 +47,12 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import trio
 
-from ckptfs._daemon import formats
 from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.slots import Priority, Slots, Ticket
+from ckptfs._model import formats
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
@@ -76,6 +77,11 @@ State = Literal["lazy", "fetching", "cached", "changed", "failing"]
 _PAUSE_S = 0.1
 _PAUSE_S_MAX = 5.0
 """First and longest pause before another try; each is twice the last, times 0.5 to 1."""
+
+
+def stamped(error: Exception) -> str:
+    """Time and text of an error, as the attribute `user.ckptfs.error` has it."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {error}"
 
 
 class RemoteFile:
@@ -148,6 +154,7 @@ class _Span:
         self.ticket = Ticket(priority, self.length)
         self.scope = trio.CancelScope()
         self.done = trio.Event()
+        self.dropped = False
         self.error: CkptfsError | None = None
 
     def start_clock(self, deadline_s: float) -> None:
@@ -247,6 +254,16 @@ class Fetcher:
             self._cache.close(file.entry)
             file.entry = file.readahead = None
 
+    @contextlib.contextmanager
+    def opened(self, file: RemoteFile) -> Generator[None]:
+        """Keep a file readable while the context lasts, or until its attachment is removed."""
+        self.open(file)
+        try:
+            yield
+        finally:
+            if file.opens:
+                self.close(file)
+
     # -- reading
 
     def read_now(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
@@ -331,7 +348,19 @@ class Fetcher:
                     await self._persist(file, lambda: self._learn(file, entry))
                 if not file.trusted:
                     raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
-            await self._ensure(file, entry, blocks, Priority.PREFETCH)
+            try:
+                await self._ensure(file, entry, blocks, Priority.PREFETCH)
+            except trio.Cancelled:
+                self._drop(entry, blocks)
+                raise
+
+    def _drop(self, entry: CachedObject, blocks: range) -> None:
+        """End the spans that only a prefetch has asked for."""
+        for index in blocks:
+            span = self._flights.get((entry.digest, index))
+            if span is not None and span.ticket.priority is Priority.PREFETCH:
+                span.dropped = True
+                span.scope.cancel()
 
     async def _ensure(
         self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
@@ -409,7 +438,8 @@ class Fetcher:
                     f"{printable(file.pin.path)}: not fetched within {self._deadline_s:g} s; last: "
                     f"{file.cause or 'no answer'}"
                 )
-                self._note(file, span.error)
+                if not span.dropped:
+                    self._note(file, span.error)
             else:
                 self._dark.discard(file.store)
         except CkptfsError as error:
@@ -563,5 +593,4 @@ class Fetcher:
         if str(error) != file.error.partition(" ")[2]:
             log.warning("%s", error)
         file.failing = True
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        file.error = f"{stamp} {error}"
+        file.error = stamped(error)

@@ -10,15 +10,18 @@ import os
 import socket
 import stat
 from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext, XAttrNameT
 
 from ckptfs import errors
-from ckptfs._daemon import session, vfs
+from ckptfs._daemon import session, vfs, xattrs
+from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
-from ckptfs._daemon.vfs import Stat, Vfs
+from ckptfs._daemon.vfs import Stat
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +35,22 @@ ERRNOS: dict[type[Exception], int] = {
     vfs.NotDirectory: errno.ENOTDIR,
     vfs.IsDirectory: errno.EISDIR,
     vfs.StaleInode: errno.ESTALE,
-    vfs.NoAttribute: errno.ENODATA,
+    xattrs.NoAttribute: errno.ENODATA,
+    xattrs.AttributeStated: errno.EROFS,
+    xattrs.NotSupported: errno.ENOTSUP,
+    xattrs.InvalidValue: errno.EINVAL,
+    xattrs.NotPermitted: errno.EPERM,
     errors.ObjectChanged: errno.ESTALE,
     errors.StoreTimeout: errno.ETIMEDOUT,
     errors.StoreUnavailable: errno.EIO,
     errors.StoreError: errno.EIO,
-    errors.AccessDenied: errno.EIO,
+    errors.AccessDenied: errno.EACCES,
     errors.CheckpointNotFound: errno.EIO,
     errors.CheckpointIsFile: errno.EIO,
     errors.LocationError: errno.EIO,
     errors.MetadataError: errno.EIO,
+    errors.MetadataNotDict: errno.EIO,
+    errors.ExpressionError: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,
     errors.NoDaemon: errno.EIO,
@@ -69,15 +78,17 @@ def _as_errno() -> Generator[None]:
 
 
 class Operations(pyfuse3.Operations):
-    """pyfuse3's operations on a `Vfs`."""
+    """pyfuse3's operations on the mount of a `Service`."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, files: Vfs) -> None:
+    def __init__(self, service: Service) -> None:
         super().__init__()
-        self._vfs = files
+        self._vfs = service.vfs
+        self._xattrs = service.xattrs
+        self._metadata = service.metadata
         self.handshake: trio.CancelScope | None = None
 
     def init(self) -> None:
@@ -92,8 +103,11 @@ class Operations(pyfuse3.Operations):
             try:
                 return _entry(self._vfs.lookup(parent_inode, name))
             except vfs.NoEntry:
-                if not self._vfs.is_snapshot(parent_inode):
+                if parent_inode == MOUNT_ROOT:
                     raise
+                if not self._vfs.is_lasting(parent_inode, name):
+                    await self._metadata.before_absence(*self._vfs.find(parent_inode), name)
+                    return _entry(self._vfs.lookup(parent_inode, name))
                 absent = pyfuse3.EntryAttributes()
                 absent.st_ino = 0  # the kernel remembers that there is no such name
                 absent.entry_timeout = _FOREVER_S
@@ -108,7 +122,7 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with _as_errno():
-            return self._vfs.opendir(inode, ctx.pid)
+            return self._vfs.opendir(inode, _process_of(ctx.pid))
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         with _as_errno():
@@ -124,6 +138,7 @@ class Operations(pyfuse3.Operations):
         with _as_errno():
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
+            await self._metadata.before_open(*self._vfs.find(inode))
             handle = self._vfs.open(inode)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
@@ -154,15 +169,50 @@ class Operations(pyfuse3.Operations):
         result.f_namemax = 255
         return result
 
+    # -- extended attributes
+
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        if not name.startswith(b"user.ckptfs."):  # ls asks for others with each file
+        if not name.startswith(b"user."):  # ls asks for others with each file
             raise pyfuse3.FUSEError(errno.ENODATA)
         with _as_errno():
-            return self._vfs.getxattr(inode, name.decode("utf-8", "replace"))
+            return await self._xattrs.get(inode, name.decode("utf-8", "replace"))
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
         with _as_errno():
-            return [name.encode() for name in self._vfs.listxattr(inode)]
+            return [name.encode() for name in await self._xattrs.list(inode)]
+
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        with _as_errno():
+            await self._xattrs.set(inode, _text(name), value, ctx.uid)
+
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        with _as_errno():
+            await self._xattrs.remove(inode, _text(name), ctx.uid)
+
+    # -- what would change a file
+
+    async def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    create = link = mkdir = mknod = rename = rmdir = setattr = symlink = unlink = write = _refuse
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise xattrs.NotSupported(repr(name)) from None
+
+
+def _process_of(thread: int) -> int:
+    """The process that a thread belongs to: FUSE tells the thread's id. See proc(5)."""
+    try:
+        lines = Path(f"/proc/{thread}/status").read_bytes().splitlines()
+    except OSError:  # it is gone, or in a namespace that we do not see
+        return thread
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"Tgid:")), thread)
 
 
 def _entry(found: Stat) -> pyfuse3.EntryAttributes:
@@ -176,8 +226,8 @@ def _entry(found: Stat) -> pyfuse3.EntryAttributes:
     entry.st_blksize = 1 << 20
     entry.st_blocks = -(-found.size // 512)
     entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = found.mtime_ns
-    entry.entry_timeout = _FOREVER_S
-    entry.attr_timeout = 0 if found.inode == MOUNT_ROOT else _FOREVER_S
+    entry.entry_timeout = 0 if found.volatile else _FOREVER_S
+    entry.attr_timeout = 0 if found.volatile or found.inode == MOUNT_ROOT else _FOREVER_S
     return entry
 
 

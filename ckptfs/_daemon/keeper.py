@@ -30,7 +30,7 @@ from typing import Any
 
 import msgspec
 
-from ckptfs._config import load_config, log_path
+from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
 from ckptfs._daemon import session
 from ckptfs._filelock import locked
 from ckptfs._model.config import Config
@@ -277,13 +277,21 @@ def _private(config: Config, stack: contextlib.ExitStack) -> Config:
     """The configuration of a private daemon, whose files live as long as `stack`."""
 
     def end_mount(folder: Path) -> None:
-        if session.device_of_mount(folder / "mnt") is not None:
-            session.unmount(folder / "mnt")
+        mount = Path(os.path.realpath(folder), "mnt")  # as the kernel names it
+        if session.device_of_mount(mount) is not None:
+            session.unmount(mount)
 
-    folder = stack.enter_context(scratch_directory("ckptfs-private-", end_mount))
+    # `_detach` forks, and the parent is gone then.
+    scratch = scratch_directory("ckptfs-private-", end_mount, child_goes_on=True)
+    folder = stack.enter_context(scratch)
+    socket_path = f"{folder}/sock"
+    if len(os.fsencode(socket_path)) > SOCKET_BYTES_MAX:
+        raise CannotMount(
+            f"cannot mount: {socket_path} is too long for a socket; set TMPDIR to a shorter path"
+        )
     return msgspec.structs.replace(
         config,
-        socket=f"{folder}/sock",
+        socket=socket_path,
         node_socket="",
         mount=f"{folder}/mnt",
         cache_dir=f"{folder}/cache",

@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import trio
 
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cache import Cache, disk_bytes
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.offload import Offload
 from ckptfs._model.blocks import blocks_of
 from ckptfs._model.manifest import ListedFile
 from ckptfs.errors import CkptfsError, StoreUnavailable
@@ -28,50 +29,50 @@ _CHUNK_BYTES = 64 << 20
 connections, and a queue that readers can overtake."""
 
 
-def chosen(files: Sequence[ListedFile], globs: Sequence[str]) -> list[int]:
-    """Positions of the files that match, in the order of the globs, each once."""
-    found: dict[int, None] = {}
-    for glob in globs:
-        for index, file in enumerate(files):
-            if fnmatch.fnmatchcase(file.path, glob):
-                found[index] = None
-    return list(found)
+def chosen(files: Sequence[tuple[int, ListedFile]], globs: Sequence[str]) -> dict[int, ListedFile]:
+    """The files that match, by position, in the order of the globs, each once."""
+    return {
+        index: file
+        for glob in globs
+        for index, file in files
+        if fnmatch.fnmatchcase(file.path, glob)
+    }
 
 
 async def prefetch(
-    attachment: Attachment, globs: Sequence[str], fetcher: Fetcher, cache: Cache
+    attachment: Attachment,
+    globs: Sequence[str],
+    fetcher: Fetcher,
+    cache: Cache,
+    offload: Offload,
 ) -> None:
     """Run one prefetch; returns when it has ended, for whatever reason."""
-    budget_bytes = cache.capacity_bytes()
-    files = attachment.manifest.files
-
-    def within_budget() -> Iterator[int]:
-        left_bytes = budget_bytes
-        for index in chosen(files, globs):
-            left_bytes -= files[index].size
-            if left_bytes < 0:
-                log.info(
-                    "prefetch of %s ends: the cache holds %d bytes",
-                    attachment.location.uri,
-                    budget_bytes,
-                )
-                return
-            yield index
-
-    remaining = within_budget()
-
-    async def work() -> None:
-        for index in remaining:
-            await _fetch_file(attachment, index, fetcher)
-
     with trio.CancelScope() as scope:
         attachment.prefetches.add(scope)
         try:
+            files = await offload.control(chosen, list(attachment.shown()), globs)
+            remaining = _within(files, cache.capacity_bytes(), attachment.location.uri)
+
+            async def work() -> None:
+                for index in remaining:
+                    await _fetch_file(attachment, index, fetcher)
+
             async with trio.open_nursery() as nursery:
                 for _ in range(_FILES):
                     nursery.start_soon(_until_dark, work, scope)
         finally:
             attachment.prefetches.discard(scope)
+
+
+def _within(files: dict[int, ListedFile], budget_bytes: int, uri: str) -> Iterator[int]:
+    """Positions of the files, until they are more than `budget_bytes`."""
+    left_bytes = budget_bytes
+    for index, file in files.items():
+        left_bytes -= disk_bytes(file.size)
+        if left_bytes < 0:
+            log.info("prefetch of %s ends: the cache holds %d bytes", uri, budget_bytes)
+            return
+        yield index
 
 
 async def _until_dark(work: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
@@ -85,14 +86,11 @@ async def _until_dark(work: Callable[[], Awaitable[None]], scope: trio.CancelSco
 async def _fetch_file(attachment: Attachment, index: int, fetcher: Fetcher) -> None:
     file = attachment.file(index)
     size = file.pin.size
-    fetcher.open(file)
     try:
-        for offset in range(0, size, _CHUNK_BYTES):
-            await fetcher.fetch(file, blocks_of(offset, min(_CHUNK_BYTES, size - offset)))
+        with fetcher.opened(file):
+            for offset in range(0, size, _CHUNK_BYTES):
+                await fetcher.fetch(file, blocks_of(offset, min(_CHUNK_BYTES, size - offset)))
     except StoreUnavailable:
         raise
     except CkptfsError:
         return  # noted at the file
-    finally:
-        if file.opens:  # 0 if the attachment was removed meanwhile
-            fetcher.close(file)

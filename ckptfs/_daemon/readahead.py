@@ -20,8 +20,8 @@ belong to the same cursor.
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from ckptfs._daemon.formats import Parts
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
+from ckptfs._model.formats import Parts
 
 CURSORS_MAX = 32
 """Cursors per file; the least recently used one is forgotten."""

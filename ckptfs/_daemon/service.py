@@ -10,6 +10,7 @@ that waited for one which found the store dark share its answer, instead of aski
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as version_of
@@ -20,12 +21,14 @@ import trio
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.metadata import MetadataKeeper, show_listed
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import prefetch
 from ckptfs._daemon.vfs import Vfs
+from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import Manifest, build_manifest
+from ckptfs._model.manifest import METADATA_NAME, Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Pin, Store
 from ckptfs._store.resolve import OpenStore
@@ -75,6 +78,8 @@ class Service:
         self._forget_name = forget_name
         self._open_store = open_store
         self.vfs = Vfs(fetcher, cache, os.geteuid(), os.getegid(), self.released)
+        self.metadata = MetadataKeeper(offload, config.read_deadline_s)
+        self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch)
         self.stopped = trio.Event()
         self._attachments: dict[tuple[int, str], Attachment] = {}
         self._secrets: dict[tuple[int, str], dict[str, str]] = {}
@@ -140,6 +145,13 @@ class Service:
         if known is not None and (known.in_use or known.manifest.version == fresh.manifest.version):
             known.use_store(store)
             self._secrets[key] = location.secrets
+            for file in fresh.manifest.files:
+                if file.path == METADATA_NAME:
+                    show_listed(known, file)
+                    break
+            else:
+                known.hide(METADATA_NAME)
+            known.metadata.read_s = -math.inf
             return known
         if known is not None:
             fresh.pinned = known.pinned
@@ -173,7 +185,16 @@ class Service:
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str]) -> None:
         """Begin to fetch the files that match, in the background."""
-        self._nursery.start_soon(prefetch, attachment, globs, self._fetcher, self._cache)
+        self._nursery.start_soon(
+            prefetch, attachment, globs, self._fetcher, self._cache, self._offload
+        )
+
+    async def metadata_changed(self, location: Location, uid: int) -> None:
+        """This user has changed the metadata of the checkpoint at `location` at the store."""
+        for attachment in list(self._attachments.values()):
+            same_place = attachment.location.identity == location.identity
+            if same_place and self._may_see(uid, attachment):
+                await self.metadata.refresh(attachment)
 
     def let_go(self, attachment: Attachment) -> None:
         """A control connection that held the attachment has ended."""
@@ -284,8 +305,8 @@ class Service:
             uri=attachment.location.uri,
             version=manifest.version,
             state=attachment.state(cached),
-            files=len(manifest.files),
-            size=manifest.size,
+            files=attachment.file_count,
+            size=attachment.size,
             cached=cached,
             holders=sorted(set(attachment.directories.values())),
             open_files=attachment.open_handles,

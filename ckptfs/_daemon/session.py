@@ -60,7 +60,7 @@ the mount shares them, so reads that wait for a dark store must not use them up:
 other checkpoints would wait, too, and the daemon would not even hear of it. Below
 `fuse._TASKS_MAX`."""
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 FSTYPE = "fuse.ckptfs"
@@ -68,6 +68,9 @@ FSTYPE = "fuse.ckptfs"
 
 def mount(mountpoint: Path, *, allow_other: bool) -> int:
     """Mount on the directory `mountpoint`; returns the descriptor of the session.
+
+    Not read-only (MS_RDONLY), for the kernel: it would refuse to set attributes. The daemon refuses
+    everything else.
 
     As root by mount(2), otherwise by fusermount3, which passes the descriptor back.
 
@@ -85,7 +88,7 @@ def mount(mountpoint: Path, *, allow_other: bool) -> int:
         ) from None
     options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions"
     options += ",allow_other" if allow_other else ""
-    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+    flags = _MS_NOSUID | _MS_NODEV
     if _libc.mount(b"ckptfs", os.fsencode(mountpoint), FSTYPE.encode(), flags, options.encode()):
         code = ctypes.get_errno()
         os.close(fd)
@@ -98,7 +101,7 @@ def mount(mountpoint: Path, *, allow_other: bool) -> int:
 
 def _mount_by_fusermount(mountpoint: Path, allow_other: bool) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    options = "ro,nosuid,nodev,default_permissions,fsname=ckptfs,subtype=ckptfs"
+    options = "nosuid,nodev,default_permissions,fsname=ckptfs,subtype=ckptfs"
     options += ",allow_other" if allow_other else ""
     with ours, theirs:
         try:

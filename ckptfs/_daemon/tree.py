@@ -2,11 +2,11 @@
 
 An inode number is the attachment's ordinal in the upper 32 bits, and in the lower ones 1 for its
 root and then the position in the manifest's order. Ordinals are never used again, so a number means
-one file of one attachment for as long as the mount lives, and nothing has to be counted or
-forgotten.
+one version of one file of one attachment for as long as the mount lives, and nothing has to be
+counted or forgotten.
 """
 
-from ckptfs._model.manifest import Manifest
+from ckptfs._model.manifest import ListedFile, Manifest
 
 MOUNT_ROOT = 1
 """Inode of the mount point itself, which is in no attachment (FUSE_ROOT_ID)."""
@@ -76,6 +76,21 @@ class Tree:
         self._nodes.append(node)
         parent.children[name] = node
         return node
+
+    def replace(self, file: ListedFile, index: int) -> Node:
+        """Show another version of a file of the root, or one more, under a number of its own."""
+        node = self._add(self.root.inode & ~0xFFFFFFFF, file.path, self.root, index)
+        node.children = _NO_CHILDREN
+        node.size = file.size
+        node.mtime_ns = file.mtime_ns or self.root.mtime_ns
+        return node
+
+    def remove(self, path: str) -> Node | None:
+        """Show a file of the root no more; returns its node, if it was there."""
+        node = self.root.children.get(path.encode())
+        if node is None or node.is_directory:
+            return None
+        return self.root.children.pop(path.encode())
 
     def node(self, inode: int) -> Node | None:
         """The node with that number."""

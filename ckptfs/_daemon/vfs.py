@@ -1,8 +1,11 @@
 """File system operations in plain types: no FUSE, no errno. What the kernel sees is decided here.
 
-All of a checkpoint is a snapshot, so names and attributes never change while it is attached. The
-mount point itself lists the attachments. An attachment that ends leaves its numbers unknown:
-`StaleInode`.
+All of a checkpoint but its metadata file is a snapshot, so names and attributes never change while
+it is attached. The mount point itself lists the attachments. An attachment that ends leaves its
+numbers unknown: `StaleInode`.
+
+Modes let the owner write, because setting an attribute needs that permission; all that would change
+a file or directory is refused (`fuse.Operations`).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +15,7 @@ from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
-from ckptfs._model import attributes as names
-from ckptfs._model.location import Location
+from ckptfs._model.manifest import METADATA_NAME
 
 
 class VfsError(Exception):
@@ -36,12 +38,9 @@ class StaleInode(VfsError):
     """The attachment has ended."""
 
 
-class NoAttribute(VfsError):
-    """The file has no such extended attribute."""
-
-
 class Stat(NamedTuple):
-    """Attributes of a file or directory; `mtime_ns` since the epoch, `size` in bytes."""
+    """Attributes of a file or directory; `mtime_ns` since the epoch, `size` in bytes. `volatile`:
+    the name may soon lead to another inode, so nobody may remember it."""
 
     inode: int
     is_directory: bool
@@ -51,6 +50,7 @@ class Stat(NamedTuple):
     gid: int
     size: int
     mtime_ns: int
+    volatile: bool = False
 
 
 class Space(NamedTuple):
@@ -105,7 +105,8 @@ class Vfs:
                 while file.opens:
                     self._fetcher.close(file)
 
-    def _find(self, inode: int) -> tuple[Attachment, Node]:
+    def find(self, inode: int) -> tuple[Attachment, Node]:
+        """The attachment and the node of an inode. Raises StaleInode."""
         attachment = self._by_ordinal.get(ordinal_of(inode))
         node = attachment.tree.node(inode) if attachment else None
         if attachment is None or node is None:
@@ -121,7 +122,7 @@ class Vfs:
             links = 2 + len(times)
             # Not readable by others: the names say what somebody trains.
             return Stat(inode, True, 0o711, links, *self._owner, 0, max(times, default=0))
-        return _stat(*self._find(inode))
+        return _stat(*self.find(inode))
 
     def lookup(self, parent: int, name: bytes) -> Stat:
         """Attributes of `name` in the directory `parent`."""
@@ -130,15 +131,15 @@ class Vfs:
             if attachment is None:
                 raise NoEntry(name)
             return _stat(attachment, attachment.tree.root)
-        attachment, node = self._find(parent)
+        attachment, node = self.find(parent)
         child = node.children.get(name)
         if child is None:
             raise NoEntry(name)
         return _stat(attachment, child)
 
-    def is_snapshot(self, inode: int) -> bool:
-        """Whether names in this directory never change, so that their absence can be remembered."""
-        return inode != MOUNT_ROOT
+    def is_lasting(self, parent: int, name: bytes) -> bool:
+        """Whether the absence of `name` in that directory can be remembered."""
+        return parent != MOUNT_ROOT and name != METADATA_NAME.encode()
 
     def opendir(self, inode: int, pid: int) -> int:
         """Open a directory; returns its handle. An open root is a lease on the attachment."""
@@ -146,7 +147,7 @@ class Vfs:
         if inode == MOUNT_ROOT:
             self._directories[self._serial] = inode, None
             return self._serial
-        attachment, node = self._find(inode)
+        attachment, node = self.find(inode)
         if not node.is_directory:
             raise NotDirectory(inode)
         handle = attachment.ordinal << 32 | self._serial & 0xFFFFFFFF
@@ -164,7 +165,7 @@ class Vfs:
             if inode == MOUNT_ROOT:
                 entries = [(n, _stat(a, a.tree.root)) for n, a in self._by_name.items()]
             else:
-                attachment, node = self._find(inode)
+                attachment, node = self.find(inode)
                 entries = [(n, _stat(attachment, child)) for n, child in node.children.items()]
             self._directories[handle] = inode, entries
         for position in range(start, len(entries)):
@@ -184,7 +185,7 @@ class Vfs:
 
     def open(self, inode: int) -> int:
         """Open a file for reading; returns its handle, which is its inode number."""
-        attachment, node = self._find(inode)
+        attachment, node = self.find(inode)
         if node.is_directory:
             raise IsDirectory(inode)
         file = attachment.file(node.index)
@@ -227,86 +228,16 @@ class Vfs:
         manifests = [attachment.manifest for attachment in self._by_ordinal.values()]
         return Space(sum(m.size for m in manifests), sum(len(m.files) for m in manifests))
 
-    # -- extended attributes
-
-    def getxattr(self, inode: int, name: str) -> bytes:
-        """The value of an extended attribute."""
-        value = self._xattrs(inode).get(name)
-        if value is None:
-            raise NoAttribute(name)
-        raw = value().encode()
-        if len(raw) > names.VALUE_BYTES_MAX:  # cut at a line: these are lists
-            raw = raw[: names.VALUE_BYTES_MAX].rpartition(b"\n")[0]
-        if not raw and name in (names.ERROR, names.SKIPPED):
-            raise NoAttribute(name)
-        return raw
-
-    def listxattr(self, inode: int) -> list[str]:
-        """Names of the attributes that the file has now."""
-        optional = (names.ERROR, names.SKIPPED)
-        return [n for n, value in self._xattrs(inode).items() if n not in optional or value()]
-
-    def _xattrs(self, inode: int) -> dict[str, Callable[[], str]]:
-        if inode == MOUNT_ROOT:
-            return {}
-        attachment, node = self._find(inode)
-        uri = _uri(attachment.location, node)
-        if node is attachment.tree.root:
-            return self._root_xattrs(attachment, uri)
-        if node.is_directory:
-            return {names.URI: lambda: uri}
-        return self._file_xattrs(attachment, node, uri)
-
-    def _root_xattrs(self, attachment: Attachment, uri: str) -> dict[str, Callable[[], str]]:
-        manifest = attachment.manifest
-
-        def cached() -> int:
-            return attachment.cached_bytes(self._cache)
-
-        return {
-            names.URI: lambda: uri,
-            names.VERSION: lambda: manifest.version,
-            names.SIZE: lambda: str(manifest.size),
-            names.CACHED: lambda: str(cached()),
-            names.STATE: lambda: attachment.state(cached()),
-            names.ERROR: lambda: attachment.error,
-            names.SKIPPED: lambda: "".join(f"{s.name}\t{s.reason}\n" for s in manifest.skipped),
-        }
-
-    def _file_xattrs(
-        self, attachment: Attachment, node: Node, uri: str
-    ) -> dict[str, Callable[[], str]]:
-        file = attachment.peek(node.index)
-        digest = attachment.digests[node.index]
-
-        def cached() -> int:
-            return self._cache.stored_bytes(digest, node.size)
-
-        def version() -> str:
-            return file.pin.etag.strip('"') or f"{file.pin.size}-{file.pin.mtime_ns}"
-
-        return {
-            names.URI: lambda: uri,
-            names.VERSION: version,
-            names.SIZE: lambda: str(node.size),
-            names.CACHED: lambda: str(cached()),
-            names.STATE: lambda: file.state(cached()),
-            names.ERROR: lambda: file.error,
-        }
-
 
 def _stat(attachment: Attachment, node: Node) -> Stat:
     owner = attachment.uid, attachment.gid
     if node.is_directory:
         links = 2 + node.subdirectories
-        return Stat(node.inode, True, 0o500, links, *owner, 0, node.mtime_ns)
-    return Stat(node.inode, False, 0o400, 1, *owner, node.size, node.mtime_ns)
+        return Stat(node.inode, True, 0o700, links, *owner, 0, node.mtime_ns)
+    return Stat(node.inode, False, 0o600, 1, *owner, node.size, node.mtime_ns, is_metadata(node))
 
 
-def _uri(location: Location, node: Node) -> str:
-    parts: list[str] = []
-    while node.parent is not None:
-        parts.append(node.name.decode())
-        node = node.parent
-    path = "/".join([location.path, *reversed(parts)])
-    return Location(location.kind, path, location.options).uri
+def is_metadata(node: Node) -> bool:
+    """Whether it is (a version of) the file with the checkpoint's own metadata."""
+    top = node.parent is not None and node.parent.parent is None
+    return top and node.name == METADATA_NAME.encode() and not node.is_directory

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+METADATA_NAME = ".metadata.json"
+"""The file with the checkpoint's own metadata, Ray's name for it (``ray.train._checkpoint``). It is
+the one that may change while the checkpoint is attached, so it is in no version."""
 NAME_BYTES_MAX = 255
 """Bytes of one path component (NAME_MAX of Linux, limits.h)."""
 
@@ -49,7 +52,7 @@ class Manifest(msgspec.Struct, frozen=True):
         files: The files, sorted by path.
         directories: Every directory except the root, parents first.
         skipped: Objects that are left out.
-        version: 32 hex digits over all names, sizes and times.
+        version: 32 hex digits over all names, sizes and times but those of `METADATA_NAME`.
         size: Bytes of all files together.
     """
 
@@ -146,5 +149,7 @@ def _version(files: Iterable[ListedFile], directories: Iterable[str]) -> str:
     for path in directories:
         digest.update(f"{path}/\n".encode())
     for file in files:
+        if file.path == METADATA_NAME:
+            continue
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
     return digest.hexdigest()

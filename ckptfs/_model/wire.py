@@ -48,13 +48,20 @@ class Status(Message, frozen=True, tag="status"):
     """Ask for the daemon's state."""
 
 
+class MetadataChanged(Message, frozen=True, tag="metadata-changed"):
+    """The metadata of a checkpoint was changed at the store. Reply: `Done`, when attachments of it
+    show that."""
+
+    location: Location
+
+
 class Stop(Message, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
     force: bool = False
 
 
-Request = Attach | Detach | Status | Stop
+Request = Attach | Detach | Status | MetadataChanged | Stop
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -71,7 +78,7 @@ class Attached(Message, frozen=True, tag="attached"):
 
 
 class Done(Message, frozen=True, tag="done"):
-    """Reply to `Detach` and `Stop`."""
+    """Reply to `Detach`, `MetadataChanged` and `Stop`."""
 
 
 class Failed(Message, frozen=True, tag="failed"):

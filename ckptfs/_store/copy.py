@@ -117,7 +117,8 @@ class _File:
     @property
     def version(self) -> bytes:
         """The first line of the parts file."""
-        return f"{self.pin.size} {self.pin.mtime_ns} {self.pin.etag}\n".encode()
+        pin = self.pin
+        return f"{PART_BYTES} {pin.size} {pin.mtime_ns} {pin.etag}\n".encode()
 
 
 class _Copy:

@@ -59,7 +59,7 @@ DESCRIPTIONS: dict[Kind, Description] = {
         frozenset(
             ["anonymous", "scheme", "endpoint_override", "target_service_account", "project_id"]
         ),
-        frozenset({"access_token"}),
+        frozenset(),
     ),
     "azure": Description(
         "AzureFileSystem",
@@ -180,6 +180,8 @@ def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
     arguments = {} if kind == "local" else filesystem.__reduce__()[1][0]
     if kind == "hdfs":
         arguments = {k: arguments.get(k) for k in ("host", "port", "user")}
+    if kind == "gcs" and arguments.get("access_token"):
+        raise NotDescribable(f"a {name} with an access_token, which expires, cannot be described")
     proxy = arguments.get("proxy_options")
     if proxy and proxy.get("host"):
         raise NotDescribable(f"a {name} with proxy_options cannot be mounted; use the environment")
@@ -189,11 +191,8 @@ def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
 def _arguments_of_s3fs(filesystem: Any) -> dict[str, Any]:
     """What pyarrow's S3FileSystem needs to read the same objects."""
     client: Any = filesystem.storage_options.get("client_kwargs") or {}
-    options = _plain_options(
-        filesystem,
-        "s3fs.S3FileSystem",
-        frozenset(_OF_S3FS) | {"client_kwargs", "endpoint_url", "use_listings_cache"},
-    )
+    allowed = frozenset(_OF_S3FS) | {"endpoint_url", "use_listings_cache"}
+    options = _plain_options(filesystem, "s3fs.S3FileSystem", allowed, apart="client_kwargs")
     if client.keys() - {"endpoint_url", "region_name"}:
         raise NotDescribable("an s3fs.S3FileSystem with these client_kwargs cannot be described")
     arguments = {_OF_S3FS[k]: v for k, v in options.items() if k in _OF_S3FS}
@@ -205,8 +204,11 @@ def _arguments_of_s3fs(filesystem: Any) -> dict[str, Any]:
     return arguments | {"scheme": scheme, "endpoint_override": authority, "region": region}
 
 
-def _plain_options(filesystem: Any, name: str, allowed: frozenset[str]) -> dict[str, Any]:
-    options: dict[str, Any] = filesystem.storage_options
+def _plain_options(
+    filesystem: Any, name: str, allowed: frozenset[str], apart: str = ""
+) -> dict[str, Any]:
+    """The options without `apart`. Raises NotDescribable."""
+    options = {k: v for k, v in filesystem.storage_options.items() if k != apart}
     plain = (str, int, float, bool, type(None))
     unknown = {k for k, v in options.items() if k not in allowed or not isinstance(v, plain)}
     if filesystem.storage_args or unknown:

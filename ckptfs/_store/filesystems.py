@@ -2,8 +2,8 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """pyarrow and fsspec filesystems as objects: from a URI, wrapped, and without their wrappers."""
 
+import os
 import sys
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     Raises:
         LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
     """
-    text = str(Path(uri).expanduser()) if uri.startswith("~") else uri
+    text = os.path.expanduser(uri)
     shown = without_userinfo(text)
     scheme = text.partition("://")[0].lower()
     if "://" in text and scheme in fsspec.PACKAGES:
@@ -96,9 +96,11 @@ def fsspec_name(filesystem: Any) -> str:
 def refuse_secrets_in(url: str) -> None:
     """Raise LocationError for a URL that may hold some: paths are shown everywhere, and those of
     http are whole URLs."""
-    if "@" in url.partition("://")[2].partition("/")[0] or "?" in url:
+    userinfo, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    if at or "?" in url:
+        shown = without_userinfo(url.replace(f"{userinfo}{at}", "", 1))
         raise LocationError(
-            f"{without_userinfo(url)}: a URL with credentials or a query cannot be mounted; give "
+            f"{shown}: a URL with credentials or a query cannot be mounted; give "
             "an fsspec HTTPFileSystem with client_kwargs instead"
         )
 

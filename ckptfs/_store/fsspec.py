@@ -109,17 +109,20 @@ class FsspecStore:
     """The directory `root` of an fsspec filesystem; `name`, its URI, is for messages."""
 
     def __init__(self, filesystem: Any, root: str, name: str) -> None:
+        from fsspec.spec import AbstractFileSystem
+
         self._fs = filesystem
         self._root = str(filesystem._strip_protocol(root)).rstrip("/")
         self.name = name
+        # Where a read goes through fsspec's file object, its buffer would read on for 5 MiB.
+        by_file = getattr(filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
+        self._unbuffered = {"cache_type": "none"} if by_file else {}
 
     def list(self, files_max: int) -> Listing:
         """See Store.list."""
         try:
             self._fs.invalidate_cache()
-            found: dict[str, dict[str, Any]] = self._fs.find(self._root, withdirs=True, detail=True)
-            # An index page of http lists itself, as a file.
-            found = {path: info for path, info in found.items() if self._relative(path)}
+            found = self._find()
             if not found and self._fs.info(self._root)["type"] != "directory":
                 raise CheckpointIsFile(
                     f"{self.name} is a file, not a directory; name the directory that holds it"
@@ -130,19 +133,67 @@ class FsspecStore:
                     "name a directory below it, or raise files_max"
                 )
             self._add_sizes(found)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            _raise_disguised(error, self.name)
             raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
         except Exception as error:
             raise _translated(error, self.name) from error
         return self._listing(found)
+
+    def _find(self) -> dict[str, dict[str, Any]]:
+        """Everything below the root, by full path."""
+        from fsspec.asyn import AsyncFileSystem
+        from fsspec.spec import AbstractFileSystem
+
+        kind = type(self._fs)
+        if kind.find is AbstractFileSystem.find and (
+            not self._fs.async_impl or kind._find is AsyncFileSystem._find
+        ):
+            return self._walk()
+        found: dict[str, dict[str, Any]] = self._fs.find(self._root, withdirs=True, detail=True)
+        return {path: info for path, info in found.items() if self._relative(path)}
+
+    def _walk(self) -> dict[str, dict[str, Any]]:
+        """What fsspec's own `find` does, which leaves out a directory that cannot be listed."""
+        found: dict[str, dict[str, Any]] = {}
+        directories = [self._root]
+        while directories:
+            directory = directories.pop()
+            try:
+                listed: list[dict[str, Any]] = self._fs.ls(directory, detail=True)
+            except FileNotFoundError as error:
+                _raise_disguised(error, self.name)
+                if directory == self._root:
+                    raise
+                del found[directory]  # it is gone, or was a dead link
+                continue
+            for info in listed:
+                path = str(info["name"]).rstrip("/")
+                # An index page of http lists itself, and links that sort it.
+                if not self._relative(path) or path in found or self._is_link_within(path):
+                    continue
+                found[path] = info
+                if info["type"] == "directory":
+                    directories.append(path)
+        return found
+
+    def _is_link_within(self, path: str) -> bool:
+        return self._root.startswith(("http://", "https://")) and ("?" in path or "#" in path)
 
     def _add_sizes(self, found: dict[str, dict[str, Any]]) -> None:
         """Ask for the sizes that the listing does not have (http: an index page has names only)."""
         unknown = [p for p, i in found.items() if i["type"] == "file" and i.get("size") is None]
         if unknown:
             with ThreadPoolExecutor(_THREADS, "ckptfs-sizes") as pool:
-                for path, info in zip(unknown, pool.map(self._fs.info, unknown), strict=True):
+                for path, info in zip(unknown, pool.map(self._info, unknown), strict=True):
                     found[path] = info
+
+    def _info(self, path: str) -> dict[str, Any]:
+        try:
+            return self._fs.info(path)
+        except FileNotFoundError as error:  # it is gone, or was a dead link
+            _raise_disguised(error, f"{printable(self._relative(path))} in {self.name}")
+            return {"type": "file"}
 
     def _listing(self, found: dict[str, dict[str, Any]]) -> Listing:
         files: list[ListedFile] = []
@@ -169,7 +220,8 @@ class FsspecStore:
         try:
             self._fs.invalidate_cache(self._fs._parent(path))
             info: dict[str, Any] = self._fs.info(path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            _raise_disguised(error, f"{printable(pin.path)} in {self.name}")
             raise self._changed(pin, "it was deleted") from None
         except Exception as error:
             raise _translated(error, f"{printable(pin.path)} in {self.name}") from error
@@ -189,7 +241,7 @@ class FsspecStore:
         """See Store.read_into."""
         path, end = f"{self._root}/{pin.path}", offset + len(buffer)
         try:
-            data: bytes = self._fs.cat_file(path, start=offset, end=end)
+            data: bytes = self._fs.cat_file(path, start=offset, end=end, **self._unbuffered)
         except FileNotFoundError:
             raise self._changed(pin, "it was deleted") from None
         except Exception as error:
@@ -231,7 +283,8 @@ class FsspecStore:
         try:
             self._fs.invalidate_cache(self._fs._parent(full))
             info: dict[str, Any] = self._fs.info(full)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            _raise_disguised(error, f"{printable(path)} in {self.name}")
             return None
         except Exception as error:
             raise _translated(error, f"{printable(path)} in {self.name}") from error
@@ -281,8 +334,18 @@ def _translated(error: Exception, what: str) -> CkptfsError:
         return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
     if isinstance(error, TimeoutError) or "imeout" in type(error).__name__ or status == 408:
         return StoreTimeout(f"{what}: the store did not answer ({cause}); check the endpoint")
-    if isinstance(error, ConnectionError) or status >= 500 or status == 429:
+    overloaded = (status >= 500 and status != 501) or status == 429
+    if isinstance(error, ConnectionError) or overloaded:
         return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
     if "Connect" in type(error).__name__ or "Disconnected" in type(error).__name__:
         return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
     return StoreError(f"{what}: {cause}")
+
+
+def _raise_disguised(error: FileNotFoundError, what: str) -> None:
+    """Raise what http's `info` hides: it calls every failure a missing file."""
+    cause = error.__cause__
+    if isinstance(cause, Exception) and "NotFound" not in type(cause).__name__:
+        translated = _translated(cause, what)
+        if isinstance(translated, AccessDenied | StoreUnavailable):
+            raise translated from cause

@@ -5,15 +5,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from ckptfs._config import runtime_dir
 from ckptfs._filelock import locked
+from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.base import Store
-from ckptfs.errors import MetadataError, StoreTimeout
+from ckptfs.errors import MetadataError, MetadataNotDict, StoreTimeout
 
-FILE_NAME = ".metadata.json"
-"""Ray's name for it (``ray.train._checkpoint``)."""
 _LOCK_WAIT_S = 60.0
 """Longest wait for another process that changes the metadata of the same checkpoint."""
 
@@ -25,14 +24,18 @@ def read(store: Store) -> Any:
         MetadataError: The file is not JSON.
         AccessDenied, StoreError: The store's answer.
     """
-    raw = store.get(FILE_NAME)
+    return parse(store.get(METADATA_NAME), store.name)
+
+
+def parse(raw: bytes | None, name: str) -> Any:
+    """The metadata in the file's bytes; `name` is the checkpoint's. Raises MetadataError."""
     if raw is None:
         return {}
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise MetadataError(
-            f"{FILE_NAME} in {store.name} is not JSON ({error}); correct the file, or replace it "
+            f"{METADATA_NAME} in {name} is not JSON ({error}); correct the file, or replace it "
             "with set_metadata"
         ) from None
 
@@ -47,14 +50,15 @@ def write(store: Store, metadata: Any) -> None:
     """
     raw = json.dumps(metadata).encode()
     with _serialised(store.name):
-        store.put(FILE_NAME, raw)
+        store.put(METADATA_NAME, raw)
 
 
 def update(store: Store, changes: Mapping[str, Any]) -> None:
     """Change some keys.
 
     Raises:
-        TypeError: `changes`, or what is stored, is no dict; or it cannot be written as JSON.
+        TypeError: `changes` is no dict, or it cannot be written as JSON.
+        MetadataNotDict: What is stored is none.
         MetadataError, CheckpointNotFound, AccessDenied, StoreError: As of `read` and `write`.
     """
     if not isinstance(changes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -62,19 +66,21 @@ def update(store: Store, changes: Mapping[str, Any]) -> None:
     change(store, lambda stored: {**stored, **changes})
 
 
-def change(store: Store, how: Callable[[dict[str, Any]], Any]) -> None:
+def change(store: Store, how: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
     """Replace the metadata by what `how` makes of it, while nobody else on this node changes it.
 
-    Nothing is written if `how` raises. Raises as `update`.
+    Returns the new bytes. Nothing is written if `how` raises. Raises as `update`.
     """
     with _serialised(store.name):
-        stored = read(store)
+        stored: Any = read(store)
         if not isinstance(stored, dict):
-            raise TypeError(
-                f"{FILE_NAME} in {store.name} holds a {type(stored).__name__} and not a dict, so "
-                "it has no keys to change; use set_metadata"
+            raise MetadataNotDict(
+                f"{METADATA_NAME} in {store.name} holds a {type(stored).__name__} and not a "
+                "dict, so it has no keys to change; use set_metadata"
             )
-        store.put(FILE_NAME, json.dumps(how(stored)).encode())  # pyright: ignore[reportUnknownArgumentType]
+        raw = json.dumps(how(cast("dict[str, Any]", stored))).encode()
+        store.put(METADATA_NAME, raw)
+        return raw
 
 
 @contextlib.contextmanager

@@ -43,8 +43,9 @@ def open_store(location: Location, timeout_s: float) -> Store:
     try:
         filesystem = _BUILDERS[location.kind]({**location.options, **location.secrets}, timeout_s)
     except ImportError as error:
+        needed = fsspec.PACKAGES.get(location.kind) or error.name
         raise LocationError(
-            f"{location.uri}: the ckptfs daemon needs {error.name}; install it where it runs"
+            f"{location.uri}: the ckptfs daemon needs {needed}; install it where it runs"
         ) from None
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         cause = str(error).partition("\n")[0]
@@ -79,6 +80,7 @@ def _s3(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
         connect_timeout=timeout_s,
         request_timeout=timeout_s,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
+        allow_delayed_open=True,  # small objects are written by one request instead of three
     )
 
 

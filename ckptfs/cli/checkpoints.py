@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from typing import Annotated
 
+import msgspec
 import typer
 
 from ckptfs import _client, xattrs
 from ckptfs._config import load_config
-from ckptfs._model import attributes
+from ckptfs._model import attributes, formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
 from ckptfs.cli import output
@@ -55,16 +56,21 @@ def ls(
     path_or_uri: Annotated[
         str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, or a URI.")
     ] = "",
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="The tensors in safetensors files instead of files.")
+    ] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """List the files of a checkpoint with size, cached share and state; alone: the checkpoints."""
+    """List the files of a checkpoint with size, cached share, state and version; alone: the
+    attached checkpoints."""
+    list_ = _list_tensors if tensors else _list_files
     if not path_or_uri:
         _list_attachments(as_json)
     elif "://" in path_or_uri:
         with _client.leased(_location(path_or_uri)) as path:
-            _list_files(path, as_json)
+            list_(path, as_json)
     else:
-        _list_files(path_or_uri, as_json)
+        list_(path_or_uri, as_json)
 
 
 def _list_attachments(as_json: bool) -> None:
@@ -100,18 +106,58 @@ def _list_files(top: str, as_json: bool) -> None:
         output.print_json(listed)
         return
     output.print_table(
-        ["SIZE", "CACHED", "STATE", "PATH"],
+        ["SIZE", "CACHED", "STATE", "VERSION", "PATH"],
         [
             [
                 output.size(int(row["size"])),
                 output.share(int(row["cached"]), int(row["size"])),
                 output.state(str(row["state"])),
+                printable(str(row["version"])),
                 printable(str(row["path"])),
             ]
             for row in listed
         ],
         right=(0,),
     )
+
+
+def _list_tensors(top: str, as_json: bool) -> None:
+    found = [
+        (os.path.relpath(path, top) if path != top else os.path.basename(top), tensor)
+        for path in sorted(_walk(top))
+        if path.endswith(".safetensors")
+        for tensor in _tensors(path)
+    ]
+    if as_json:
+        plain = [{"path": path, **msgspec.to_builtins(tensor)} for path, tensor in found]
+        output.print_json(plain)
+        return
+    output.print_table(
+        ["SIZE", "DTYPE", "SHAPE", "TENSOR", "PATH"],
+        [
+            [
+                output.size(tensor.end - tensor.start),
+                printable(tensor.dtype),
+                "×".join(map(str, tensor.shape)) or "scalar",
+                printable(tensor.name),
+                printable(path),
+            ]
+            for path, tensor in found
+        ],
+        right=(0,),
+    )
+
+
+def _tensors(path: str) -> list[formats.Tensor]:
+    """The tensors of a safetensors file, from its header alone."""
+    with open(path, "rb") as file:
+        prefix = file.read(formats.SAFETENSORS_PREFIX_BYTES + 1)
+        length = formats.safetensors_header_length(
+            prefix, os.fstat(file.fileno()).st_size, formats.SAFETENSORS_HEADER_BYTES_MAX
+        )
+        return (
+            formats.safetensors_tensors(prefix + file.read(length - len(prefix))) if length else []
+        )
 
 
 def _walk(top: str) -> Iterator[str]:

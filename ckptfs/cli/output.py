@@ -24,7 +24,12 @@ def print_json(value: Any) -> None:
     plain: Any = msgspec.to_builtins(value)
     if isinstance(value, Message):
         plain = {k: v for k, v in plain.items() if k not in ("op", "v")}
-    print(json.dumps(plain, indent=2, ensure_ascii=False))
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, or a terminal of ASCII only
+        text = json.dumps(plain, indent=2)
+    print(text)
 
 
 def print_table(

@@ -105,10 +105,13 @@ def test_ls(node: Node, small: Path, uri_of: UriOf) -> None:
     [row] = json.loads(node.cli("ls", "--json", f"{path}/layers").stdout)
     assert row["path"] == "0/weights.bin"
     table = node.cli("ls", path).stdout.splitlines()
-    assert table[0].split() == ["SIZE", "CACHED", "STATE", "PATH"]
-    assert table[1].split() == ["13", "B", "██████████", "100%", "cached", "config.json"]
+    versions = [row["version"] for row in rows]
+    assert table[0].split() == ["SIZE", "CACHED", "STATE", "VERSION", "PATH"]
+    assert table[1].split() == [
+        *("13", "B", "██████████", "100%", "cached", versions[0], "config.json"),
+    ]
     assert table[3].split() == [
-        *("2.9", "MiB", "░░░░░░░░░░", "0%", "lazy", "layers/0/weights.bin"),
+        *("2.9", "MiB", "░░░░░░░░░░", "0%", "lazy", versions[2], "layers/0/weights.bin"),
     ]
     assert "is not in a mounted checkpoint" in refusal(node, "ls", "/tmp")
     assert "No such file" in refusal(node, "ls", f"{path}/nothing")
@@ -166,7 +169,7 @@ def test_status_table(
 
 
 def test_usage(node: Node) -> None:
-    commands = ["mount", "umount", "status", "attach", "detach", "ls", "help"]
+    commands = ["mount", "umount", "status", "attach", "detach", "ls", "find", "meta", "help"]
     for arguments in (["--help"], ["help"]):
         text = node.cli(*arguments).stdout
         for command in commands:

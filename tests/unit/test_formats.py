@@ -7,14 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.fakes import MIB
 
-from ckptfs._daemon.formats import (
-    HEADER_BYTES_MAX,
-    Parts,
-    safetensors_header_length,
-    safetensors_parts,
-)
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._model.blocks import BLOCK_BYTES
+from ckptfs._model.formats import (
+    HEADER_BYTES_MAX,
+    Parts,
+    Tensor,
+    format_of,
+    safetensors_header_length,
+    safetensors_parts,
+    safetensors_tensors,
+)
 
 
 def head_of(tensors: "dict[str, tuple[int, int]]", **extra: object) -> bytes:
@@ -69,6 +72,65 @@ def test_any_bytes_are_harmless(raw: bytes) -> None:
 def test_deep_nesting_is_harmless() -> None:
     raw = b'{"a":' + b"[" * 100_000
     assert safetensors_parts(len(raw).to_bytes(8, "little") + raw, 10**9) is None
+
+
+def test_tensors_are_told_as_the_header_has_them() -> None:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "second": {"dtype": "BF16", "shape": [2, 3, 4], "data_offsets": [4, 52]},
+        "scalar": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+        "empty": {"dtype": "I64", "shape": [0], "data_offsets": [52, 52]},
+    }
+    raw = json.dumps(header).encode()
+    head = len(raw).to_bytes(8, "little") + raw
+    base = len(head)
+    assert safetensors_tensors(head) == [
+        Tensor("scalar", "F32", (), base, base + 4),
+        Tensor("second", "BF16", (2, 3, 4), base + 4, base + 52),
+        Tensor("empty", "I64", (0,), base + 52, base + 52),
+    ]
+
+
+@given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_any_header_gives_tensors_or_none(raw: bytes) -> None:
+    for text in (raw, b'{"t":' + raw + b"}"):
+        found = safetensors_tensors(len(text).to_bytes(8, "little") + text)
+        assert all(isinstance(tensor, Tensor) for tensor in found)
+
+
+# -- the format of a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], "unknown"),
+        (["notes.txt", "config.json"], "unknown"),
+        (["weights.safetensors"], "safetensors"),
+        (["deep/er/weights.safetensors", "README.md"], "safetensors"),
+        (["config.json", "model-00001-of-00002.safetensors"], "huggingface"),
+        (["config.json", "pytorch_model.bin"], "huggingface"),
+        (["adapter_config.json", "adapter_model.safetensors"], "huggingface"),
+        (["deep/config.json", "model.safetensors"], "safetensors"),
+        (["__0_0.distcp", "__1_0.distcp", ".metadata"], "torch-dcp"),
+        (["deep/__0_0.distcp", "model.pt"], "torch-dcp"),
+        (["_CHECKPOINT_METADATA", "default/manifest.ocdbt"], "orbax"),
+        (["default/_CHECKPOINT_METADATA"], "orbax"),
+        (["manifest.ocdbt"], "orbax"),
+        (["saved_model.pb", "variables/variables.index"], "tensorflow"),
+        (["model.ckpt.data-00000-of-00001", "model.ckpt.index"], "tensorflow"),
+        (["safetensors", "x.safetensors.tmp", "distcp"], "unknown"),
+    ],
+)
+def test_the_format_by_names(names: "list[str]", expected: str) -> None:
+    for order in (names, names[::-1]):
+        assert format_of(order) == (expected, "")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "a/b/last.pth", "epoch=1.ckpt", "pytorch_model.bin"])
+def test_a_torch_file_has_to_be_looked_into(name: str) -> None:
+    assert format_of(["other.txt", name]) == ("torch-zip", name)
+    assert format_of(["x.safetensors", name]) == ("safetensors", "")
 
 
 # -- what the readahead does with it

@@ -1,0 +1,177 @@
+"""The checkpoint's own metadata (``.metadata.json``): the one thing of an attachment that changes.
+
+It is read when somebody asks for it, and again when what is known is older than `_FRESH_S`: others
+may change it, too. A change reads what the store has, replaces the file as a whole, and is shown
+when the store has taken it; changes of one checkpoint wait for each other (``Metadata.lock`` in
+this daemon, a lock file among the processes of one user). A new version of the file gets an inode
+of its own, so nothing that is open or cached of the old one is wrong.
+
+After a change that failed nobody knows which version the store has: what is known counts as old.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import trio
+
+from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.tree import Node
+from ckptfs._daemon.vfs import StaleInode, is_metadata
+from ckptfs._model.manifest import METADATA_NAME, ListedFile
+from ckptfs._store import metadata as stored
+from ckptfs._store.base import Store
+from ckptfs.errors import CkptfsError, MetadataError, StoreTimeout, StoreUnavailable
+
+_FRESH_S = 1.0
+"""As many attributes are read one after the other, one request has to do for all of them."""
+_PAUSE_S = 5.0
+"""How long a store that did not answer is not asked again."""
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class MetadataKeeper:
+    """Reads and changes metadata. All methods belong to the event loop."""
+
+    def __init__(self, offload: Offload, deadline_s: float) -> None:
+        self._offload = offload
+        self._deadline_s = deadline_s
+
+    async def values(self, attachment: Attachment) -> dict[str, Any]:
+        """Keys and values; {} where there are none, or where the file is no JSON object.
+
+        Raises AccessDenied, StoreError: The store's answer, also noted at the attachment.
+        """
+        metadata = attachment.metadata
+        async with metadata.lock:
+            if trio.current_time() - metadata.read_s > _FRESH_S:
+                await self._read(attachment)
+            return metadata.values
+
+    async def refresh(self, attachment: Attachment) -> None:
+        """Read what the store has now. Errors are noted at the attachment."""
+        attachment.metadata.read_s = -math.inf
+        attachment.metadata.error = None  # whoever says that it has changed has reached the store
+        with contextlib.suppress(CkptfsError):
+            await self.values(attachment)
+
+    async def before_absence(self, attachment: Attachment, parent: Node, name: bytes) -> None:
+        """To be called before it is said that `parent` has no `name`: others may have made the
+        metadata since."""
+        if parent is attachment.tree.root and name == METADATA_NAME.encode():
+            with contextlib.suppress(CkptfsError):
+                await self.values(attachment)
+
+    async def before_open(self, attachment: Attachment, node: Node) -> None:
+        """To be called before the file of `node` is opened.
+
+        Raises StaleInode if it is the metadata and no longer what the store has: the kernel then
+        looks the name up again, and opens the new version.
+        """
+        if is_metadata(node):
+            with contextlib.suppress(CkptfsError):  # then the version that is known has to do
+                await self.values(attachment)
+            if attachment.tree.root.children.get(node.name) is not node:
+                raise StaleInode(node.inode)
+
+    async def change(self, attachment: Attachment, how: Change) -> None:
+        """Replace the metadata by what `how` (called in a thread) makes of it.
+
+        Raises MetadataError, AccessDenied, StoreError, and what `how` raises.
+        """
+        metadata = attachment.metadata
+        async with metadata.lock:
+            metadata.read_s = -math.inf  # old, whatever happens
+            with self._noting(attachment), self._deadline(attachment):
+                raw, found = await self._offload.control(_change, attachment.store, how)
+            self._take(attachment, raw, found, is_new=True)
+
+    async def _read(self, attachment: Attachment) -> None:
+        metadata = attachment.metadata
+        if metadata.error is not None and trio.current_time() - metadata.failed_s < _PAUSE_S:
+            raise metadata.error
+        with self._noting(attachment), self._deadline(attachment):
+            raw, found = await self._offload.control(_read, attachment.store)
+        self._take(attachment, raw, found)
+
+    def _take(
+        self,
+        attachment: Attachment,
+        raw: bytes | None,
+        found: ListedFile | None,
+        *,
+        is_new: bool = False,
+    ) -> None:
+        """Show what the store has: the file's bytes and listing. `is_new`: a version that nobody
+        can have listed before."""
+        metadata = attachment.metadata
+        metadata.read_s = trio.current_time()
+        metadata.error = None
+        if raw is None:
+            attachment.hide(METADATA_NAME)
+        elif found is not None and (is_new or metadata.raw not in (None, raw)):
+            _show(attachment, found)
+        elif found is not None:
+            show_listed(attachment, found)
+        if raw == metadata.raw:
+            return
+        metadata.raw = raw
+        metadata.values = {}
+        try:
+            values = stored.parse(raw, attachment.location.uri)
+            if isinstance(values, dict):
+                metadata.values = cast("dict[str, Any]", values)
+        except MetadataError as error:
+            attachment.note(error)
+
+    @contextlib.contextmanager
+    def _deadline(self, attachment: Attachment) -> Generator[None]:
+        try:
+            with trio.fail_after(self._deadline_s):
+                yield
+        except trio.TooSlowError:
+            raise StoreTimeout(
+                f"{METADATA_NAME} in {attachment.location.uri}: no answer within "
+                f"{self._deadline_s:g} s; try again"
+            ) from None
+
+    @contextlib.contextmanager
+    def _noting(self, attachment: Attachment) -> Generator[None]:
+        try:
+            yield
+        except CkptfsError as error:
+            attachment.note(error)
+            if isinstance(error, StoreUnavailable):
+                attachment.metadata.error = error
+                attachment.metadata.failed_s = trio.current_time()
+            raise
+
+
+def show_listed(attachment: Attachment, found: ListedFile) -> None:
+    """Show the metadata file as the store lists it, if it is another version than the shown one."""
+    node = attachment.tree.root.children.get(METADATA_NAME.encode())
+    if node is not None and not node.is_directory:
+        shown = attachment.listed[node.index]
+        if (shown.size, shown.mtime_ns // 10**9) == (found.size, found.mtime_ns // 10**9):
+            return
+    _show(attachment, found)
+
+
+def _show(attachment: Attachment, found: ListedFile) -> None:
+    node = attachment.tree.root.children.get(METADATA_NAME.encode())
+    if node is None or not node.is_directory:  # a directory comes first: see `manifest`
+        attachment.replace(found)
+
+
+def _read(store: Store) -> tuple[bytes | None, ListedFile | None]:
+    """Blocking."""
+    raw = store.get(METADATA_NAME)
+    return raw, store.find(METADATA_NAME) if raw is not None else None
+
+
+def _change(store: Store, how: Change) -> tuple[bytes, ListedFile | None]:
+    """Blocking."""
+    return stored.change(store, how), store.find(METADATA_NAME)

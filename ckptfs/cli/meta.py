@@ -1,0 +1,154 @@
+"""``meta``: a checkpoint's own metadata, wherever the checkpoint is.
+
+One mapping stands for all of them: of a mounted checkpoint (through the daemon, with its
+credentials), or of a URI or local directory (no daemon needed).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from typing import Annotated, Any, cast
+
+import typer
+
+from ckptfs import _client, xattrs
+from ckptfs._model.manifest import printable
+from ckptfs.cli import output
+from ckptfs.errors import LocationError, MetadataError, MetadataNotDict, NotAttached
+
+app = typer.Typer(
+    help="Show and change a checkpoint's own metadata.", no_args_is_help=True, rich_markup_mode=None
+)
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, a directory, a URI.")
+]
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY")]
+
+
+@app.command("list")
+def list_(target: TargetArgument, as_json: output.JsonOption = False) -> None:
+    """All keys and values."""
+    found = dict(_metadata_of(target))
+    if as_json:
+        output.print_json(found)
+        return
+    rows: list[list[Any]] = [[printable(k), printable(json.dumps(v))] for k, v in found.items()]
+    output.print_table(["KEY", "VALUE"], rows)
+
+
+@app.command()
+def get(target: TargetArgument, key: KeyArgument) -> None:
+    """The value of a key, as JSON."""
+    try:
+        print(json.dumps(_metadata_of(target)[key]))
+    except KeyError:
+        raise _no_such_key(target, key) from None
+
+
+@app.command("set")
+def set_(
+    target: TargetArgument,
+    key: KeyArgument,
+    value: Annotated[str, typer.Argument(metavar="VALUE", help="JSON; other text is a string.")],
+) -> None:
+    """Set a key; the others stay."""
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        parsed = value
+    _metadata_of(target)[key] = parsed
+
+
+@app.command()
+def update(
+    target: TargetArgument,
+    values: Annotated[
+        str, typer.Argument(metavar="JSON", help="An object; - reads it from stdin.")
+    ],
+) -> None:
+    """Set all keys of a JSON object; the others stay."""
+    try:
+        changes: Any = json.loads(sys.stdin.read() if values == "-" else values)
+    except (ValueError, RecursionError) as error:
+        raise MetadataError(
+            f"not JSON: {error}; give an object, e.g. '{{\"step\": 100}}'"
+        ) from None
+    if not isinstance(changes, dict):
+        raise MetadataNotDict("not a JSON object; give e.g. '{\"step\": 100}'")
+    _metadata_of(target).update(cast("dict[str, Any]", changes))
+
+
+@app.command()
+def rm(target: TargetArgument, key: KeyArgument) -> None:
+    """Remove a key."""
+    try:
+        del _metadata_of(target)[key]
+    except KeyError:
+        raise _no_such_key(target, key) from None
+
+
+def _no_such_key(target: str, key: str) -> MetadataError:
+    return MetadataError(
+        f"{target} has no metadata {printable(key)!r}; ckptfs meta list shows the keys"
+    )
+
+
+def _metadata_of(target: str) -> MutableMapping[str, Any]:
+    if "://" not in target:
+        try:
+            return xattrs.metadata(target)
+        except NotAttached:
+            target = os.path.abspath(target)
+        except FileNotFoundError:
+            raise LocationError(f"{target} does not exist; check the path") from None
+    return _Stored(target)
+
+
+class _Stored(MutableMapping[str, Any]):
+    """The metadata of a checkpoint that need not be mounted."""
+
+    def __init__(self, uri: str) -> None:
+        # Not at the top: a mounted path needs no pyarrow.
+        from ckptfs._store import metadata
+        from ckptfs._store.describe import describe
+        from ckptfs._store.filesystems import filesystem_of
+        from ckptfs._store.resolve import store_of
+
+        filesystem, path = filesystem_of(uri)
+        self._location = describe(filesystem, path)
+        self._store = store_of(filesystem, path)
+        self._metadata = metadata
+
+    def _stored(self) -> dict[str, Any]:
+        found = self._metadata.read(self._store)
+        if not isinstance(found, dict):
+            raise MetadataNotDict(
+                f"the metadata of {self._location.uri} is a {type(found).__name__} and has no keys"
+            )
+        return cast("dict[str, Any]", found)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._stored()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored())
+
+    def __len__(self) -> int:
+        return len(self._stored())
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+    def __delitem__(self, key: str) -> None:
+        def without(stored: dict[str, Any]) -> dict[str, Any]:
+            del stored[key]
+            return stored
+
+        self._metadata.change(self._store, without)
+        _client.tell_metadata_changed(self._location)
+
+    def update(self, changes: Any = (), /, **more: Any) -> None:
+        """Set several keys by one write."""
+        self._metadata.update(self._store, dict(changes, **more))
+        _client.tell_metadata_changed(self._location)
