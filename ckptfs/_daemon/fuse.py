@@ -179,7 +179,7 @@ class Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
         with _as_errno():
-            return [name.encode() for name in await self._xattrs.list(inode)]
+            return [name.encode() for name in await self._xattrs.list(inode, ctx.uid)]
 
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext

@@ -110,11 +110,14 @@ class Xattrs:
             raw = raw[: names.VALUE_BYTES_MAX].rpartition(b"\n")[0]
         return raw
 
-    async def list(self, inode: int) -> "list[str]":
-        """Names of the attributes that the file has now."""
+    async def list(self, inode: int, uid: int) -> "list[str]":
+        """Names of the attributes that the file has now. Other users see none: the kernel asks for
+        no permission to list, and the keys of the metadata are nobody else's business."""
         if inode == MOUNT_ROOT:
             return []
         attachment, node = self._vfs.find(inode)
+        if uid not in (0, attachment.uid):
+            return []
         stated = self._stated(attachment, node)
         unsure = (names.ERROR, names.SKIPPED, names.ETAG, names.MTIME)  # and cheap to look at
         found = [n for n, value in stated.items() if n not in unsure or await value()]

@@ -87,7 +87,8 @@ def change(store: Store, how: Callable[[dict[str, Any]], dict[str, Any]]) -> byt
 def _serialised(name: str) -> Generator[None]:
     """Changes of the same checkpoint by processes of this user wait for each other."""
     folder = runtime_dir(os.environ)
-    lock = folder / f"metadata-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}.lock"
+    place = name.partition("?")[0]  # whoever gives another region means the same place
+    lock = folder / f"metadata-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.lock"
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,15 +1,20 @@
 """Extended attributes, and what they say while bytes arrive."""
 
 import errno
+import json
 import os
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from conftest import Node, wait_until
 from s3server import S3Server
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from servers import Forwarder
 
 import ckptfs
@@ -39,11 +44,19 @@ def pread(path: str, length: int, offset: int) -> bytes:
 
 
 def test_which_attributes_there_are(node: Node, small: Path, uri_of: UriOf) -> None:
-    full = {f"user.ckptfs.{name}" for name in ("uri", "version", "size", "cached", "state")}
+    os.utime(small / "layers/0/weights.bin", (WHOLE_S, WHOLE_S))
+    place = {"user.ckptfs.uri", "user.xdg.origin.url"}
+    both = place | {f"user.ckptfs.{name}" for name in ("version", "size", "cached", "state")}
+    root = both | {f"user.ckptfs.{name}" for name in ("id", "files", "attached", "format")}
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
-        assert set(os.listxattr(path)) == full
-        assert set(os.listxattr(f"{path}/layers")) == {"user.ckptfs.uri"}
-        assert set(os.listxattr(f"{path}/layers/0/weights.bin")) == full
+        assert set(os.listxattr(path)) == root
+        assert set(os.listxattr(f"{path}/layers")) == place
+        weights = f"{path}/layers/0/weights.bin"
+        assert set(os.listxattr(weights)) == both | {"user.ckptfs.mtime"}
+        pread(weights, 1, 0)
+        assert set(os.listxattr(weights)) == both | {"user.ckptfs.mtime", "user.ckptfs.etag"}
+        (small / ".metadata.json").write_text('{"a": 1}')
+        wait_until(lambda: set(os.listxattr(path)) == root | {"user.ckptfs.meta.a"})
         assert os.listxattr(node.mount) == []
         for place in (path, f"{path}/layers", f"{path}/config.json", str(node.mount)):
             for name in ("user.ckptfs.nothing", "user.other", "security.x", "trusted.x"):
@@ -85,9 +98,18 @@ def test_what_they_say(node: Node, small: Path, uri_of: UriOf) -> None:
         Path(path, "layers/0/weights.bin").read_bytes()
         wait_until(lambda: attribute(path, "state") == "cached")
         assert attribute(path, "cached") == str(size)
-        dump = node.run("getfattr", "-d", "-m", "user.ckptfs", file).stdout
-        assert 'user.ckptfs.state="cached"' in dump
-        assert dump.count("user.ckptfs.") == 5
+        assert attribute(file, "etag") == etag
+        assert attribute(file, "mtime") == f"{WHOLE_S}.000000000"
+        assert attribute(path, "files") == "3"
+        assert attribute(path, "id") == Path(path).name.rpartition("-")[2]
+        assert attribute(path, "format") == "unknown"
+        with ckptfs.Checkpoint(uri_of(small)).as_directory():
+            told = json.loads(attribute(path, "attached"))
+            assert (told["holders"], told["pinned"]) == ([os.getpid()], False)
+            since = node.status()["attachments"][0]["attached"]
+            assert told["since"] == pytest.approx(since, abs=0.001)
+        node.cli("attach", uri_of(small))
+        assert json.loads(attribute(path, "attached"))["pinned"] is True
 
 
 def test_uris_hold_no_secret_and_can_be_attached(
@@ -103,7 +125,8 @@ def test_uris_hold_no_secret_and_can_be_attached(
     with ckptfs.Checkpoint(uri_of(bucket / "run 1")).as_directory() as path:
         below = f"{path}/{odd.relative_to(bucket / 'run 1')}"
         uris = {place: attribute(place, "uri") for place in (path, below, f"{below}/f?i#l%e")}
-        for uri in uris.values():
+        for place, uri in uris.items():
+            assert os.getxattr(place, "user.xdg.origin.url").decode() == uri
             assert uri.startswith(f"s3://{bucket.name}/run")
             assert s3.secret_key not in uri
             assert s3.access_key not in uri
@@ -120,6 +143,147 @@ def test_uris_hold_no_secret_and_can_be_attached(
             ckptfs.Checkpoint(uris[f"{below}/f?i#l%e"]).as_directory(),
         ):
             pass
+
+
+# -- format and tensors
+
+FORMATS: dict[str, dict[str, bytes]] = {
+    "safetensors": {"sub/a.safetensors": b""},
+    "torch-zip": {"model.pt": b"PK\x03\x04" + bytes(100), "config.json": b"{}"},
+    "torch-dcp": {"__0_0.distcp": b"x", ".metadata": b"x"},
+    "orbax": {"_CHECKPOINT_METADATA": b"{}", "default/manifest.ocdbt": b"x"},
+    "huggingface": {"config.json": b"{}", "model-00001-of-00001.safetensors": b""},
+    "tensorflow": {"saved_model.pb": b"x", "variables/variables.index": b"x"},
+    "unknown": {"model.pt": b"\x80\x02not a zip", "config.json": b"{}"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_format(node: Node, bucket: Path, uri_of: UriOf, name: str) -> None:
+    for path, data in FORMATS[name].items():
+        (bucket / path).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / path).write_bytes(data)
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        assert attribute(path, "format") == name
+        assert xattrs.read(path).format == name
+
+
+def test_a_file_as_torch_writes_it(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    with zipfile.ZipFile(bucket / "model.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", os.urandom(3 * MIB))
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        assert attribute(path, "format") == "torch-zip"
+        assert int(attribute(path, "cached")) <= MIB
+
+
+def test_tensors_are_those_that_safetensors_has(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    tensors = {
+        "größe.weight": np.arange(600_000, dtype=np.float32).reshape(2, 3, -1),
+        "half": np.ones((5, 7), np.float16),
+        "scalar": np.array(3, np.int64),
+        "empty": np.zeros((0, 4), np.uint8),
+        "bools": np.array([True, False]),
+    }
+    save_file(tensors, bucket / "a.safetensors", metadata={"format": "np"})
+    data = (bucket / "a.safetensors").read_bytes()
+    (bucket / "broken.safetensors").write_bytes(b"\xff" * 100)
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        lines = attribute(f"{path}/a.safetensors", "tensors").splitlines()
+        found = {line["name"]: line for line in map(json.loads, lines)}
+        assert int(attribute(f"{path}/a.safetensors", "cached")) == MIB
+        with safe_open(bucket / "a.safetensors", "np") as opened:
+            assert found.keys() == {*opened.keys()}
+            for name in found:
+                part = opened.get_slice(name)
+                assert found[name]["dtype"] == part.get_dtype()
+                assert found[name]["shape"] == part.get_shape()
+                span = data[found[name]["start"] : found[name]["end"]]
+                assert span == tensors[name].tobytes()
+        starts = [json.loads(line)["start"] for line in lines]
+        assert starts == sorted(starts)
+        with pytest.raises(OSError, check=lambda error: error.errno == errno.ENODATA):
+            attribute(f"{path}/broken.safetensors", "tensors")
+        assert xattrs.read_all(f"{path}/broken.safetensors")["user.ckptfs.size"] == "100"
+
+
+def test_many_tensors_are_cut_at_a_line(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    save_file({f"{'x' * 50}.{i}": np.zeros(1) for i in range(2000)}, bucket / "a.safetensors")
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        value = attribute(f"{path}/a.safetensors", "tensors")
+        assert 65_000 < len(value) <= 65_536
+        assert all(json.loads(line)["dtype"] == "F64" for line in value.splitlines())
+
+
+# -- actions
+
+
+def disk_bytes(node: Node) -> int:
+    """What the cached files take on the disk."""
+    found = (node.cache_dir / "objects").rglob("*")
+    return sum(file.stat().st_blocks * 512 for file in found if file.is_file())
+
+
+def test_prefetch_and_evict(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    sizes = {"a/1.bin": 3 * MIB, "a/[b]/2.bin": MIB, "a/b/3.bin": MIB, "4.bin": 2 * MIB, "5": 10}
+    for name, size in sizes.items():
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_bytes(os.urandom(size))
+
+    def act(place: str, action: str) -> None:
+        node.run("setfattr", "-n", f"user.ckptfs.{action}", place)
+
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+
+        def cached() -> set[str]:
+            """What is there; files of which only a part is are a failure."""
+            found = {name: int(attribute(f"{path}/{name}", "cached")) for name in sizes}
+            assert all(size in (0, sizes[name]) for name, size in found.items()), found
+            return {name for name, size in found.items() if size}
+
+        def total(*names: str) -> str:
+            return str(sum(sizes[name] for name in names))
+
+        act(f"{path}/4.bin", "prefetch")
+        wait_until(lambda: attribute(path, "cached") == total("4.bin"))
+        act(f"{path}/a/[b]", "prefetch")
+        wait_until(lambda: attribute(path, "cached") == total("4.bin", "a/[b]/2.bin"))
+        node.wait_quiet()
+        assert cached() == {"4.bin", "a/[b]/2.bin"}
+        act(f"{path}/a", "prefetch")
+        act(path, "prefetch")
+        wait_until(lambda: attribute(path, "cached") == total(*sizes))
+        assert attribute(path, "state") == "cached"
+        assert disk_bytes(node) > sum(sizes.values())
+        act(f"{path}/a/1.bin", "evict")
+        assert cached() == sizes.keys() - {"a/1.bin"}
+        assert disk_bytes(node) < 5 * MIB
+        act(f"{path}/a", "evict")
+        assert cached() == {"4.bin", "5"}
+        assert attribute(path, "cached") == total("4.bin", "5")
+        assert node.status()["attachments"][0]["cached"] == int(total("4.bin", "5"))
+        act(path, "evict")
+        assert cached() == set()
+        assert attribute(path, "state") == "lazy"
+        assert disk_bytes(node) == 0
+        for name in sizes:
+            assert Path(path, name).read_bytes() == (bucket / name).read_bytes()
+
+
+def test_what_is_open_is_not_evicted(node: Node, small: Path, uri_of: UriOf) -> None:
+    with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        file = f"{path}/layers/0/weights.bin"
+        fd = os.open(file, os.O_RDONLY)
+        assert len(os.pread(fd, 4_000_000, 0)) == 3_000_000
+        for place in (file, f"{path}/layers", path):
+            with pytest.raises(OSError, check=lambda error: error.errno == errno.EBUSY):
+                os.setxattr(place, "user.ckptfs.evict", b"")
+        assert "layers/0/weights.bin is open" in attribute(path, "error")
+        assert attribute(file, "cached") == "3000000"
+        os.close(fd)
+        for _ in range(10):  # just after a read: nobody has it open
+            os.setxattr(file, "user.ckptfs.evict", b"")
+            assert attribute(file, "cached") == "0"
+            pread(file, 4_000_000, 0)
 
 
 def test_only_what_is_read_is_fetched(

@@ -279,8 +279,9 @@ def test_writing_is_erofs(node: Node, small: Path, uri_of: UriOf) -> None:
             lambda: os.open(file, os.O_WRONLY),
             lambda: os.open(file, os.O_RDWR),
             lambda: os.open(file, os.O_RDONLY | os.O_TRUNC),
+            lambda: os.open(file, os.O_WRONLY | os.O_APPEND),
             lambda: os.open(new, os.O_WRONLY | os.O_CREAT),
-            lambda: os.open(path, os.O_WRONLY | os.O_TMPFILE),
+            lambda: os.open(new, os.O_RDONLY | os.O_CREAT),
             lambda: os.truncate(file, 0),
             lambda: os.mkdir(new),
             lambda: os.mkdir(f"{node.mount}/new"),
@@ -292,15 +293,23 @@ def test_writing_is_erofs(node: Node, small: Path, uri_of: UriOf) -> None:
             lambda: os.rename(file, new),
             lambda: os.chmod(file, 0o777),
             lambda: os.chown(file, 1, 1),
+            lambda: os.chmod(folder, 0o777),
             lambda: os.utime(file),
+            lambda: os.utime(path),
+            lambda: os.rmdir(path),
+            lambda: os.rename(path, f"{node.mount}/other"),
             lambda: os.setxattr(file, "user.ckptfs.state", b"cached"),
-            lambda: os.setxattr(folder, "user.mine", b"1"),
             lambda: os.removexattr(file, "user.ckptfs.state"),
         ]
+        before = sorted(os.listdir(path)), sorted(small.rglob("*"))
         for write in writes:
             with pytest.raises(OSError, check=lambda error: error.errno == errno.EROFS):
                 write()
+        # The kernel asks for this with a request that libfuse does not know.
+        with pytest.raises(OSError, check=lambda error: error.errno == errno.EOPNOTSUPP):
+            os.open(path, os.O_WRONLY | os.O_TMPFILE)
         assert Path(file).read_text() == '{"layers": 1}'
+        assert (sorted(os.listdir(path)), sorted(small.rglob("*"))) == before
 
 
 # -- a store that goes away

@@ -4,6 +4,7 @@ The other users are child processes that give up root after everything is import
 interpreter itself may lie where only root can read.
 """
 
+import errno
 import os
 import socket
 import traceback
@@ -14,7 +15,7 @@ import pytest
 from conftest import Node
 
 import ckptfs
-from ckptfs import _client
+from ckptfs import _client, xattrs
 from ckptfs._daemon import session
 
 pytestmark = [
@@ -50,8 +51,11 @@ def as_user(uid: int, action: Callable[[], None], *, for_good: bool = True) -> N
 
 
 @pytest.fixture
-def shared_node(node: Node) -> Node:
+def shared_node(node: Node, monkeypatch: pytest.MonkeyPatch) -> Node:
     """A node whose daemon, run by root, serves other users."""
+    # rclone does not understand the checksums that the AWS SDK sends by default.
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     node.configure(allow_other=True, linger_s=60.0)
     for folder in (node.folder, node.folder.parent):
         folder.chmod(0o755)
@@ -62,6 +66,7 @@ def shared_node(node: Node) -> Node:
 def test_each_user_sees_own_attachments_only(
     shared_node: Node, small: Path, uri_of: Callable[[Path], str]
 ) -> None:
+    (small / ".metadata.json").write_text('{"a": 1}')
     checkpoint = ckptfs.Checkpoint(uri_of(small))
     weights = (small / "layers" / "0" / "weights.bin").read_bytes()
 
@@ -82,10 +87,17 @@ def test_each_user_sees_own_attachments_only(
             lambda: os.stat(f"{path}/config.json"),
             lambda: os.open(f"{path}/config.json", os.O_RDONLY),
             lambda: os.chdir(path),
+            lambda: os.getxattr(path, "user.ckptfs.meta.a"),
+            lambda: os.setxattr(path, "user.ckptfs.meta.a", b"2"),
+            lambda: os.removexattr(path, "user.ckptfs.meta.a"),
+            lambda: os.setxattr(path, "user.ckptfs.evict", b""),
+            lambda: os.getxattr(f"{path}/config.json", "user.ckptfs.uri"),
+            lambda: xattrs.read(path),
         ]
         for attempt in attempts:
             with pytest.raises(PermissionError):
                 attempt()
+        assert os.listxattr(path) == []  # which the kernel allows
         with _client.connect() as connection:
             assert connection.status().attachments == []
             with pytest.raises(ckptfs.NotAttached):
@@ -95,6 +107,30 @@ def test_each_user_sees_own_attachments_only(
 
     as_user(BOB, bob_is_kept_out)
     assert len(shared_node.status()["attachments"]) == 1
+    assert (small / ".metadata.json").read_text() == '{"a": 1}'
+
+
+def test_users_change_the_metadata_of_their_own(
+    shared_node: Node, small: Path, uri_of: Callable[[Path], str]
+) -> None:
+    checkpoint = ckptfs.Checkpoint(uri_of(small))
+
+    def alice_changes_it() -> None:
+        with checkpoint.as_directory() as path:
+            os.setxattr(path, "user.ckptfs.meta.a", b"1")
+            xattrs.metadata(path)["b"] = 2
+            assert xattrs.read(path).metadata == {"a": 1, "b": 2}
+            assert Path(path, ".metadata.json").read_text() == '{"a": 1, "b": 2}'
+            os.removexattr(path, "user.ckptfs.meta.a")
+            os.setxattr(f"{path}/layers", "user.ckptfs.evict", b"")
+            with pytest.raises(OSError, check=lambda error: error.errno == errno.EROFS):
+                os.chmod(path, 0o777)
+
+    as_user(ALICE, alice_changes_it)
+    assert (small / ".metadata.json").read_text() == '{"b": 2}'
+    (attachment,) = shared_node.status()["attachments"]
+    os.setxattr(attachment["path"], "user.ckptfs.meta.c", b"3")  # root may, too
+    assert (small / ".metadata.json").read_text() == '{"b": 2, "c": 3}'
 
 
 def test_daemon_of_one_user_refuses_others(node: Node) -> None:

@@ -16,7 +16,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.base import Pin
-from ckptfs.errors import CkptfsError, LimitExceeded, ObjectChanged
+from ckptfs.errors import CheckpointNotFound, CkptfsError, LimitExceeded, ObjectChanged
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,11 +69,16 @@ class _Object(NamedTuple):
 class FakeStore:
     """A `Store` in memory, which does as it is told. May be used by several threads.
 
+    Operations, for `fail` and `block`, are the methods' names; "put answer" is a `put` whose object
+    has arrived and whose answer is lost or late.
+
     Attributes:
         calls: Every request so far.
         moments: How many moments passed: one before each `confirm`, and before, in the middle of
             and after each `read_into`. `at_moment` plans what happens then.
         with_etags: Whether the store has ETags.
+        put_mtime_ns: Time of what is `put`; None: one second after the last version.
+        is_gone: Whether the directory is missing for `put`.
     """
 
     def __init__(
@@ -88,6 +93,9 @@ class FakeStore:
         self.with_etags = with_etags
         self.directories: list[str] = []
         self.closed = False
+        self.put_mtime_ns: int | None = None
+        self.is_gone = False
+        self.name = f"fake://{id(self):x}"
         self._lock = threading.RLock()
         self._serial = itertools.count(1)
         self._objects: dict[str, _Object] = {}
@@ -151,6 +159,11 @@ class FakeStore:
         found = self._objects[path]
         return Pin(path, len(found.data), found.mtime_ns)
 
+    def content(self, path: str) -> bytes | None:
+        """The current bytes of an object; None where there is none."""
+        found = self._objects.get(path)
+        return None if found is None else found.data
+
     def etag(self, path: str) -> str:
         """The current ETag."""
         return self._objects[path].etag
@@ -179,11 +192,11 @@ class FakeStore:
         return Listing(files, list(self.directories))
 
     def confirm(self, pin: Pin) -> Pin:
-        """See Store.confirm."""
+        """See Store.confirm. As the real ones, it compares whole seconds."""
         self._begin(Call("confirm", pin.path))
         self._moment()
         found = self._current(pin)
-        if (len(found.data), found.mtime_ns) != (pin.size, pin.mtime_ns):
+        if (len(found.data), found.mtime_ns // 10**9) != (pin.size, pin.mtime_ns // 10**9):
             raise ObjectChanged(f"{pin.path} is another version")
         if pin.etag and pin.etag != found.etag:
             raise ObjectChanged(f"{pin.path} has another ETag")
@@ -201,6 +214,26 @@ class FakeStore:
                 raise ObjectChanged(f"{pin.path} became shorter")
             buffer[start:stop] = data
             self._moment()
+
+    def get(self, path: str) -> bytes | None:
+        """See Store.get."""
+        self._begin(Call("get", path))
+        return self.content(path)
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store.put."""
+        self._begin(Call("put", path, 0, len(data)))
+        if self.is_gone:
+            raise CheckpointNotFound(self.name)
+        self.overwrite(path, data, mtime_ns=self.put_mtime_ns)
+        self._begin(Call("put answer", path))
+
+    def find(self, path: str) -> ListedFile | None:
+        """See Store.find."""
+        self._begin(Call("find", path))
+        with self._lock:
+            found = self._objects.get(path)
+        return None if found is None else ListedFile(path, len(found.data), found.mtime_ns)
 
     def close(self) -> None:
         """See Store.close."""

@@ -1,4 +1,8 @@
-"""The part of the daemon that reads, put together for a test: cache, offload and fetcher."""
+"""The part of the daemon below FUSE, put together for a test.
+
+`Rig` is what reads: cache, offload and fetcher. `View` is what a program sees: names, attributes,
+metadata and bytes of attachments of fake stores.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,11 +11,22 @@ from pathlib import Path
 import trio
 from unit.fakes import FakeStore, InlineOffload, config_of
 
+from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._daemon.vfs import Stat, Vfs
+from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import build_manifest
+from ckptfs._store.base import Pin
+
+UID, GID = 1234, 5678
+LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
 
 
 class Rig:
@@ -71,3 +86,74 @@ async def rig_in(
         cache.shut()
     if failure is not None:
         raise failure
+
+
+class View:
+    """A `Vfs` with attachments of fake stores, and their extended attributes."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.released: list[Attachment] = []
+        self.prefetched: list[tuple[Attachment, list[str]]] = []
+        self.vfs = Vfs(rig.fetcher, rig.cache, 1, 2, self.released.append)
+        self.metadata = MetadataKeeper(rig.offload, rig.config.read_deadline_s)
+        self.xattrs = Xattrs(
+            self.vfs,
+            rig.fetcher,
+            rig.cache,
+            rig.offload,
+            self.metadata,
+            lambda attachment, globs: self.prefetched.append((attachment, globs)),
+        )
+        self.attachments: list[Attachment] = []
+
+    def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
+        """Show what the store lists now."""
+        manifest = build_manifest(store.list(100_000))
+        pins = [Pin(f.path, f.size, f.mtime_ns) for f in manifest.files]
+        digests = [object_key(location, pin).digest() for pin in pins]
+        ordinal = len(self.attachments) + 1
+        attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
+        self.attachments.append(attachment)
+        self.vfs.add(attachment)
+        return attachment
+
+    def stat(self, attachment: Attachment, path: str) -> Stat:
+        """Look a path up from the mount point on."""
+        found = self.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
+        for component in filter(None, path.split("/")):
+            found = self.vfs.lookup(found.inode, component.encode())
+        return found
+
+    def entries(self, inode: int, start: int = 0) -> "list[tuple[bytes, Stat, int]]":
+        """The entries of a directory from a position on."""
+        handle = self.vfs.opendir(inode, 1)
+        found = list(self.vfs.readdir(handle, start))
+        self.vfs.releasedir(handle)
+        return found
+
+    async def read(self, inode: int, offset: int, length: int) -> bytes:
+        """Bytes of an open file."""
+        return bytes(await self.vfs.read(inode, offset, length))
+
+    async def quiet(self) -> None:
+        """Return when no span is under way."""
+        self.rig.files = [f for a in self.attachments for f in a.files.values()]
+        await self.rig.quiet()
+
+    async def names(self, inode: int) -> list[str]:
+        """Names of the extended attributes."""
+        return await self.xattrs.list(inode, UID)
+
+    async def text(self, inode: int, name: str) -> str:
+        """An extended attribute."""
+        return (await self.xattrs.get(inode, name)).decode()
+
+
+@asynccontextmanager
+async def view_in(directory: Path, **settings: object) -> AsyncIterator[View]:
+    """A view whose cache is in `directory`; all of it ends with the block."""
+    async with rig_in(directory, **settings) as rig:
+        view = View(rig)
+        yield view
+        await view.quiet()

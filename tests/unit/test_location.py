@@ -1,15 +1,26 @@
 """A location names one directory, leads back to it as a URI, and never shows a secret."""
 
 import re
+import sys
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import msgspec
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.http import HTTPFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from huggingface_hub import HfFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
-from ckptfs._store.resolve import describe, filesystem_of, open_store
+from ckptfs._store.describe import NotDescribable, describe
+from ckptfs._store.filesystems import filesystem_of, unwrapped, wrapped
+from ckptfs._store.resolve import open_store
 from ckptfs.errors import LocationError
 
 SECRETS = {"access_key": "AKIDS3CR3T", "secret_key": "S3CR3TKEY", "session_token": "S3CR3TTOKEN"}
@@ -202,3 +213,209 @@ def test_every_described_option_can_be_opened_again() -> None:
     assert location.secrets == SECRETS
     open_store(location, 1).close()
     open_store(Location("local", "/"), 1).close()
+
+
+# -- fsspec
+
+
+def of_package(package: str, name: str, *args: Any, **options: Any) -> Any:
+    """A filesystem whose class is called so in that package, which need not be installed."""
+    body = {"__module__": f"{package}.core", "protocol": package, "cachable": False}
+    return wrapped(type(name, (AbstractFileSystem,), body)(*args, **options))
+
+
+def s3fs(*args: Any, **options: Any) -> Any:
+    return of_package("s3fs", "S3FileSystem", *args, **options)
+
+
+def hf(**options: Any) -> Any:
+    return wrapped(HfFileSystem(skip_instance_cache=True, **options))
+
+
+def http(**options: Any) -> Any:
+    return wrapped(HTTPFileSystem(skip_instance_cache=True, **options))
+
+
+def adlfs(**options: Any) -> Any:
+    return of_package("adlfs", "AzureBlobFileSystem", **options)
+
+
+def test_s3fs_is_read_as_s3() -> None:
+    filesystem = s3fs(
+        key="AKIDS3CR3T",
+        secret="S3CR3TKEY",
+        token="S3CR3TTOKEN",
+        endpoint_url="http://127.0.0.1:9000/",
+        client_kwargs={"region_name": "eu-west-3"},
+        use_listings_cache=False,
+    )
+    location = describe(filesystem, "bucket/a/", {})
+    same = pafs.S3FileSystem(
+        region="eu-west-3", endpoint_override="127.0.0.1:9000", scheme="http", **SECRETS
+    )
+    assert (location.kind, location.path, location.secrets) == ("s3", "bucket/a", SECRETS)
+    assert location.identity == describe(same, "bucket/a", {}).identity
+    assert location.options == {
+        "region": "eu-west-3",
+        "endpoint_override": "127.0.0.1:9000",
+        "scheme": "http",
+    }
+    open_store(location, 1).close()
+
+
+def test_s3fs_options_in_client_kwargs_and_the_environment() -> None:
+    filesystem = s3fs(client_kwargs={"endpoint_url": "https://host", "region_name": "eu-west-3"})
+    location = describe(filesystem, "bucket/a", ENVIRONMENT)
+    assert location.options["endpoint_override"] == "host"
+    assert location.options["scheme"] == "https"
+    assert location.options["region"] == "eu-west-3"
+    assert location.secrets["access_key"] == "envkey"
+    anonymous = s3fs(anon=True, client_kwargs={"region_name": "eu-west-3"})
+    location = describe(anonymous, "bucket/a", ENVIRONMENT)
+    assert location.options["anonymous"] is True
+    assert location.secrets == {}
+    open_store(location, 1).close()
+
+
+@pytest.mark.parametrize(
+    "filesystem",
+    [
+        s3fs(key="S3CR3T"),  # no region, no endpoint
+        s3fs("positional", endpoint_url="http://h:1"),
+        s3fs(endpoint_url="http://h:1", config_kwargs={"s3": {}}),
+        s3fs(endpoint_url="http://h:1", client_kwargs={"verify": False}),
+        s3fs(endpoint_url="http://h:1", requester_pays=True),
+        hf(token=False),
+        hf(token=True),
+        hf(block_size=5),
+        http(client_kwargs={"headers": {"Authorization": "S3CR3T"}}),
+        http(headers={"Authorization": "S3CR3T"}),
+        adlfs(credential=object()),
+        adlfs(account_name=object()),
+        wrapped(MemoryFileSystem()),
+        pafs._MockFileSystem(),
+    ],
+    ids=lambda filesystem: filesystem.type_name,
+)
+def test_what_no_location_can_say_is_not_described(filesystem: Any) -> None:
+    with pytest.raises(NotDescribable) as caught:
+        describe(filesystem, "bucket/a", {})
+    assert "S3CR3T" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hugging_face_with_and_without_a_token() -> None:
+    assert describe(hf(), "me/model/step", {}) == Location("hf", "me/model/step")
+    location = describe(hf(token="S3CR3T", endpoint="https://hub"), "me/model", {})
+    assert location == Location("hf", "me/model", {"endpoint": "https://hub"}, {"token": "S3CR3T"})
+    assert location.uri == "hf://me/model"
+    environment = {"HF_TOKEN": "envtoken", "HF_ENDPOINT": "https://other"}
+    location = describe(hf(), "me/model", environment)
+    assert location.options == {"endpoint": "https://other"}
+    assert location.secrets == {"token": "envtoken"}
+    location = describe(hf(token="S3CR3T", endpoint="https://hub"), "me/model", environment)
+    assert location.secrets == {"token": "S3CR3T"}
+    assert location.options == {"endpoint": "https://hub"}
+    open_store(location, 1).close()
+
+
+def test_azure_through_fsspec() -> None:
+    location = describe(adlfs(account_name="me", account_key="S3CR3T"), "box/run/", {})
+    assert location == Location("az", "box/run", {"account_name": "me"}, {"account_key": "S3CR3T"})
+    assert location.uri == "az://box/run"
+    environment = {
+        "AZURE_STORAGE_ACCOUNT_NAME": "env",
+        "AZURE_STORAGE_SAS_TOKEN": "envtoken",
+        "AZURE_STORAGE_CONNECTION_STRING": "envstring",
+    }
+    location = describe(adlfs(), "box/run", environment)
+    assert location.options == {"account_name": "env"}
+    assert location.secrets == {"sas_token": "envtoken", "connection_string": "envstring"}
+    assert describe(adlfs(anon=True, account_name="me"), "box/run", environment).secrets == {}
+    assert describe(adlfs(account_name="me"), "box/run", {}).identity != location.identity
+
+
+def test_http_paths_are_whole_urls() -> None:
+    location = describe(http(), "https://host/run/", {})
+    assert location == Location("http", "https://host/run")
+    assert location.uri == "https://host/run"
+    assert location.name == "run"
+    assert describe(http(simple_links=False, encoded=True), "https://host/run", {}).options == {
+        "encoded": True
+    }
+    for secret in ("https://me:S3CR3T@host/run", "https://S3CR3T@host/run", "http://h/r?t=S3CR3T"):
+        with pytest.raises(LocationError, match="client_kwargs") as caught:
+            describe(http(), secret, {})
+        assert "S3CR3T" not in str(caught.value)
+    open_store(location, 1).close()
+
+
+@pytest.mark.parametrize("uri", ["hf://me/model/step 1", "https://host/a%20b/run", "az://box/a b"])
+def test_a_uri_of_fsspec_leads_back_to_the_place(uri: str) -> None:
+    filesystem: Any = {"hf": hf, "https": http, "az": adlfs}[uri.partition(":")[0]]()
+    path = uri if uri.startswith("https") else uri.partition("://")[2]
+    location = describe(filesystem, path, {})
+    assert location.uri == uri
+    if not uri.startswith("az"):  # its package is not installed
+        assert describe(*filesystem_of(location.uri), {}) == location
+
+
+def test_directories_of_all_kinds_are_unwrapped() -> None:
+    inner = pafs.S3FileSystem(region="eu-west-3", access_key="a", secret_key="b")
+    hub = wrapped(DirFileSystem(path="me/model", fs=HfFileSystem()))
+    assert describe(pafs.SubTreeFileSystem("run", hub), "/step/", {}).path == "me/model/run/step"
+    assert describe(hub, "", {}).path == "me/model"
+    local = DirFileSystem(path="/deep", fs=DirFileSystem(path="/top", fs=LocalFileSystem()))
+    assert describe(wrapped(local), "ckpt", {}) == Location("local", "/top/deep/ckpt")
+    found, path = unwrapped(pafs.SubTreeFileSystem("run", wrapped(local)), "ckpt")
+    assert isinstance(found, pafs.LocalFileSystem)
+    assert path == "/top/deep/run/ckpt"
+    memory = MemoryFileSystem()
+    found, path = unwrapped(wrapped(DirFileSystem(path="/runs", fs=memory)), "ckpt/")
+    assert (found.handler.fs, path) == (memory, "/runs/ckpt")
+    assert unwrapped(inner, "bucket/a/") == (inner, "bucket/a")
+
+
+def test_a_place_without_a_path_is_refused() -> None:
+    for filesystem in (pafs.S3FileSystem(region="eu-west-3"), hf(), adlfs()):
+        with pytest.raises(LocationError, match="without a path names no checkpoint"):
+            describe(filesystem, "/", {})
+
+
+def test_what_only_a_private_daemon_has_cannot_be_opened_by_name() -> None:
+    with pytest.raises(LocationError, match="private daemon only"):
+        open_store(Location("private", "bucket/a"), 1)
+
+
+@pytest.mark.parametrize("kind", ["hf", "http", "az"])
+def test_options_of_fsspec_that_are_not_on_the_list_are_refused(kind: Any) -> None:
+    for options, secrets in (
+        ({"client_kwargs": "x"}, {}),
+        ({"target_protocol": "file"}, {}),
+        ({}, {"headers": "S3CR3T"}),
+    ):
+        with pytest.raises(LocationError, match="unknown options") as caught:
+            open_store(Location(kind, "https://host/a", options, secrets), 1)  # type: ignore[arg-type]
+        assert "S3CR3T" not in str(caught.value)
+
+
+def test_a_package_that_the_daemon_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(LocationError, match="the ckptfs daemon needs adlfs; install it"):
+        open_store(Location("az", "box/a", {"account_name": "me"}), 1)
+
+
+def test_every_described_option_of_gcs_and_azure_can_be_opened_again() -> None:
+    soon = datetime.now(timezone.utc) + timedelta(hours=1)
+    for filesystem in (
+        pafs.GcsFileSystem(anonymous=True),
+        pafs.GcsFileSystem(access_token="S3CR3T", credential_token_expiration=soon),
+        pafs.AzureFileSystem("me", account_key="c2VjcmV0"),
+        pafs.AzureFileSystem("me", sas_token="sv=S3CR3T"),
+        pafs.AzureFileSystem("me", client_id="i", client_secret="S3CR3T", tenant_id="t"),
+    ):
+        try:
+            location = describe(filesystem, "bucket/a", {})
+        except NotDescribable:
+            continue  # it goes to a private daemon
+        open_store(location, 1).close()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfs._model.manifest import (
+    METADATA_NAME,
     NAME_BYTES_MAX,
     ListedFile,
     Listing,
@@ -63,6 +64,26 @@ def test_a_hostile_name_is_reported_and_the_rest_survives(name: str, reason: str
     assert reason in skipped.reason
     assert skipped.name == printable(name)
     assert manifest.directories == ("deep", "deep/er")
+
+
+def test_the_metadata_is_in_no_version() -> None:
+    others = [file("a"), file("sub/.metadata.json")]
+    versions = {
+        build_manifest(Listing([*others, *metadata], [])).version
+        for metadata in (
+            [],
+            [file(METADATA_NAME)],
+            [file(METADATA_NAME, 2)],
+            [file(METADATA_NAME, 1, 2)],
+        )
+    }
+    assert len(versions) == 1
+    changed = [file("a"), file("sub/.metadata.json", 2)]
+    assert build_manifest(Listing(changed, [])).version not in versions
+    assert build_manifest(Listing([*others, file(f"{METADATA_NAME}x")], [])).version not in versions
+    assert METADATA_NAME in [
+        f.path for f in build_manifest(Listing([file(METADATA_NAME)], [])).files
+    ]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=map(ascii, HOSTILE))

@@ -71,3 +71,21 @@ def test_two_attachments_share_no_number() -> None:
 def test_a_file_without_a_time_has_that_of_the_attach() -> None:
     manifest = build_manifest(Listing([ListedFile("a", 1, 0)], []))
     assert Tree(1, manifest, ATTACHED_NS).root.children[b"a"].mtime_ns == ATTACHED_NS
+
+
+def test_a_file_of_the_root_can_be_replaced_and_removed() -> None:
+    files = [ListedFile("a", 1, 1), ListedFile("sub/a", 2, 2)]
+    tree = Tree(3, build_manifest(Listing(files, [])), ATTACHED_NS)
+    old, nested = tree.root.children[b"a"], tree.root.children[b"sub"].children[b"a"]
+    new = tree.replace(ListedFile("a", 5, 7), 2)
+    assert tree.root.children[b"a"] is new
+    assert (new.size, new.mtime_ns, new.index, new.parent) == (5, 7, 2, tree.root)
+    assert new.inode not in (old.inode, nested.inode)
+    assert [tree.node(node.inode) for node in (old, new, nested)] == [old, new, nested]
+    more = tree.replace(ListedFile("b", 1, 0), 3)
+    assert more.mtime_ns == tree.root.mtime_ns
+    assert tree.remove("a") is new
+    assert tree.remove("a") is None
+    assert tree.remove("sub") is None  # a directory
+    assert tree.root.children.keys() == {b"sub", b"b"}
+    assert tree.node(new.inode) is new  # it may still be open

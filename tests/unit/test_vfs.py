@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -13,25 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
-from unit.rig import Rig, rig_in
+from unit.rig import GID, UID, View, view_in
 
-from ckptfs._daemon.attachment import Attachment, object_key
+from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import (
     IsDirectory,
-    NoAttribute,
     NoEntry,
     NotDirectory,
     StaleInode,
-    Stat,
-    Vfs,
     VfsError,
 )
 from ckptfs._model import attributes as names
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import build_manifest
-from ckptfs._store.base import Pin
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
@@ -40,8 +34,6 @@ from ckptfs.errors import (
     StoreUnavailable,
 )
 
-UID, GID = 1234, 5678
-LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
 CONTENT = {
     "config.json": b"{}",
     "empty": b"",
@@ -49,62 +41,6 @@ CONTENT = {
     "shards/01.bin": pattern(MIB),
     "shards/deep/x": b"x",
 }
-
-
-class View:
-    """A `Vfs` with attachments of fake stores."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.released: list[Attachment] = []
-        self.vfs = Vfs(rig.fetcher, rig.cache, 1, 2, self.released.append)
-        self.attachments: list[Attachment] = []
-
-    def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
-        """Show what the store lists now."""
-        manifest = build_manifest(store.list(1000))
-        pins = [Pin(f.path, f.size, f.mtime_ns) for f in manifest.files]
-        digests = [object_key(location, pin).digest() for pin in pins]
-        ordinal = len(self.attachments) + 1
-        attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
-        self.attachments.append(attachment)
-        self.vfs.add(attachment)
-        return attachment
-
-    def stat(self, attachment: Attachment, path: str) -> Stat:
-        """Look a path up from the mount point on."""
-        found = self.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
-        for component in filter(None, path.split("/")):
-            found = self.vfs.lookup(found.inode, component.encode())
-        return found
-
-    def entries(self, inode: int, start: int = 0) -> "list[tuple[bytes, Stat, int]]":
-        """The entries of a directory from a position on."""
-        handle = self.vfs.opendir(inode, 1)
-        found = list(self.vfs.readdir(handle, start))
-        self.vfs.releasedir(handle)
-        return found
-
-    async def read(self, inode: int, offset: int, length: int) -> bytes:
-        """Bytes of an open file."""
-        return bytes(await self.vfs.read(inode, offset, length))
-
-    async def quiet(self) -> None:
-        """Return when no span is under way."""
-        self.rig.files = [f for a in self.attachments for f in a.files.values()]
-        await self.rig.quiet()
-
-    def text(self, inode: int, name: str) -> str:
-        """An extended attribute."""
-        return self.vfs.getxattr(inode, name).decode()
-
-
-@asynccontextmanager
-async def view_in(directory: Path, **settings: object) -> AsyncIterator[View]:
-    async with rig_in(directory, **settings) as rig:
-        view = View(rig)
-        yield view
-        await view.quiet()
 
 
 @pytest.fixture
@@ -127,13 +63,13 @@ async def test_paths_are_found_with_their_attributes(view: View, store: FakeStor
         found = view.stat(attachment, path)
         assert found == view.vfs.getattr(found.inode)
         assert (found.size, found.is_directory, found.nlink) == (len(data), False, 1)
-        assert (found.mode, found.uid, found.gid) == (0o400, UID, GID)
+        assert (found.mode, found.uid, found.gid) == (0o600, UID, GID)
         assert found.mtime_ns == OLD_NS
     links = {"": 3, "shards": 3, "shards/deep": 2}
     for path, nlink in links.items():
         found = view.stat(attachment, path)
         assert found == view.vfs.getattr(found.inode)
-        assert (found.is_directory, found.nlink, found.mode) == (True, nlink, 0o500)
+        assert (found.is_directory, found.nlink, found.mode) == (True, nlink, 0o700)
         assert found.mtime_ns == OLD_NS
     assert not store.reads()
     assert not store.confirms()
@@ -149,8 +85,9 @@ async def test_the_mount_point_lists_the_attachments(view: View, store: FakeStor
         (a.name.encode(), a.tree.root.inode) for a in (first, second)
     ]
     assert first.name.startswith("step-5-")
-    assert not view.vfs.is_snapshot(MOUNT_ROOT)
-    assert view.vfs.is_snapshot(first.tree.root.inode)
+    assert not view.vfs.is_lasting(MOUNT_ROOT, b"absent")
+    assert view.vfs.is_lasting(first.tree.root.inode, b"absent")
+    assert not view.vfs.is_lasting(first.tree.root.inode, b".metadata.json")
 
 
 async def test_unknown_names_and_wrong_kinds(view: View, store: FakeStore) -> None:
@@ -257,9 +194,15 @@ async def test_after_the_end_everything_is_stale(view: View, store: FakeStore) -
     assert [file.opens for file in attachment.files.values()] == [0]
     with pytest.raises(StaleInode):
         await view.read(inode, 0, 5)
-    for call in (view.vfs.getattr, view.vfs.open, view.vfs.listxattr):
+    for call in (view.vfs.getattr, view.vfs.open, view.vfs.find):
         with pytest.raises(StaleInode):
             call(root)
+    with pytest.raises(StaleInode):
+        await view.names(root)
+    with pytest.raises(StaleInode):
+        await view.text(root, names.STATE)
+    with pytest.raises(StaleInode):
+        await view.xattrs.set(root, names.META_PREFIX + "a", b"1", 0)
     with pytest.raises(StaleInode):
         view.vfs.lookup(root, b"empty")
     with pytest.raises(StaleInode):
@@ -334,122 +277,6 @@ async def test_reading_on_fetches_ahead(view: View, store: FakeStore) -> None:
     await view.read(inode, MIB, MIB)
     await view.quiet()
     assert attachment.cached_bytes(view.rig.cache) == 3 * MIB + 5
-
-
-# -- extended attributes
-
-
-async def test_attributes_of_the_root(view: View, store: FakeStore) -> None:
-    store.overwrite("bad\nname", b"x")
-    store.overwrite("..", b"x")
-    attachment = view.attach(store)
-    root = attachment.tree.root.inode
-    size = sum(map(len, CONTENT.values()))
-    assert view.text(root, names.URI) == LOCATION.uri
-    assert view.text(root, names.VERSION) == attachment.manifest.version
-    assert view.text(root, names.SIZE) == str(size)
-    assert view.text(root, names.CACHED) == "0"
-    assert view.text(root, names.STATE) == "lazy"
-    skipped = view.text(root, names.SKIPPED).splitlines()
-    assert sorted(line.split("\t")[0] for line in skipped) == ["..", "bad\\nname"]
-    assert set(view.vfs.listxattr(root)) == {
-        *(names.URI, names.VERSION, names.SIZE, names.CACHED, names.STATE, names.SKIPPED)
-    }
-    for absent in (names.ERROR, "user.other", "security.capability"):
-        with pytest.raises(NoAttribute):
-            view.vfs.getxattr(root, absent)
-
-
-async def test_a_root_with_nothing_skipped_has_no_such_attribute(
-    view: View, store: FakeStore
-) -> None:
-    root = view.attach(store).tree.root.inode
-    assert names.SKIPPED not in view.vfs.listxattr(root)
-    with pytest.raises(NoAttribute):
-        view.vfs.getxattr(root, names.SKIPPED)
-
-
-async def test_a_long_list_of_skipped_names_is_cut_at_a_line(view: View) -> None:
-    store = FakeStore({f"{'x' * 200}{i}/..": b"" for i in range(500)})
-    root = view.attach(store).tree.root.inode
-    value = view.vfs.getxattr(root, names.SKIPPED)
-    assert names.VALUE_BYTES_MAX - 400 < len(value) <= names.VALUE_BYTES_MAX
-    assert all(len(line.split("\t")) == 2 for line in value.decode().splitlines())
-
-
-async def test_attributes_of_a_file_follow_it(view: View, store: FakeStore) -> None:
-    attachment = view.attach(store)
-    inode = view.stat(attachment, "shards/01.bin").inode
-    assert view.text(inode, names.VERSION) == f"{MIB}-{OLD_NS}"
-    assert view.text(inode, names.STATE) == "lazy"
-    assert view.text(inode, names.URI).startswith("s3://bucket/run/step-5/shards/01.bin?")
-    assert not attachment.files  # asking opens nothing
-    view.vfs.open(inode)
-    await view.read(inode, 0, 1)
-    assert view.text(inode, names.VERSION) == store.etag("shards/01.bin").strip('"')
-    await view.quiet()
-    assert view.text(inode, names.CACHED) == view.text(inode, names.SIZE) == str(MIB)
-    assert view.text(inode, names.STATE) == "cached"
-    view.vfs.release(inode)
-    assert view.text(inode, names.STATE) == "cached"
-    root = attachment.tree.root.inode
-    assert view.text(root, names.CACHED) == str(MIB)
-    assert view.text(root, names.STATE) == "lazy"
-    with pytest.raises(NoAttribute):
-        view.vfs.getxattr(inode, names.ERROR)
-    with pytest.raises(NoAttribute):
-        view.vfs.getxattr(inode, names.SKIPPED)
-
-
-async def test_attributes_of_other_inodes(view: View, store: FakeStore) -> None:
-    attachment = view.attach(store)
-    inode = view.stat(attachment, "shards/deep").inode
-    assert view.vfs.listxattr(inode) == [names.URI]
-    assert view.text(inode, names.URI).startswith("s3://bucket/run/step-5/shards/deep?")
-    assert view.vfs.listxattr(MOUNT_ROOT) == []
-    with pytest.raises(NoAttribute):
-        view.vfs.getxattr(MOUNT_ROOT, names.URI)
-
-
-async def test_an_error_is_told_on_the_file_and_on_the_root(view: View, store: FakeStore) -> None:
-    attachment = view.attach(store)
-    root = attachment.tree.root.inode
-    inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
-    await view.read(inode, 0, 1)
-    store.fail("read_into", AccessDenied("shards/00.bin: expired"))
-    with pytest.raises(AccessDenied):
-        await view.read(inode, 3 * MIB, 1)
-    for place in (inode, root):
-        assert view.text(place, names.STATE) == "failing"
-        assert view.text(place, names.ERROR).endswith("Z shards/00.bin: expired")
-        assert names.ERROR in view.vfs.listxattr(place)
-    store.overwrite("shards/00.bin", b"other")
-    with pytest.raises(ObjectChanged):
-        await view.read(inode, 3 * MIB, 1)
-    for place in (inode, root):
-        assert view.text(place, names.STATE) == "changed"
-    assert await view.read(inode, 5, 10) == CONTENT["shards/00.bin"][5:15]
-
-
-async def test_state_is_fetching_while_something_is_under_way(
-    tmp_path: Path, store: FakeStore, autojump_clock: MockClock
-) -> None:
-    offload = InlineOffload()
-    offload.latency_s = {"data": 1.0}
-    async with view_in(tmp_path, offload=offload) as view:
-        attachment = view.attach(store)
-        inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(view.read, inode, 0, 1)
-            await trio.sleep(0.5)
-            assert view.text(inode, names.STATE) == "fetching"
-            assert view.text(attachment.tree.root.inode, names.STATE) == "fetching"
-
-
-async def test_an_empty_checkpoint_is_cached_from_the_start(view: View) -> None:
-    root = view.attach(FakeStore()).tree.root.inode
-    assert view.text(root, names.STATE) == "cached"
-    assert view.entries(root) == []
 
 
 # -- against a model
