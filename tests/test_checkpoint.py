@@ -668,7 +668,7 @@ def test_what_is_no_filesystem_is_a_type_error(filesystem: Any) -> None:
 
 def test_a_checkpoint_is_no_path(tmp_path: Path) -> None:
     checkpoint = Checkpoint.from_directory(tmp_path)
-    for use in (os.fspath, open, os.listdir, Path, Checkpoint):
+    for use in (os.fspath, open, os.listdir, os.path.join, Checkpoint):
         with pytest.raises(TypeError, match=r"with checkpoint\.as_directory\(\) as path"):
             use(checkpoint)  # type: ignore[arg-type]
 
