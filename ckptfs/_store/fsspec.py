@@ -1,6 +1,6 @@
 # fsspec and the packages of its protocols are optional, and have no type stubs.
 # pyright: reportMissingTypeStubs=false, reportMissingImports=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportPrivateUsage=false
 """A Store over an fsspec filesystem, and the URIs that only fsspec knows.
 
 Not through pyarrow's wrapper: that hides the ETag, and reads through a file object with a cache of
