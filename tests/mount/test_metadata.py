@@ -124,13 +124,19 @@ _few = settings(
 )
 
 
-def check_round_trip(checkpoint: ckptfs.Checkpoint, path: str, values: dict[str, Any]) -> None:
+def check_round_trip(
+    node: Node, checkpoint: ckptfs.Checkpoint, target: str, path: str, values: dict[str, Any]
+) -> None:
+    """By the API, the attributes, the file and the command; `target` names it without the mount."""
     carried = gate(values)
     checkpoint.set_metadata(values)
     assert text(attributes(path)) == text(carried)
     assert text(file_of(path)) == text(values)
     assert text(dict(xattrs.metadata(path))) == text(values)
     assert text(checkpoint.get_metadata()) == text(values)
+    for place in (path, target):
+        said = node.here("meta", "list", place, "--json").stdout
+        assert text(json.loads(said)) == text(values)
     told = xattrs.read(path)
     assert text(told.metadata) == text(carried)
     assert len(told.skipped) == len({*values} - {*carried})
@@ -140,6 +146,9 @@ def check_round_trip(checkpoint: ckptfs.Checkpoint, path: str, values: dict[str,
     assert text(attributes(path)) == text(carried)
     assert text(file_of(path)) == text(carried)
     assert text(checkpoint.get_metadata()) == text(carried)
+    node.here("meta", "update", target, json.dumps(values))
+    assert text(checkpoint.get_metadata()) == text({**carried, **values})
+    assert text(attributes(path)) == text(carried)
 
 
 def test_round_trips_on_a_local_disk(node: Node, local: Path) -> None:
@@ -152,8 +161,8 @@ def test_round_trips_on_a_local_disk(node: Node, local: Path) -> None:
         @example({"": 1, "n\0": 2, "\ud800": 3, "x" * 239: 5, "x" * 238: 6})
         @example({"a": {"": {"n\0": "\ud800"}}, "a.b": "\udfff \u2028 \x1f", "new\nline": None})
         def check(values: dict[str, Any]) -> None:
-            check_round_trip(checkpoint, path, values)
-            assert text(file_of(local)) == text(gate(values))
+            check_round_trip(node, checkpoint, str(local), path, values)
+            assert text(file_of(local)) == text({**gate(values), **values})
 
         check()
 
@@ -166,8 +175,8 @@ def test_round_trips_on_s3(node: Node, small: Path, uri_of: UriOf) -> None:
         @given(_metadata)
         @example({"nan": float("nan"), "": 1, "größe": {"a": [10**300, None]}, "x" * 239: 2})
         def check(values: dict[str, Any]) -> None:
-            check_round_trip(checkpoint, path, values)
-            assert text(file_of(small)) == text(gate(values))
+            check_round_trip(node, checkpoint, uri_of(small), path, values)
+            assert text(file_of(small)) == text({**gate(values), **values})
 
         check()
 
