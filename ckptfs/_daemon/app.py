@@ -7,6 +7,7 @@ daemon also the pickled filesystem, behind that line.
 
 import argparse
 import ctypes
+import functools
 import logging
 import os
 import resource
@@ -18,12 +19,14 @@ from pathlib import Path
 import msgspec
 import trio
 
-from ckptfs._daemon import fuse
+from ckptfs._daemon import fuse, passthrough
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
+from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._model.config import Config
 from ckptfs._store import private
 from ckptfs._store.resolve import OpenStore, open_store
@@ -37,7 +40,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 def main() -> None:
     """Run the daemon until it is stopped, is idle, or its mount is gone."""
     parser = argparse.ArgumentParser()
-    for name in ("--fuse-fd", "--listen-fd", "--ready-fd", "--keeper-pid"):
+    for name in ("--fuse-fd", "--listen-fd", "--ready-fd", "--keeper-pid", "--passthrough"):
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     _end_with(args.keeper_pid)
@@ -51,13 +54,22 @@ def main() -> None:
     _raise_descriptor_limit()
     try:
         opener = private.opener(pickled) if pickled else open_store
-        cache = Cache(Path(config.cache_dir), config.cache_bytes_max, config.cache_free_share_min)
+        cache = Cache(
+            Path(config.cache_dir),
+            config.cache_bytes_max,
+            config.cache_free_share_min,
+            config.in_flight_bytes_max,
+        )
     except CkptfsError as error:
         os.write(
             args.ready_fd, msgspec.json.encode({"code": error.code, "message": str(error)}) + b"\n"
         )
         sys.exit(1)
-    trio.run(_run, config, cache, opener, args.fuse_fd, args.listen_fd, args.ready_fd)
+    os.set_blocking(args.fuse_fd, False)
+    why = passthrough.why_not(
+        args.fuse_fd, config.passthrough, bool(args.passthrough), cache.lock_fd
+    )
+    trio.run(_run, config, cache, opener, args.fuse_fd, args.listen_fd, args.ready_fd, why)
     cache.shut()
     logging.shutdown()
     # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
@@ -71,17 +83,28 @@ async def _run(
     fuse_fd: int,
     listen_fd: int,
     ready_fd: int,
+    why_passthrough: str,
 ) -> None:
+    def forget_name(name: str) -> None:
+        forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
+        nursery.start_soon(offload.control, forget)
+
     async with trio.open_nursery() as nursery:
         offload = Offload(config.connections_max)
         fetcher = Fetcher(config, cache, offload, nursery)
-        service = Service(config, cache, fetcher, offload, nursery, fuse.forget_name, opener)
-        await fuse.take_session(fuse_fd, fuse.Operations(service))
+        service = Service(
+            config, cache, fetcher, offload, nursery, forget_name, opener, why_passthrough
+        )
+        lent = passthrough.Passthrough(fuse_fd, service.vfs, on=why_passthrough == passthrough.ON)
+        operations = fuse.Operations(service)
+        libfuse = await fuse.take_session(operations)
+        relay = Relay(fuse_fd, libfuse, service.vfs, lent, fuse.errno_of)
+        operations.before_reply = relay.deliver
         control = Control(service, config)
         nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
         nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
-        nursery.start_soon(_serve_fuse, service)
+        nursery.start_soon(_serve_fuse, service, relay)
         os.write(ready_fd, b"{}\n")
         os.close(ready_fd)
         log.info("serving on %s", config.mount)
@@ -101,8 +124,8 @@ async def _stop_when_idle(service: Service) -> None:
     service.stopped.set()
 
 
-async def _serve_fuse(service: Service) -> None:
-    await fuse.serve()
+async def _serve_fuse(service: Service, relay: Relay) -> None:
+    await fuse.serve(relay)
     service.stopped.set()  # somebody has unmounted it
 
 

@@ -8,26 +8,33 @@ in a worker thread, take everything they need as arguments or from fields that d
 the object is open, and leave the state alone. Whoever hands an object to a worker thread holds an
 `open` of it.
 
-**Life of a block.** ABSENT; its bytes are written (`write`, blocking) while the state stays ABSENT
-and `fetch` sees to it that nobody else writes it; then `publish` makes it VERIFIED and `record`
-(blocking) puts the checksum into the map. The map is written last, so after a crash it never names
-a block whose bytes were not written; that they also reached the disk is what the checksum finds
-out: a block that was there at start is STORED, and is checked by `load` when it is first used. A
-VERIFIED block is read without a thread as long as its pages are in memory (`read_now`); when they
-are not, `load` reads it from the disk, and checks it again. DYING blocks are being punched out by
-`make_room` (blocking): they cannot be read, nor fetched again before the hole is made.
+**Life of a block.** ABSENT; `fetch` reads it into a buffer, sees to it that nobody else fetches
+it, and makes it readable with `keep`: IN_MEMORY. Then `write` (blocking) puts its bytes on the
+disk, and after them its checksum into the map, and `publish` makes it VERIFIED; the buffer stays
+until its memory is needed. Because the map is written last, after a crash it never names a block
+whose bytes were not written; that they also reached the disk is what the checksum finds out: a
+block that was there at start is STORED, and is checked by `load` when it is first used. A VERIFIED
+block is read without a thread as long as its bytes are in a buffer or its pages in memory
+(`read_now`); when they are not, `load` reads it from the disk, and checks it again. DYING blocks
+are being punched out by `make_room` (blocking): they cannot be read, nor fetched again before the
+hole is made.
+
+**Lent** objects are read by the kernel itself (see `passthrough`): all of their blocks are
+VERIFIED, and stay as they are until they are taken back. One that turns out damaged, or another
+version, is retired: the kernel keeps the old files, everybody else starts anew.
 
 **Room.** `reserve` decides, without IO, what has to go so that the limit holds *before* a write,
 and the bytes that go are counted until `make_room` (blocking) has removed them. Whole objects that
 nobody has open go first, least recently used first; then the oldest blocks of open objects. Where
-that is not enough, the bytes are not stored: `keep_in_memory` holds a few blocks, so that readers
-advance without a disk. One reservation at a time: `fetch` holds a lock from `reserve` to `settle`.
+that is not enough, the bytes are not stored: a buffer is all that has them, and readers advance
+without a disk. One reservation at a time: `fetch` holds a lock from `reserve` to `settle`.
 """
 
 import contextlib
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -39,6 +46,7 @@ from pathlib import Path
 import msgspec
 
 from ckptfs._daemon import cachedir
+from ckptfs._daemon.buffers import Buffer, Buffers
 from ckptfs._daemon.cachedir import NO_FILES, About, Files, ObjectKey
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
@@ -58,10 +66,10 @@ SETTLED_S = 900
 """Age after which size and mtime alone identify a version. mtime has whole seconds, so a younger
 object may be written again under the same mtime; 15 minutes is also the largest difference between
 clocks that S3 accepts (its error RequestTimeTooSkewed)."""
-_MEMORY_BLOCKS_MAX = 32
-"""Blocks kept in memory when they cannot be stored: a span or two for each of a few readers."""
 _READ_BYTES_MAX = 2 << 20
 """Size of the reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
+Views = list[memoryview]
+"""Consecutive bytes, in parts."""
 _PAGE_BYTES = 4096
 """Unit in which file systems give out space."""
 _FOLDER_BYTES = 6 * _PAGE_BYTES
@@ -86,7 +94,10 @@ class CachedObject:
         self.sums = sums
         self.state = bytearray(STORED if s else ABSENT for s in sums)
         self.oldest = deque(i for i, s in enumerate(sums) if s)  # stored blocks, oldest first
+        self.memory: dict[int, Buffer[CachedObject]] = {}  # blocks whose bytes are in a buffer
         self.users = 0
+        self.lent = 0
+        self.retired: list[Files] = []
         self.unreliable = False  # its disk lost a block that was good: keep no more there
 
     def stored_bytes(self) -> int:
@@ -124,6 +135,11 @@ class Reservation:
         self.folders: list[Path] = []
         self.blocks: list[tuple[CachedObject, int]] = []
 
+    @property
+    def needs_work(self) -> bool:
+        """Whether `make_room` and `settle` have anything to do."""
+        return self.creates or bool(self.folders or self.blocks)
+
     def refuse(self) -> None:
         """There is no room."""
         self.bytes = 0
@@ -136,23 +152,26 @@ class Cache:
     Args:
         directory: Made if it is missing; must belong to this user alone.
         bytes_max: Most bytes on disk; 0: no limit of its own.
+        memory_bytes_max: Most bytes of the buffers for spans.
         free_share_min: Share of the disk to leave free.
 
     Raises:
         ConfigError: The directory cannot be used, or another daemon uses it.
     """
 
-    def __init__(self, directory: Path, bytes_max: int, free_share_min: float) -> None:
+    def __init__(
+        self, directory: Path, bytes_max: int, free_share_min: float, memory_bytes_max: int
+    ) -> None:
         self.directory = directory
         self.bytes_max = bytes_max
         self._free_share_min = free_share_min
         self._open: dict[str, CachedObject] = {}
         self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
-        self._memory: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
         self._buffer = memoryview(mmap.mmap(-1, _READ_BYTES_MAX))
         self._trash_serial = 0
         self._nowait = os.RWF_NOWAIT
-        self._lock_fd = self._claim()
+        self.lock_fd = self._claim()
         self.used_bytes = self._recover()
 
     # -- start and end
@@ -209,7 +228,7 @@ class Cache:
         for entry in list(self._open.values()):
             entry.users = 1
             self.close(entry)
-        os.close(self._lock_fd)
+        os.close(self.lock_fd)
 
     # -- open and close
 
@@ -240,9 +259,11 @@ class Cache:
         if entry.users:
             return
         del self._open[entry.digest]
-        for index, state in enumerate(entry.state):
-            if state == IN_MEMORY:
-                del self._memory[entry.digest, index]
+        self._drop_memory(entry)
+        if not self._open:
+            self.buffers.trim()
+        for files in entry.retired:
+            files.close()
         if entry.files is NO_FILES:
             return
         on_disk = entry.disk_bytes()
@@ -261,12 +282,10 @@ class Cache:
         settled = mtime_ns > 0 and time.time() - mtime_ns / 1e9 > SETTLED_S
         if entry.about.etag not in ("", etag):
             log.warning("cache: %s was written twice in one second: dropped", entry.about.key.path)
+            self._drop_memory(entry)
             for index, state in enumerate(entry.state):
                 if state in (STORED, VERIFIED):
                     self._forget(entry, index)
-                elif state == IN_MEMORY:
-                    del self._memory[entry.digest, index]
-                    entry.state[index] = ABSENT
         elif (entry.about.etag, entry.about.settled) == (etag, settled):
             return
         entry.about = msgspec.structs.replace(entry.about, etag=etag, settled=settled)
@@ -276,50 +295,55 @@ class Cache:
 
     # -- reading
 
-    def read_now(self, entry: CachedObject, offset: int, length: int) -> memoryview | None:
-        """Bytes that are in memory, as a view that is valid until the next call; None: they are
-        not.
+    def read_now(self, entry: CachedObject, offset: int, length: int) -> Views | None:
+        """Bytes that are in memory, valid until the next call; None: they are not.
 
         All blocks must be `readable`. Runs in the event loop: it never waits for the disk.
         """
         if length > _READ_BYTES_MAX:
             return None
-        view = self._buffer[:length]
-        if self._memory:
-            blocks = blocks_of(offset, length)
-            in_memory = [entry.state[i] == IN_MEMORY for i in blocks]
-            if any(in_memory):  # such a block is a hole in the file
-                return self._from_memory(entry, blocks, offset, view) if all(in_memory) else None
-        if not self._nowait:
+        if not entry.memory:
+            view = self._buffer[:length]
+            return [view] if self._read_pages(entry, offset, view) else None
+        views: Views = []
+        for index in blocks_of(offset, length):
+            base = index * BLOCK_BYTES
+            start, stop = max(offset, base), min(offset + length, base + BLOCK_BYTES)
+            view = self.in_memory(entry, index)
+            if view is not None:
+                views.append(view[start - base : stop - base])
+                continue
+            view = self._buffer[start - offset : stop - offset]
+            if not self._read_pages(entry, start, view):
+                return None
+            views.append(view)
+        return views
+
+    def in_memory(self, entry: CachedObject, index: int) -> memoryview | None:
+        """The bytes of a block that are in a buffer, valid until a buffer is taken."""
+        buffer = entry.memory.get(index)
+        if buffer is None:
             return None
+        start = (index - buffer.blocks.start) * BLOCK_BYTES
+        return buffer.view[start : start + block_length(index, entry.size)]
+
+    def _read_pages(self, entry: CachedObject, offset: int, view: memoryview) -> bool:
+        """Fill `view` from the page cache; False: not all of it is there."""
+        if not self._nowait:
+            return False
         done = 0
         try:
             # A short read is not the end of the file: see RWF_NOWAIT, preadv(2).
-            while done < length:
+            while done < len(view):
                 count = os.preadv(entry.files.data, [view[done:]], offset + done, self._nowait)
                 if count == 0:
-                    return None
+                    return False
                 done += count
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 self._nowait = 0  # a file system without it: every read takes a thread
-            return None
-        return view
-
-    def _from_memory(
-        self, entry: CachedObject, blocks: range, offset: int, view: memoryview
-    ) -> memoryview:
-        for index in blocks:
-            base = index * BLOCK_BYTES
-            start, stop = max(offset, base), min(offset + len(view), base + BLOCK_BYTES)
-            data = memoryview(self._memory[entry.digest, index])
-            view[start - offset : stop - offset] = data[start - base : stop - base]
-            self._memory.move_to_end((entry.digest, index))
-        return view
-
-    def block_in_memory(self, entry: CachedObject, index: int) -> bytes | None:
-        """The bytes of an IN_MEMORY block; None for others."""
-        return self._memory.get((entry.digest, index))
+            return False
+        return True
 
     @staticmethod
     def load(entry: CachedObject, index: int, checksum: int) -> bytes | None:
@@ -344,16 +368,28 @@ class Cache:
 
     # -- writing
 
-    @staticmethod
-    def write(entry: CachedObject, first: int, data: memoryview) -> "array[int]":
-        """Blocking. Write consecutive blocks from `first` on; returns their checksums.
+    def keep(self, entry: CachedObject, blocks: range, buffer: "Buffer[CachedObject]") -> None:
+        """Make blocks readable whose bytes are in a busy buffer, and whose version is confirmed."""
+        buffer.owner, buffer.blocks = entry, blocks
+        for index in blocks:
+            entry.memory[index] = buffer
+            entry.state[index] = IN_MEMORY
 
-        Raises OSError if the disk refuses; the blocks are then as absent as before.
+    @staticmethod
+    def write(entry: CachedObject, first: int, data: memoryview) -> "array[int] | None":
+        """Blocking. Write consecutive blocks from `first` on, and then their checksums to the map.
+
+        Returns the checksums; None if the disk refuses: the blocks on it are then as absent as
+        before.
         """
         sums = cachedir.checksums(data)
-        done, offset = 0, first * BLOCK_BYTES
-        while done < len(data):
-            done += os.pwrite(entry.files.data, data[done:], offset + done)
+        try:
+            cachedir.write(entry.files, first * BLOCK_BYTES, data)
+        except OSError as error:
+            _warn_of_disk(error)
+            Cache.discard(entry, first, len(data))
+            return None
+        Cache.record(entry, first, sums)
         return sums
 
     @staticmethod
@@ -362,30 +398,72 @@ class Cache:
         with contextlib.suppress(OSError):
             cachedir.punch(entry.files, first * BLOCK_BYTES, length)
 
-    def publish(self, entry: CachedObject, first: int, sums: "array[int]") -> None:
-        """Make blocks readable whose bytes are written and whose version is confirmed."""
-        for index, checksum in enumerate(sums, first):
-            entry.sums[index] = checksum
-            entry.state[index] = VERIFIED
-            entry.oldest.append(index)
+    @staticmethod
+    def take_out(entry: CachedObject, blocks: range) -> None:
+        """Blocking. Remove stored blocks from map and disk."""
+        Cache.record(entry, blocks.start, array("Q", bytes(8 * len(blocks))))
+        Cache.discard(entry, blocks.start, blocks_length(blocks, entry.size))
 
     @staticmethod
     def record(entry: CachedObject, first: int, sums: "array[int]") -> None:
-        """Blocking. Note published blocks in the map, so that they survive a restart."""
+        """Blocking. Put checksums into the map, so that the blocks survive a restart."""
         try:
             cachedir.write_sums(entry.files, first, sums)
         except OSError as error:  # they are fetched again after a restart
             log.warning("cache: cannot write the map of %s: %s", entry.about.key.path, error)
 
-    def keep_in_memory(self, entry: CachedObject, first: int, data: bytes) -> None:
-        """Make blocks readable that could not be stored, for a short while."""
-        for start in range(0, len(data), BLOCK_BYTES):
-            index = first + start // BLOCK_BYTES
-            self._memory[entry.digest, index] = data[start : start + BLOCK_BYTES]
-            entry.state[index] = IN_MEMORY
-        while len(self._memory) > _MEMORY_BLOCKS_MAX:
-            (digest, index), _ = self._memory.popitem(last=False)
-            self._open[digest].state[index] = ABSENT
+    def publish(self, entry: CachedObject, first: int, sums: "array[int]") -> None:
+        """Take in that `write` has stored kept blocks."""
+        for index, checksum in enumerate(sums, first):
+            entry.sums[index] = checksum
+            entry.state[index] = VERIFIED
+            entry.oldest.append(index)
+
+    def _forget_buffer(self, buffer: "Buffer[CachedObject]") -> None:
+        """Its memory is needed for something else."""
+        entry = buffer.owner
+        assert entry is not None
+        for index in buffer.blocks:
+            if entry.memory.get(index) is buffer:
+                del entry.memory[index]
+                if entry.state[index] == IN_MEMORY:
+                    entry.state[index] = ABSENT
+
+    def _drop_memory(self, entry: CachedObject) -> None:
+        """Forget what of an object is in buffers. Busy ones stay their span's."""
+        for buffer in set(entry.memory.values()):
+            self._forget_buffer(buffer)
+            self.buffers.release_kept(buffer)
+
+    # -- lending
+
+    def lend(self, entry: CachedObject) -> bool:
+        """Let somebody else read the data file itself; False: not all of it is there and verified.
+
+        Each success needs a `take_back`.
+        """
+        if entry.files is NO_FILES or entry.state.count(VERIFIED) != len(entry.state):
+            return False
+        entry.users += 1
+        entry.lent += 1
+        return True
+
+    def take_back(self, entry: CachedObject) -> None:
+        """Undo one `lend`."""
+        entry.lent -= 1
+        self.close(entry)
+
+    def _retire(self, entry: CachedObject) -> None:
+        """Start anew beside the files that are lent."""
+        self.used_bytes -= entry.disk_bytes()
+        entry.oldest.clear()
+        for index in range(len(entry.state)):
+            entry.state[index] = ABSENT
+            entry.sums[index] = 0
+        self._drop_memory(entry)
+        entry.retired.append(entry.files)
+        entry.files = NO_FILES
+        self.delete(self._to_trash(entry.digest))
 
     # -- room
 
@@ -409,6 +487,7 @@ class Cache:
             index = victim.oldest.popleft()
             if victim.state[index] in (STORED, VERIFIED):
                 victim.state[index] = DYING
+                victim.memory.pop(index, None)
                 result.blocks.append((victim, index))
                 result.freed_bytes += _pages(block_length(index, victim.size))
         if result.freed_bytes < goal:
@@ -453,7 +532,8 @@ class Cache:
         self.used_bytes -= _pages(length)
 
     def _fullest_open(self) -> CachedObject | None:
-        fullest = max(self._open.values(), key=lambda entry: len(entry.oldest), default=None)
+        candidates = (entry for entry in self._open.values() if not entry.lent)
+        fullest = max(candidates, key=lambda entry: len(entry.oldest), default=None)
         return fullest if fullest and fullest.oldest else None
 
     def is_open(self, digest: str) -> bool:
@@ -475,25 +555,27 @@ class Cache:
 
     def capacity_bytes(self) -> int:
         """How many bytes it could hold now, if nothing else were in it."""
-        try:
-            disk = os.statvfs(self.directory)
-        except OSError:
+        spare = self._spare_bytes()
+        if spare is None:
             return 0
-        free = disk.f_bavail * disk.f_frsize
-        leave = int(self._free_share_min * disk.f_blocks * disk.f_frsize)
-        on_disk = max(0, free + self.used_bytes - leave)
+        on_disk = max(0, spare + self.used_bytes)
         return min(on_disk, self.bytes_max) if self.bytes_max else on_disk
 
     def _excess(self, length: int) -> int | None:
         """Bytes that have to go before `length` more can be stored; None: the disk is gone."""
         excess = self.used_bytes + length - self.bytes_max if self.bytes_max else 0
+        spare = self._spare_bytes()
+        return None if spare is None else max(excess, length - spare)
+
+    def _spare_bytes(self) -> int | None:
+        """Bytes of the disk that are free and need not be left free (below 0: more are needed);
+        None: the disk is gone."""
         try:
             disk = os.statvfs(self.directory)
         except OSError:
             return None
-        free = disk.f_bavail * disk.f_frsize
         leave = int(self._free_share_min * disk.f_blocks * disk.f_frsize)
-        return max(excess, leave + length - free)
+        return disk.f_bavail * disk.f_frsize - leave
 
     # -- folders
 
@@ -532,12 +614,24 @@ class Cache:
                 self.discard(entry, run.start, blocks_length(run, entry.size))
 
     def _forget(self, entry: CachedObject, index: int) -> None:
+        if entry.lent:
+            self._retire(entry)
+            return
         entry.state[index] = ABSENT
         entry.sums[index] = 0
-        length = block_length(index, entry.size)
-        self.unreserve(length)
-        self.record(entry, index, array("Q", [0]))
-        self.discard(entry, index, length)
+        self.unreserve(block_length(index, entry.size))
+        self.take_out(entry, range(index, index + 1))
+
+
+_warned_s = -math.inf
+
+
+def _warn_of_disk(error: OSError) -> None:
+    """One line a minute: a full disk refuses every span."""
+    global _warned_s
+    if time.monotonic() - _warned_s > 60:
+        _warned_s = time.monotonic()
+        log.warning("cache: cannot write: %s; reading without storing", error)
 
 
 def _pages(length: int) -> int:

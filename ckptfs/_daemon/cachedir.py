@@ -7,6 +7,7 @@ every respect raises ValueError, and its owner removes it.
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -28,6 +29,8 @@ _MAGIC = b"ckptmap1"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
+_SECTOR_BYTES = 4096
+"""Largest unit that a disk demands for O_DIRECT."""
 
 
 class ObjectKey(msgspec.Struct, frozen=True):
@@ -61,18 +64,21 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Files(NamedTuple):
-    """Descriptors of an open folder; (-1, -1): it has none."""
+    """Descriptors of an open folder: the data, the map, and the data for writing past the page
+    cache (-1 where the file system has no O_DIRECT, or nothing is missing)."""
 
     data: int
     map: int
+    direct: int
 
     def close(self) -> None:
-        """Close both."""
-        os.close(self.data)
-        os.close(self.map)
+        """Close them."""
+        for fd in self:
+            if fd >= 0:
+                os.close(fd)
 
 
-NO_FILES = Files(-1, -1)
+NO_FILES = Files(-1, -1, -1)
 
 
 def checksum(data: "bytes | memoryview") -> int:
@@ -121,7 +127,14 @@ def create(folder: Path, about: About) -> Files:
             os.close(fd)
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Files(*fds)
+    return Files(fds[0], fds[1], _open_direct(folder))
+
+
+def _open_direct(folder: Path) -> int:
+    try:
+        return os.open(folder / "data", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return -1
 
 
 def open_existing(folder: Path, key: ObjectKey) -> "tuple[Files, About, array[int]]":
@@ -133,7 +146,7 @@ def open_existing(folder: Path, key: ObjectKey) -> "tuple[Files, About, array[in
     try:
         for name in ("data", "map"):
             fds.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
-        files = Files(*fds)
+        files = Files(fds[0], fds[1], -1)
         raw = os.pread(files.map, _HEADER.size + 8 * block_count(key.size) + 1, 0)
         if len(raw) != _HEADER.size + 8 * block_count(key.size):
             raise ValueError("the map is of another length")
@@ -145,7 +158,30 @@ def open_existing(folder: Path, key: ObjectKey) -> "tuple[Files, About, array[in
         for fd in fds:
             os.close(fd)
         raise
-    return files, about, array("Q", raw[_HEADER.size :])
+    sums = array("Q", raw[_HEADER.size :])
+    if 0 in sums:
+        files = files._replace(direct=_open_direct(folder))
+    return files, about, sums
+
+
+def write(files: Files, offset: int, data: memoryview) -> None:
+    """Write at `offset`, the start of a block. Raises OSError.
+
+    Large writes go past the page cache: the bytes are in memory already where they are read next,
+    and a copy there costs more than all other work of a span (0.4 s of CPU per GiB against 0.1, and
+    2 s where the machine's free memory is not really there yet). `data` begins at a page.
+    """
+    done = 0
+    if files.direct >= 0 and len(data) >= BLOCK_BYTES:
+        whole = len(data) // _SECTOR_BYTES * _SECTOR_BYTES
+        try:
+            while done < whole and done % _SECTOR_BYTES == 0:
+                done += os.pwrite(files.direct, data[done:whole], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a disk with larger sectors: write it below
+                raise
+    while done < len(data):
+        done += os.pwrite(files.data, data[done:], offset + done)
 
 
 def write_sums(files: Files, first: int, sums: "array[int]") -> None:

@@ -4,16 +4,18 @@
 its blocks is in `_flights`, and whoever wants one waits for that span: no byte is fetched twice.
 Its life:
 
-1. wait for a place (`Slots`: demand before readahead, bounded places and bytes);
-2. make room in the cache, under `_room`, so that the limit holds before the write;
-3. a worker thread reads the range into its own buffer, computes the checksums and writes the
-   blocks; the place is given back;
-4. a version check that *began after* the read says that the object is still the pinned version.
+1. wait for a place (`Slots`: demand before readahead, bounded places and bytes), and take a buffer;
+2. a worker thread reads the range into it; the place is given back;
+3. a version check that *began after* the read says that the object is still the pinned version.
    Checks are shared: all spans of a file that wait are covered by the next one (like a group
    commit), so a running reader pays no round trip for them;
-5. the blocks are published and the waiting readers go on; the map on disk follows.
+4. the blocks are readable, and the waiting readers go on;
+5. make room in the cache, under `_room`, so that the limit holds before the write;
+6. a worker thread computes the checksums, writes the blocks and then the map; the bytes of the
+   buffer count no longer as in flight. A disk that is slower than the store holds these, and so
+   slows the next spans down.
 
-Only then were the bytes ever visible: bytes of another version are discarded with the span.
+Bytes of another version are never visible, and never on the disk: they end with the span.
 
 **The first check** of a file happens before its first read: it learns the ETag, and lets cached
 blocks of an earlier attachment be used (unless their size and mtime settle that, see
@@ -30,24 +32,23 @@ delivered a span, its spans go last and leave places free, and its checks have t
 
 **Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
 takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
-its thread; `_Transfer.abandon` makes sure that the thread cannot write afterwards, when the blocks
-may already be somebody else's.
+its thread, and the buffer with it, which nobody else may have while that thread may write into it.
 """
 
 import contextlib
 import logging
 import math
 import random
-import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 import trio
 
-from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject
+from ckptfs._daemon.buffers import Buffer, capacity_of
+from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject, Views
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
@@ -57,7 +58,6 @@ from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._store.base import Pin, Store
-from ckptfs._store.buffers import thread_buffer
 from ckptfs.errors import (
     CkptfsError,
     NotAttached,
@@ -66,9 +66,6 @@ from ckptfs.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-
-if TYPE_CHECKING:
-    from array import array
 
 log = logging.getLogger(__name__)
 
@@ -151,9 +148,11 @@ class _Span:
         self.entry = entry
         self.blocks = blocks
         self.length = blocks_length(blocks, entry.size)
-        self.ticket = Ticket(priority, self.length)
+        self.ticket = Ticket(priority, capacity_of(self.length))
         self.scope = trio.CancelScope()
-        self.done = trio.Event()
+        self.buffer: Buffer[CachedObject] | None = None
+        self.done = trio.Event()  # its blocks can be read, or it has failed
+        self.ended = trio.Event()  # and they are stored, if they can be
         self.dropped = False
         self.error: CkptfsError | None = None
 
@@ -161,48 +160,6 @@ class _Span:
         """Count from the first dealing with the store: waiting for a place is no fault of it."""
         if self.scope.deadline == math.inf:
             self.scope.deadline = trio.current_time() + deadline_s
-
-
-class _Transfer:
-    """The part of a span that runs in a worker thread."""
-
-    def __init__(self, span: _Span, stores: bool) -> None:
-        self._span = span
-        self._stores = stores
-        self._pin = span.file.pin
-        self._lock = threading.Lock()
-        self._abandoned = False
-
-    def run(self) -> "tuple[array[int] | None, bytes | None]":
-        """Blocking. Checksums of the blocks if they were written, else the bytes themselves."""
-        span = self._span
-        buffer = thread_buffer(span.length)
-        span.file.store.read_into(self._pin, span.blocks.start * BLOCK_BYTES, buffer)
-        with self._lock:
-            if self._abandoned:
-                return None, None
-            if self._stores:
-                try:
-                    return Cache.write(span.entry, span.blocks.start, buffer), None
-                except OSError as error:
-                    _warn_of_disk(error)
-            return None, bytes(buffer)
-
-    def abandon(self) -> None:
-        """Forbid the write. Waits for one that has begun (milliseconds; only after a deadline)."""
-        with self._lock:
-            self._abandoned = True
-
-
-_warned_s = -math.inf
-
-
-def _warn_of_disk(error: OSError) -> None:
-    """One line a minute: a full disk refuses every span."""
-    global _warned_s
-    if time.monotonic() - _warned_s > 60:
-        _warned_s = time.monotonic()
-        log.warning("cache: cannot write: %s; reading without storing", error)
 
 
 class Fetcher:
@@ -254,6 +211,13 @@ class Fetcher:
             self._cache.close(file.entry)
             file.entry = file.readahead = None
 
+    def lend(self, file: RemoteFile) -> CachedObject | None:
+        """Its object, if that is complete and somebody else may read it (see `Cache.lend`)."""
+        entry = file.entry
+        if not file.trusted or file.pin.etag != entry.about.etag or not self._cache.lend(entry):
+            return None
+        return entry
+
     @contextlib.contextmanager
     def opened(self, file: RemoteFile) -> Generator[None]:
         """Keep a file readable while the context lasts, or until its attachment is removed."""
@@ -266,20 +230,20 @@ class Fetcher:
 
     # -- reading
 
-    def read_now(self, file: RemoteFile, offset: int, length: int) -> memoryview | None:
-        """The bytes, if they can be had without waiting. The view is valid until the next call."""
+    def read_now(self, file: RemoteFile, offset: int, length: int) -> Views | None:
+        """The bytes, if they can be had without waiting. Valid until the next call."""
         return self._read_now(file, file.entry, offset, length)
 
     def _read_now(
         self, file: RemoteFile, entry: CachedObject, offset: int, length: int
-    ) -> memoryview | None:
+    ) -> Views | None:
         if not file.trusted or file.pin.etag != entry.about.etag:
             return None
         if not entry.readable(blocks_of(offset, length)):
             return None
         return self._cache.read_now(entry, offset, length)
 
-    async def read(self, file: RemoteFile, offset: int, length: int) -> memoryview:
+    async def read(self, file: RemoteFile, offset: int, length: int) -> Views:
         """The bytes [offset, offset + length), which must lie within the file; `length` >= 1.
 
         Raises what a Store raises, at the latest when the read deadline is over.
@@ -326,12 +290,12 @@ class Fetcher:
             prefix = self._read_now(file, entry, 0, prefix_length)
             if prefix is None:
                 return
-            length = formats.safetensors_header_length(bytes(prefix), size)
+            length = formats.safetensors_header_length(b"".join(prefix), size)
         if length:
             head = self._read_now(file, entry, 0, length)
             if head is None:
                 return
-            if parts := formats.safetensors_parts(bytes(head), size):
+            if parts := formats.safetensors_parts(b"".join(head), size):
                 readahead.learn_parts(parts)
         file.recognised = True
 
@@ -380,19 +344,23 @@ class Fetcher:
         absent = [i for i in blocks if state[i] == ABSENT]
         known = {self._flights.get((entry.digest, i)) for i in absent}
         for span in self._want(file, entry, absent, priority):
-            await span.done.wait()
+            # One that is done and yet wanted has been overtaken: it must not write any more.
+            late = priority is Priority.PREFETCH or span.done.is_set()
+            await (span.ended if late else span.done).wait()
             foreign = span.file is not file  # with other credentials, maybe of another version
             if span in known and (foreign or isinstance(span.error, StoreUnavailable)):
                 continue  # it was not for this read: the caller's loop tries anew
             if span.error is not None:
                 raise span.error
 
-    async def _load(self, entry: CachedObject, offset: int, length: int) -> memoryview | None:
+    async def _load(self, entry: CachedObject, offset: int, length: int) -> Views | None:
         """The bytes from the disk, checked; None if a block was lost on the way."""
-        parts: list[memoryview] = []
+        parts: Views = []
         for index in blocks_of(offset, length):
-            data = self._cache.block_in_memory(entry, index)
-            if data is None and entry.state[index] in (STORED, VERIFIED):
+            data: bytes | None = None
+            if (view := self._cache.in_memory(entry, index)) is not None:
+                data = bytes(view)  # the next block may take time, and the buffer
+            elif entry.state[index] in (STORED, VERIFIED):
                 checksum = entry.sums[index]
                 data = await self._offload.disk(self._cache.load, entry, index, checksum)
                 self._cache.loaded(entry, index, checksum, data is not None)
@@ -400,7 +368,7 @@ class Fetcher:
                 return None
             base = index * BLOCK_BYTES
             parts.append(memoryview(data)[max(0, offset - base) : offset + length - base])
-        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        return parts
 
     # -- spans
 
@@ -442,6 +410,8 @@ class Fetcher:
                     self._note(file, span.error)
             else:
                 self._dark.discard(file.store)
+                with trio.CancelScope(shield=True):  # a thread uses the buffer, and `entry`
+                    await self._store(span)
         except CkptfsError as error:
             span.error = error
         except Exception:  # it must not take the daemon with it
@@ -452,8 +422,12 @@ class Fetcher:
             file.flights -= 1
             for index in span.blocks:
                 del self._flights[entry.digest, index]
+            if span.buffer is not None:
+                self._cache.buffers.keep(span.buffer)
+                self._slots.release_bytes(span.ticket)
             self._cache.close(entry)
             span.done.set()
+            span.ended.set()
 
     async def _attempt(self, span: _Span) -> None:
         try:
@@ -463,51 +437,67 @@ class Fetcher:
             raise
 
     async def _fetch(self, span: _Span) -> None:
-        """Steps 1 to 5, once."""
+        """Steps 1 to 4, once. Afterwards the span has its buffer, and counts as in flight."""
         file, entry = span.file, span.entry
-        first = span.blocks.start
         if not file.trusted:
             span.start_clock(self._deadline_s)
             await self._learn(file, entry)
-        stores = written = False
+        if file.store in self._dark:
+            span.ticket.priority = Priority.DARK
+        await self._slots.acquire(span.ticket)
+        buffer = self._cache.buffers.take(span.length)
+        span.start_clock(self._deadline_s)
+        in_thread = True
         try:
-            if file.store in self._dark:
-                span.ticket.priority = Priority.DARK
-            await self._slots.acquire(span.ticket)
-            span.start_clock(self._deadline_s)
-            try:
-                stores = await self._make_room(entry, span.length)
-                transfer = _Transfer(span, stores)
-                try:
-                    sums, data = await self._offload.data(transfer.run)
-                except trio.Cancelled:
-                    transfer.abandon()
-                    raise
-            finally:
-                self._slots.release(span.ticket)
+            await self._read_into(span, buffer)
+            in_thread = False
             await self._confirm(file)
             if file.pin.etag != entry.about.etag:
                 raise ObjectChanged(f"{printable(file.pin.path)} was written again meanwhile")
-            self.fetched_bytes += span.length
-            self.fetched_spans += 1
-            if sums is not None:
-                self._cache.publish(entry, first, sums)
-                written = True
-                span.done.set()
-                with trio.CancelScope(shield=True):  # the thread uses the descriptors of `entry`
-                    await self._offload.disk(self._cache.record, entry, first, sums)
-            elif data is not None:
-                self._cache.keep_in_memory(entry, first, data)
+        except BaseException as error:
+            self._slots.release_bytes(span.ticket)
+            if in_thread and isinstance(error, trio.Cancelled):
+                self._cache.buffers.abandon(buffer)
+            else:
+                self._cache.buffers.release(buffer)
+            raise
+        self.fetched_bytes += span.length
+        self.fetched_spans += 1
+        self._cache.keep(entry, span.blocks, buffer)
+        span.buffer = buffer
+        span.done.set()
+
+    async def _read_into(self, span: _Span, buffer: "Buffer[CachedObject]") -> None:
+        offset = span.blocks.start * BLOCK_BYTES
+        view = buffer.view[: span.length]
+        try:
+            await self._offload.data(span.file.store.read_into, span.file.pin, offset, view)
         finally:
-            if stores and not written:
-                with trio.CancelScope(shield=True):  # the space must not stay taken and uncounted
-                    await self._offload.disk(self._cache.discard, entry, first, span.length)
-                self._cache.unreserve(span.length)
+            self._slots.release_place()
+
+    async def _store(self, span: _Span) -> None:
+        """Steps 5 and 6. Whatever happens here, the readers have their bytes."""
+        entry, buffer, first = span.entry, span.buffer, span.blocks.start
+        assert buffer is not None
+        if not await self._make_room(entry, span.length):
+            return
+        etag = entry.about.etag
+        view = buffer.view[: span.length]
+        sums = await self._offload.disk(self._cache.write, entry, first, view)
+        if sums is not None and entry.about.etag != etag:  # it is another version since
+            await self._offload.disk(self._cache.take_out, entry, span.blocks)
+            sums = None
+        if sums is None:
+            self._cache.unreserve(span.length)
+        else:
+            self._cache.publish(entry, first, sums)
 
     async def _make_room(self, entry: CachedObject, length: int) -> bool:
         """Whether `length` bytes may be written to the cache; they are reserved then."""
         async with self._room:
             reservation = self._cache.reserve(entry, length)
+            if not reservation.needs_work:
+                return reservation.stores
             victims = {victim for victim, _ in reservation.blocks}
             with contextlib.ExitStack() as held, trio.CancelScope(shield=True):
                 for victim in victims:

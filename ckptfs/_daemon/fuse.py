@@ -1,15 +1,19 @@
 # pyfuse3's types are those of a C extension; they are converted here and go no further.
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
-"""The FUSE adapter: pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing."""
+"""The FUSE adapter: pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing.
+
+Reads do not come here: see `relay`.
+"""
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +23,7 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext, XAttr
 
 from ckptfs import errors
 from ckptfs._daemon import session, vfs, xattrs
+from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import Stat
@@ -28,7 +33,7 @@ log = logging.getLogger(__name__)
 _FOREVER_S = 86400.0
 """Validity of names and attributes of a snapshot, in the kernel's caches."""
 _TASKS_MAX = 2000
-"""Requests handled at the same time; each read that waits for a store holds one."""
+"""Requests handled at the same time; each that waits for a store (for metadata) holds one."""
 
 ERRNOS: dict[type[Exception], int] = {
     vfs.NoEntry: errno.ENOENT,
@@ -64,17 +69,12 @@ ERRNOS: dict[type[Exception], int] = {
 """What each error is for a program that reads the mount. The only such table."""
 
 
-@contextlib.contextmanager
-def _as_errno() -> Generator[None]:
-    try:
-        yield
-    except (vfs.VfsError, errors.CkptfsError) as error:
-        raise pyfuse3.FUSEError(ERRNOS[type(error)]) from None
-    except pyfuse3.FUSEError:
-        raise
-    except Exception:
-        log.exception("unexpected error in a file system operation")
-        raise pyfuse3.FUSEError(errno.EIO) from None
+def errno_of(error: Exception) -> int:
+    """What an error is for a program that reads the mount."""
+    if isinstance(error, vfs.VfsError | errors.CkptfsError):
+        return ERRNOS[type(error)]
+    log.error("unexpected error in a file system operation", exc_info=error)
+    return errno.EIO
 
 
 class Operations(pyfuse3.Operations):
@@ -90,6 +90,19 @@ class Operations(pyfuse3.Operations):
         self._xattrs = service.xattrs
         self._metadata = service.metadata
         self.handshake: trio.CancelScope | None = None
+        self.before_reply: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def _replying(self) -> Generator[None]:
+        """Turns exceptions into errnos. libfuse replies right after it."""
+        try:
+            yield
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            raise pyfuse3.FUSEError(errno_of(error)) from None
+        finally:
+            self.before_reply()
 
     def init(self) -> None:
         """Called by libfuse when it has taken its FUSE_INIT; see `take_session`."""
@@ -99,7 +112,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        with _as_errno():
+        with self._replying():
             try:
                 return _entry(self._vfs.lookup(parent_inode, name))
             except vfs.NoEntry:
@@ -114,48 +127,36 @@ class Operations(pyfuse3.Operations):
                 return absent
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        with _as_errno():
+        with self._replying():
             return _entry(self._vfs.getattr(inode))
 
     async def forget(self, inode_list: object) -> None:
         """Nothing is counted: see `tree`."""
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        with _as_errno():
+        with self._replying():
             return self._vfs.opendir(inode, _process_of(ctx.pid))
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        with _as_errno():
+        with self._replying():
             for name, found, position in self._vfs.readdir(fh, start_id):
                 if not pyfuse3.readdir_reply(token, name, _entry(found), position):
                     return
 
     async def releasedir(self, fh: FileHandleT) -> None:
-        with _as_errno():
+        with self._replying():
             self._vfs.releasedir(fh)
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
-        with _as_errno():
+        with self._replying():
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
             await self._metadata.before_open(*self._vfs.find(inode))
             handle = self._vfs.open(inode)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
-    async def read(self, fh: FileHandleT, off: int, size: int) -> "memoryview | bytes":
-        try:  # _as_errno, without its cost: this is the hot path
-            return await self._vfs.read(fh, off, size)
-        except (vfs.VfsError, errors.CkptfsError) as error:
-            raise pyfuse3.FUSEError(ERRNOS[type(error)]) from None
-        except Exception:
-            log.exception("unexpected error in read")
-            raise pyfuse3.FUSEError(errno.EIO) from None
-
-    async def flush(self, fh: FileHandleT) -> None:
-        """Nothing to write."""
-
     async def release(self, fh: FileHandleT) -> None:
-        with _as_errno():
+        with self._replying():
             self._vfs.release(fh)
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -174,21 +175,21 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         if not name.startswith(b"user."):  # ls asks for others with each file
             raise pyfuse3.FUSEError(errno.ENODATA)
-        with _as_errno():
+        with self._replying():
             return await self._xattrs.get(inode, name.decode("utf-8", "replace"))
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
-        with _as_errno():
+        with self._replying():
             return [name.encode() for name in await self._xattrs.list(inode, ctx.uid)]
 
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        with _as_errno():
+        with self._replying():
             await self._xattrs.set(inode, _text(name), value, ctx.uid)
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        with _as_errno():
+        with self._replying():
             await self._xattrs.remove(inode, _text(name), ctx.uid)
 
     # -- what would change a file
@@ -231,29 +232,25 @@ def _entry(found: Stat) -> pyfuse3.EntryAttributes:
     return entry
 
 
-async def take_session(fuse_fd: int, operations: Operations) -> None:
-    """Make libfuse serve the session of `fuse_fd`, which is initialised already (see `session`).
+async def take_session(operations: Operations) -> socket.socket:
+    """Make libfuse serve one end of a socket pair; returns the other end, for the relay.
 
-    The order matters: libfuse initialises itself on a socket pair, its answer is dropped, and only
-    then the real descriptor takes the socket's place.
+    libfuse initialises itself by a FUSE_INIT made here; the kernel's was answered already.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
+    pyfuse3.init(operations, f"/dev/fd/{theirs.detach()}", set())
     ours.send(session.made_init())
     with trio.CancelScope() as operations.handshake:
         await pyfuse3.main()
     operations.handshake = None
     ours.recv(4096)
-    os.dup2(fuse_fd, theirs.fileno(), inheritable=False)
-    theirs.detach()  # libfuse owns it now
-    ours.close()
+    ours.setblocking(False)
+    return ours
 
 
-async def serve() -> None:
+async def serve(relay: Relay) -> None:
     """Handle the kernel's requests until the session ends (the mount is gone)."""
-    await pyfuse3.main(min_tasks=4, max_tasks=_TASKS_MAX)
-
-
-def forget_name(name: str) -> None:
-    """Let the kernel forget an attachment's directory, which is no longer there."""
-    pyfuse3.invalidate_entry_async(MOUNT_ROOT, name.encode(), ignore_enoent=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(pyfuse3.main, min_tasks=4, max_tasks=_TASKS_MAX))
+        await relay.run()
+        nursery.cancel_scope.cancel()

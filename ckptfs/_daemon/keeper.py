@@ -108,6 +108,7 @@ class Keeper:
         self._undo = contextlib.ExitStack()
         self._daemon: subprocess.Popen[bytes] | None = None
         self._fuse_fd = -1
+        self._passthrough = False
         self._listening: socket.socket | None = None
 
     def __enter__(self) -> "Keeper":
@@ -123,7 +124,8 @@ class Keeper:
         self._fuse_fd = session.mount(self._mount, allow_other=self._config.allow_other)
         self._undo.callback(os.close, self._fuse_fd)
         self._undo.callback(session.unmount, self._mount)
-        session.answer_init(self._fuse_fd)
+        depth = _stack_depth(Path(self._config.cache_dir)) if self._config.passthrough else 0
+        self._passthrough = session.answer_init(self._fuse_fd, depth)
         if os.geteuid() == 0:
             session.set_read_ahead(self._mount, self._config.read_ahead_kb)
         self._listening = self._listen()
@@ -195,6 +197,7 @@ class Keeper:
             "--listen-fd": self._listening.fileno(),
             "--ready-fd": theirs,
             "--keeper-pid": os.getpid(),
+            "--passthrough": int(self._passthrough),
         }
         command = [sys.executable, "-m", "ckptfs._daemon.app"]
         self._daemon = subprocess.Popen(
@@ -271,6 +274,18 @@ def _make_directories(config: Config) -> None:
                 f"{path} belongs to another user or is writable by others; set {_VARIABLES} to "
                 "paths in a directory of your own"
             )
+
+
+def _stack_depth(cache_dir: Path) -> int:
+    """For passthrough: 1, or 2 for a cache on an overlay. Not always 2: the mount could then not be
+    a layer of an overlay itself (FILESYSTEM_MAX_STACK_DEPTH is 2)."""
+    cache_dir = Path(os.path.realpath(cache_dir))
+    found, kind = "", ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if cache_dir.is_relative_to(fields[4]) and len(fields[4]) >= len(found):
+            found, kind = fields[4], fields[fields.index("-") + 1]
+    return 2 if kind == "overlay" else 1
 
 
 def _private(config: Config, stack: contextlib.ExitStack) -> Config:

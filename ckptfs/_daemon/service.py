@@ -58,6 +58,7 @@ class Service:
         nursery: Runs the timers.
         forget_name: Tells the kernel that an attachment's directory is gone.
         open_store: Makes the stores.
+        passthrough: For `status`: "on", or why not.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Service:
         nursery: trio.Nursery,
         forget_name: Callable[[str], None],
         open_store: OpenStore,
+        passthrough: str = "off",
     ) -> None:
+        self._passthrough = passthrough
         self._config = config
         self._cache = cache
         self._fetcher = fetcher
@@ -291,6 +294,7 @@ class Service:
             cache_bytes_max=self._config.cache_bytes_max,
             fetched_bytes=self._fetcher.fetched_bytes,
             fetched_spans=self._fetcher.fetched_spans,
+            passthrough=self._passthrough,
             attachments=[
                 self._status_of(a) for a in self._attachments.values() if self._may_see(uid, a)
             ],

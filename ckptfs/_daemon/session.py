@@ -1,10 +1,10 @@
 """The FUSE session below pyfuse3: mounting, and both ends of the FUSE_INIT handshake.
 
 The keeper mounts and answers the kernel's FUSE_INIT itself; every daemon, the first included, then
-takes the session over by the same steps (`fuse.take_session`): it lets libfuse initialise itself on
-one end of a socket pair, with a FUSE_INIT made here, and puts the real descriptor in that place. So
-the kernel's features are chosen in one place, whatever libfuse knows of them. Message layouts:
-linux/fuse.h.
+takes the session over by the same steps (`fuse.take_session`): libfuse initialises itself on one
+end of a socket pair, with a FUSE_INIT made here, and the daemon relays between that and the real
+descriptor (`relay`). So the kernel's features are chosen in one place, whatever libfuse knows of
+them. Message layouts: linux/fuse.h.
 
 This module must not touch the mount by path: nobody may answer yet.
 """
@@ -23,8 +23,13 @@ from ckptfs.errors import CannotMount
 
 log = logging.getLogger(__name__)
 
-_IN_HEADER = struct.Struct("<IIQQIIIHH")
-_OUT_HEADER = struct.Struct("<IiQ")
+IN_HEADER = struct.Struct("<IIQQIIIHH")
+"""struct fuse_in_header: length, opcode, unique, inode, ..."""
+OUT_HEADER = struct.Struct("<IiQ")
+"""struct fuse_out_header: length, error (negative) or notification, unique."""
+NOTIFY_INVAL_ENTRY = struct.Struct("<QII")
+"""struct fuse_notify_inval_entry_out: parent, length of the name, flags."""
+NOTIFY_INVAL_ENTRY_CODE = 3
 _INIT_IN = struct.Struct("<IIII12I")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 _FUSE_INIT = 26
@@ -38,7 +43,7 @@ _MAX_PAGES = 1 << 22
 _CACHE_SYMLINKS = 1 << 23
 _EXPLICIT_INVAL_DATA = 1 << 25
 _INIT_EXT = 1 << 30
-_SPLICE = 0b111 << 7
+_PASSTHROUGH = 1 << 37
 _WANTED = (
     _ASYNC_READ
     | _DO_READDIRPLUS
@@ -48,17 +53,16 @@ _WANTED = (
     | _CACHE_SYMLINKS
     | _EXPLICIT_INVAL_DATA
     | _INIT_EXT
-    | _SPLICE
 )
 _PAGES_MAX = 256  # 1 MiB requests: the most that an unprivileged limit of the kernel allows
-_MAX_WRITE = 128 << 10
+MAX_WRITE = 128 << 10
+"""Longest write; none is ever sent, but the buffers for requests must have room for one."""
 _READAHEAD_BYTES_MAX = 16 << 20  # only bounds what read_ahead_kb may be set to
 _BACKGROUND_MAX = 1000
 _CONGESTION = 750
 """Requests of the kernel's readahead that may wait at the same time (defaults: 12 and 9). All of
 the mount shares them, so reads that wait for a dark store must not use them up: cached files of
-other checkpoints would wait, too, and the daemon would not even hear of it. Below
-`fuse._TASKS_MAX`."""
+other checkpoints would wait, too, and the daemon would not even hear of it. """
 
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
@@ -158,17 +162,27 @@ def set_read_ahead(mountpoint: Path, kib: int) -> bool:
     return True
 
 
-def answer_init(fd: int) -> None:
-    """Read the kernel's FUSE_INIT from a fresh session and answer it. Raises CannotMount."""
+def answer_init(fd: int, stack_depth: int = 0) -> bool:
+    """Read the kernel's FUSE_INIT from a fresh session and answer it. Raises CannotMount.
+
+    Args:
+        fd: The session.
+        stack_depth: How deep the cache's file system may be stacked, plus 1, for passthrough; 0: no
+            passthrough.
+
+    Returns:
+        Whether the kernel agreed to passthrough.
+    """
     message = os.read(fd, 64 << 10)
-    _, opcode, unique, *_ = _IN_HEADER.unpack_from(message)
+    _, opcode, unique, *_ = IN_HEADER.unpack_from(message)
     major, minor, _, flags, *rest = _INIT_IN.unpack_from(
-        message.ljust(_IN_HEADER.size + _INIT_IN.size, b"\0"), _IN_HEADER.size
+        message.ljust(IN_HEADER.size + _INIT_IN.size, b"\0"), IN_HEADER.size
     )
     if opcode != _FUSE_INIT or major != _PROTOCOL[0] or minor < 28:
         raise CannotMount(f"cannot mount: FUSE protocol {major}.{minor} of the kernel is too old")
     offered = flags | (rest[0] << 32 if flags & _INIT_EXT else 0)
-    chosen = _WANTED & offered
+    chosen = (_WANTED | (_PASSTHROUGH if stack_depth else 0)) & offered
+    passthrough = bool(chosen & _PASSTHROUGH)
     body = _INIT_OUT.pack(
         major,
         min(minor, _PROTOCOL[1]),
@@ -176,18 +190,19 @@ def answer_init(fd: int) -> None:
         chosen & 0xFFFFFFFF,
         _BACKGROUND_MAX,
         _CONGESTION,
-        _MAX_WRITE,
+        MAX_WRITE,
         1,  # time_gran: nanoseconds
         _PAGES_MAX,
         0,
         chosen >> 32,
-        0,
+        stack_depth if passthrough else 0,
         0,
     )
-    os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, unique) + body)
+    os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
+    return passthrough
 
 
 def made_init() -> bytes:
     """A FUSE_INIT for libfuse: the flags that every libfuse 3 knows, protocol 7.41."""
     body = _INIT_IN.pack(7, 41, 128 << 10, 0x73FFFFFB, *[0] * 12)
-    return _IN_HEADER.pack(_IN_HEADER.size + len(body), _FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
+    return IN_HEADER.pack(IN_HEADER.size + len(body), _FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body

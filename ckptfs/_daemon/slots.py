@@ -44,7 +44,8 @@ class Slots:
         self._waiting: list[Ticket] = []
 
     async def acquire(self, ticket: Ticket) -> None:
-        """Wait for a place; `release` gives it back. Cancelling leaves the queue."""
+        """Wait for a place and room for the bytes; `release_place` and `release_bytes` give them
+        back. Cancelling leaves the queue."""
         ticket.granted = trio.Event()
         self._waiting.append(ticket)
         self._grant()
@@ -52,15 +53,20 @@ class Slots:
             await ticket.granted.wait()
         except trio.Cancelled:
             if ticket.granted.is_set():
-                self.release(ticket)
+                self.release_place()
+                self.release_bytes(ticket)
             else:
                 self._waiting.remove(ticket)
                 self._grant()  # it may have been in the way of smaller ones
             raise
 
-    def release(self, ticket: Ticket) -> None:
-        """Give the place back."""
+    def release_place(self) -> None:
+        """Give a place back."""
         self._places -= 1
+        self._grant()
+
+    def release_bytes(self, ticket: Ticket) -> None:
+        """Give the room back."""
         self._bytes -= ticket.length
         self._grant()
 
@@ -75,7 +81,7 @@ class Slots:
             ticket = min(self._waiting, key=lambda t: (t.priority, t.serial))
             kept = 0 if ticket.priority is Priority.DEMAND else _KEPT_FOR_DEMAND
             full = self._places + kept >= self._places_max
-            if self._places and (full or self._bytes + ticket.length > self._bytes_max):
+            if self._bytes and (full or self._bytes + ticket.length > self._bytes_max):
                 return
             self._waiting.remove(ticket)
             self._places += 1

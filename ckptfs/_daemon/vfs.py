@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cache import Cache, CachedObject, Views
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
@@ -85,6 +85,7 @@ class Vfs:
         self._by_ordinal: dict[int, Attachment] = {}
         self._by_name: dict[bytes, Attachment] = {}
         self._open: dict[int, RemoteFile] = {}  # open files by inode, which is also their handle
+        self._lent: dict[int, CachedObject] = {}  # those that the kernel reads itself
         self._directories: dict[int, tuple[int, list[tuple[bytes, Stat]] | None]] = {}
         self._serial = 0
 
@@ -140,6 +141,13 @@ class Vfs:
     def is_lasting(self, parent: int, name: bytes) -> bool:
         """Whether the absence of `name` in that directory can be remembered."""
         return parent != MOUNT_ROOT and name != METADATA_NAME.encode()
+
+    def is_listing_lasting(self, inode: int) -> bool:
+        """Whether the entries of that directory never change."""
+        if inode == MOUNT_ROOT:
+            return False
+        attachment = self._by_ordinal.get(ordinal_of(inode))
+        return attachment is not None and inode != attachment.tree.root.inode  # it has the metadata
 
     def opendir(self, inode: int, pid: int) -> int:
         """Open a directory; returns its handle. An open root is a lease on the attachment."""
@@ -206,22 +214,42 @@ class Vfs:
         attachment.open_handles -= 1
         self._released(attachment)
 
-    async def read(self, handle: int, offset: int, length: int) -> "memoryview | bytes":
-        """Bytes of an open file; fewer than `length` only at its end. Valid until the next read.
+    def read_now(self, handle: int, offset: int, length: int) -> Views | None:
+        """Take in a read of an open file: its bytes, if they are there without waiting, fewer than
+        `length` only at its end. None: `read` has to follow. Valid until the next read.
 
-        Raises StaleInode, and what `Fetcher.read` raises.
+        Raises StaleInode.
         """
+        file, length = self._within(handle, offset, length)
+        if not length:
+            return []
+        self._fetcher.access(file, offset, length)
+        return self._fetcher.read_now(file, offset, length)
+
+    async def read(self, handle: int, offset: int, length: int) -> Views:
+        """The same, waiting for the bytes. Raises also what `Fetcher.read` raises."""
+        file, length = self._within(handle, offset, length)
+        return await self._fetcher.read(file, offset, length) if length else []
+
+    def _within(self, handle: int, offset: int, length: int) -> tuple[RemoteFile, int]:
+        """An open file, and how many of the bytes lie in it."""
         file = self._open.get(handle)
         if file is None:
             raise StaleInode(handle)
-        length = min(length, file.pin.size - offset)
-        if length <= 0:
-            return b""
-        self._fetcher.access(file, offset, length)
-        data = self._fetcher.read_now(file, offset, length)
-        if data is None:
-            data = await self._fetcher.read(file, offset, length)
-        return data
+        return file, max(0, min(length, file.pin.size - offset))
+
+    def lend(self, inode: int) -> int:
+        """See passthrough.Lender."""
+        file = self._open.get(inode)
+        entry = self._fetcher.lend(file) if file else None
+        if entry is None:
+            return -1
+        self._lent[inode] = entry
+        return entry.files.data
+
+    def take_back(self, inode: int) -> None:
+        """See passthrough.Lender."""
+        self._cache.take_back(self._lent.pop(inode))
 
     def statfs(self) -> Space:
         """What all attachments hold together."""

@@ -230,7 +230,7 @@ class Xattrs:
         if not length:
             return b""
         with self._fetcher.opened(file):
-            return bytes(await self._fetcher.read(file, 0, length))
+            return b"".join(await self._fetcher.read(file, 0, length))
 
     # -- writing
 

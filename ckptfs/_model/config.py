@@ -41,6 +41,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         window_bytes_max: Furthest that readahead runs ahead of one cursor.
         read_ahead_kb: The kernel's own readahead for the mount, in KiB (needs root). 1024 was
             measured half again as fast as the default of 128.
+        passthrough: Let the kernel itself read files that are complete in the cache, where it can.
         allow_other: Let other users of the node use this daemon (needs root, or
             ``user_allow_other`` in fuse.conf).
         files_max: Most objects in one checkpoint.
@@ -63,6 +64,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     span_bytes_max: Annotated[int, msgspec.Meta(ge=1, le=16 * MIB)] = 8 * MIB
     window_bytes_max: Bytes = 64 * MIB
     read_ahead_kb: Bytes = 1024
+    passthrough: bool = True
     allow_other: bool = False
     files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
     attachments_max: Count = 1000

@@ -110,7 +110,8 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReply(Message, frozen=True, tag="status-reply"):
-    """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started."""
+    """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started.
+    `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself."""
 
     version: str
     pid: int
@@ -120,6 +121,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     cache_bytes_max: int
     fetched_bytes: int
     fetched_spans: int
+    passthrough: str
     attachments: list[AttachmentStatus]
 
 

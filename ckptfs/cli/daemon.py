@@ -55,6 +55,7 @@ def status(as_json: output.JsonOption = False) -> None:
     print(f"ckptfs {reply.version}, pid {reply.pid}, mounted on {reply.mount}")
     print(f"cache {reply.cache_dir}: {output.size(reply.cache_bytes)}{limit}")
     print(f"fetched {output.size(reply.fetched_bytes)} in {reply.fetched_spans} requests")
+    print(f"passthrough {reply.passthrough}")
     if not reply.attachments:
         print("no checkpoint is attached")
         return

@@ -52,8 +52,10 @@ class Rig:
 
     async def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         """Read as `vfs` does, without the readahead."""
-        data = self.fetcher.read_now(file, offset, length)
-        return bytes(data if data is not None else await self.fetcher.read(file, offset, length))
+        views = self.fetcher.read_now(file, offset, length)
+        if views is None:
+            views = await self.fetcher.read(file, offset, length)
+        return b"".join(views)
 
     async def quiet(self) -> None:
         """Return when no span is under way."""
@@ -73,7 +75,12 @@ async def rig_in(
 ) -> AsyncIterator[Rig]:
     """A rig whose cache is in `directory`; all of it ends with the block."""
     config = config_of(directory, **settings)
-    cache = Cache(Path(config.cache_dir), config.cache_bytes_max, config.cache_free_share_min)
+    cache = Cache(
+        Path(config.cache_dir),
+        config.cache_bytes_max,
+        config.cache_free_share_min,
+        config.in_flight_bytes_max,
+    )
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -86,6 +93,12 @@ async def rig_in(
         cache.shut()
     if failure is not None:
         raise failure
+
+
+async def read_of(vfs: Vfs, handle: int, offset: int, length: int) -> bytes:
+    """Bytes of an open file, as the kernel gets them."""
+    views = vfs.read_now(handle, offset, length)
+    return b"".join(await vfs.read(handle, offset, length) if views is None else views)
 
 
 class View:
@@ -133,8 +146,8 @@ class View:
         return found
 
     async def read(self, inode: int, offset: int, length: int) -> bytes:
-        """Bytes of an open file."""
-        return bytes(await self.vfs.read(inode, offset, length))
+        """Bytes of an open file, as the kernel gets them."""
+        return await read_of(self.vfs, inode, offset, length)
 
     async def quiet(self) -> None:
         """Return when no span is under way."""

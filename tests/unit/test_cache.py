@@ -38,17 +38,31 @@ def key_of(path: str, size: int = 3 * MIB + 5, mtime_ns: int = OLD_NS) -> Object
     return ObjectKey("store", path, size, mtime_ns)
 
 
+def keep(cache: Cache, entry: CachedObject, index: int, data: bytes) -> None:
+    """Make blocks readable that are in memory only."""
+    buffer = cache.buffers.take(len(data))
+    buffer.view[: len(data)] = data
+    cache.keep(entry, range(index, index + block_count(len(data))), buffer)
+    cache.buffers.keep(buffer)
+
+
 def store(cache: Cache, entry: CachedObject, index: int, data: bytes) -> bool:
-    """Store blocks as `fetch` does; False: they are kept in memory."""
+    """Store blocks as `fetch` does; False: they are kept in memory only."""
+    keep(cache, entry, index, data)
     reservation = cache.reserve(entry, len(data))
     cache.settle(reservation, cache.make_room(reservation))
     if not reservation.stores:
-        cache.keep_in_memory(entry, index, data)
         return False
     sums = cache.write(entry, index, memoryview(data))
+    assert sums is not None
     cache.publish(entry, index, sums)
-    cache.record(entry, index, sums)
     return True
+
+
+def read_now(cache: Cache, entry: CachedObject, offset: int, length: int) -> bytes | None:
+    """What can be read without waiting."""
+    views = cache.read_now(entry, offset, length)
+    return None if views is None else b"".join(views)
 
 
 def block_of(entry: CachedObject, index: int) -> bytes:
@@ -75,8 +89,13 @@ def load(cache: Cache, entry: CachedObject, index: int) -> bytes | None:
 
 
 @contextlib.contextmanager
-def cache_in(directory: Path, bytes_max: int = 0, free_share_min: float = 0.0) -> Iterator[Cache]:
-    cache = Cache(directory, bytes_max, free_share_min)
+def cache_in(
+    directory: Path,
+    bytes_max: int = 0,
+    free_share_min: float = 0.0,
+    memory_bytes_max: int = 64 * MIB,
+) -> Iterator[Cache]:
+    cache = Cache(directory, bytes_max, free_share_min, memory_bytes_max)
     try:
         yield cache
     finally:
@@ -102,9 +121,7 @@ def test_a_published_block_is_read_without_waiting(cache: Cache) -> None:
     data = block_of(entry, 1)
     assert store(cache, entry, 1, data)
     assert bytes(entry.state) == bytes([ABSENT, VERIFIED, ABSENT, ABSENT])
-    view = cache.read_now(entry, MIB + 10, 1000)
-    assert view is not None
-    assert view == data[10:1010]
+    assert read_now(cache, entry, MIB + 10, 1000) == data[10:1010]
 
 
 def test_blocks_survive_a_restart_and_are_checked(directory: Path) -> None:
@@ -133,7 +150,7 @@ def test_a_block_written_but_not_recorded_is_absent_after_a_crash(directory: Pat
         store(cache, entry, 0, block_of(entry, 0))
         reservation = cache.reserve(entry, MIB)
         cache.settle(reservation, cache.make_room(reservation))
-        cache.write(entry, 1, memoryview(block_of(entry, 1)))
+        cachedir.write(entry.files, MIB, memoryview(block_of(entry, 1)))
     with cache_in(directory) as cache:
         entry = cache.open(key)
         assert bytes(entry.state) == bytes([STORED, ABSENT, ABSENT, ABSENT])
@@ -221,7 +238,7 @@ def test_garbage_and_trash_are_removed_at_start(directory: Path) -> None:
 
 def test_one_cache_per_directory(directory: Path) -> None:
     with cache_in(directory), pytest.raises(ConfigError, match="in use by another"):
-        Cache(directory, 0, 0)
+        Cache(directory, 0, 0, MIB)
     with cache_in(directory):
         pass
 
@@ -231,14 +248,14 @@ def test_a_directory_that_others_can_write_is_refused(directory: Path, mode: int
     directory.mkdir()
     directory.chmod(mode)
     with pytest.raises(ConfigError, match="writable by nobody else"):
-        Cache(directory, 0, 0)
+        Cache(directory, 0, 0, MIB)
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(directory: Path) -> None:
     directory.write_text("a file")
     for path in (directory, directory / "below"):
         with pytest.raises(ConfigError, match="cache_dir"):
-            Cache(path, 0, 0)
+            Cache(path, 0, 0, MIB)
 
 
 def test_the_folders_are_private(directory: Path) -> None:
@@ -252,37 +269,39 @@ def test_the_folders_are_private(directory: Path) -> None:
 # -- memory
 
 
-def test_a_block_in_memory_is_never_read_from_the_hole(cache: Cache) -> None:
-    entry = cache.open(key_of("a"))
-    blocks = [block_of(entry, index) for index in range(4)]
-    store(cache, entry, 0, blocks[0])
-    cache.keep_in_memory(entry, 1, blocks[1] + blocks[2])
-    store(cache, entry, 3, blocks[3])
-    content = b"".join(blocks)
-    assert entry.readable(range(4))
-    for offset, length in [(0, MIB), (MIB, MIB), (MIB + 5, MIB), (2 * MIB - 1, 2), (3 * MIB, 5)]:
-        view = cache.read_now(entry, offset, length)
-        assert view is not None
-        assert view == content[offset : offset + length]
-    for offset, length in [(MIB - 1, 2), (5, MIB), (3 * MIB - 1, 3), (2 * MIB, MIB + 5)]:
-        assert cache.read_now(entry, offset, length) is None  # partly here, partly there
-    assert cache.block_in_memory(entry, 1) == blocks[1]
-    assert cache.block_in_memory(entry, 0) is None
+def test_a_block_in_memory_is_never_read_from_the_hole(directory: Path) -> None:
+    with cache_in(directory, memory_bytes_max=2 * MIB) as cache:
+        entry = cache.open(key_of("a"))
+        blocks = [block_of(entry, index) for index in range(4)]
+        store(cache, entry, 0, blocks[0])
+        store(cache, entry, 3, blocks[3])
+        keep(cache, entry, 1, blocks[1] + blocks[2])  # takes the memory of the others
+        assert bytes(entry.state) == bytes([VERIFIED, IN_MEMORY, IN_MEMORY, VERIFIED])
+        assert set(entry.memory) == {1, 2}
+        content = b"".join(blocks)
+        assert entry.readable(range(4))
+        places = [(0, MIB), (MIB, MIB), (MIB + 5, MIB), (2 * MIB - 1, 2), (3 * MIB, 5)]
+        # Partly here, partly there:
+        places += [(MIB - 1, 2), (5, MIB), (3 * MIB - 1, 3), (2 * MIB, MIB + 5), (5, 2 * MIB)]
+        for offset, length in places:
+            os.pread(entry.files.data, length, offset)  # what is on the disk is in the page cache
+            assert read_now(cache, entry, offset, length) == content[offset : offset + length]
+        assert cache.in_memory(entry, 1) == blocks[1]
+        assert cache.in_memory(entry, 0) is None
 
 
-def test_memory_is_bounded_and_forgets_the_oldest(cache: Cache) -> None:
+def test_memory_is_bounded_and_forgets_the_oldest(directory: Path) -> None:
     size = 40 * MIB
-    entry = cache.open(key_of("a", size))
-    for index in range(40):
-        cache.keep_in_memory(entry, index, bytes([index]) * MIB)
-        cache.read_now(entry, 0, 1)  # block 0 is in use
-    states = bytes(entry.state)
-    assert states.count(IN_MEMORY) == 32
-    assert states[0] == IN_MEMORY
-    assert states[1] == ABSENT
-    assert states[-1] == IN_MEMORY
-    cache.close(entry)
-    assert not any(cache.open(key_of("a", size)).state)
+    with cache_in(directory, memory_bytes_max=32 * MIB) as cache:
+        entry = cache.open(key_of("a", size))
+        for index in range(40):
+            keep(cache, entry, index, bytes([index]) * MIB)
+        states = bytes(entry.state)
+        assert states == bytes([ABSENT] * 8 + [IN_MEMORY] * 32)
+        assert cache.buffers.total_bytes == 32 * MIB
+        cache.close(entry)
+        assert cache.buffers.total_bytes == 0
+        assert not any(cache.open(key_of("a", size)).state)
 
 
 # -- versions
@@ -296,10 +315,10 @@ def test_blocks_of_another_etag_are_dropped(directory: Path) -> None:
         store(cache, entry, 0, block_of(entry, 0) + block_of(entry, 1))
         cache.learn(entry, '"1"')
         assert entry.state[0] == VERIFIED
-        cache.keep_in_memory(entry, 2, block_of(entry, 2))
+        keep(cache, entry, 2, block_of(entry, 2))
         cache.learn(entry, '"2"')
         assert not any(entry.state)
-        assert cache.block_in_memory(entry, 2) is None
+        assert cache.in_memory(entry, 2) is None
         assert entry.about.etag == '"2"'
         assert bytes_on_disk(cache.directory) <= cache.used_bytes == FOLDER
         store(cache, entry, 1, block_of(entry, 1))
@@ -373,7 +392,7 @@ def test_open_objects_lose_their_oldest_blocks_and_only_after_closed_ones(direct
         assert bytes(entry.state[:6]) == bytes([VERIFIED, VERIFIED, ABSENT] + [VERIFIED] * 3)
         store(cache, entry, 6, block_of(entry, 6))
         assert bytes(entry.state[:3]) == bytes([ABSENT, VERIFIED, ABSENT])
-        assert cache.read_now(entry, 6 * MIB, MIB) == block_of(entry, 6)
+        assert read_now(cache, entry, 6 * MIB, MIB) == block_of(entry, 6)
 
 
 def test_a_block_cannot_be_read_while_its_hole_is_made(directory: Path) -> None:
@@ -396,7 +415,7 @@ def test_an_object_larger_than_the_limit_flows_through(directory: Path) -> None:
         entry = cache.open(key_of("a", 20 * MIB))
         for index in range(20):
             assert store(cache, entry, index, block_of(entry, index))
-            assert cache.read_now(entry, index * MIB, MIB) == block_of(entry, index)
+            assert read_now(cache, entry, index * MIB, MIB) == block_of(entry, index)
             assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
         assert entry.stored_bytes() == 3 * MIB
 
@@ -407,7 +426,7 @@ def test_what_does_not_fit_is_kept_in_memory(directory: Path, limit: int, share:
         entry = cache.open(key_of("a", 2 * MIB))
         assert not store(cache, entry, 0, block_of(entry, 0))
         assert cache.used_bytes == 0
-        assert cache.read_now(entry, 0, MIB) == block_of(entry, 0)
+        assert read_now(cache, entry, 0, MIB) == block_of(entry, 0)
         assert bytes_on_disk(cache.directory) == 0
 
 
@@ -422,7 +441,7 @@ def test_a_folder_that_cannot_be_made_is_not_counted(
         patch.setattr(cachedir, "create", refuse)
         assert not store(cache, entry, 0, block_of(entry, 0))
     assert cache.used_bytes == 0
-    assert cache.read_now(entry, 0, MIB) == block_of(entry, 0)
+    assert read_now(cache, entry, 0, MIB) == block_of(entry, 0)
     assert store(cache, entry, 1, block_of(entry, 1))  # the disk has room again
 
 
@@ -436,7 +455,7 @@ def test_a_discarded_write_frees_its_space(cache: Cache) -> None:
     cache.discard(entry, 1, 2 * MIB)
     cache.unreserve(2 * MIB)
     assert cache.used_bytes == used >= bytes_on_disk(cache.directory)
-    assert cache.read_now(entry, 0, MIB) == block_of(entry, 0)
+    assert read_now(cache, entry, 0, MIB) == block_of(entry, 0)
 
 
 def test_an_object_with_no_blocks_leaves_no_folder(cache: Cache) -> None:
@@ -470,7 +489,7 @@ def test_the_limit_holds_at_every_step(
 ) -> None:
     directory = tmp_path_factory.getbasetemp() / f"limit{next(_serial)}"
     keys = [key_of(str(number), size) for number, size in enumerate(_SIZES)]
-    cache = Cache(directory, limit, 0.0)
+    cache = Cache(directory, limit, 0.0, 8 * MIB)
     entries: dict[int, CachedObject] = {}
 
     def opened(which: int) -> CachedObject:
@@ -498,7 +517,7 @@ def test_the_limit_holds_at_every_step(
         elif step == "restart":
             cache.shut()
             entries.clear()
-            cache = Cache(directory, limit, 0.0)
+            cache = Cache(directory, limit, 0.0, 8 * MIB)
         assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
     for entry in entries.values():
         for index, state in enumerate(entry.state):

@@ -163,7 +163,7 @@ def test_punching_frees_the_space_and_keeps_the_rest(folder: Path) -> None:
     assert read == data[:MIB] + bytes(MIB) + data[2 * MIB :]
     files.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        cachedir.punch(Files(-1, -1), 0, MIB)
+        cachedir.punch(Files(-1, -1, -1), 0, MIB)
 
 
 @pytest.mark.parametrize("field", ["store", "path", "size", "mtime_ns"])

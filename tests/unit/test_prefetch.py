@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from unit.fakes import MIB, FakeStore, InlineOffload, pattern
-from unit.rig import rig_in
+from unit.rig import read_of, rig_in
 from unit.test_service import ELSEWHERE, PLACE, Bench
 
 from ckptfs._daemon.attachment import Attachment
@@ -175,12 +175,12 @@ async def test_readers_overtake_it(tmp_path: Path, autojump_clock: MockClock) ->
         begun = len(store.reads())
         root = attachment.tree.root.children
         b = bench.service.vfs.open(root[b"b"].inode)
-        assert bytes(await bench.service.vfs.read(b, 0, 5)) == pattern(5, 1)
+        assert await read_of(bench.service.vfs, b, 0, 5) == pattern(5, 1)
         assert [call.path for call in store.reads()][begun:][:2].count("b") == 1
         a = bench.service.vfs.open(root[b"a"].inode)
         begun = len(store.reads())
         last = pattern(40 * MIB, 0)[39 * MIB :][:10]
-        assert bytes(await bench.service.vfs.read(a, 39 * MIB, 10)) == last
+        assert await read_of(bench.service.vfs, a, 39 * MIB, 10) == last
         assert 39 * MIB in [call.offset for call in store.reads()[begun:][:2]]
         for handle in (a, b):
             bench.service.vfs.release(handle)
@@ -198,7 +198,7 @@ async def test_it_leaves_places_for_readers(tmp_path: Path, autojump_clock: Mock
         handle = bench.service.vfs.open(attachment.tree.root.children[b"b"].inode)
         bench.offload.latency_s = {}
         with trio.fail_after(1):
-            assert bytes(await bench.service.vfs.read(handle, 0, 5)) == pattern(5, 1)
+            assert await read_of(bench.service.vfs, handle, 0, 5) == pattern(5, 1)
         bench.service.vfs.release(handle)
 
 
@@ -212,7 +212,7 @@ async def test_a_reader_of_what_ends_with_another_attachment_is_not_harmed(
         found: dict[int, bytes] = {}
 
         async def read(offset: int) -> None:
-            found[offset] = bytes(await bench.service.vfs.read(handle, offset, 5))
+            found[offset] = await read_of(bench.service.vfs, handle, offset, 5)
 
         async with trio.open_nursery() as nursery:
             await read(0)
@@ -249,5 +249,5 @@ async def test_an_object_that_changes_while_it_is_fetched_is_not_kept(
         assert cached(bench, attachment) == {"b"}
         handle = bench.service.vfs.open(attachment.tree.root.children[b"a"].inode)
         with pytest.raises(ObjectChanged):
-            await bench.service.vfs.read(handle, 0, 5)
+            await read_of(bench.service.vfs, handle, 0, 5)
         bench.service.vfs.release(handle)

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 from unit.fakes import FakeStore, InlineOffload
-from unit.rig import Rig, rig_in
+from unit.rig import Rig, read_of, rig_in
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.service import Service
@@ -367,10 +367,10 @@ async def test_files_that_are_open_go_on_with_the_new_credentials(
     file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
     bench.store(PLACE).fail_always("read_into", AccessDenied("expired"))
     with pytest.raises(AccessDenied):
-        await bench.service.vfs.read(file, 0, 1)
+        await read_of(bench.service.vfs, file, 0, 1)
     bench.stores[PLACE.path] = FakeStore({"a/b": b"content", "c": b"x"})  # with the same ETags
     await bench.attach(_with_secret("renewed"))
-    assert bytes(await bench.service.vfs.read(file, 0, 1)) == b"x"
+    assert await read_of(bench.service.vfs, file, 0, 1) == b"x"
 
 
 async def test_one_that_ends_while_credentials_are_proved_is_attached_anew(

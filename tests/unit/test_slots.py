@@ -34,7 +34,8 @@ class Clients:
 
     async def release(self, name: str) -> None:
         self.granted.remove(name)
-        self.slots.release(self.tickets[name])
+        self.slots.release_place()
+        self.slots.release_bytes(self.tickets[name])
         await wait_all_tasks_blocked()
 
 

@@ -50,6 +50,7 @@ REPLIES: list[Reply] = [
         cache_bytes=1 << 50,
         cache_bytes_max=0,
         fetched_bytes=1,
+        passthrough="on",
         fetched_spans=2,
         attachments=[
             AttachmentStatus(

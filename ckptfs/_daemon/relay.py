@@ -1,0 +1,211 @@
+"""Between the kernel and libfuse: reads are answered here, all other requests by libfuse.
+
+The relay owns /dev/fuse. libfuse (pyfuse3) serves one end of a SEQPACKET socket pair, one message
+each as on the device, and the relay passes on what is not a read. What that brings:
+
+- a read that hits is one readv(2) and one writev(2), with no task of its own, no copy into a
+  message, and no call into libfuse;
+- replies of libfuse can be completed with what it does not know: an open gets its backing id
+  (`passthrough`), the listing of a directory that never changes may be remembered by the kernel;
+- /dev/fuse is read without blocking. (libfuse would block in read(2) for a request that is aborted
+  after the poll.)
+
+All of it runs in the event loop, in one thread. So a reply of libfuse must never wait for room in
+the socket, because nobody else would make room: `deliver` empties it before each reply
+(`fuse.Operations` calls it), and listings, the only replies that could be larger than a socket's
+buffer, are made shorter than that; the kernel asks for the rest.
+
+Reads that wait are bounded by the kernel: `session` sets how many it sends ahead of the programs,
+and beyond those each is a thread that sleeps. When a reply finds no request (ENOENT), somebody has
+aborted it; that is no error.
+
+Message layouts: linux/fuse.h.
+"""
+
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import trio
+
+from ckptfs._daemon import session
+from ckptfs._daemon.cache import Views
+from ckptfs._daemon.passthrough import Passthrough
+from ckptfs._daemon.vfs import Vfs
+
+log = logging.getLogger(__name__)
+
+_FORGET, _OPEN, _READ, _RELEASE, _FLUSH, _OPENDIR = 2, 14, 15, 18, 25, 27
+_INTERRUPT, _BATCH_FORGET, _READDIRPLUS = 36, 42, 44
+_READ_IN = struct.Struct("<QQI")  # struct fuse_read_in: fh, offset, size, ... (also of listings)
+_OPEN_OUT = struct.Struct("<QIi")  # struct fuse_open_out: fh, open_flags, backing_id
+_KEEP_CACHE, _CACHE_DIR, _PASSTHROUGH = 1 << 1, 1 << 3, 1 << 7  # FOPEN_*
+
+_REQUEST_BYTES_MAX = session.MAX_WRITE + 4096
+"""The kernel refuses a buffer that could not take the largest request and its header."""
+_LISTING_BYTES_MAX = 128 << 10
+"""A socket's buffer has 208 KiB (net.core.wmem_default), for one message and what the kernel adds.
+Attributes have 64 KiB at most."""
+_BATCH = 16
+"""Requests that are handled before other tasks get their turn."""
+
+
+class Relay:
+    """Serves the session `fuse_fd`.
+
+    Args:
+        fuse_fd: An initialised session, not blocking.
+        libfuse: Our end of the socket pair whose other end libfuse serves, not blocking.
+        vfs: Answers reads.
+        passthrough: Knows which files the kernel reads itself.
+        errno_of: What an exception of `vfs` is for a program.
+    """
+
+    def __init__(
+        self,
+        fuse_fd: int,
+        libfuse: socket.socket,
+        vfs: Vfs,
+        passthrough: Passthrough,
+        errno_of: Callable[[Exception], int],
+    ) -> None:
+        self._fd = fuse_fd
+        self._libfuse = libfuse
+        self._vfs = vfs
+        self._passthrough = passthrough
+        self._errno_of = errno_of
+        self._opening: dict[int, tuple[int, int]] = {}  # request -> opcode, inode
+        self._reply = bytearray(_LISTING_BYTES_MAX + 4096)
+
+    async def run(self) -> None:
+        """Serve until the mount is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._replies)
+            await self._requests(nursery)
+            nursery.cancel_scope.cancel()
+        self._libfuse.close()
+
+    # -- from the kernel
+
+    async def _requests(self, nursery: trio.Nursery) -> None:
+        buffer = bytearray(_REQUEST_BYTES_MAX)
+        view = memoryview(buffer)
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            for _ in range(_BATCH):
+                try:
+                    length = os.readv(self._fd, [buffer])
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in (errno.EINTR, errno.ENOENT):  # it was aborted meanwhile
+                        continue
+                    if error.errno != errno.ENODEV:
+                        log.error("the session has ended: %s", error)
+                    return
+                await self._request(view[:length], nursery)
+
+    async def _request(self, message: memoryview, nursery: trio.Nursery) -> None:
+        _, opcode, unique, inode, *_ = session.IN_HEADER.unpack_from(message)
+        if opcode == _READ:
+            self._read(unique, message, nursery)
+            return
+        if opcode in (_FORGET, _BATCH_FORGET, _INTERRUPT):
+            return  # numbers are not counted, and reads end within their deadline
+        if opcode == _FLUSH:
+            self._fail(unique, errno.ENOSYS)  # nothing to write; the kernel does not ask again
+            return
+        if opcode in (_OPEN, _OPENDIR):
+            self._opening[unique] = opcode, inode
+        elif opcode == _READDIRPLUS:
+            place = message, session.IN_HEADER.size
+            handle, offset, size = _READ_IN.unpack_from(*place)
+            _READ_IN.pack_into(*place, handle, offset, min(size, _LISTING_BYTES_MAX))
+        elif opcode == _RELEASE:
+            self._passthrough.released(inode)
+        while True:
+            try:
+                self._libfuse.send(message)
+                return
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._libfuse)
+
+    def _read(self, unique: int, message: memoryview, nursery: trio.Nursery) -> None:
+        handle, offset, length = _READ_IN.unpack_from(message, session.IN_HEADER.size)
+        try:
+            views = self._vfs.read_now(handle, offset, length)
+        except Exception as error:
+            self._fail(unique, self._errno_of(error))
+            return
+        if views is None:
+            nursery.start_soon(self._read_later, unique, handle, offset, length)
+        else:
+            self._answer(unique, views)
+
+    async def _read_later(self, unique: int, handle: int, offset: int, length: int) -> None:
+        try:
+            views = await self._vfs.read(handle, offset, length)
+        except Exception as error:
+            self._fail(unique, self._errno_of(error))
+        else:
+            self._answer(unique, views)
+
+    # -- from libfuse
+
+    async def _replies(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._libfuse)
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Pass on all replies that libfuse has written."""
+        reply = memoryview(self._reply)
+        while True:
+            try:
+                length = self._libfuse.recv_into(reply)
+            except BlockingIOError:
+                return
+            if not length:
+                return
+            _, error, unique = session.OUT_HEADER.unpack_from(reply)
+            opening = self._opening.pop(unique, None)
+            if opening is not None and not error:
+                self._complete_open(*opening)
+            self._write([reply[:length]])
+
+    def _complete_open(self, opcode: int, inode: int) -> None:
+        """Add to the reply to an open what libfuse does not know."""
+        place = self._reply, session.OUT_HEADER.size
+        handle, flags, _ = _OPEN_OUT.unpack_from(*place)
+        if opcode == _OPENDIR:
+            if self._vfs.is_listing_lasting(inode):
+                _OPEN_OUT.pack_into(*place, handle, flags | _CACHE_DIR | _KEEP_CACHE, 0)
+        elif backing_id := self._passthrough.opened(inode):
+            _OPEN_OUT.pack_into(*place, handle, _PASSTHROUGH, backing_id)
+
+    # -- to the kernel
+
+    def _answer(self, unique: int, views: Views) -> None:
+        length = session.OUT_HEADER.size + sum(map(len, views))
+        self._write([session.OUT_HEADER.pack(length, 0, unique), *views])
+
+    def _fail(self, unique: int, code: int) -> None:
+        self._write([session.OUT_HEADER.pack(session.OUT_HEADER.size, -code, unique)])
+
+    def _write(self, parts: "list[bytes | memoryview]") -> None:
+        try:
+            os.writev(self._fd, parts)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                log.error("cannot answer a request: %s", error)
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Blocking: not in the event loop, because the kernel may wait for an answer of ours first.
+        Let the kernel forget the entry `name` of a directory."""
+        body = session.NOTIFY_INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+        length = session.OUT_HEADER.size + len(body)
+        header = session.OUT_HEADER.pack(length, session.NOTIFY_INVAL_ENTRY_CODE, 0)
+        self._write([header, body])
