@@ -13,11 +13,12 @@ it, and makes it readable with `keep`: IN_MEMORY. Then `write` (blocking) puts i
 disk, and after them its checksum into the map, and `publish` makes it VERIFIED; the buffer stays
 until its memory is needed. Because the map is written last, after a crash it never names a block
 whose bytes were not written; that they also reached the disk is what the checksum finds out: a
-block that was there at start is STORED, and is checked by `load` when it is first used. A VERIFIED
-block is read without a thread as long as its bytes are in a buffer or its pages in memory
-(`read_now`); when they are not, `load` reads it from the disk, and checks it again. DYING blocks
-are being punched out by `make_room` (blocking): they cannot be read, nor fetched again before the
-hole is made.
+block that was there when the object is opened is STORED, and is checked by `load` when it is first
+used; but if all of the object was VERIFIED at its last close, and its file was not written since,
+all of it is VERIFIED. A VERIFIED block is read without a thread as long as its bytes are in a
+buffer or its pages in memory (`read_now`); when they are not, `load` reads it from the disk, and
+checks it again. DYING blocks are being punched out by `make_room` (blocking): they cannot be read,
+nor fetched again before the hole is made.
 
 **Lent** objects are read by the kernel itself (see `passthrough`): all of their blocks are
 VERIFIED, and stay as they are until they are taken back. One that turns out damaged, or another
@@ -110,6 +111,11 @@ class CachedObject:
     def disk_bytes(self) -> int:
         """Bytes that the folder takes on disk."""
         return 0 if self.files is NO_FILES else _pages(self.stored_bytes()) + _FOLDER_BYTES
+
+    @property
+    def verified(self) -> bool:
+        """Whether all of it is on the disk and verified."""
+        return self.files is not NO_FILES and self.state.count(VERIFIED) == len(self.state)
 
     def readable(self, blocks: range) -> bool:
         """Whether all of `blocks` can be read with no check and no fetch."""
@@ -267,6 +273,7 @@ class Cache:
         if entry.files is NO_FILES:
             return
         on_disk = entry.disk_bytes()
+        self._note_verified(entry)
         entry.files.close()
         if entry.stored_bytes():
             self._closed[entry.digest] = on_disk
@@ -275,6 +282,16 @@ class Cache:
         else:
             self.used_bytes -= on_disk
             shutil.rmtree(self._folder(entry.digest), ignore_errors=True)
+
+    def _note_verified(self, entry: CachedObject) -> None:
+        """So that the next open, perhaps by another daemon, need not check it all again."""
+        if not entry.verified:
+            return
+        with contextlib.suppress(OSError):
+            stamp = cachedir.stamp(entry.files)
+            if entry.about.verified != stamp:
+                about = msgspec.structs.replace(entry.about, verified=stamp)
+                cachedir.write_about(self._folder(entry.digest), about)
 
     def learn(self, entry: CachedObject, etag: str) -> None:
         """Take in the ETag that the store confirmed; blocks of another ETag are dropped."""
@@ -442,7 +459,7 @@ class Cache:
 
         Each success needs a `take_back`.
         """
-        if entry.files is NO_FILES or entry.state.count(VERIFIED) != len(entry.state):
+        if not entry.verified:
             return False
         entry.users += 1
         entry.lent += 1
@@ -596,6 +613,8 @@ class Cache:
             try:
                 files, about, sums = cachedir.open_existing(folder, key)
                 entry = CachedObject(digest, about, files, sums)
+                if 0 not in sums and about.verified == cachedir.stamp(files):
+                    entry.state[:] = bytes([VERIFIED]) * len(sums)
                 self._free_unrecorded(entry)
                 return entry
             except (OSError, ValueError) as error:

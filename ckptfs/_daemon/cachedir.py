@@ -55,12 +55,14 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: The object.
         etag: Its ETag; "" while unknown, and for stores that have none.
         settled: Whether size and mtime alone identify the version (see ``cache.SETTLED_S``).
+        verified: `stamp` of the data when all of it was there and verified; "" if it never was.
     """
 
     format: int
     key: ObjectKey
     etag: str
     settled: bool
+    verified: str = ""
 
 
 class Files(NamedTuple):
@@ -182,6 +184,14 @@ def write(files: Files, offset: int, data: memoryview) -> None:
                 raise
     while done < len(data):
         done += os.pwrite(files.data, data[done:], offset + done)
+
+
+def stamp(files: Files) -> str:
+    """Equal as long as nobody has written to the data, and no crash of the machine can have undone
+    a write. Raises OSError."""
+    info = os.fstat(files.data)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
 def write_sums(files: Files, first: int, sums: "array[int]") -> None:

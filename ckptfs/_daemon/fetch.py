@@ -74,6 +74,9 @@ State = Literal["lazy", "fetching", "cached", "changed", "failing"]
 _PAUSE_S = 0.1
 _PAUSE_S_MAX = 5.0
 """First and longest pause before another try; each is twice the last, times 0.5 to 1."""
+_LEND_WAIT_S = 1.0
+"""Longest that an open waits for the version check without which the kernel must not read the file
+by itself: a few round trips."""
 
 
 def stamped(error: Exception) -> str:
@@ -210,6 +213,15 @@ class Fetcher:
         if not file.opens:
             self._cache.close(file.entry)
             file.entry = file.readahead = None
+
+    async def before_lending(self, file: RemoteFile) -> None:
+        """Do the first check of a file whose bytes are all there and verified, as its first read
+        would. If it fails, or takes long, the reads will see to it."""
+        entry = file.entry
+        if file.trusted or not entry.verified:
+            return
+        with self._held(entry), trio.move_on_after(_LEND_WAIT_S), contextlib.suppress(CkptfsError):
+            await self._learn(file, entry)
 
     def lend(self, file: RemoteFile) -> CachedObject | None:
         """Its object, if that is complete and somebody else may read it (see `Cache.lend`)."""

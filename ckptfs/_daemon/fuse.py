@@ -153,6 +153,7 @@ class Operations(pyfuse3.Operations):
                 raise pyfuse3.FUSEError(errno.EROFS)
             await self._metadata.before_open(*self._vfs.find(inode))
             handle = self._vfs.open(inode)
+            await self._vfs.before_lending(handle)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
     async def release(self, fh: FileHandleT) -> None:

@@ -82,11 +82,11 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until the mount is gone."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._replies)
-            await self._requests(nursery)
-            nursery.cancel_scope.cancel()
-        self._libfuse.close()
+        with self._libfuse:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._replies)
+                await self._requests(nursery)
+                nursery.cancel_scope.cancel()
 
     # -- from the kernel
 
@@ -105,6 +105,8 @@ class Relay:
                         continue
                     if error.errno != errno.ENODEV:
                         log.error("the session has ended: %s", error)
+                    return
+                if not length:
                     return
                 await self._request(view[:length], nursery)
 

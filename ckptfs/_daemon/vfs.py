@@ -238,6 +238,11 @@ class Vfs:
             raise StaleInode(handle)
         return file, max(0, min(length, file.pin.size - offset))
 
+    async def before_lending(self, handle: int) -> None:
+        """Have the version of an open file checked, if that is all that `lend` would miss."""
+        if file := self._open.get(handle):
+            await self._fetcher.before_lending(file)
+
     def lend(self, inode: int) -> int:
         """See passthrough.Lender."""
         file = self._open.get(inode)

@@ -233,6 +233,85 @@ def test_garbage_and_trash_are_removed_at_start(directory: Path) -> None:
         assert cache.used_bytes == used
 
 
+def test_what_was_verified_as_a_whole_is_not_checked_again(directory: Path) -> None:
+    key = key_of("a")
+    with cache_in(directory) as cache:
+        data = fill(cache, key)
+        entry = cache.open(key)
+        assert set(entry.state) == {VERIFIED}
+        cache.close(entry)
+    with cache_in(directory) as cache:  # another daemon
+        assert set(cache.open(key).state) == {VERIFIED}
+    with (directory / "objects" / key.digest()[:2] / key.digest() / "data").open("r+b") as file:
+        file.write(data[:1])  # the same byte, but somebody wrote
+    with cache_in(directory) as cache:
+        assert set(cache.open(key).state) == {STORED}
+
+
+# -- lending
+
+
+def test_only_what_is_whole_and_verified_is_lent(directory: Path) -> None:
+    key = key_of("a", 2 * MIB)
+    with cache_in(directory) as cache:
+        entry = cache.open(key)
+        assert not cache.lend(entry)
+        store(cache, entry, 0, block_of(entry, 0))
+        assert not cache.lend(entry)
+        keep(cache, entry, 1, block_of(entry, 1))
+        assert not cache.lend(entry)  # one block is in memory only
+        store(cache, entry, 1, block_of(entry, 1))
+        assert cache.lend(entry)
+        cache.take_back(entry)
+        empty = cache.open(key_of("empty", 0))
+        assert not cache.lend(empty)
+
+
+def test_what_is_lent_loses_no_block_and_stays_open(directory: Path) -> None:
+    with cache_in(directory, 4 * MIB + 2 * FOLDER) as cache:
+        lent = cache.open(key_of("lent", 3 * MIB))
+        for index in range(3):
+            store(cache, lent, index, block_of(lent, index))
+        assert cache.lend(lent)
+        cache.close(lent)  # its last reader has gone, the kernel has not
+        other = cache.open(key_of("other", 8 * MIB))
+        for index in range(8):
+            store(cache, other, index, block_of(other, index))
+            assert bytes_on_disk(cache.directory) <= cache.used_bytes <= cache.bytes_max
+        assert set(lent.state) == {VERIFIED}
+        assert other.stored_bytes() == MIB
+        content = b"".join(block_of(lent, index) for index in range(3))
+        assert os.pread(lent.files.data, 3 * MIB, 0) == content
+        cache.take_back(lent)
+        store(cache, other, 1, block_of(other, 1))
+        assert cache.stored_bytes(lent.digest, 3 * MIB) == 0
+
+
+@pytest.mark.parametrize("why", ["damage", "another version"])
+def test_what_is_lent_is_never_punched(cache: Cache, why: str) -> None:
+    entry = cache.open(key_of("a", 2 * MIB))
+    cache.learn(entry, "1")
+    content = b""
+    for index in range(2):
+        store(cache, entry, index, block_of(entry, index))
+        content += block_of(entry, index)
+    assert cache.lend(entry)
+    old = entry.files.data
+    if why == "damage":
+        cache.loaded(entry, 1, entry.sums[1], good=False)
+    else:
+        cache.learn(entry, "2")
+    assert set(entry.state) == {ABSENT}
+    assert cache.used_bytes == 0
+    assert os.pread(old, 2 * MIB, 0) == content
+    keep(cache, entry, 0, b"x" * MIB)
+    assert read_now(cache, entry, 0, MIB) == b"x" * MIB
+    cache.take_back(entry)
+    cache.close(entry)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(old)
+
+
 # -- the directory
 
 

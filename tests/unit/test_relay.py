@@ -1,0 +1,325 @@
+"""The relay between the kernel (a socket here, with whole messages as on /dev/fuse) and libfuse."""
+
+import errno
+import os
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from unit.fakes import MIB, FakeStore, pattern
+from unit.rig import View, view_in
+
+from ckptfs._daemon import passthrough
+from ckptfs._daemon.fuse import errno_of
+from ckptfs._daemon.passthrough import Passthrough
+from ckptfs._daemon.relay import Relay
+from ckptfs.errors import AccessDenied
+
+LOOKUP, FORGET, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 14, 15, 18, 25, 27
+INTERRUPT, BATCH_FORGET, READDIRPLUS = 36, 42, 44
+KEEP_CACHE, CACHE_DIR, PASSTHROUGH = 2, 8, 128
+SIZE = 2 * MIB + 77
+CONTENT = pattern(SIZE)
+
+
+def request(opcode: int, unique: int, inode: int = 1, body: bytes = b"") -> bytes:
+    """A message of the kernel: fuse_in_header and its body (linux/fuse.h)."""
+    return struct.pack("<IIQQIIIHH", 40 + len(body), opcode, unique, inode, *[0] * 5) + body
+
+
+def read_request(unique: int, handle: int, offset: int, length: int) -> bytes:
+    return request(READ, unique, handle, struct.pack("<QQIIQII", handle, offset, length, *[0] * 4))
+
+
+def reply(unique: int, body: bytes = b"", error: int = 0) -> bytes:
+    """A message of libfuse: fuse_out_header and its body."""
+    return struct.pack("<IiQ", 16 + len(body), -error, unique) + body
+
+
+def open_out(handle: int, flags: int = 0, backing_id: int = 0) -> bytes:
+    return struct.pack("<QIi", handle, flags, backing_id)
+
+
+class Ends:
+    """What the kernel and libfuse see of a relay."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._kernel, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._libfuse, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._session, ours):
+            end.setblocking(False)
+        for end in (self._kernel, self._libfuse):
+            end.settimeout(0)
+        self.lent = Passthrough(self._session.fileno(), view.vfs, on=True)
+        self.relay = Relay(self._session.fileno(), ours, view.vfs, self.lent, errno_of)
+
+    def ask(self, message: bytes) -> None:
+        """As the kernel."""
+        self._kernel.send(message)
+
+    def say(self, message: bytes) -> None:
+        """As libfuse."""
+        self._libfuse.send(message)
+
+    async def answer(self) -> bytes:
+        """What the kernel gets next."""
+        return await self._next(self._kernel)
+
+    async def asked(self) -> bytes:
+        """What libfuse gets next."""
+        return await self._next(self._libfuse)
+
+    async def _next(self, end: socket.socket) -> bytes:
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(end)
+            return end.recv(4 * MIB)
+
+    async def nothing(self) -> bool:
+        """Whether neither gets anything."""
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        return not any(_has_message(end) for end in (self._kernel, self._libfuse))
+
+    def close(self) -> None:
+        for end in (self._kernel, self._session, self._libfuse):
+            end.close()
+
+
+def _has_message(end: socket.socket) -> bool:
+    try:
+        end.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def relay_in(directory: Path, store: FakeStore, **settings: object) -> AsyncIterator[Ends]:
+    async with view_in(directory, **settings) as view, trio.open_nursery() as nursery:
+        view.attach(store)
+        ends = Ends(view)
+        nursery.start_soon(ends.relay.run)
+        yield ends
+        nursery.cancel_scope.cancel()
+    ends.close()
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore({"a.bin": CONTENT, "below/b.bin": b"b"})
+
+
+@pytest.fixture
+async def ends(tmp_path: Path, store: FakeStore) -> AsyncIterator[Ends]:
+    async with relay_in(tmp_path, store) as ends:
+        yield ends
+
+
+def _open(ends: Ends, path: str = "a.bin") -> int:
+    return ends.view.vfs.open(ends.view.stat(ends.view.attachments[0], path).inode)
+
+
+async def test_reads_are_answered_and_do_not_reach_libfuse(ends: Ends) -> None:
+    handle = _open(ends)
+    k = 100 << 10
+    places = [(0, 4096), (MIB - 5, 10), (MIB - 5, k), (2 * MIB, k), (SIZE, 1), (SIZE + MIB, k)]
+    for _ in ("fetched", "from memory"):
+        for unique, (offset, length) in enumerate(places, 1):
+            ends.ask(read_request(unique, handle, offset, length))
+            assert await ends.answer() == reply(unique, CONTENT[offset : offset + length])
+    assert await ends.nothing()
+
+
+async def test_a_read_that_waits_holds_up_nobody(ends: Ends, store: FakeStore) -> None:
+    handle = _open(ends)
+    ends.ask(read_request(1, handle, 0, 10))
+    assert await ends.answer() == reply(1, CONTENT[:10])
+    ends.ask(read_request(2, handle, 2 * MIB, 10))
+    ends.ask(read_request(3, handle, 5, 10))
+    answers = {await ends.answer(), await ends.answer()}
+    assert answers == {reply(2, CONTENT[2 * MIB : 2 * MIB + 10]), reply(3, CONTENT[5:15])}
+
+
+async def test_errors_of_reads_are_errnos(ends: Ends, store: FakeStore) -> None:
+    ends.ask(read_request(1, 12345 << 32, 0, 10))
+    assert await ends.answer() == reply(1, error=errno.ESTALE)
+    store.fail_always("confirm", AccessDenied("expired"))
+    ends.ask(read_request(2, _open(ends), 0, 10))
+    assert await ends.answer() == reply(2, error=errno.EACCES)
+
+
+async def test_other_requests_go_to_libfuse_and_its_replies_to_the_kernel(ends: Ends) -> None:
+    message = request(LOOKUP, 7, 1, b"name\0")
+    ends.ask(message)
+    assert await ends.asked() == message
+    ends.say(reply(7, b"entry" * 20))
+    assert await ends.answer() == reply(7, b"entry" * 20)
+
+
+async def test_what_needs_no_libfuse(ends: Ends) -> None:
+    for opcode in (FORGET, BATCH_FORGET, INTERRUPT):
+        ends.ask(request(opcode, 3, body=b"\0" * 16))
+    assert await ends.nothing()
+    ends.ask(request(FLUSH, 4, body=b"\0" * 24))
+    assert await ends.answer() == reply(4, error=errno.ENOSYS)
+
+
+async def test_listings_are_asked_for_in_pieces_that_fit_a_socket(ends: Ends) -> None:
+    body = struct.pack("<QQIIQII", 5, 9, 4 * MIB, *[0] * 4)
+    ends.ask(request(READDIRPLUS, 8, 1, body))
+    asked = await ends.asked()
+    assert struct.unpack_from("<QQI", asked, 40) == (5, 9, 128 << 10)
+    ends.say(reply(8, b"x" * (128 << 10)))
+    assert len(await ends.answer()) == 16 + (128 << 10)
+
+
+async def test_replies_never_fill_the_socket(ends: Ends) -> None:
+    """libfuse replies in the same thread: its adapter delivers before each reply."""
+    large = b"x" * (128 << 10)
+    for unique in range(20):
+        ends.relay.deliver()
+        ends.say(reply(unique, large))
+        assert await ends.answer() == reply(unique, large)
+
+
+async def test_listings_that_never_change_may_be_remembered(ends: Ends) -> None:
+    attachment = ends.view.attachments[0]
+    below = ends.view.stat(attachment, "below").inode
+    expected = {1: 0, ends.view.stat(attachment, "").inode: 0, below: CACHE_DIR | KEEP_CACHE}
+    for unique, (inode, flags) in enumerate(expected.items(), 1):
+        ends.ask(request(OPENDIR, unique, inode, b"\0" * 8))
+        await ends.asked()
+        ends.say(reply(unique, open_out(99)))
+        assert await ends.answer() == reply(unique, open_out(99, flags))
+
+
+class Ioctl:
+    """Stands for the kernel's registration of backing files."""
+
+    def __init__(self) -> None:
+        self.error = 0
+        self.registered: dict[int, int] = {}
+        self._serial = 0
+
+    def __call__(self, _: int, code: int, argument: bytes, *__: object) -> int:
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        if code == 0x4010E501:
+            self._serial += 1
+            self.registered[self._serial] = struct.unpack_from("<i", argument)[0]
+            return self._serial
+        assert code == 0x4004E502
+        del self.registered[struct.unpack("<I", argument)[0]]
+        return 0
+
+
+@pytest.fixture
+def ioctl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ioctl]:
+    ioctl = Ioctl()
+    monkeypatch.setattr("fcntl.ioctl", ioctl)
+    yield ioctl
+    assert not ioctl.registered
+
+
+async def _kernel_opens(ends: Ends, unique: int) -> bytes:
+    """Open a.bin as the kernel does; the reply."""
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    ends.ask(request(OPEN, unique, inode, b"\0" * 8))
+    await ends.asked()
+    ends.say(reply(unique, open_out(_open(ends), KEEP_CACHE)))
+    return (await ends.answer())[16:]
+
+
+async def _kernel_releases(ends: Ends) -> None:
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    ends.ask(request(RELEASE, 90, inode, b"\0" * 24))
+    await ends.asked()
+    ends.view.vfs.release(inode)
+
+
+async def _read_whole(ends: Ends) -> None:
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    for offset in range(0, SIZE, MIB):
+        assert await ends.view.read(inode, offset, MIB) == CONTENT[offset : offset + MIB]
+    await ends.view.quiet()
+
+
+async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
+    ends: Ends, ioctl: Ioctl
+) -> None:
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    ordinary = open_out(inode, KEEP_CACHE)
+    assert await _kernel_opens(ends, 1) == ordinary
+    await _read_whole(ends)
+    assert await _kernel_opens(ends, 2) == ordinary  # beside a handle that is ordinary
+    await _kernel_releases(ends)
+    assert await _kernel_opens(ends, 3) == ordinary
+    await _kernel_releases(ends)
+    await _kernel_releases(ends)
+    assert not ioctl.registered
+    assert await _kernel_opens(ends, 4) == open_out(inode, PASSTHROUGH, 1)
+    assert await _kernel_opens(ends, 5) == open_out(inode, PASSTHROUGH, 1)
+    [fd] = ioctl.registered.values()
+    assert os.pread(fd, SIZE + 1, 0) == CONTENT
+    await _kernel_releases(ends)
+    assert ioctl.registered
+    await _kernel_releases(ends)
+    assert not ioctl.registered
+
+
+async def test_a_file_is_not_passed_through_where_the_kernel_refuses(
+    ends: Ends, ioctl: Ioctl
+) -> None:
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    await _kernel_opens(ends, 1)
+    await _read_whole(ends)
+    await _kernel_releases(ends)
+    ioctl.error = errno.ENFILE
+    assert await _kernel_opens(ends, 2) == open_out(inode, KEEP_CACHE)
+    assert not ends.view.attachments[0].file(0).entry.lent
+    await _kernel_releases(ends)
+
+
+async def test_a_failed_open_is_none(ends: Ends, ioctl: Ioctl) -> None:
+    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+    ends.ask(request(OPEN, 1, inode, b"\0" * 8))
+    await ends.asked()
+    ends.say(reply(1, error=errno.EROFS))
+    assert await ends.answer() == reply(1, error=errno.EROFS)
+    await _kernel_opens(ends, 2)
+    await _read_whole(ends)
+    await _kernel_releases(ends)
+    assert await _kernel_opens(ends, 3) == open_out(inode, PASSTHROUGH, 1)
+    await _kernel_releases(ends)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "negotiated", "error", "text"),
+    [
+        (True, True, 0, "on"),
+        (False, True, 0, "off: passthrough = false in the configuration"),
+        (True, False, 0, "off: the kernel .* has no FUSE passthrough; Linux 6.9 has it"),
+        (True, True, errno.EPERM, "off: not permitted; it needs CAP_SYS_ADMIN"),
+        (True, True, errno.ELOOP, "off: the cache is on a stacked file system; .*cache_dir.*"),
+        (True, True, errno.EOPNOTSUPP, "off: the cache's file system cannot: .*"),
+    ],
+)
+def test_why_not(ioctl: Ioctl, wanted: bool, negotiated: bool, error: int, text: str) -> None:
+    ioctl.error = error
+    assert re.fullmatch(text, passthrough.why_not(3, wanted, negotiated, 4))
+
+
+async def test_the_end_of_the_session_ends_the_relay(tmp_path: Path, store: FakeStore) -> None:
+    async with view_in(tmp_path) as view:
+        view.attach(store)
+        ends = Ends(view)
+        ends._kernel.close()  # a socket says "end of file" where the device says ENODEV
+        with trio.fail_after(10):
+            await ends.relay.run()
+        ends.close()
