@@ -93,6 +93,8 @@ class RemoteFile:
         changed: The object is another version by now.
         error: Time and text of the last error, or "".
         cause: Text of the last answer of the store that was an error which can pass, or "".
+        served_bytes: How much of it was handed to the kernel, which keeps it in its page cache as
+            long as there is memory: more than the size means that there was not.
     """
 
     def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
@@ -104,6 +106,7 @@ class RemoteFile:
         self.failing = False
         self.error = ""
         self.cause = ""
+        self.served_bytes = 0
         self.opens = 0
         self.flights = 0
         self.check_lock = trio.Lock()

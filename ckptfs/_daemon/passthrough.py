@@ -11,6 +11,9 @@ iomode.c, backing.c, passthrough.c), and what follows from it:
 - Registering a backing file needs CAP_SYS_ADMIN, and its file system must not be stacked as deep as
   the mount may be (see `session.answer_init`).
 
+An open by passthrough drops what the page cache of the mount has of the file, so one that was just
+read through the daemon stays ordinary: it is in memory (`Vfs.lend`).
+
 What ckptfs adds: only a file whose version is confirmed and whose blocks all are verified is lent
 (holes would read as zeros), and a file that is lent keeps its blocks (`Cache.lend`).
 """

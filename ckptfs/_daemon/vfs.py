@@ -223,6 +223,7 @@ class Vfs:
         file, length = self._within(handle, offset, length)
         if not length:
             return []
+        file.served_bytes += length
         self._fetcher.access(file, offset, length)
         return self._fetcher.read_now(file, offset, length)
 
@@ -244,11 +245,15 @@ class Vfs:
             await self._fetcher.before_lending(file)
 
     def lend(self, inode: int) -> int:
-        """See passthrough.Lender."""
+        """See passthrough.Lender. A file that the kernel most likely has in its page cache is not
+        lent, because an open by passthrough drops it from there."""
         file = self._open.get(inode)
-        entry = self._fetcher.lend(file) if file else None
+        if file is None or 1 / 2 <= file.served_bytes / (file.pin.size or 1) <= 3 / 2:
+            return -1
+        entry = self._fetcher.lend(file)
         if entry is None:
             return -1
+        file.served_bytes = 0
         self._lent[inode] = entry
         return entry.files.data
 

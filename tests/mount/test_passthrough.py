@@ -5,7 +5,6 @@ What tells the difference: such a file can be read while the daemon is stopped.
 
 import mmap
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from ckptfs import Checkpoint
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
-SIZE = 5 * MIB + 77
+SIZE = 16 * MIB + 77
 CONTENT = os.urandom(SIZE)
 STOPPED_S_MAX = 5.0
 """After this time the daemon goes on, so that a failing test ends."""
@@ -61,15 +60,15 @@ def without_daemon(node: Node, read: Callable[[], bytes]) -> bytes | None:
         os.kill(pid, signal.SIGCONT)
 
 
-def complete(node: Node, path: str) -> None:
-    """Read a file whole, and wait until all of it is on the disk."""
-    shutil.copyfile(path, os.devnull)
+def complete(path: str) -> None:
+    """Have all of a file in the cache, but not in the kernel's memory."""
+    os.setxattr(path, "user.ckptfs.prefetch", b"")
     wait_until(lambda: os.getxattr(path, "user.ckptfs.state") == b"cached")
 
 
 def test_a_complete_file_is_read_without_the_daemon(node: Node, root: str) -> None:
     path = f"{root}/a.bin"
-    complete(node, path)
+    complete(path)
     with open(path, "rb", buffering=0) as file:
         fd = file.fileno()
         assert without_daemon(node, lambda: os.pread(fd, SIZE + 1, 0)) == CONTENT
@@ -84,7 +83,7 @@ def test_a_complete_file_is_read_without_the_daemon(node: Node, root: str) -> No
 
 def test_o_direct(node: Node, root: str) -> None:
     path = f"{root}/a.bin"
-    complete(node, path)
+    complete(path)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         memory = mmap.mmap(-1, MIB)
@@ -100,22 +99,37 @@ def test_a_file_opened_incomplete_stays_ordinary_until_its_last_handle_is_gone(
     path = f"{root}/a.bin"
     with open(path, "rb", buffering=0) as first:
         memory = mmap.mmap(first.fileno(), 0, prot=mmap.PROT_READ)
-        assert first.readall() == CONTENT
-        complete(node, path)
+        assert first.read(MIB) == CONTENT[:MIB]
+        complete(path)
         with open(path, "rb", buffering=0) as second:  # mixing both would be EIO
-            assert second.readall() == CONTENT
+            assert os.pread(second.fileno(), 99, 2 * MIB) == CONTENT[2 * MIB : 2 * MIB + 99]
     with open(path, "rb", buffering=0) as third:  # closed, but still mapped
-        assert third.readall() == CONTENT
-    assert memory[:] == CONTENT
+        assert os.pread(third.fileno(), 99, 0) == CONTENT[:99]
+    assert memory[MIB : MIB + 9] == CONTENT[MIB : MIB + 9]
     memory.close()
     with open(path, "rb", buffering=0) as last:
         fd = last.fileno()
         assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
 
 
+def test_a_file_that_was_just_read_is_in_memory_and_stays_there(node: Node, root: str) -> None:
+    path = f"{root}/a.bin"
+    assert Path(path).read_bytes() == CONTENT
+    wait_until(lambda: os.getxattr(path, "user.ckptfs.state") == b"cached")
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT  # from its pages
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, SIZE, 0) == CONTENT  # the daemon is asked: it was no passthrough
+    with open(path, "rb", buffering=0) as file:  # but now it is: memory seems to be short
+        fd = file.fileno()
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
+
+
 def test_many_handles_at_the_same_time(node: Node, root: str) -> None:
     path = f"{root}/a.bin"
-    complete(node, path)
+    complete(path)
     files = [open(path, "rb", buffering=0) for _ in range(20)]  # noqa: SIM115
     for file in files[::2]:
         file.close()
@@ -132,7 +146,7 @@ def test_the_next_daemon_passes_it_through_at_once(node: Node, uri: str) -> None
             if (why := node.status()["passthrough"]) != "on":
                 pytest.skip(f"passthrough is {why}")
             if number == 0:
-                complete(node, f"{root}/a.bin")
+                complete(f"{root}/a.bin")
             with open(f"{root}/a.bin", "rb", buffering=0) as file:
                 fd = file.fileno()
                 data = without_daemon(node, lambda: os.pread(fd, SIZE, 0))  # noqa: B023
@@ -141,17 +155,17 @@ def test_the_next_daemon_passes_it_through_at_once(node: Node, uri: str) -> None
 
 
 def test_eviction_leaves_what_is_passed_through(node: Node, uri: str) -> None:
-    node.configure(cache_bytes_max=7 * MIB)
+    node.configure(cache_bytes_max=18 * MIB)
     with Checkpoint(uri).as_directory() as root:
         if (why := node.status()["passthrough"]) != "on":
             pytest.skip(f"passthrough is {why}")
-        complete(node, f"{root}/a.bin")
+        complete(f"{root}/a.bin")
         with open(f"{root}/a.bin", "rb", buffering=0) as file:
             fd = file.fileno()
             assert without_daemon(node, lambda: os.pread(fd, 10, 0)) == CONTENT[:10]
             assert Path(root, "b.bin").read_bytes() == CONTENT[::-1]
             node.wait_quiet()
-            assert node.status()["cache_bytes"] <= 7 * MIB
+            assert node.status()["cache_bytes"] <= 18 * MIB
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
         assert Path(root, "b.bin").read_bytes() == CONTENT[::-1]
@@ -162,7 +176,7 @@ def test_a_detach_by_force_does_not_stop_it(node: Node, uri: str) -> None:
     root = node.here("attach", uri).stdout.strip()
     if (why := node.status()["passthrough"]) != "on":
         pytest.skip(f"passthrough is {why}")
-    complete(node, f"{root}/a.bin")
+    complete(f"{root}/a.bin")
     with open(f"{root}/a.bin", "rb", buffering=0) as file:
         node.here("detach", "--force", uri)
         assert file.readall() == CONTENT
@@ -175,7 +189,7 @@ def test_without_it_the_bytes_are_the_same(node: Node, uri: str) -> None:
     with Checkpoint(uri).as_directory() as root:
         assert node.status()["passthrough"] == "off: passthrough = false in the configuration"
         assert "passthrough off: passthrough = false" in node.here("status").stdout
-        complete(node, f"{root}/a.bin")
+        complete(f"{root}/a.bin")
         with open(f"{root}/a.bin", "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             assert file.readall() == CONTENT

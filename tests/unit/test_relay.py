@@ -243,11 +243,9 @@ async def _kernel_releases(ends: Ends) -> None:
     ends.view.vfs.release(inode)
 
 
-async def _read_whole(ends: Ends) -> None:
-    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
-    for offset in range(0, SIZE, MIB):
-        assert await ends.view.read(inode, offset, MIB) == CONTENT[offset : offset + MIB]
-    await ends.view.quiet()
+async def _cache_whole(ends: Ends) -> None:
+    file = ends.view.attachments[0].file(0)
+    await ends.view.rig.fetcher.fetch(file, range(3))
 
 
 async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
@@ -256,7 +254,7 @@ async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
     inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
     ordinary = open_out(inode, KEEP_CACHE)
     assert await _kernel_opens(ends, 1) == ordinary
-    await _read_whole(ends)
+    await _cache_whole(ends)
     assert await _kernel_opens(ends, 2) == ordinary  # beside a handle that is ordinary
     await _kernel_releases(ends)
     assert await _kernel_opens(ends, 3) == ordinary
@@ -278,7 +276,7 @@ async def test_a_file_is_not_passed_through_where_the_kernel_refuses(
 ) -> None:
     inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
     await _kernel_opens(ends, 1)
-    await _read_whole(ends)
+    await _cache_whole(ends)
     await _kernel_releases(ends)
     ioctl.error = errno.ENFILE
     assert await _kernel_opens(ends, 2) == open_out(inode, KEEP_CACHE)
@@ -293,7 +291,7 @@ async def test_a_failed_open_is_none(ends: Ends, ioctl: Ioctl) -> None:
     ends.say(reply(1, error=errno.EROFS))
     assert await ends.answer() == reply(1, error=errno.EROFS)
     await _kernel_opens(ends, 2)
-    await _read_whole(ends)
+    await _cache_whole(ends)
     await _kernel_releases(ends)
     assert await _kernel_opens(ends, 3) == open_out(inode, PASSTHROUGH, 1)
     await _kernel_releases(ends)
