@@ -122,7 +122,7 @@ class Attachment:
             return known
         listed = self.listed[index]
         pin = Pin(listed.path, listed.size, listed.mtime_ns)
-        return RemoteFile(self.store, object_key(self.location, pin), pin)
+        return RemoteFile(self.store, object_key(self.location, listed), pin)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""
@@ -145,9 +145,8 @@ class Attachment:
         index = len(self.listed)
         if file.mtime_ns:
             file = msgspec.structs.replace(file, mtime_ns=_told_apart(file.mtime_ns, index))
-        pin = Pin(file.path, file.size, file.mtime_ns)
         self.listed.append(file)
-        self.digests.append(object_key(self.location, pin).digest())
+        self.digests.append(object_key(self.location, file).digest())
         self.size += file.size
         return self.tree.replace(file, index)
 
@@ -187,7 +186,7 @@ def _told_apart(mtime_ns: int, serial: int) -> int:
     return mtime_ns + (nudge if mtime_ns % 10**9 + nudge < 10**9 else -nudge)
 
 
-def object_key(location: Location, pin: Pin) -> ObjectKey:
+def object_key(location: Location, file: ListedFile) -> ObjectKey:
     """The cache's name for an object of the checkpoint at `location`."""
-    path = f"{location.path}/{pin.path}"
-    return ObjectKey(location.store_identity, path, pin.size, pin.mtime_ns)
+    path = f"{location.path}/{file.path}"
+    return ObjectKey(location.store_identity, path, file.size, file.mtime_ns)

@@ -23,7 +23,6 @@ from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import build_manifest
-from ckptfs._store.base import Pin
 
 UID, GID = 1234, 5678
 LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
@@ -110,8 +109,7 @@ class View:
     def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
         """Show what the store lists now."""
         manifest = build_manifest(store.list(100_000))
-        pins = [Pin(f.path, f.size, f.mtime_ns) for f in manifest.files]
-        digests = [object_key(location, pin).digest() for pin in pins]
+        digests = [object_key(location, file).digest() for file in manifest.files]
         ordinal = len(self.attachments) + 1
         attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
         self.attachments.append(attachment)
