@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
-from unit.fakes import FakeStore, InlineOffload, config_of
+from unit.fakes import MIB, FakeStore, InlineOffload, config_of, pattern
 
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
@@ -26,6 +26,14 @@ from ckptfs._model.manifest import build_manifest
 
 UID, GID = 1234, 5678
 LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
+CONTENT = {
+    "config.json": b"{}",
+    "empty": b"",
+    "shards/00.bin": pattern(3 * MIB + 5),
+    "shards/01.bin": pattern(MIB),
+    "shards/deep/x": b"x",
+}
+"""Files of the checkpoint in the fixture `store`."""
 
 
 class Rig:
