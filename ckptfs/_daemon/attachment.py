@@ -24,6 +24,7 @@ class Metadata:
     Attributes:
         raw: The file's bytes; None where there is none.
         values: The keys and values; empty if the file is no JSON object.
+        shown: What `xattrs.shown_values` makes of them; None until somebody asks.
         read_s: When that was so (event loop time).
         error: What the store answered last time, if that was an error which can pass; `failed_s`:
             when.
@@ -33,6 +34,7 @@ class Metadata:
     def __init__(self) -> None:
         self.raw: bytes | None = None
         self.values: dict[str, Any] = {}
+        self.shown: tuple[dict[str, bytes], list[tuple[str, str]]] | None = None
         self.read_s = -math.inf
         self.error: StoreUnavailable | None = None
         self.failed_s = -math.inf

@@ -130,7 +130,7 @@ class MetadataKeeper:
         if raw == metadata.raw:
             return
         metadata.raw = raw
-        metadata.values = {}
+        metadata.values, metadata.shown = {}, None
         try:
             values = stored.parse(raw, attachment.location.uri)
             if isinstance(values, dict):
