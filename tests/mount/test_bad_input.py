@@ -4,6 +4,7 @@ And what the store does to us: objects that change, a store that goes away and c
 """
 
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -29,8 +30,10 @@ pytestmark = pytest.mark.mount
 UriOf = Callable[[Path], str]
 
 MIB = 1 << 20
-ANSWER_S = 10.0
-"""The promise: every mistake is answered within this time, a daemon's start included."""
+ANSWER_S = 30.0
+"""Every mistake is answered within this time, also on a machine that is busy with other tests. The
+promise is 10 s, and follows from `store_timeout_s` and from the number of attempts, which
+`test_an_endpoint_that_never_answers` counts."""
 
 
 def attach_by_cli(uri: str) -> str:
@@ -75,10 +78,21 @@ def refused_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def silent_endpoint() -> Iterator[str]:
-    """A server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"127.0.0.1:{listening.getsockname()[1]}"
+def silent_server() -> Iterator[socket.socket]:
+    """A server whose connections are made and wait to be accepted for ever."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        listening.setblocking(False)
+        yield listening
+
+
+def connections_of(server: socket.socket) -> int:
+    """How many connections were made to a silent server."""
+    for count in itertools.count():
+        try:
+            server.accept()[0].close()
+        except BlockingIOError:
+            return count
+    raise AssertionError
 
 
 def test_wrong_locations(
@@ -135,15 +149,17 @@ def test_wrong_locations(
 
 
 def test_an_endpoint_that_never_answers(
-    node: Node, s3: S3Server, small: Path, uri_of: UriOf, silent_endpoint: str
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, silent_server: socket.socket
 ) -> None:
-    uri = with_endpoint(uri_of(small), s3, silent_endpoint)
+    node.configure(store_timeout_s=0.5)
+    uri = with_endpoint(uri_of(small), s3, f"127.0.0.1:{silent_server.getsockname()[1]}")
     with ThreadPoolExecutor(1) as pool:
         line = pool.submit(attach_by_cli, uri)
         kind, message = attach_by_python(uri)
     assert "check the endpoint" in line.result()
     assert kind == "StoreTimeout"
     assert "did not answer" in message
+    assert connections_of(silent_server) <= 2 * 2  # of two attaches, if they have not shared
     assert node.status()["attachments"] == []
 
 
