@@ -282,7 +282,7 @@ def test_an_idle_daemon_ends_and_leaves_nothing(node: Node, small: Path, uri_of:
 def test_a_client_that_comes_while_the_daemon_ends_gets_a_new_one(
     node: Node, small: Path, uri_of: UriOf
 ) -> None:
-    node.configure(idle_exit_s=0.01, linger_s=0)
+    node.configure(idle_exit_s=0.3, linger_s=0)
     checkpoint = ckptfs.Checkpoint(uri_of(small))
     steps: list[Callable[[], bool]] = [
         lambda: " ending" in node.log(),
