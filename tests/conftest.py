@@ -26,17 +26,14 @@ HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_
 COMMAND_TIMEOUT_S = 60
 
 
-_scratch = ""
-
-
 def pytest_configure() -> None:
-    """Give the run a temporary folder of its own, so that what is left in it is ours."""
-    global _scratch
-    _scratch = tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ckptfs-tests-")
+    """Give the run a temporary folder of its own, so that what is left in it is ours. With
+    pytest-xdist each worker is a run, and its folder lies in that of the run which started it."""
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ckptfs-tests-")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_scratch)
+    shutil.rmtree(tempfile.gettempdir())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,11 +68,13 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
 def mounts() -> set[str]:
     """Mount points below the run's temporary folder."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {path for line in lines if (path := line.split(" ")[4]).startswith(_scratch)}
+    return {at for line in lines if (at := line.split(" ")[4]).startswith(tempfile.gettempdir())}
 
 
-def daemons() -> set[int]:
-    """Processes of this run that are a keeper or a daemon."""
+def daemons(argument: bytes = b"") -> set[int]:
+    """Processes of this run that are a keeper or a daemon, and have `argument` on their command
+    line."""
+    ours = tempfile.gettempdir().encode()
     found: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -84,14 +83,15 @@ def daemons() -> set[int]:
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if b"ckptfs._daemon" in command and _scratch.encode() in environment:
+            if b"ckptfs._daemon" in command and argument in command and ours in environment:
                 found.add(int(entry.name))
     return found
 
 
 def temporary() -> set[str]:
     # Not pytest's own folder, which is made for the first test that asks for `tmp_path`.
-    return {name for name in os.listdir(_scratch) if not name.startswith("pytest-of-")}
+    names = os.listdir(tempfile.gettempdir())
+    return {name for name in names if not name.startswith("pytest-of-")}
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,8 @@ class Node:
 
     def here(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``ckptfs`` with `arguments` in this process, without an interpreter's start."""
-        output, errors = io.StringIO(), io.StringIO()
+        # As strict as a process's streams: text that UTF-8 does not have is an error.
+        output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
         argv, sys.argv = sys.argv, ["ckptfs", *arguments]
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -169,7 +170,9 @@ class Node:
             status = ended.code if isinstance(ended.code, int) else 0
         finally:
             sys.argv = argv
-        said = output.getvalue(), errors.getvalue()
+        for stream in (output, errors):
+            stream.seek(0)
+        said = output.read(), errors.read()
         assert not check or status == 0, f"{arguments}: {said}"
         return subprocess.CompletedProcess(arguments, status, *said)
 
@@ -184,7 +187,7 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """``ckptfs status --json``."""
-        return json.loads(self.cli("status", "--json").stdout)
+        return json.loads(self.here("status", "--json").stdout)
 
     def wait_quiet(self) -> None:
         """Wait until nothing is being fetched any more, also ahead of the readers."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pytest
-from conftest import HAS_FUSE, Node, wait_until
+from conftest import HAS_FUSE, Node, daemons, wait_until
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -307,21 +307,6 @@ def place(
             stack.callback(end_private_daemons)
             stack.callback(stack.pop_all().close)
         yield place
-
-
-def daemons() -> set[int]:
-    """Processes of this run that are a keeper or a daemon."""
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if b"ckptfs._daemon" in command and tempfile.gettempdir().encode() in environment:
-                found.add(int(entry.name))
-    return found
 
 
 def end_private_daemons() -> None:

@@ -24,6 +24,7 @@ class Metadata:
     Attributes:
         raw: The file's bytes; None where there is none.
         values: The keys and values; empty if the file is no JSON object.
+        shown: What `xattrs.shown_values` makes of them; None until somebody asks.
         read_s: When that was so (event loop time).
         error: What the store answered last time, if that was an error which can pass; `failed_s`:
             when.
@@ -33,6 +34,7 @@ class Metadata:
     def __init__(self) -> None:
         self.raw: bytes | None = None
         self.values: dict[str, Any] = {}
+        self.shown: tuple[dict[str, bytes], list[tuple[str, str]]] | None = None
         self.read_s = -math.inf
         self.error: StoreUnavailable | None = None
         self.failed_s = -math.inf
@@ -122,7 +124,7 @@ class Attachment:
             return known
         listed = self.listed[index]
         pin = Pin(listed.path, listed.size, listed.mtime_ns)
-        return RemoteFile(self.store, object_key(self.location, pin), pin)
+        return RemoteFile(self.store, object_key(self.location, listed), pin)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""
@@ -145,9 +147,8 @@ class Attachment:
         index = len(self.listed)
         if file.mtime_ns:
             file = msgspec.structs.replace(file, mtime_ns=_told_apart(file.mtime_ns, index))
-        pin = Pin(file.path, file.size, file.mtime_ns)
         self.listed.append(file)
-        self.digests.append(object_key(self.location, pin).digest())
+        self.digests.append(object_key(self.location, file).digest())
         self.size += file.size
         return self.tree.replace(file, index)
 
@@ -187,7 +188,7 @@ def _told_apart(mtime_ns: int, serial: int) -> int:
     return mtime_ns + (nudge if mtime_ns % 10**9 + nudge < 10**9 else -nudge)
 
 
-def object_key(location: Location, pin: Pin) -> ObjectKey:
+def object_key(location: Location, file: ListedFile) -> ObjectKey:
     """The cache's name for an object of the checkpoint at `location`."""
-    path = f"{location.path}/{pin.path}"
-    return ObjectKey(location.store_identity, path, pin.size, pin.mtime_ns)
+    path = f"{location.path}/{file.path}"
+    return ObjectKey(location.store_identity, path, file.size, file.mtime_ns)

@@ -20,7 +20,7 @@ from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.tree import Node
 from ckptfs._daemon.vfs import StaleInode, is_metadata
-from ckptfs._model.manifest import METADATA_NAME, ListedFile
+from ckptfs._model.manifest import METADATA_NAME, ListedFile, Manifest
 from ckptfs._store import metadata as stored
 from ckptfs._store.base import Store
 from ckptfs.errors import CkptfsError, MetadataError, StoreTimeout, StoreUnavailable
@@ -57,6 +57,17 @@ class MetadataKeeper:
         attachment.metadata.error = None  # whoever says that it has changed has reached the store
         with contextlib.suppress(CkptfsError):
             await self.values(attachment)
+
+    def listed_again(self, attachment: Attachment, manifest: Manifest) -> None:
+        """The store was listed once more, while the rest of the attachment stays: show the metadata
+        file as it is in `manifest`, and read it when somebody asks."""
+        for file in manifest.files:
+            if file.path == METADATA_NAME:
+                _show_listed(attachment, file)
+                break
+        else:
+            attachment.hide(METADATA_NAME)
+        attachment.metadata.read_s = -math.inf
 
     async def before_absence(self, attachment: Attachment, parent: Node, name: bytes) -> None:
         """To be called before it is said that `parent` has no `name`: others may have made the
@@ -115,11 +126,11 @@ class MetadataKeeper:
         elif found is not None and (is_new or metadata.raw not in (None, raw)):
             _show(attachment, found)
         elif found is not None:
-            show_listed(attachment, found)
+            _show_listed(attachment, found)
         if raw == metadata.raw:
             return
         metadata.raw = raw
-        metadata.values = {}
+        metadata.values, metadata.shown = {}, None
         try:
             values = stored.parse(raw, attachment.location.uri)
             if isinstance(values, dict):
@@ -150,7 +161,7 @@ class MetadataKeeper:
             raise
 
 
-def show_listed(attachment: Attachment, found: ListedFile) -> None:
+def _show_listed(attachment: Attachment, found: ListedFile) -> None:
     """Show the metadata file as the store lists it, if it is another version than the shown one."""
     node = attachment.tree.root.children.get(METADATA_NAME.encode())
     if node is not None and not node.is_directory:

@@ -10,7 +10,6 @@ that waited for one which found the store dark share its answer, instead of aski
 """
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as version_of
@@ -21,14 +20,14 @@ import trio
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
-from ckptfs._daemon.metadata import MetadataKeeper, show_listed
+from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import prefetch
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import METADATA_NAME, Manifest, build_manifest
+from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Pin, Store
 from ckptfs._store.resolve import OpenStore
@@ -148,13 +147,7 @@ class Service:
         if known is not None and (known.in_use or known.manifest.version == fresh.manifest.version):
             known.use_store(store)
             self._secrets[key] = location.secrets
-            for file in fresh.manifest.files:
-                if file.path == METADATA_NAME:
-                    show_listed(known, file)
-                    break
-            else:
-                known.hide(METADATA_NAME)
-            known.metadata.read_s = -math.inf
+            self.metadata.listed_again(known, fresh.manifest)
             return known
         if known is not None:
             fresh.pinned = known.pinned
@@ -181,9 +174,7 @@ class Service:
         """Blocking. List the store and build everything that follows from the listing."""
         public = msgspec.structs.replace(location, secrets={})
         manifest = build_manifest(store.list(self._config.files_max))
-        digests = [
-            object_key(public, Pin(f.path, f.size, f.mtime_ns)).digest() for f in manifest.files
-        ]
+        digests = [object_key(public, file).digest() for file in manifest.files]
         return Attachment(ordinal, public, store, manifest, digests, uid, gid)
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str]) -> None:

@@ -97,8 +97,8 @@ class Xattrs:
         if name.startswith(names.META_PREFIX):
             if node is not attachment.tree.root:
                 raise NoAttribute(name)
-            values = await self._metadata.values(attachment)
-            text = shown_values(values)[0].get(name)
+            await self._metadata.values(attachment)
+            text = _shown(attachment)[0].get(name)
             if text is None:
                 raise NoAttribute(name)
             return text
@@ -122,14 +122,14 @@ class Xattrs:
         unsure = (names.ERROR, names.SKIPPED, names.ETAG, names.MTIME)  # and cheap to look at
         found = [n for n, value in stated.items() if n not in unsure or await value()]
         if node is attachment.tree.root:
-            found += shown_values(await self._values_or_none(attachment))[0]
+            await self._refresh(attachment)
+            found += _shown(attachment)[0]
         return found
 
-    async def _values_or_none(self, attachment: Attachment) -> dict[str, Any]:
-        try:
-            return await self._metadata.values(attachment)
-        except CkptfsError:
-            return attachment.metadata.values  # noted at the attachment
+    async def _refresh(self, attachment: Attachment) -> None:
+        """Where the store does not answer, the metadata stays what was known."""
+        with contextlib.suppress(CkptfsError):  # noted at the attachment
+            await self._metadata.values(attachment)
 
     def _stated(self, attachment: Attachment, node: Node) -> dict[str, Value]:
         uri = _uri(attachment.location, node)
@@ -143,7 +143,8 @@ class Xattrs:
         holders = sorted(set(attachment.directories.values()))
 
         async def skipped() -> str:
-            hidden = shown_values(await self._values_or_none(attachment))[1]
+            await self._refresh(attachment)
+            hidden = _shown(attachment)[1]
             listed = [f"{s.name}\t{s.reason}\n" for s in manifest.skipped]
             return "".join(listed + [f"{key}\t{reason}\n" for key, reason in hidden])
 
@@ -303,6 +304,13 @@ class Xattrs:
                 await trio.sleep(0.01)
             return True
         return False
+
+
+def _shown(attachment: Attachment) -> "tuple[dict[str, bytes], list[tuple[str, str]]]":
+    metadata = attachment.metadata
+    if metadata.shown is None:
+        metadata.shown = shown_values(metadata.values)
+    return metadata.shown
 
 
 def shown_values(values: dict[str, Any]) -> "tuple[dict[str, bytes], list[tuple[str, str]]]":

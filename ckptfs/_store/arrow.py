@@ -22,14 +22,11 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
-from ckptfs._store.base import Pin
+from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
 from ckptfs.errors import (
     AccessDenied,
-    CheckpointIsFile,
     CheckpointNotFound,
     CkptfsError,
-    LimitExceeded,
-    ObjectChanged,
     StoreError,
     StoreTimeout,
     StoreUnavailable,
@@ -88,11 +85,7 @@ class ArrowStore:
             raise self._why_not_found() from None
         except (OSError, pa.ArrowException) as error:
             raise translate_error(error, self.name) from error
-        if len(infos) > files_max:
-            raise LimitExceeded(
-                f"{self.name} holds {len(infos)} objects, more than files_max = {files_max}; "
-                "name a directory below it, or raise files_max"
-            )
+        check_count(self.name, len(infos), files_max)
         files: list[ListedFile] = []
         directories: list[str] = []
         skipped: list[Skipped] = []
@@ -121,12 +114,12 @@ class ArrowStore:
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
         if current.size != pin.size:
-            raise self._changed(pin, f"{pin.size} bytes became {current.size}")
+            raise changed(self.name, pin, f"{pin.size} bytes became {current.size}")
         # S3 gives whole seconds in Last-Modified, and some servers fractions in the listing.
         if pin.mtime_ns and current.mtime_ns // 10**9 != pin.mtime_ns // 10**9:
-            raise self._changed(pin, "it was written again")
+            raise changed(self.name, pin, "it was written again")
         if pin.etag and current.etag != pin.etag:
-            raise self._changed(pin, f"ETag {pin.etag} became {current.etag or 'none'}")
+            raise changed(self.name, pin, f"ETag {pin.etag} became {current.etag or 'none'}")
         self._give_back(pin.path, handle)  # not one of another version: its size is fixed
         return msgspec.structs.replace(pin, etag=current.etag)
 
@@ -137,13 +130,13 @@ class ArrowStore:
             if handle is None:
                 handle = self._fs.open_input_file(self._path(pin))
             if (size := handle.size()) != pin.size:  # seek would refuse what lies behind the end
-                raise self._changed(pin, f"{pin.size} bytes became {size}")
+                raise changed(self.name, pin, f"{pin.size} bytes became {size}")
             handle.seek(offset)
             done = 0
             while done < len(buffer):
                 count = handle.readinto(buffer[done:])
                 if count == 0:
-                    raise self._changed(pin, f"it ends at byte {offset + done} of {pin.size}")
+                    raise changed(self.name, pin, f"it ends at byte {offset + done} of {pin.size}")
                 done += count
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
@@ -168,7 +161,7 @@ class ArrowStore:
             else:
                 self._write(full, data)
         except FileNotFoundError:
-            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+            raise not_found(self.name) from None
         except (OSError, pa.ArrowException) as error:
             raise translate_error(error, f"{printable(path)} in {self.name}") from error
 
@@ -246,22 +239,16 @@ class ArrowStore:
             raise FileNotFoundError(pin.path)
         return Pin(pin.path, info.size, info.mtime_ns or 0)
 
-    def _changed(self, pin: Pin, how: str) -> ObjectChanged:
-        return ObjectChanged(
-            f"{printable(pin.path)} in {self.name} changed at the store since it was attached: "
-            f"{how}; attach the checkpoint again to see the new version"
-        )
-
     def _of_object(self, error: Exception, pin: Pin) -> CkptfsError:
         if isinstance(error, CkptfsError):
             return error
         cause = _cause(str(error))
         # A range behind the end of a truncated object has no error name of its own.
         if re.search(r"HTTP status 416|InvalidRange|INVALID_RANGE", cause):
-            return self._changed(pin, "it became shorter")
+            return changed(self.name, pin, "it became shorter")
         gone = re.match("AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)", cause)
         if gone or isinstance(error, FileNotFoundError):
-            return self._changed(pin, "it was deleted")
+            return changed(self.name, pin, "it was deleted")
         return translate_error(error, f"{printable(pin.path)} in {self.name}")
 
     def _why_not_found(self) -> CkptfsError:
@@ -270,10 +257,8 @@ class ArrowStore:
         except (OSError, pa.ArrowException) as error:
             return translate_error(error, self.name)
         if info.type == pafs.FileType.File:
-            return CheckpointIsFile(
-                f"{self.name} is a file, not a directory; name the directory that holds it"
-            )
-        return CheckpointNotFound(f"{self.name} does not exist; check the path")
+            return is_file(self.name)
+        return not_found(self.name)
 
 
 def _cause(text: str) -> str:

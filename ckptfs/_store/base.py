@@ -21,7 +21,8 @@ from typing import Protocol
 
 import msgspec
 
-from ckptfs._model.manifest import ListedFile, Listing
+from ckptfs._model.manifest import ListedFile, Listing, printable
+from ckptfs.errors import CheckpointIsFile, CheckpointNotFound, LimitExceeded, ObjectChanged
 
 
 class Pin(msgspec.Struct, frozen=True):
@@ -83,3 +84,33 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of open handles. Calls that are still running may fail."""
         ...
+
+
+# What all stores say in the same words; `name` is the store's.
+
+
+def changed(name: str, pin: Pin, how: str) -> ObjectChanged:
+    """The object is no longer the version of `pin`; `how` says what became of it."""
+    return ObjectChanged(
+        f"{printable(pin.path)} in {name} changed at the store since it was attached: {how}; "
+        "attach the checkpoint again to see the new version"
+    )
+
+
+def not_found(name: str) -> CheckpointNotFound:
+    """There is no such directory."""
+    return CheckpointNotFound(f"{name} does not exist; check the path")
+
+
+def is_file(name: str) -> CheckpointIsFile:
+    """It is an object and no directory."""
+    return CheckpointIsFile(f"{name} is a file, not a directory; name the directory that holds it")
+
+
+def check_count(name: str, count: int, files_max: int) -> None:
+    """Raise LimitExceeded where `count` objects are too many."""
+    if count > files_max:
+        raise LimitExceeded(
+            f"{name} holds {count} objects, more than files_max = {files_max}; "
+            "name a directory below it, or raise files_max"
+        )

@@ -19,15 +19,11 @@ from typing import Any
 import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
-from ckptfs._store.base import Pin
+from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
 from ckptfs.errors import (
     AccessDenied,
-    CheckpointIsFile,
-    CheckpointNotFound,
     CkptfsError,
-    LimitExceeded,
     LocationError,
-    ObjectChanged,
     StoreError,
     StoreTimeout,
     StoreUnavailable,
@@ -124,18 +120,12 @@ class FsspecStore:
             self._fs.invalidate_cache()
             found = self._find()
             if not found and self._fs.info(self._root)["type"] != "directory":
-                raise CheckpointIsFile(
-                    f"{self.name} is a file, not a directory; name the directory that holds it"
-                )
-            if len(found) > files_max:
-                raise LimitExceeded(
-                    f"{self.name} holds {len(found)} objects, more than files_max = {files_max}; "
-                    "name a directory below it, or raise files_max"
-                )
+                raise is_file(self.name)
+            check_count(self.name, len(found), files_max)
             self._add_sizes(found)
         except FileNotFoundError as error:
             _raise_disguised(error, self.name)
-            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+            raise not_found(self.name) from None
         except Exception as error:
             raise _translated(error, self.name) from error
         return self._listing(found)
@@ -216,25 +206,19 @@ class FsspecStore:
 
     def confirm(self, pin: Pin) -> Pin:
         """See Store.confirm."""
-        path = f"{self._root}/{pin.path}"
-        try:
-            self._fs.invalidate_cache(self._fs._parent(path))
-            info: dict[str, Any] = self._fs.info(path)
-        except FileNotFoundError as error:
-            _raise_disguised(error, f"{printable(pin.path)} in {self.name}")
-            raise self._changed(pin, "it was deleted") from None
-        except Exception as error:
-            raise _translated(error, f"{printable(pin.path)} in {self.name}") from error
+        info = self._info_now(pin.path)
+        if info is None:
+            raise changed(self.name, pin, "it was deleted")
         if info["type"] != "file":
-            raise self._changed(pin, "it is no file any more")
+            raise changed(self.name, pin, "it is no file any more")
         if info.get("size") != pin.size:
-            raise self._changed(pin, f"{pin.size} bytes became {info.get('size')}")
+            raise changed(self.name, pin, f"{pin.size} bytes became {info.get('size')}")
         mtime_ns = _mtime_ns(info)
         if pin.mtime_ns and mtime_ns and mtime_ns // 10**9 != pin.mtime_ns // 10**9:
-            raise self._changed(pin, "it was written again")
+            raise changed(self.name, pin, "it was written again")
         etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
         if pin.etag and etag != pin.etag:
-            raise self._changed(pin, f"ETag {pin.etag} became {etag or 'none'}")
+            raise changed(self.name, pin, f"ETag {pin.etag} became {etag or 'none'}")
         return msgspec.structs.replace(pin, etag=etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
@@ -243,13 +227,13 @@ class FsspecStore:
         try:
             data: bytes = self._fs.cat_file(path, start=offset, end=end, **self._unbuffered)
         except FileNotFoundError:
-            raise self._changed(pin, "it was deleted") from None
+            raise changed(self.name, pin, "it was deleted") from None
         except Exception as error:
             if _status_of(error) == 416:
-                raise self._changed(pin, "it became shorter") from None
+                raise changed(self.name, pin, "it became shorter") from None
             raise _translated(error, f"{printable(pin.path)} in {self.name}") from error
         if len(data) < len(buffer):
-            raise self._changed(pin, f"it ends at byte {offset + len(data)} of {pin.size}")
+            raise changed(self.name, pin, f"it ends at byte {offset + len(data)} of {pin.size}")
         if len(data) > len(buffer):
             raise StoreError(
                 f"{printable(pin.path)} in {self.name}: the server does not know ranges; copy the "
@@ -271,7 +255,7 @@ class FsspecStore:
         try:
             self._fs.pipe_file(f"{self._root}/{path}", data)
         except FileNotFoundError:
-            raise CheckpointNotFound(f"{self.name} does not exist; check the path") from None
+            raise not_found(self.name) from None
         except NotImplementedError:
             raise AccessDenied(f"{self.name} cannot be written to: {self._fs.protocol}") from None
         except Exception as error:
@@ -279,25 +263,25 @@ class FsspecStore:
 
     def find(self, path: str) -> ListedFile | None:
         """See Store.find."""
+        info = self._info_now(path)
+        if info is None or info["type"] != "file":
+            return None
+        return ListedFile(path, info["size"], _mtime_ns(info))
+
+    def _info_now(self, path: str) -> dict[str, Any] | None:
+        """What the store says of an object now; None where there is none."""
         full = f"{self._root}/{path}"
         try:
             self._fs.invalidate_cache(self._fs._parent(full))
-            info: dict[str, Any] = self._fs.info(full)
+            return self._fs.info(full)
         except FileNotFoundError as error:
             _raise_disguised(error, f"{printable(path)} in {self.name}")
             return None
         except Exception as error:
             raise _translated(error, f"{printable(path)} in {self.name}") from error
-        return ListedFile(path, info["size"], _mtime_ns(info)) if info["type"] == "file" else None
 
     def close(self) -> None:
         """Nothing is kept."""
-
-    def _changed(self, pin: Pin, how: str) -> ObjectChanged:
-        return ObjectChanged(
-            f"{printable(pin.path)} in {self.name} changed at the store since it was attached: "
-            f"{how}; attach the checkpoint again to see the new version"
-        )
 
 
 def _mtime_ns(info: Mapping[str, Any]) -> int:

@@ -27,6 +27,22 @@ def read(store: Store) -> Any:
     return parse(store.get(METADATA_NAME), store.name)
 
 
+def read_dict(store: Store) -> dict[str, Any]:
+    """The metadata where it has keys.
+
+    Raises:
+        MetadataNotDict: What is stored is no dict.
+        MetadataError, AccessDenied, StoreError: As of `read`.
+    """
+    stored: Any = read(store)
+    if not isinstance(stored, dict):
+        raise MetadataNotDict(
+            f"{METADATA_NAME} in {store.name} holds a {type(stored).__name__} and not a dict, so "
+            "it has no keys; use set_metadata to replace it"
+        )
+    return cast("dict[str, Any]", stored)
+
+
 def parse(raw: bytes | None, name: str) -> Any:
     """The metadata in the file's bytes; `name` is the checkpoint's. Raises MetadataError."""
     if raw is None:
@@ -72,13 +88,7 @@ def change(store: Store, how: Callable[[dict[str, Any]], dict[str, Any]]) -> byt
     Returns the new bytes. Nothing is written if `how` raises. Raises as `update`.
     """
     with _serialised(store.name):
-        stored: Any = read(store)
-        if not isinstance(stored, dict):
-            raise MetadataNotDict(
-                f"{METADATA_NAME} in {store.name} holds a {type(stored).__name__} and not a "
-                "dict, so it has no keys to change; use set_metadata"
-            )
-        raw = json.dumps(how(cast("dict[str, Any]", stored))).encode()
+        raw = json.dumps(how(read_dict(store))).encode()
         store.put(METADATA_NAME, raw)
         return raw
 

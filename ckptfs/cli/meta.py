@@ -121,12 +121,7 @@ class _Stored(MutableMapping[str, Any]):
         self._metadata = metadata
 
     def _stored(self) -> dict[str, Any]:
-        found = self._metadata.read(self._store)
-        if not isinstance(found, dict):
-            raise MetadataNotDict(
-                f"the metadata of {self._location.uri} is a {type(found).__name__} and has no keys"
-            )
-        return cast("dict[str, Any]", found)
+        return self._metadata.read_dict(self._store)
 
     def __getitem__(self, key: str) -> Any:
         return self._stored()[key]

@@ -108,7 +108,7 @@ def test_what_they_say(node: Node, small: Path, uri_of: UriOf) -> None:
             assert (told["holders"], told["pinned"]) == ([os.getpid()], False)
             since = node.status()["attachments"][0]["attached"]
             assert told["since"] == pytest.approx(since, abs=0.001)
-        node.cli("attach", uri_of(small))
+        node.here("attach", uri_of(small))
         assert json.loads(attribute(path, "attached"))["pinned"] is True
 
 

@@ -4,6 +4,7 @@ And what the store does to us: objects that change, a store that goes away and c
 """
 
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -29,14 +30,26 @@ pytestmark = pytest.mark.mount
 UriOf = Callable[[Path], str]
 
 MIB = 1 << 20
-ANSWER_S = 10.0
-"""The promise: every mistake is answered within this time, a daemon's start included."""
+ANSWER_S = 30.0
+"""Every mistake is answered within this time, also on a machine that is busy with other tests. The
+promise is 10 s, and follows from `store_timeout_s` and from the number of attempts, which
+`test_an_endpoint_that_never_answers` counts."""
 
 
 def attach_by_cli(uri: str) -> str:
-    """The one line that ``ckptfs attach`` prints when it fails."""
+    """The one line that ``ckptfs attach`` prints when it fails, in a process of its own."""
     command = [str(Path(sys.executable).with_name("ckptfs")), "attach", uri]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    return the_line(
+        subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    )
+
+
+def attach_here(node: Node, uri: str) -> str:
+    """The same without a process of its own."""
+    return the_line(node.here("attach", uri, check=False))
+
+
+def the_line(done: "subprocess.CompletedProcess[str]") -> str:
     assert (done.returncode, done.stdout) == (1, ""), done
     assert done.stderr.startswith("ckptfs: ")
     assert done.stderr.count("\n") == 1
@@ -65,10 +78,21 @@ def refused_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def silent_endpoint() -> Iterator[str]:
-    """A server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"127.0.0.1:{listening.getsockname()[1]}"
+def silent_server() -> Iterator[socket.socket]:
+    """A server whose connections are made and wait to be accepted for ever."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        listening.setblocking(False)
+        yield listening
+
+
+def connections_of(server: socket.socket) -> int:
+    """How many connections were made to a silent server."""
+    for count in itertools.count():
+        try:
+            server.accept()[0].close()
+        except BlockingIOError:
+            return count
+    raise AssertionError
 
 
 def test_wrong_locations(
@@ -105,13 +129,14 @@ def test_wrong_locations(
             "check the endpoint",
         ),
     }
-    with ThreadPoolExecutor(4) as pool:
-        lines = {name: pool.submit(attach_by_cli, uri) for name, (uri, _, _) in cases.items()}
+    slow = ("refused", "unresolvable")
+    with ThreadPoolExecutor(len(slow)) as pool:
+        lines = {name: pool.submit(attach_by_cli, cases[name][0]) for name in slow}
     for name, (uri, expected, remedy) in cases.items():
         with subtests.test(name):
             kind, message = attach_by_python(uri)
             assert kind == expected, message
-            line = lines[name].result()
+            line = lines[name].result() if name in slow else attach_here(node, uri)
             for text in (message, line):
                 assert remedy in text
                 assert "\n" not in text.rstrip("\n")
@@ -124,15 +149,17 @@ def test_wrong_locations(
 
 
 def test_an_endpoint_that_never_answers(
-    node: Node, s3: S3Server, small: Path, uri_of: UriOf, silent_endpoint: str
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, silent_server: socket.socket
 ) -> None:
-    uri = with_endpoint(uri_of(small), s3, silent_endpoint)
+    node.configure(store_timeout_s=0.5)
+    uri = with_endpoint(uri_of(small), s3, f"127.0.0.1:{silent_server.getsockname()[1]}")
     with ThreadPoolExecutor(1) as pool:
         line = pool.submit(attach_by_cli, uri)
         kind, message = attach_by_python(uri)
     assert "check the endpoint" in line.result()
     assert kind == "StoreTimeout"
     assert "did not answer" in message
+    assert connections_of(silent_server) <= 2 * 2  # of two attaches, if they have not shared
     assert node.status()["attachments"] == []
 
 
@@ -245,14 +272,14 @@ def test_a_wrong_configuration(
         pass
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert message in attach_by_cli(uri_of(small))
+    assert message in attach_here(node, uri_of(small))
 
 
 def test_a_missing_configuration(
     node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CKPTFS_CONFIG", "/no/such/ckptfs.toml")
-    line = attach_by_cli(uri_of(small))
+    line = attach_here(node, uri_of(small))
     assert "/no/such/ckptfs.toml" in line
     assert "CKPTFS_CONFIG must name a readable file" in line
 
@@ -266,7 +293,7 @@ def test_a_socket_path_that_is_too_long(
         ckptfs.Checkpoint(uri_of(small)).as_directory(),
     ):
         pass
-    assert "107" in attach_by_cli(uri_of(small))
+    assert "107" in attach_here(node, uri_of(small))
 
 
 # -- writing
@@ -379,7 +406,8 @@ def test_a_dark_store_harms_its_own_readers_only(
     dark_files, bright_files = bucket / "dark", bucket / "bright"
     for folder in (dark_files, bright_files):
         folder.mkdir()
-    for number in range(100):
+    numbers = range(48)  # three times as many as there are connections
+    for number in numbers:
         (dark_files / str(number)).write_bytes(bytes(2 * MIB))
     for name in ("cached", "cold", "later"):
         (bright_files / name).write_bytes(name.encode() * MIB)
@@ -395,7 +423,7 @@ def test_a_dark_store_harms_its_own_readers_only(
         forwarder.hold()
         readers = [
             subprocess.Popen(["cat", f"{dark}/{number}"], stdout=-3, stderr=-3)
-            for number in range(100)
+            for number in numbers
         ]
         try:
             wait_until(lambda: any(a["state"] == "failing" for a in node.status()["attachments"]))

@@ -29,7 +29,7 @@ STATUS_FIELDS = {
 
 def refusal(node: Node, *arguments: str) -> str:
     """The one line of a command that fails."""
-    done = node.cli(*arguments, check=False)
+    done = node.here(*arguments, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ckptfs: ")
     assert done.stderr.count("\n") == 1
@@ -55,12 +55,12 @@ def test_attach_and_detach(node: Node, small: Path, uri_of: UriOf) -> None:
     path = done.stdout.rstrip("\n")
     assert (done.stdout, done.stderr) == (f"{path}\n", "")
     assert Path(path).parent == node.mount
-    assert node.cli("attach", uri).stdout == done.stdout
-    node.cli("detach", path)
+    assert node.here("attach", uri).stdout == done.stdout
+    node.here("detach", path)
     assert "is not attached" in refusal(node, "detach", path)
     assert "is not attached" in refusal(node, "detach", uri)
-    node.cli("attach", uri)
-    node.cli("detach", f"{path}/layers/0")  # any path inside it
+    node.here("attach", uri)
+    node.here("detach", f"{path}/layers/0")  # any path inside it
     assert node.status()["attachments"] == []
     assert "is not inside the mount" in refusal(node, "detach", "/tmp")
     assert "is not inside the mount" in refusal(node, "detach", str(node.mount))
@@ -73,11 +73,11 @@ def test_detach_while_it_is_held(node: Node, small: Path, uri_of: UriOf) -> None
         assert str(os.getpid()) in line
         assert "--force" in line
         assert "1 checkpoints are in use" in refusal(node, "umount")
-        node.cli("attach", uri)
-        node.cli("detach", uri)  # takes the pin away
+        node.here("attach", uri)
+        node.here("detach", uri)  # takes the pin away
         assert node.status()["attachments"][0]["pinned"] is False
         assert os.listdir(path)
-        node.cli("detach", "--force", uri)
+        node.here("detach", "--force", uri)
         assert node.status()["attachments"] == []
         with pytest.raises(OSError, match=r"No such file|Stale"):
             os.listdir(path)
@@ -87,24 +87,24 @@ def test_detach_while_it_is_held(node: Node, small: Path, uri_of: UriOf) -> None
 
 def test_ls(node: Node, small: Path, uri_of: UriOf) -> None:
     uri = uri_of(small)
-    path = node.cli("attach", uri).stdout.rstrip("\n")
+    path = node.here("attach", uri).stdout.rstrip("\n")
     Path(path, "config.json").read_bytes()
     state = "user.ckptfs.state"
     wait_until(lambda: os.getxattr(f"{path}/config.json", state) == b"cached")
-    assert path in node.cli("ls", check=True).stdout.replace("\n", "").replace(" ", "")
-    rows = json.loads(node.cli("ls", "--json", path).stdout)
+    assert path in node.here("ls", check=True).stdout.replace("\n", "").replace(" ", "")
+    rows = json.loads(node.here("ls", "--json", path).stdout)
     assert [(row["path"], row["size"], row["cached"], row["state"]) for row in rows] == [
         ("config.json", 13, 13, "cached"),
         ("empty", 0, 0, "cached"),
         ("layers/0/weights.bin", 3_000_000, 0, "lazy"),
     ]
     assert all(row.keys() == {"path", "size", "cached", "state", "version"} for row in rows)
-    assert json.loads(node.cli("ls", "--json", uri).stdout) == rows
-    [row] = json.loads(node.cli("ls", "--json", f"{path}/config.json").stdout)
+    assert json.loads(node.here("ls", "--json", uri).stdout) == rows
+    [row] = json.loads(node.here("ls", "--json", f"{path}/config.json").stdout)
     assert row == rows[0]
-    [row] = json.loads(node.cli("ls", "--json", f"{path}/layers").stdout)
+    [row] = json.loads(node.here("ls", "--json", f"{path}/layers").stdout)
     assert row["path"] == "0/weights.bin"
-    table = node.cli("ls", path).stdout.splitlines()
+    table = node.here("ls", path).stdout.splitlines()
     versions = [row["version"] for row in rows]
     assert table[0].split() == ["SIZE", "CACHED", "STATE", "VERSION", "PATH"]
     assert table[1].split() == [
@@ -115,20 +115,20 @@ def test_ls(node: Node, small: Path, uri_of: UriOf) -> None:
     ]
     assert "is not in a mounted checkpoint" in refusal(node, "ls", "/tmp")
     assert "No such file" in refusal(node, "ls", f"{path}/nothing")
-    assert {a["uri"] for a in json.loads(node.cli("ls", "--json").stdout)} == {
+    assert {a["uri"] for a in json.loads(node.here("ls", "--json").stdout)} == {
         node.status()["attachments"][0]["uri"]
     }
 
 
 def test_ls_of_a_uri_does_not_keep_it(node: Node, small: Path, uri_of: UriOf) -> None:
     node.configure(linger_s=0)
-    node.cli("mount")
-    assert "config.json" in node.cli("ls", uri_of(small)).stdout
+    node.here("mount")
+    assert "config.json" in node.here("ls", uri_of(small)).stdout
     assert node.status()["attachments"] == []
 
 
 def test_json_has_the_documented_fields(node: Node, small: Path, uri_of: UriOf) -> None:
-    attached = json.loads(node.cli("attach", "--json", uri_of(small)).stdout)
+    attached = json.loads(node.here("attach", "--json", uri_of(small)).stdout)
     assert attached.keys() == {"path", "uri", "version", "files", "size", "skipped"}
     assert (attached["files"], attached["size"], attached["skipped"]) == (3, 3_000_013, 0)
     status = node.status()
@@ -139,7 +139,7 @@ def test_json_has_the_documented_fields(node: Node, small: Path, uri_of: UriOf) 
         assert attachment[field] == attached[field]
     assert status["mount"] == str(node.mount)
     assert status["cache_dir"] == str(node.cache_dir)
-    assert json.loads(node.cli("ls", "--json").stdout) == status["attachments"]
+    assert json.loads(node.here("ls", "--json").stdout) == status["attachments"]
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -150,7 +150,7 @@ def test_status_table(
     monkeypatch.setenv("TERM", "xterm-256color")
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         Path(path, "layers/0/weights.bin").read_bytes()
-        plain = node.cli("status").stdout
+        plain = node.here("status").stdout
         assert "\x1b" not in plain
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
         table = plain.splitlines()[4:]
@@ -171,28 +171,28 @@ def test_status_table(
 def test_usage(node: Node) -> None:
     commands = ["mount", "umount", "status", "attach", "detach", "ls", "find", "meta", "help"]
     for arguments in (["--help"], ["help"]):
-        text = node.cli(*arguments).stdout
+        text = node.here(*arguments).stdout
         for command in commands:
             assert f" {command} " in text
     for command in commands[:-1]:
-        explained = node.cli("help", command).stdout
+        explained = node.here("help", command).stdout
         assert f"ckptfs {command}" in explained
     for wrong in (["nonsense"], ["status", "--nonsense"], ["attach"], ["help", "nonsense"]):
-        done = node.cli(*wrong, check=False)
+        done = node.here(*wrong, check=False)
         assert done.returncode == 2
         assert done.stdout == ""
         assert "Traceback" not in done.stderr
-    assert "nonsense" in node.cli("nonsense", check=False).stderr
+    assert "nonsense" in node.here("nonsense", check=False).stderr
 
 
 def test_help_semantics(node: Node) -> None:
-    text = node.cli("help", "semantics").stdout
+    text = node.here("help", "semantics").stdout
     for promise in ("Lazy", "Pinned", "ESTALE", "EROFS"):
         assert promise in text
 
 
 def test_a_closed_pipe_is_no_traceback(node: Node, small: Path, uri_of: UriOf) -> None:
-    path = node.cli("attach", uri_of(small)).stdout.rstrip("\n")
+    path = node.here("attach", uri_of(small)).stdout.rstrip("\n")
     command = str(Path(sys.executable).with_name("ckptfs"))
     done = subprocess.run(
         ["sh", "-c", f"{command} ls {path} | true"],
@@ -218,8 +218,8 @@ def test_secrets_are_shown_nowhere(node: Node, s3: S3Server, small: Path, uri_of
             assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
             assert secret not in Path(f"/proc/{pid}/environ").read_bytes()
         for command in (["status"], ["status", "--json"], ["ls", "--json"], ["ls", path]):
-            assert s3.secret_key not in node.cli(*command).stdout
-        node.cli("ls", "--json", path)
+            assert s3.secret_key not in node.here(*command).stdout
+        node.here("ls", "--json", path)
     assert s3.secret_key not in node.log()
     node.end()
     found = node.run("grep", "-rl", s3.secret_key, str(node.folder), check=False)
@@ -228,12 +228,12 @@ def test_secrets_are_shown_nowhere(node: Node, s3: S3Server, small: Path, uri_of
 
 
 def test_attaching_again_shows_the_new_version(node: Node, small: Path, uri_of: UriOf) -> None:
-    path = node.cli("attach", uri_of(small)).stdout.strip()
+    path = node.here("attach", uri_of(small)).stdout.strip()
     assert Path(path, "config.json").read_text() == '{"layers": 1}'
     (small / "config.json").write_text('{"layers": "two"}')
     # Its readers have gone: only the pin holds it.
     wait_until(lambda: node.status()["attachments"][0]["open_files"] == 0)
-    assert node.cli("attach", uri_of(small)).stdout.strip() == path
+    assert node.here("attach", uri_of(small)).stdout.strip() == path
     assert Path(path, "config.json").read_text() == '{"layers": "two"}'
     (attachment,) = node.status()["attachments"]
     assert attachment["pinned"]

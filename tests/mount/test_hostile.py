@@ -165,10 +165,10 @@ def test_bad_names_are_reported_once_and_lead_nowhere(node: Node, hostile: str) 
 
 def test_reports_fit_a_terminal(node: Node, hostile: str) -> None:
     node.expected_in_log.append("left out ")
-    path = node.cli("attach", hostile).stdout.rstrip("\n")
+    path = node.here("attach", hostile).stdout.rstrip("\n")
     for command in (["status"], ["ls"], ["ls", path]):
-        assert_printable(node.cli(*command).stdout)
-    listed = {row["path"] for row in json.loads(node.cli("ls", "--json", path).stdout)}
+        assert_printable(node.here(*command).stdout)
+    listed = {row["path"] for row in json.loads(node.here("ls", "--json", path).stdout)}
     assert set(GOOD) <= listed
 
 
@@ -199,7 +199,7 @@ def test_a_key_that_breaks_the_listing_is_a_store_error(node: Node, moto: Moto) 
         ckptfs.Checkpoint(moto.uri("control/run")).as_directory(),
     ):
         pass
-    done = node.cli("attach", moto.uri("control/run"), check=False)
+    done = node.here("attach", moto.uri("control/run"), check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert_printable(done.stderr)
@@ -226,14 +226,14 @@ def test_names_of_a_local_file_system(node: Node) -> None:
                 file.write(name)
     os.mkfifo(os.path.join(top, b"pipe"))
 
-    path = node.cli("attach", "file://" + os.fsdecode(top)).stdout.rstrip("\n")
+    path = node.here("attach", "file://" + os.fsdecode(top)).stdout.rstrip("\n")
     assert sorted(names_below(path)[1]) == sorted(good)
     for name in good:
         assert Path(path, name).read_bytes() == name.encode()
     skipped: list[Any] = [skip["name"] for skip in node.status()["attachments"][0]["skipped"]]
     assert sorted(skipped) == sorted([*bad.values(), "pipe", r"folder\xff"])
     for command in (["status"], ["ls"], ["ls", path]):
-        assert_printable(node.cli(*command).stdout)
-    assert r"\x1b[31mred\x1b[0m" in node.cli("ls", path).stdout
+        assert_printable(node.here(*command).stdout)
+    assert r"\x1b[31mred\x1b[0m" in node.here("ls", path).stdout
     assert_printable(os.getxattr(path, "user.ckptfs.skipped").decode().replace("\t", ""))
     assert_printable(node.log())

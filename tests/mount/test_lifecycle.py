@@ -224,11 +224,11 @@ def test_an_open_file_holds_the_attachment(
 
 
 def test_a_pinned_attachment_needs_no_holder(node: Node, small: Path, uri_of: UriOf) -> None:
-    path = node.cli("attach", uri_of(small)).stdout.rstrip("\n")
+    path = node.here("attach", uri_of(small)).stdout.rstrip("\n")
     assert not stays_away(path)
     assert attachments()[0]["pinned"] is True
     assert Path(path, "config.json").read_text() == '{"layers": 1}'
-    node.cli("detach", path)
+    node.here("detach", path)
     assert attachments() == []
     assert not os.path.exists(path)
 
@@ -282,10 +282,10 @@ def test_an_idle_daemon_ends_and_leaves_nothing(node: Node, small: Path, uri_of:
 def test_a_client_that_comes_while_the_daemon_ends_gets_a_new_one(
     node: Node, small: Path, uri_of: UriOf
 ) -> None:
-    node.configure(idle_exit_s=0.01, linger_s=0)
+    node.configure(idle_exit_s=0.3, linger_s=0)
     checkpoint = ckptfs.Checkpoint(uri_of(small))
     steps: list[Callable[[], bool]] = [
-        lambda: node.log().count(" ending") == 1,
+        lambda: " ending" in node.log(),
         lambda: not daemons(node),
         lambda: not is_mounted(node),
         lambda: not node.socket.exists(),
@@ -386,7 +386,7 @@ def test_a_foreground_daemon_ends_by_signal(
 ) -> None:
     command = [str(Path(sys.executable).with_name("ckptfs")), "mount", "--foreground"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as foreground:
-        wait_until(lambda: node.cli("status", check=False).returncode == 0)
+        wait_until(lambda: node.here("status", check=False).returncode == 0)
         assert keepers(node) == [foreground.pid]
         with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
             assert os.listdir(path)
@@ -403,9 +403,9 @@ def test_a_foreground_daemon_ends_by_signal(
 
 
 def test_a_second_keeper_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert node.cli("mount").stdout == f"{node.mount}\n"
+    assert node.here("mount").stdout == f"{node.mount}\n"
     [first] = keepers(node)
-    assert node.cli("mount").stdout == f"{node.mount}\n"  # it runs: nothing to do
+    assert node.here("mount").stdout == f"{node.mount}\n"  # it runs: nothing to do
     monkeypatch.setattr(keeper, "_LOCK_WAIT_S", 0.1)
     with (
         keeper.Keeper(load_config()) as second,
@@ -451,7 +451,7 @@ def test_one_cache_directory_serves_one_daemon(
         with monkeypatch.context() as other:
             other.setenv("CKPTFS_SOCKET", str(node.folder / "other.sock"))
             other.setenv("CKPTFS_MOUNT", str(node.folder / "other"))
-            done = node.cli("attach", uri_of(small), check=False)
+            done = node.here("attach", uri_of(small), check=False)
             assert done.returncode == 1
             [line] = done.stderr.splitlines()
             assert f"cache directory {node.cache_dir} is in use by another ckptfs daemon" in line

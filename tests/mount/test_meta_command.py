@@ -33,7 +33,7 @@ def target_of(
             return uri_of(small)
         if kind == "local":
             return str(small)
-        path = node.cli("attach", uri_of(small)).stdout.strip()
+        path = node.here("attach", uri_of(small)).stdout.strip()
         return path if kind == "mounted" else f"{path}/layers/0/weights.bin"
 
     return target_of

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Node, wait_until
+from conftest import Node, daemons, mounts, wait_until
 from pyarrow import fs as pafs
 
 import ckptfs
@@ -129,29 +129,7 @@ def private(folder: "str | Path" = "") -> list[Path]:
     return list(Path(folder or tempfile.gettempdir()).glob("ckptfs-private-*"))
 
 
-def mounts() -> set[str]:
-    """Mount points below this run's temporary folder."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {at for line in lines if (at := line.split(" ")[4]).startswith(tempfile.gettempdir())}
-
-
-def daemons(argument: bytes = b"") -> list[int]:
-    """Processes of this run that are a keeper or a daemon and have that argument."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            ours = tempfile.gettempdir().encode() in environment
-            if ours and b"ckptfs._daemon" in command and argument in command:
-                found.append(int(entry.name))
-    return found
-
-
-def keepers() -> list[int]:
+def keepers() -> set[int]:
     return daemons(b"--private")
 
 

@@ -23,12 +23,13 @@ pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 SIZES = [0, 1, 4095, 4096, 4097, MIB - 1, MIB, MIB + 1, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1]
-LARGE = 300 * MIB
+LARGE = 100 * MIB
+"""More than the readahead's largest window."""
 SMALL_FILES = 490
 
 
 def make_tree(top: Path) -> None:
-    """At least 500 files: all special sizes, one of 300 MiB, many small ones in folders."""
+    """At least 500 files: all special sizes, one of 100 MiB, many small ones in folders."""
     chance = random.Random(2)
     (top / "sizes").mkdir(parents=True)
     for size in SIZES:

@@ -50,6 +50,13 @@ def as_user(uid: int, action: Callable[[], None], *, for_good: bool = True) -> N
         assert status == 0, report.read().decode()
 
 
+def let_others_in(folder: Path) -> None:
+    """Let other users into the folder and those of the test run around it."""
+    for around in (folder, *folder.parents):
+        if around.name.startswith("ckptfs-"):
+            around.chmod(0o755)
+
+
 @pytest.fixture
 def shared_node(node: Node, monkeypatch: pytest.MonkeyPatch) -> Node:
     """A node whose daemon, run by root, serves other users."""
@@ -57,9 +64,8 @@ def shared_node(node: Node, monkeypatch: pytest.MonkeyPatch) -> Node:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     node.configure(allow_other=True, linger_s=60.0)
-    for folder in (node.folder, node.folder.parent):
-        folder.chmod(0o755)
-    node.cli("mount")
+    let_others_in(node.folder)
+    node.here("mount")
     return node
 
 
@@ -134,9 +140,8 @@ def test_users_change_the_metadata_of_their_own(
 
 
 def test_daemon_of_one_user_refuses_others(node: Node) -> None:
-    node.cli("mount")
-    for folder in (node.folder, node.folder.parent):
-        folder.chmod(0o755)
+    node.here("mount")
+    let_others_in(node.folder)
     node.socket.chmod(0o666)  # as if the socket's mode did not keep them out already
 
     def bob_asks() -> None:
@@ -147,8 +152,8 @@ def test_daemon_of_one_user_refuses_others(node: Node) -> None:
 
 
 def test_client_refuses_a_socket_of_somebody_else(node: Node) -> None:
+    let_others_in(node.folder)
     node.folder.chmod(0o777)
-    node.folder.parent.chmod(0o755)
 
     def alice_listens_and_bob_connects() -> None:
         with socket.socket(socket.AF_UNIX) as listening:

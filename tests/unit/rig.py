@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
-from unit.fakes import FakeStore, InlineOffload, config_of
+from unit.fakes import MIB, FakeStore, InlineOffload, config_of, pattern
 
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
@@ -23,10 +23,17 @@ from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import build_manifest
-from ckptfs._store.base import Pin
 
 UID, GID = 1234, 5678
 LOCATION = Location("s3", "bucket/run/step-5", {"region": "eu", "scheme": "http"})
+CONTENT = {
+    "config.json": b"{}",
+    "empty": b"",
+    "shards/00.bin": pattern(3 * MIB + 5),
+    "shards/01.bin": pattern(MIB),
+    "shards/deep/x": b"x",
+}
+"""Files of the checkpoint in the fixture `store`."""
 
 
 class Rig:
@@ -123,8 +130,7 @@ class View:
     def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
         """Show what the store lists now."""
         manifest = build_manifest(store.list(100_000))
-        pins = [Pin(f.path, f.size, f.mtime_ns) for f in manifest.files]
-        digests = [object_key(location, pin).digest() for pin in pins]
+        digests = [object_key(location, file).digest() for file in manifest.files]
         ordinal = len(self.attachments) + 1
         attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
         self.attachments.append(attachment)

@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
-from unit.rig import GID, UID, View, view_in
+from unit.rig import CONTENT, GID, UID, View, view_in
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
@@ -33,26 +32,6 @@ from ckptfs.errors import (
     ObjectChanged,
     StoreUnavailable,
 )
-
-CONTENT = {
-    "config.json": b"{}",
-    "empty": b"",
-    "shards/00.bin": pattern(3 * MIB + 5),
-    "shards/01.bin": pattern(MIB),
-    "shards/deep/x": b"x",
-}
-
-
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore(CONTENT)
-
-
-@pytest.fixture
-async def view(tmp_path: Path) -> AsyncIterator[View]:
-    async with view_in(tmp_path) as view:
-        yield view
-
 
 # -- names and attributes
 
@@ -388,7 +367,7 @@ async def _operate(
         elif operation == "damage" and attachment is not None:
             _damage(view, attachment, path)
         elif operation in ("read", "pair", "disk full") and attachment is not None:
-            refuse: Callable[..., object] = mock.Mock(side_effect=OSError(28, "full"))
+            refuse = mock.Mock(side_effect=OSError(28, "full"))
             real = Cache.write
             with mock.patch.object(
                 Cache, "write", staticmethod(refuse if operation == "disk full" else real)

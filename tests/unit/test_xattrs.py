@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 from trio.testing import MockClock
-from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
-from unit.rig import LOCATION, UID, View, view_in
+from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload
+from unit.rig import CONTENT, LOCATION, UID, View, view_in
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.fuse import ERRNOS
@@ -45,24 +44,6 @@ from ckptfs.errors import (
 
 METADATA = ".metadata.json"
 META = names.META_PREFIX
-CONTENT = {
-    "config.json": b"{}",
-    "empty": b"",
-    "shards/00.bin": pattern(3 * MIB + 5),
-    "shards/01.bin": pattern(MIB),
-    "shards/deep/x": b"x",
-}
-
-
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore(CONTENT)
-
-
-@pytest.fixture
-async def view(tmp_path: Path) -> AsyncIterator[View]:
-    async with view_in(tmp_path) as view:
-        yield view
 
 
 def root_of(attachment: Attachment) -> int:
