@@ -362,6 +362,7 @@ async def test_transfers_that_come_back_late_write_nothing(
         store.overwrite("a", pattern(SIZE, 9))  # what the late one will bring
         gate.release.set()
         await _threads_ended(offload)
+        await rig.quiet()
         assert os.pread(file.entry.files.data, MIB, 0) == DATA[:MIB]
         assert rig.cache.used_bytes == used + MIB
 
