@@ -222,7 +222,7 @@ class Fetcher:
         # A window that fills the cache would push out what was not read yet.
         share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
         self._window_bytes_max = min(config.window_bytes_max, share)
-        self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
+        self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
         # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
@@ -419,7 +419,10 @@ class Fetcher:
                 spans[span] = None
                 if span.file.store not in self._dark:
                     self._slots.raise_priority(span.ticket, priority)
-        for run in runs(missing, self._span_blocks_max):
+        length_max = self._span_blocks_max
+        if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
+            length_max = max(1, length_max // 2)
+        for run in runs(missing, length_max):
             span = _Span(file, entry, run, priority)
             spans[span] = None
             self._flights.update(dict.fromkeys(((digest, i) for i in run), span))
