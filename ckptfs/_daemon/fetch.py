@@ -41,6 +41,7 @@ import random
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -225,6 +226,7 @@ class Fetcher:
         self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
+        self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
         # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
         self._dark: weakref.WeakSet[Store] = weakref.WeakSet()
         self.fetched_bytes = 0
@@ -349,23 +351,37 @@ class Fetcher:
                 if not file.trusted:
                     raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
             try:
-                await self._ensure(file, entry, blocks, Priority.PREFETCH)
+                with self._asked_by_prefetch(entry, blocks):
+                    if not await self._ensure(file, entry, blocks, Priority.PREFETCH):
+                        await self._ensure(file, entry, blocks, Priority.PREFETCH)
             except trio.Cancelled:
                 self._drop(entry, blocks)
                 raise
 
+    @contextlib.contextmanager
+    def _asked_by_prefetch(self, entry: CachedObject, blocks: range) -> Generator[None]:
+        asked = Counter((entry.digest, index) for index in blocks)
+        self._prefetched += asked
+        try:
+            yield
+        finally:
+            self._prefetched -= asked  # zeros go
+
     def _drop(self, entry: CachedObject, blocks: range) -> None:
-        """End the spans that only a prefetch has asked for."""
+        """End the spans that neither a reader nor another prefetch has asked for."""
         for index in blocks:
             span = self._flights.get((entry.digest, index))
-            if span is not None and span.ticket.priority is Priority.PREFETCH:
+            if span is None or span.ticket.priority is not Priority.PREFETCH:
+                continue
+            if not any((entry.digest, i) in self._prefetched for i in span.blocks):
                 span.dropped = True
                 span.scope.cancel()
 
     async def _ensure(
         self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
-    ) -> None:
-        """Return when every block was there at some moment since the call."""
+    ) -> bool:
+        """Return when every block was there at some moment since the call; False: some were not,
+        because of a failure that was not for this call."""
         if not file.trusted:
             await self._persist(file, lambda: self._learn(file, entry))
         if file.pin.etag != entry.about.etag:
@@ -379,13 +395,16 @@ class Fetcher:
                 pass
         absent = [i for i in blocks if state[i] == ABSENT]
         known = {self._flights.get((entry.digest, i)) for i in absent}
+        whole = True
         for span in self._want(file, entry, absent, priority):
             await span.done.wait()
             foreign = span.file is not file  # with other credentials, maybe of another version
             if span in known and (foreign or isinstance(span.error, StoreUnavailable)):
+                whole &= span.error is None
                 continue  # it was not for this read: the caller's loop tries anew
             if span.error is not None:
                 raise span.error
+        return whole
 
     async def _load(self, entry: CachedObject, offset: int, length: int) -> memoryview | None:
         """The bytes from the disk, checked; None if a block was lost on the way."""

@@ -36,12 +36,12 @@ class Priority(IntEnum):
 _KEPT_FOR_DEMAND = 2
 """Places that the others leave free, so that a reader does not wait for one to end."""
 
-_QUIET_S = 0.2
-"""Between two requests of one reader there is the version check of the first, a round trip: of
-20 to 100 ms on object stores."""
-_REST = 15
-"""Readers are to lose less than a tenth: one of sixteen parts of the time, and there only what one
-request takes beside theirs."""
+_QUIET_S = 0.5
+"""Between two requests of one reader there is the version check of the first, a round trip (of 20
+to 100 ms on object stores); or the time that it takes to use half of a full window, 32 MiB."""
+_REST = 31
+"""Readers are to lose less than a tenth in all, what ran already when they came included. Where
+everything shares two cores, a rest of 15 cost 6 % of the bytes."""
 _PREFETCH_SHARE = 0.25
 """Of the bytes in flight. What runs when a reader comes, and cannot be stopped, is then a sixteenth
 of 512 MiB, with the default of 128 MiB in flight."""

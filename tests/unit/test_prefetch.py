@@ -179,10 +179,11 @@ async def test_readers_overtake_it(tmp_path: Path, autojump_clock: MockClock) ->
         assert bytes(await bench.service.vfs.read(b, 0, 5)) == pattern(5, 1)
         assert [call.path for call in store.reads()][begun:][:2].count("b") == 1
         a = bench.service.vfs.open(root[b"a"].inode)
+        # The first to ask gets the one place at once, and that may be any of them.
+        at = max({i * MIB for i in range(40)} - {call.offset for call in store.reads("a")})
         begun = len(store.reads())
-        last = pattern(40 * MIB, 0)[39 * MIB :][:10]
-        assert bytes(await bench.service.vfs.read(a, 39 * MIB, 10)) == last
-        assert 39 * MIB in [call.offset for call in store.reads()[begun:][:2]]
+        assert bytes(await bench.service.vfs.read(a, at, 10)) == pattern(40 * MIB, 0)[at:][:10]
+        assert at in [call.offset for call in store.reads()[begun:][:2]]
         for handle in (a, b):
             bench.service.vfs.release(handle)
 
@@ -275,7 +276,7 @@ def reads_of(bench: Bench, name: str) -> int:
 async def test_it_yields_to_a_reader_and_goes_on_after(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    files = {"a": 200 * MIB, "b": 60 * MIB}
+    files = {"a": 80 * MIB, "b": 24 * MIB}
     async with bench_in(tmp_path, files, span_bytes_max=MIB, window_bytes_max=4 * MIB) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 0.1}
@@ -286,8 +287,8 @@ async def test_it_yields_to_a_reader_and_goes_on_after(
         begun_s = trio.current_time()
         await read_all(bench, attachment, "b")
         took_s = trio.current_time() - begun_s
-        # What ran already; and then one in sixteen parts of the time.
-        assert 14 <= reads_of(bench, "a") - alone <= 14 + 1 + took_s / (16 * 0.1)
+        # What ran already; and then one in 32 parts of the time.
+        assert 14 <= reads_of(bench, "a") - alone <= 14 + 1 + took_s / (32 * 0.1)
         assert not prefetch.ended.is_set()
         with trio.fail_after(10):
             await prefetch.ended.wait()
@@ -304,29 +305,30 @@ async def test_a_reader_is_as_fast_beside_it(tmp_path: Path, autojump_clock: Moc
             self.running += 1
             left = 1.0
             while left > 0:
-                await trio.sleep(0.001)
-                left -= 1 / self.running / 8  # one alone takes 8 ms
+                await trio.sleep(0.002)
+                left -= 1 / self.running / 4  # one alone takes 8 ms
             self.running -= 1
             return function(*args, **kwargs)
 
     async def time_of_reading(beside: bool) -> float:
         directory = tmp_path / str(beside)
         directory.mkdir()
-        settings = {"span_bytes_max": MIB, "in_flight_bytes_max": 16 * MIB}
-        async with bench_in(directory, {"a": 90 * MIB, "b": 60 * MIB}, **settings) as bench:
+        settings = {"span_bytes_max": MIB, "in_flight_bytes_max": 8 * MIB}
+        async with bench_in(directory, {"a": 40 * MIB, "b": 40 * MIB}, **settings) as bench:
             attachment = await bench.attach()
             link = SharedLink()
             bench.rig.fetcher._offload = link
             if beside:
                 bench.service.prefetch(attachment, ["a"])
                 await trio.sleep(0.1)
-                assert link.running == 4
+                assert link.running == 2
             begun_s = trio.current_time()
             await read_all(bench, attachment, "b")
             return trio.current_time() - begun_s
 
     alone_s = await time_of_reading(False)
-    assert alone_s <= await time_of_reading(True) <= 1.1 * alone_s
+    beside_s = await time_of_reading(True)
+    assert alone_s <= beside_s <= 1.1 * alone_s
 
 
 async def test_a_reader_who_comes_again_and_again_does_not_starve_it(
@@ -474,3 +476,25 @@ async def test_one_that_is_cancelled_takes_its_requests_along(
         started_late.cancel()
         await started_late.ended.wait()
         assert reads_of(bench, "a") == begun
+
+
+async def test_one_that_is_cancelled_leaves_what_another_one_wants(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    for first in (True, False):
+        directory = tmp_path / str(first)
+        directory.mkdir()
+        async with bench_in(directory, {"a": 12 * MIB}, span_bytes_max=4 * MIB) as bench:
+            attachment = await bench.attach()
+            bench.offload.latency_s = {"data": 1.0}
+            prefetches: list[prefetch_module.Prefetch] = []
+            for _ in range(2):
+                prefetches.append(bench.service.prefetch(attachment, ["*"]))
+                await trio.sleep(0.1)
+            prefetches.pop(0 if first else 1).cancel()
+            [other] = prefetches
+            await other.ended.wait()
+            state = other.state()
+            assert (state.fetched, state.error_count, state.early_code) == (12 * MIB, 0, "")
+            assert cached(bench, attachment) == {"a"}
+            assert reads_of(bench, "a") == 6
