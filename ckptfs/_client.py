@@ -28,8 +28,11 @@ from ckptfs._model.wire import (
     Done,
     Failed,
     MetadataChanged,
+    Prefetching,
+    PrefetchProgress,
     Reply,
     Request,
+    StartPrefetch,
     Status,
     StatusReply,
     Stop,
@@ -110,6 +113,31 @@ class Connection:
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""
         self._request(MetadataChanged(location=location), Done)
+
+    def prefetch(
+        self, name: str, globs: Sequence[str], rate: int, progress: Callable[[int, int], None]
+    ) -> Prefetching:
+        """Fetch files of an attachment; returns when that has ended. It ends with the connection.
+
+        Args:
+            name: The attachment's directory in the mount.
+            globs: Which files, in which order.
+            rate: Most bytes per second; 0: no limit.
+            progress: Called several times a second with the bytes that are there and the bytes of
+                all these files.
+
+        Raises NotAttached, and DaemonError if the daemon ends.
+        """
+        state = self._request(StartPrefetch(name=name, globs=list(globs), rate=rate), Prefetching)
+        while not state.ended:
+            try:
+                state = self._request(PrefetchProgress(), Prefetching)
+            except ConnectionResetError:
+                raise DaemonError(
+                    f"the ckptfs daemon at {self._path} ended before the prefetch; see its log"
+                ) from None
+            progress(state.cached + state.fetched, state.bytes)
+        return state
 
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""

@@ -85,6 +85,18 @@ class ExpressionError(CkptfsError, ValueError):
     code = "expression"
 
 
+class RateError(CkptfsError, ValueError):
+    """A bandwidth limit that is no number of bytes per second."""
+
+    code = "rate"
+
+
+class PrefetchFailed(CkptfsError):
+    """Some of the files that were to be fetched could not be."""
+
+    code = "prefetch-failed"
+
+
 class ConfigError(CkptfsError, ValueError):
     """A configuration file, environment variable or directory that cannot be used."""
 

@@ -1,7 +1,8 @@
 """The control socket's server: who is asking, what is asked, and the answer.
 
 Every connection is identified by the kernel (SO_PEERCRED). Without `allow_other` only the daemon's
-own user and root are served. A connection holds the attachments it asked for until it is closed.
+own user and root are served. A connection holds the attachments it asked for until it is closed,
+and its prefetch ends with it: that a client is gone is noticed because nothing answers at length.
 """
 
 import logging
@@ -10,10 +11,10 @@ import socket
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import trio
 
-from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.service import Service
 from ckptfs._model.config import Config
 from ckptfs._model.wire import (
@@ -24,20 +25,37 @@ from ckptfs._model.wire import (
     Done,
     Failed,
     MetadataChanged,
+    Prefetching,
+    PrefetchProgress,
     Reply,
     Request,
+    StartPrefetch,
     Status,
     decode_request,
     encode,
 )
-from ckptfs.errors import AccessDenied, CkptfsError, LimitExceeded, ProtocolError
+from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
+
+if TYPE_CHECKING:
+    from ckptfs._daemon.attachment import Attachment
+    from ckptfs._daemon.prefetch import Prefetch
 
 log = logging.getLogger(__name__)
 
 _CONNECTIONS_MAX = 256
 _IDLE_S = 120.0
 """A connection with no request for so long is closed; clients need it for moments only."""
+_PROGRESS_S = 0.2
+"""Longest wait for news of a prefetch: five times a second looks live."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
+
+
+class _Held:
+    """What a connection holds."""
+
+    def __init__(self) -> None:
+        self.attachments: list[Attachment] = []
+        self.prefetch: Prefetch | None = None
 
 
 class Control:
@@ -55,7 +73,7 @@ class Control:
         await trio.serve_listeners(self._connection, [listener])
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        held: list[Attachment] = []
+        held = _Held()
         self._service.client_came()
         self._connections += 1
         try:
@@ -73,7 +91,9 @@ class Control:
         except Exception:  # whatever a client does, it must not take the daemon with it
             log.exception("unexpected error on a control connection")
         finally:
-            for attachment in held:
+            if held.prefetch is not None:
+                held.prefetch.cancel()
+            for attachment in held.attachments:
                 self._service.let_go(attachment)
             self._connections -= 1
             self._service.client_left()
@@ -91,7 +111,7 @@ class Control:
                 f"more than {_CONNECTIONS_MAX} control connections; try again later"
             )
 
-    async def _answer(self, line: bytes, uid: int, gid: int, held: list[Attachment]) -> Reply:
+    async def _answer(self, line: bytes, uid: int, gid: int, held: _Held) -> Reply:
         try:
             return await self._handle(decode_request(line), uid, gid, held)
         except ProtocolError:
@@ -102,12 +122,12 @@ class Control:
             log.exception("unexpected error in a control request")
             return Failed(code="error", message="internal error of the daemon; see its log")
 
-    async def _handle(self, request: Request, uid: int, gid: int, held: list[Attachment]) -> Reply:
+    async def _handle(self, request: Request, uid: int, gid: int, held: _Held) -> Reply:
         if isinstance(request, Attach):
             attachment = await self._service.attach(
                 request.location, uid, gid, pinned=request.pinned
             )
-            held.append(attachment)
+            held.attachments.append(attachment)
             if request.prefetch:
                 self._service.prefetch(attachment, request.prefetch)
             manifest = attachment.manifest
@@ -129,10 +149,27 @@ class Control:
         if isinstance(request, MetadataChanged):
             await self._service.metadata_changed(request.location, uid)
             return Done()
+        if isinstance(request, StartPrefetch):
+            return self._prefetch(request, uid, held)
+        if isinstance(request, PrefetchProgress):
+            if held.prefetch is None:
+                raise ProtocolError("this connection has no prefetch")
+            with trio.move_on_after(_PROGRESS_S):
+                await held.prefetch.ended.wait()
+            return held.prefetch.state()
         if uid not in (0, os.geteuid()):
             raise AccessDenied("only the daemon's own user may stop it")
         self._service.stop(force=request.force)
         return Done()
+
+    def _prefetch(self, request: StartPrefetch, uid: int, held: _Held) -> Prefetching:
+        if held.prefetch is not None and not held.prefetch.ended.is_set():
+            raise Busy("the last prefetch of this connection has not ended; use another connection")
+        attachment = self._service.find(uid, request.name, None)
+        self._service.hold(attachment)
+        held.attachments.append(attachment)
+        held.prefetch = self._service.prefetch(attachment, request.globs, request.rate)
+        return held.prefetch.state()
 
 
 async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:

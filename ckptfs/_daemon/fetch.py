@@ -41,6 +41,7 @@ import math
 import random
 import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import Literal
 
@@ -185,9 +186,10 @@ class Fetcher:
         # A window that fills the cache would push out what was not read yet.
         share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
         self._window_bytes_max = min(config.window_bytes_max, share)
-        self._slots = Slots(config.connections_max, config.in_flight_bytes_max)
+        self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
+        self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
         # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
         self._dark: weakref.WeakSet[Store] = weakref.WeakSet()
         self.fetched_bytes = 0
@@ -328,23 +330,37 @@ class Fetcher:
                 if not file.trusted:
                     raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
             try:
-                await self._ensure(file, entry, blocks, Priority.PREFETCH)
+                with self._asked_by_prefetch(entry, blocks):
+                    if not await self._ensure(file, entry, blocks, Priority.PREFETCH):
+                        await self._ensure(file, entry, blocks, Priority.PREFETCH)
             except trio.Cancelled:
                 self._drop(entry, blocks)
                 raise
 
+    @contextlib.contextmanager
+    def _asked_by_prefetch(self, entry: CachedObject, blocks: range) -> Generator[None]:
+        asked = Counter((entry.digest, index) for index in blocks)
+        self._prefetched += asked
+        try:
+            yield
+        finally:
+            self._prefetched -= asked  # zeros go
+
     def _drop(self, entry: CachedObject, blocks: range) -> None:
-        """End the spans that only a prefetch has asked for."""
+        """End the spans that neither a reader nor another prefetch has asked for."""
         for index in blocks:
             span = self._flights.get((entry.digest, index))
-            if span is not None and span.ticket.priority is Priority.PREFETCH:
+            if span is None or span.ticket.priority is not Priority.PREFETCH:
+                continue
+            if not any((entry.digest, i) in self._prefetched for i in span.blocks):
                 span.dropped = True
                 span.scope.cancel()
 
     async def _ensure(
         self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
-    ) -> None:
-        """Return when every block was there at some moment since the call."""
+    ) -> bool:
+        """Return when every block was there at some moment since the call; False: some were not,
+        because of a failure that was not for this call."""
         if not file.trusted:
             await self._persist(file, lambda: self._learn(file, entry))
         if file.pin.etag != entry.about.etag:
@@ -358,15 +374,18 @@ class Fetcher:
                 pass
         absent = [i for i in blocks if state[i] == ABSENT]
         known = {self._flights.get((entry.digest, i)) for i in absent}
+        whole = True
         for span in self._want(file, entry, absent, priority):
             # One that is done and yet wanted has been overtaken: it must not write any more.
             late = priority is Priority.PREFETCH or span.done.is_set()
             await (span.ended if late else span.done).wait()
             foreign = span.file is not file  # with other credentials, maybe of another version
             if span in known and (foreign or isinstance(span.error, StoreUnavailable)):
+                whole &= span.error is None
                 continue  # it was not for this read: the caller's loop tries anew
             if span.error is not None:
                 raise span.error
+        return whole
 
     async def _load(self, entry: CachedObject, offset: int, length: int) -> Views | None:
         """The bytes from the disk, checked; None if a block was lost on the way."""
@@ -402,7 +421,10 @@ class Fetcher:
                 spans[span] = None
                 if span.file.store not in self._dark:
                     self._slots.raise_priority(span.ticket, priority)
-        for run in runs(missing, self._span_blocks_max):
+        length_max = self._span_blocks_max
+        if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
+            length_max = max(1, length_max // 2)
+        for run in runs(missing, length_max):
             span = _Span(file, entry, run, priority)
             spans[span] = None
             self._flights.update(dict.fromkeys(((digest, i) for i in run), span))
@@ -488,7 +510,7 @@ class Fetcher:
         try:
             await self._offload.data(span.file.store.read_into, span.file.pin, offset, view)
         finally:
-            self._slots.release_place()
+            self._slots.release_place(span.ticket)
 
     async def _store(self, span: _Span) -> None:
         """Steps 5 and 6. Whatever happens here, the readers have their bytes."""

@@ -56,6 +56,8 @@ ERRNOS: dict[type[Exception], int] = {
     errors.MetadataError: errno.EIO,
     errors.MetadataNotDict: errno.EIO,
     errors.ExpressionError: errno.EIO,
+    errors.RateError: errno.EIO,
+    errors.PrefetchFailed: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,
     errors.NoDaemon: errno.EIO,

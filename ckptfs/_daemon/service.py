@@ -22,7 +22,7 @@ from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
-from ckptfs._daemon.prefetch import prefetch
+from ckptfs._daemon.prefetch import Prefetch
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
@@ -108,7 +108,7 @@ class Service:
                     if outage is not None and asked == location:
                         raise type(outage)(*outage.args)
                     attachment = await self._attach(key, location, uid, gid)
-                    attachment.clients += 1
+                    self.hold(attachment)
         except StoreUnavailable as error:
             self._outages[key] = location, error
             raise
@@ -177,11 +177,12 @@ class Service:
         digests = [object_key(public, file).digest() for file in manifest.files]
         return Attachment(ordinal, public, store, manifest, digests, uid, gid)
 
-    def prefetch(self, attachment: Attachment, globs: Sequence[str]) -> None:
-        """Begin to fetch the files that match, in the background."""
-        self._nursery.start_soon(
-            prefetch, attachment, globs, self._fetcher, self._cache, self._offload
-        )
+    def prefetch(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
+        """Begin to fetch the files that match, in the background; `rate`: bytes per second at
+        most."""
+        prefetch = Prefetch(attachment, globs, rate, self._fetcher, self._cache, self._offload)
+        self._nursery.start_soon(prefetch.run)
+        return prefetch
 
     async def metadata_changed(self, location: Location, uid: int) -> None:
         """This user has changed the metadata of the checkpoint at `location` at the store."""
@@ -189,6 +190,10 @@ class Service:
             same_place = attachment.location.identity == location.identity
             if same_place and self._may_see(uid, attachment):
                 await self.metadata.refresh(attachment)
+
+    def hold(self, attachment: Attachment) -> None:
+        """A control connection holds the attachment from now on, until `let_go`."""
+        attachment.clients += 1
 
     def let_go(self, attachment: Attachment) -> None:
         """A control connection that held the attachment has ended."""

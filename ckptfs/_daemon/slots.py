@@ -1,5 +1,21 @@
-"""Places for transfers: bounded in number and in bytes, given out by priority."""
+"""Places for transfers: bounded in number and in bytes, given out by priority.
 
+**Prefetch yields to readers**, because what it runs takes bandwidth and CPU from them, however free
+the places are. A *reader* here is a transfer with DEMAND or READAHEAD that waits for a place or has
+one; one that a reader joins becomes the reader's. Transfers that run are not interrupted.
+
+- While there is a reader, and until there was none for `_QUIET_S`, no prefetch starts, but for its
+  share: one at a time, after a rest that is `_REST` times as long as the last one took. So a
+  prefetch never stands still for ever, and readers who take all of the bandwidth all the time leave
+  it at most one request in `_REST` + 1 parts of the time, whatever the bandwidth is.
+- Then one may run, and twice as many after each further `_QUIET_S`: a reader who comes back soon
+  does not find the link full.
+
+A store that does not answer (DARK) takes no bandwidth: it is no reader, and does not wait behind a
+prefetch that yields.
+"""
+
+import math
 from enum import IntEnum
 from itertools import count
 
@@ -20,6 +36,16 @@ class Priority(IntEnum):
 _KEPT_FOR_DEMAND = 2
 """Places that the others leave free, so that a reader does not wait for one to end."""
 
+_QUIET_S = 0.5
+"""Between two requests of one reader there is the version check of the first, a round trip (of 20
+to 100 ms on object stores); or the time that it takes to use half of a full window, 32 MiB."""
+_REST = 31
+"""Readers are to lose less than a tenth in all, what ran already when they came included. Where
+everything shares two cores, a rest of 15 cost 6 % of the bytes."""
+_PREFETCH_SHARE = 0.25
+"""Of the bytes in flight. What runs when a reader comes, and cannot be stopped, is then a sixteenth
+of 512 MiB, with the default of 128 MiB in flight."""
+
 _serial = count()
 
 
@@ -31,17 +57,25 @@ class Ticket:
         self.length = length
         self.serial = next(_serial)
         self.granted = trio.Event()
+        self.granted_s = 0.0
 
 
 class Slots:
-    """`places_max` places and `bytes_max` bytes. One transfer may always run, however large."""
+    """`places_max` places and `bytes_max` bytes. One transfer may always run, however large.
 
-    def __init__(self, places_max: int, bytes_max: int) -> None:
+    `nursery` runs the timer of the prefetches that yield.
+    """
+
+    def __init__(self, places_max: int, bytes_max: int, nursery: trio.Nursery) -> None:
         self._places_max = places_max
         self._bytes_max = bytes_max
-        self._places = 0
+        self._nursery = nursery
         self._bytes = 0
+        self._running: set[Ticket] = set()
         self._waiting: list[Ticket] = []
+        self._reader_s = -math.inf  # when there was a reader last
+        self._rested_s = -math.inf  # when prefetch may take its share again
+        self._timer: trio.CancelScope | None = None
 
     async def acquire(self, ticket: Ticket) -> None:
         """Wait for a place and room for the bytes; `release_place` and `release_bytes` give them
@@ -53,16 +87,21 @@ class Slots:
             await ticket.granted.wait()
         except trio.Cancelled:
             if ticket.granted.is_set():
-                self.release_place()
+                self.release_place(ticket)
                 self.release_bytes(ticket)
             else:
                 self._waiting.remove(ticket)
                 self._grant()  # it may have been in the way of smaller ones
             raise
 
-    def release_place(self) -> None:
-        """Give a place back."""
-        self._places -= 1
+    def release_place(self, ticket: Ticket) -> None:
+        """Give the place back."""
+        now_s = trio.current_time()
+        self._running.remove(ticket)
+        if ticket.priority <= Priority.READAHEAD:
+            self._reader_s = now_s
+        elif ticket.priority is Priority.PREFETCH:
+            self._rested_s = now_s + _REST * (now_s - ticket.granted_s)
         self._grant()
 
     def release_bytes(self, ticket: Ticket) -> None:
@@ -71,19 +110,54 @@ class Slots:
         self._grant()
 
     def raise_priority(self, ticket: Ticket, priority: Priority) -> None:
-        """Let a waiting ticket go ahead of others."""
+        """Let a waiting ticket go ahead of others; one that has a place is a reader's from then
+        on."""
         if priority < ticket.priority:
             ticket.priority = priority
             self._grant()
 
     def _grant(self) -> None:
-        while self._waiting:
-            ticket = min(self._waiting, key=lambda t: (t.priority, t.serial))
+        while (ticket := self._next()) is not None:
             kept = 0 if ticket.priority is Priority.DEMAND else _KEPT_FOR_DEMAND
-            full = self._places + kept >= self._places_max
+            full = len(self._running) + kept >= self._places_max
             if self._bytes and (full or self._bytes + ticket.length > self._bytes_max):
                 return
             self._waiting.remove(ticket)
-            self._places += 1
+            self._running.add(ticket)
             self._bytes += ticket.length
+            ticket.granted_s = trio.current_time()
             ticket.granted.set()
+
+    def _next(self) -> Ticket | None:
+        """The first in the queue; prefetches are passed over while they have to yield."""
+        candidates = self._waiting
+        start_s = self._prefetch_start_s()
+        if start_s > trio.current_time():
+            candidates = [t for t in self._waiting if t.priority is not Priority.PREFETCH]
+            if len(candidates) < len(self._waiting):
+                self._grant_at(start_s)
+        return min(candidates, key=lambda t: (t.priority, t.serial), default=None)
+
+    def _prefetch_start_s(self) -> float:
+        """When the next prefetch may start, if nothing happens until then."""
+        if any(t.priority <= Priority.READAHEAD for t in (*self._running, *self._waiting)):
+            self._reader_s = trio.current_time()
+        lengths = [t.length for t in self._running if t.priority is Priority.PREFETCH]
+        if sum(lengths) >= self._bytes_max * _PREFETCH_SHARE:
+            return math.inf
+        # 1 may run after one quiet time, 2 after two, 4 after three.
+        quiet_s = self._reader_s + _QUIET_S * (1 + len(lengths).bit_length())
+        return quiet_s if lengths else min(quiet_s, self._rested_s)
+
+    def _grant_at(self, time_s: float) -> None:
+        if self._timer is not None:
+            self._timer.deadline = time_s
+            return
+        self._timer = trio.CancelScope(deadline=time_s)
+        self._nursery.start_soon(self._run_timer, self._timer)
+
+    async def _run_timer(self, timer: trio.CancelScope) -> None:
+        with timer:
+            await trio.sleep_forever()
+        self._timer = None
+        self._grant()

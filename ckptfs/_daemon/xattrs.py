@@ -77,7 +77,7 @@ class Xattrs:
         cache: Cache,
         offload: Offload,
         metadata: MetadataKeeper,
-        prefetch: Callable[[Attachment, list[str]], None],
+        prefetch: Callable[[Attachment, list[str]], object],
     ) -> None:
         self._vfs = vfs
         self._fetcher = fetcher

@@ -11,10 +11,13 @@ import msgspec
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
+from ckptfs._model.units import RATE_MAX
 from ckptfs.errors import ProtocolError
 
 LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
+GLOBS_MAX = 10_000
+"""Most globs of one prefetch: each is compared with each file."""
 
 Version = Annotated[int, msgspec.Meta(ge=1, le=1)]
 
@@ -55,13 +58,29 @@ class MetadataChanged(Message, frozen=True, tag="metadata-changed"):
     location: Location
 
 
+class StartPrefetch(Message, frozen=True, tag="prefetch"):
+    """Begin to fetch the files of the attachment with the directory `name` that match the globs, in
+    their order, with at most `rate` bytes per second (0: no limit). Reply: `Prefetching`. It ends
+    with the connection, which holds the attachment as `Attach` does. A connection has one at a
+    time."""
+
+    name: str
+    globs: Annotated[list[str], msgspec.Meta(min_length=1, max_length=GLOBS_MAX)]
+    rate: Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)] = 0
+
+
+class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):
+    """Ask for the connection's prefetch. Reply: `Prefetching`, after a moment, or as soon as it has
+    ended."""
+
+
 class Stop(Message, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
     force: bool = False
 
 
-Request = Attach | Detach | Status | MetadataChanged | Stop
+Request = Attach | Detach | Status | MetadataChanged | StartPrefetch | PrefetchProgress | Stop
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -86,6 +105,38 @@ class Failed(Message, frozen=True, tag="failed"):
 
     code: str
     message: str
+
+
+class FileError(msgspec.Struct, frozen=True):
+    """A file that could not be fetched; `code` as in `Failed`."""
+
+    path: str
+    code: str
+    message: str
+
+
+class Prefetching(Message, frozen=True, tag="prefetching"):
+    """Reply to `StartPrefetch` and `PrefetchProgress`: how far it is.
+
+    Attributes:
+        ended: It has ended; then `early_code` and `early_message` say why that was before it was
+            done with all files ("": it was not).
+        files: How many match.
+        bytes: Of all of them.
+        cached: Of these, what was in the cache already.
+        fetched: What was not, and is there now.
+        errors: The first of the files that could not be fetched; `error_count`: how many these are.
+    """
+
+    ended: bool
+    files: int
+    bytes: int
+    cached: int
+    fetched: int
+    errors: list[FileError] = []
+    error_count: int = 0
+    early_code: str = ""
+    early_message: str = ""
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +176,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     attachments: list[AttachmentStatus]
 
 
-Reply = Attached | Done | Failed | StatusReply
+Reply = Attached | Done | Failed | Prefetching | StatusReply
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -2,7 +2,7 @@
 
 import typer
 
-from ckptfs.cli import checkpoints, daemon, find, meta, topics
+from ckptfs.cli import checkpoints, daemon, find, meta, prefetch, topics
 
 app = typer.Typer(
     name="ckptfs",
@@ -17,6 +17,7 @@ app.command("status")(daemon.status)
 app.command("attach")(checkpoints.attach)
 app.command("detach")(checkpoints.detach)
 app.command("ls")(checkpoints.ls)
+app.command("prefetch")(prefetch.prefetch)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
 app.command("help")(topics.help_)

@@ -23,7 +23,7 @@ PathOrUriArgument = Annotated[
 
 def attach(uri: UriArgument, as_json: output.JsonOption = False) -> None:
     """Attach a checkpoint until it is detached; prints its path and nothing else."""
-    with _client.attached(_location(uri), pinned=True) as (path, reply):
+    with _client.attached(location_of(uri), pinned=True) as (path, reply):
         if as_json:
             output.print_json(
                 {
@@ -47,7 +47,7 @@ def detach(
 ) -> None:
     """End an attachment. What is cached stays cached."""
     name = _name_in_mount(path_or_uri)
-    location = None if name else _location(path_or_uri)
+    location = None if name else location_of(path_or_uri)
     with _client.connect() as connection:
         connection.detach(name or "", location, force=force)
 
@@ -67,7 +67,7 @@ def ls(
     if not path_or_uri:
         _list_attachments(as_json)
     elif "://" in path_or_uri:
-        with _client.leased(_location(path_or_uri)) as path:
+        with _client.leased(location_of(path_or_uri)) as path:
             list_(path, as_json)
     else:
         list_(path_or_uri, as_json)
@@ -168,7 +168,8 @@ def _walk(top: str) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in files)
 
 
-def _location(uri: str) -> Location:
+def location_of(uri: str) -> Location:
+    """The place that a URI names. Raises LocationError."""
     # Not at the top: `status` and `umount` need no pyarrow.
     from ckptfs._store.describe import describe
     from ckptfs._store.filesystems import filesystem_of

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ckptfs._model.units import size_text
 from ckptfs._model.wire import Message
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -46,14 +47,7 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
 
 
-def size(count: int) -> str:
-    """Bytes for people: ``1.5 GiB``."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+size = size_text
 
 
 def share(part: int, whole: int) -> Text:

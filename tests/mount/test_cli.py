@@ -169,7 +169,18 @@ def test_status_table(
 
 
 def test_usage(node: Node) -> None:
-    commands = ["mount", "umount", "status", "attach", "detach", "ls", "find", "meta", "help"]
+    commands = [
+        "mount",
+        "umount",
+        "status",
+        "attach",
+        "detach",
+        "ls",
+        "prefetch",
+        "find",
+        "meta",
+        "help",
+    ]
     for arguments in (["--help"], ["help"]):
         text = node.here(*arguments).stdout
         for command in commands:

@@ -143,6 +143,7 @@ def test_more_than_the_cache_holds_ends_early(
             "02",
         ]
         Path(path, "11").read_bytes()  # a reader gets room all the same
+        node.wait_quiet()
     with _client.connect() as connection:
         assert connection.status().cache_bytes <= 4 * MIB
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from trio.testing import MockClock
-from unit.fakes import InlineOffload
+from unit.fakes import MIB, FakeStore, InlineOffload
 from unit.rig import rig_in
 from unit.test_service import PLACE, SETTINGS, Bench
 
@@ -24,8 +24,11 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    Prefetching,
+    PrefetchProgress,
     Reply,
     Request,
+    StartPrefetch,
     Status,
     StatusReply,
     Stop,
@@ -295,6 +298,99 @@ async def test_a_client_that_leaves_in_the_middle_harms_nobody(
     assert isinstance(await (await server.connect()).ask(Status()), StatusReply)
 
 
+# -- prefetch
+
+
+async def prefetching(server: Server, globs: list[str], rate: int = 0) -> Client:
+    """A connection with a prefetch of a place that somebody else has attached."""
+    server.stores[PLACE.path] = FakeStore({"a": bytes(20 * MIB), "b": b"12345"})
+    other, client = await server.connect(), await server.connect()
+    attached = await other.ask(Attach(location=PLACE))
+    assert isinstance(attached, Attached)
+    reply = await client.ask(StartPrefetch(name=attached.name, globs=globs, rate=rate))
+    assert isinstance(reply, Prefetching)
+    assert not reply.ended
+    await other.stream.aclose()
+    return client
+
+
+async def test_a_prefetch_says_how_far_it_is(server: Server, autojump_clock: MockClock) -> None:
+    client = await prefetching(server, ["*"], 2 * MIB)
+    seen: list[Prefetching] = []
+    while not seen or not seen[-1].ended:
+        asked_s = trio.current_time()
+        reply = await client.ask(PrefetchProgress())
+        assert trio.current_time() - asked_s < 0.3
+        assert isinstance(reply, Prefetching)
+        seen.append(reply)
+    assert len(seen) >= 40  # it took ten seconds
+    assert [reply.fetched for reply in seen] == sorted(reply.fetched for reply in seen)
+    assert (seen[-1].files, seen[-1].bytes, seen[-1].fetched) == (2, *[20 * MIB + 5] * 2)
+    assert await client.ask(PrefetchProgress()) == seen[-1]
+    [name] = server.shown()
+    again = await client.ask(StartPrefetch(name=name, globs=["b"]))
+    assert isinstance(again, Prefetching)
+    done = await client.ask(PrefetchProgress())
+    assert isinstance(done, Prefetching)
+    assert (done.ended, done.cached, done.fetched) == (True, 5, 0)
+
+
+async def test_a_prefetch_ends_with_its_connection(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await prefetching(server, ["*"], 1 * MIB)
+    await trio.sleep(5)
+    [name] = server.shown()  # held by the prefetch's connection alone
+    [attachment] = [server.service.find(os.geteuid(), name, None)]
+    assert attachment.prefetches
+    begun = len(server.store(PLACE).reads())
+    await client.stream.aclose()
+    await trio.sleep(1)
+    assert not attachment.prefetches
+    await trio.sleep(100)
+    assert len(server.store(PLACE).reads()) <= begun + 1
+    assert server.shown() == []
+
+
+async def test_one_prefetch_per_connection(server: Server, autojump_clock: MockClock) -> None:
+    client = await prefetching(server, ["*"], 1 * MIB)
+    [name] = server.shown()
+    reply = await client.ask(StartPrefetch(name=name, globs=["b"]))
+    assert isinstance(reply, Failed)
+    assert reply.code == "busy"
+    assert isinstance(await client.ask(PrefetchProgress()), Prefetching)
+    other = await server.connect()
+    reply = await other.ask(StartPrefetch(name="unknown", globs=["*"]))
+    assert isinstance(reply, Failed)
+    assert reply.code == "not-attached"
+    reply = await other.ask(PrefetchProgress())
+    assert isinstance(reply, Failed)
+    assert reply.code == "protocol"
+    assert await other.line() == b""
+
+
+async def test_a_prefetch_ends_with_its_attachment(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await prefetching(server, ["*"], 1 * MIB)
+    [name] = server.shown()
+    other = await server.connect()
+    assert await other.ask(Detach(name=name, force=True)) == Done()
+    reply = await client.ask(PrefetchProgress())
+    assert isinstance(reply, Prefetching)
+    assert (reply.ended, reply.early_code) == (True, "not-attached")
+
+
+async def test_nobody_prefetches_what_another_user_attached(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    await server.service.attach(PLACE, 4242, 4242, pinned=True)
+    request = encode(StartPrefetch(name=server.shown()[0], globs=["*"]))
+    reply = await server.control._answer(request, 4243, 4243, control_module._Held())
+    assert isinstance(reply, Failed)
+    assert reply.code == "not-attached"
+
+
 async def test_stop_is_answered(server: Server, autojump_clock: MockClock) -> None:
     client = await server.connect()
     reply = await client.ask(Attach(location=PLACE))
@@ -318,7 +414,9 @@ async def test_other_users_are_served_only_if_configured(
         server.control._admit(stranger)
     server.control._allow_other = True
     server.control._admit(stranger)
-    reply = await server.control._answer(encode(Stop(force=True)), stranger, stranger, [])
+    reply = await server.control._answer(
+        encode(Stop(force=True)), stranger, stranger, control_module._Held()
+    )
     assert isinstance(reply, Failed)
     assert reply.code == "access-denied"
     assert not server.service.stopped.is_set()

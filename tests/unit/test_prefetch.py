@@ -11,6 +11,7 @@ from unit.fakes import MIB, FakeStore, InlineOffload, pattern
 from unit.rig import read_of, rig_in
 from unit.test_service import ELSEWHERE, PLACE, Bench
 
+from ckptfs._daemon import prefetch as prefetch_module
 from ckptfs._daemon.attachment import Attachment
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreUnavailable
 
@@ -178,10 +179,11 @@ async def test_readers_overtake_it(tmp_path: Path, autojump_clock: MockClock) ->
         assert await read_of(bench.service.vfs, b, 0, 5) == pattern(5, 1)
         assert [call.path for call in store.reads()][begun:][:2].count("b") == 1
         a = bench.service.vfs.open(root[b"a"].inode)
+        # The first to ask gets the one place at once, and that may be any of them.
+        at = max({i * MIB for i in range(40)} - {call.offset for call in store.reads("a")})
         begun = len(store.reads())
-        last = pattern(40 * MIB, 0)[39 * MIB :][:10]
-        assert await read_of(bench.service.vfs, a, 39 * MIB, 10) == last
-        assert 39 * MIB in [call.offset for call in store.reads()[begun:][:2]]
+        assert await read_of(bench.service.vfs, a, at, 10) == pattern(40 * MIB, 0)[at:][:10]
+        assert at in [call.offset for call in store.reads()[begun:][:2]]
         for handle in (a, b):
             bench.service.vfs.release(handle)
 
@@ -251,3 +253,248 @@ async def test_an_object_that_changes_while_it_is_fetched_is_not_kept(
         with pytest.raises(ObjectChanged):
             await read_of(bench.service.vfs, handle, 0, 5)
         bench.service.vfs.release(handle)
+
+
+# -- readers first
+
+
+async def read_all(bench: Bench, attachment: Attachment, name: str, pause_s: float = 0) -> None:
+    """Read a file from the first byte to the last, as the kernel asks for it."""
+    node = attachment.tree.root.children[name.encode()]
+    handle = bench.service.vfs.open(node.inode)
+    for offset in range(0, node.size, MIB // 4):
+        await read_of(bench.service.vfs, handle, offset, MIB // 4)
+        await trio.sleep(pause_s)
+    bench.service.vfs.release(handle)
+
+
+def reads_of(bench: Bench, name: str) -> int:
+    """How many requests a file's bytes took so far."""
+    return len(bench.store(PLACE).reads(name))
+
+
+async def test_it_yields_to_a_reader_and_goes_on_after(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    files = {"a": 80 * MIB, "b": 24 * MIB}
+    async with bench_in(tmp_path, files, span_bytes_max=MIB, window_bytes_max=4 * MIB) as bench:
+        attachment = await bench.attach()
+        bench.offload.latency_s = {"data": 0.1}
+        prefetch = bench.service.prefetch(attachment, ["a"])
+        await trio.sleep(0.35)
+        alone = reads_of(bench, "a")
+        assert alone == 3 * 14  # two of sixteen places are kept for readers
+        begun_s = trio.current_time()
+        await read_all(bench, attachment, "b")
+        took_s = trio.current_time() - begun_s
+        # What ran already; and then one in 32 parts of the time.
+        assert 14 <= reads_of(bench, "a") - alone <= 14 + 1 + took_s / (32 * 0.1)
+        assert not prefetch.ended.is_set()
+        with trio.fail_after(10):
+            await prefetch.ended.wait()
+        assert cached(bench, attachment) == {"a", "b"}
+
+
+async def test_a_reader_is_as_fast_beside_it(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """By the test's clock, on a link that all requests share."""
+
+    class SharedLink(InlineOffload):
+        running = 0
+
+        async def data(self, function, *args, **kwargs):  # type: ignore[no-untyped-def]
+            self.running += 1
+            left = 1.0
+            while left > 0:
+                await trio.sleep(0.002)
+                left -= 1 / self.running / 4  # one alone takes 8 ms
+            self.running -= 1
+            return function(*args, **kwargs)
+
+    async def time_of_reading(beside: bool) -> float:
+        directory = tmp_path / str(beside)
+        directory.mkdir()
+        settings = {"span_bytes_max": MIB, "in_flight_bytes_max": 8 * MIB}
+        async with bench_in(directory, {"a": 40 * MIB, "b": 40 * MIB}, **settings) as bench:
+            attachment = await bench.attach()
+            link = SharedLink()
+            bench.rig.fetcher._offload = link
+            if beside:
+                bench.service.prefetch(attachment, ["a"])
+                await trio.sleep(0.1)
+                assert link.running == 2
+            begun_s = trio.current_time()
+            await read_all(bench, attachment, "b")
+            return trio.current_time() - begun_s
+
+    alone_s = await time_of_reading(False)
+    beside_s = await time_of_reading(True)
+    assert alone_s <= beside_s <= 1.1 * alone_s
+
+
+async def test_a_reader_who_comes_again_and_again_does_not_starve_it(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    files = {"a": 5 * MIB, "b": 100 * MIB}
+    async with bench_in(tmp_path, files, span_bytes_max=MIB, window_bytes_max=0) as bench:
+        attachment = await bench.attach()
+        bench.offload.latency_s = {"data": 0.05}
+        with trio.move_on_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_all, bench, attachment, "b", 0.01)
+                await trio.sleep(1)
+                prefetch = bench.service.prefetch(attachment, ["a"])
+                await prefetch.ended.wait()
+                assert cached(bench, attachment) == {"a"}  # the reader is not done
+                assert reads_of(bench, "b") > 5 * 5
+                nursery.cancel_scope.cancel()
+        assert prefetch.ended.is_set()
+
+
+# -- a limit of bytes per second
+
+
+async def test_it_asks_for_no_more_than_the_limit(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    files = {"a": 20 * MIB, "b": 4 * MIB, "c": 4 * MIB, "d": 5, "e": 2 * MIB}
+    async with bench_in(tmp_path, files) as bench:
+        attachment = await bench.attach()
+        begun_s = trio.current_time()
+        prefetch = bench.service.prefetch(attachment, ["*"], 2 * MIB)
+        for second in range(1, 15):
+            await trio.sleep_until(begun_s + second)
+            fetched_bytes = prefetch.state().fetched
+            assert 2 * MIB * (second - 1) <= fetched_bytes <= 2 * MIB * second + MIB
+        await prefetch.ended.wait()
+        assert trio.current_time() - begun_s == pytest.approx(15, abs=0.6)
+        begun_s = trio.current_time()
+        again = bench.service.prefetch(attachment, ["*"], 1)
+        await again.ended.wait()
+        assert trio.current_time() == begun_s  # what is cached costs nothing
+        assert (again.state().cached, again.state().fetched) == (30 * MIB + 5, 0)
+
+
+async def test_a_high_limit_is_none(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with bench_in(tmp_path, {"a": 40 * MIB}) as bench:
+        attachment = await bench.attach()
+        begun_s = trio.current_time()
+        prefetch = bench.service.prefetch(attachment, ["*"], 1 << 50)
+        await prefetch.ended.wait()
+        assert trio.current_time() - begun_s < 1e-6
+        assert reads_of(bench, "a") == 10  # requests of half a span
+
+
+# -- what it says
+
+
+async def test_it_says_how_far_it_is(tmp_path: Path, autojump_clock: MockClock) -> None:
+    files = {"a": 20 * MIB + 5, "b": 3 * MIB, "c": 7}
+    async with bench_in(tmp_path, files, span_bytes_max=MIB, connections_max=5) as bench:
+        attachment = await bench.attach()
+        await run(bench, attachment, "b")
+        bench.offload.latency_s = {"data": 1.0}
+        prefetch = bench.service.prefetch(attachment, ["a", "b"])
+        assert not prefetch.state().ended
+        seen: list[int] = []
+        while not prefetch.ended.is_set():
+            await trio.sleep(0.9)
+            state = prefetch.state()
+            seen.append(state.fetched)
+            if state.fetched:
+                assert (state.files, state.bytes) == (2, 23 * MIB + 5)
+                assert state.cached == 3 * MIB
+        assert seen == sorted(seen)
+        assert len(set(seen)) >= 7  # three requests at a time
+        state = prefetch.state()
+        assert state.ended
+        assert (state.fetched, state.cached) == (20 * MIB + 5, 3 * MIB)
+        assert (state.errors, state.error_count, state.early_code) == ([], 0, "")
+
+
+async def test_it_says_what_failed(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch_module, "_ERRORS_MAX", 3)
+    names = [f"{number:02}" for number in range(20)]
+    async with bench_in(tmp_path, dict.fromkeys(names, 5)) as bench:
+        attachment = await bench.attach()
+        for name in names[::2]:
+            bench.store(PLACE).overwrite(name, b"other")
+        prefetch = bench.service.prefetch(attachment, ["*"])
+        await prefetch.ended.wait()
+        state = prefetch.state()
+        assert state.error_count == 10
+        assert len(state.errors) == 3
+        assert {error.path for error in state.errors} <= set(names[::2])
+        assert {error.code for error in state.errors} == {"object-changed"}
+        assert all(error.path in error.message for error in state.errors)
+        assert (state.files, state.bytes, state.fetched) == (20, 100, 50)
+        assert state.early_code == ""
+
+
+async def test_it_says_why_it_ended_early(tmp_path: Path, autojump_clock: MockClock) -> None:
+    files = {"a": MIB, "b": MIB, "c": 3 * MIB, "d": 5}
+    async with bench_in(tmp_path, files, cache_bytes_max=4 * MIB, read_deadline_s=9) as bench:
+        attachment = await bench.attach()
+        full = bench.service.prefetch(attachment, ["*"])
+        await full.ended.wait()
+        assert full.state().early_code == "limit"
+        assert "holds 4.0 MiB: that is the first 2 of 4 files (5.0 MiB)" in (
+            full.state().early_message
+        )
+        bench.offload.latency_s = {"data": 1.0}
+        detached = bench.service.prefetch(attachment, ["d"])
+        await trio.sleep(0.5)
+        bench.service.detach(attachment, force=True)
+        await detached.ended.wait()
+        assert detached.state().early_code == "not-attached"
+        again = await bench.attach()
+        for operation in ("confirm", "read_into"):
+            bench.store(PLACE).fail_always(operation, StoreUnavailable("it is dark"))
+        dark = bench.service.prefetch(again, ["d"])
+        await dark.ended.wait()
+        assert dark.state().early_code in ("store-unavailable", "store-timeout")
+        assert "it is dark" in dark.state().early_message
+
+
+async def test_one_that_is_cancelled_takes_its_requests_along(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with bench_in(tmp_path, {"a": 40 * MIB}, **ONE_BY_ONE) as bench:
+        attachment = await bench.attach()
+        bench.offload.latency_s = {"data": 1.0}
+        prefetch = bench.service.prefetch(attachment, ["*"], 8 * MIB)
+        await trio.sleep(3.5)
+        prefetch.cancel()
+        await prefetch.ended.wait()
+        begun = reads_of(bench, "a")
+        await trio.sleep(100)
+        assert reads_of(bench, "a") == begun
+        assert attachment.state(0) == "lazy"
+        assert not attachment.prefetches
+        started_late = bench.service.prefetch(attachment, ["*"])
+        started_late.cancel()
+        await started_late.ended.wait()
+        assert reads_of(bench, "a") == begun
+
+
+async def test_one_that_is_cancelled_leaves_what_another_one_wants(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    for first in (True, False):
+        directory = tmp_path / str(first)
+        directory.mkdir()
+        async with bench_in(directory, {"a": 12 * MIB}, span_bytes_max=4 * MIB) as bench:
+            attachment = await bench.attach()
+            bench.offload.latency_s = {"data": 1.0}
+            prefetches: list[prefetch_module.Prefetch] = []
+            for _ in range(2):
+                prefetches.append(bench.service.prefetch(attachment, ["*"]))
+                await trio.sleep(0.1)
+            prefetches.pop(0 if first else 1).cancel()
+            [other] = prefetches
+            await other.ended.wait()
+            state = other.state()
+            assert (state.fetched, state.error_count, state.early_code) == (12 * MIB, 0, "")
+            assert cached(bench, attachment) == {"a"}
+            assert reads_of(bench, "a") == 6

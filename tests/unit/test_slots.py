@@ -4,11 +4,11 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ckptfs._daemon.slots import Priority, Slots, Ticket
 
-DEMAND, READAHEAD = Priority.DEMAND, Priority.READAHEAD
+DEMAND, READAHEAD, PREFETCH, DARK = Priority
 
 
 class Clients:
@@ -34,14 +34,14 @@ class Clients:
 
     async def release(self, name: str) -> None:
         self.granted.remove(name)
-        self.slots.release_place()
+        self.slots.release_place(self.tickets[name])
         self.slots.release_bytes(self.tickets[name])
         await wait_all_tasks_blocked()
 
 
 @pytest.fixture
 async def clients(nursery: trio.Nursery) -> Clients:
-    return Clients(Slots(3, 100), nursery)
+    return Clients(Slots(3, 100, nursery), nursery)
 
 
 async def test_demand_goes_first_and_then_the_older(clients: Clients) -> None:
@@ -109,8 +109,8 @@ async def test_cancelling_a_blocked_head_lets_smaller_ones_go(clients: Clients) 
     assert clients.granted == ["60", "1"]
 
 
-async def test_cancelling_after_the_grant_gives_the_place_back() -> None:
-    slots = Slots(1, 100)
+async def test_cancelling_after_the_grant_gives_the_place_back(nursery: trio.Nursery) -> None:
+    slots = Slots(1, 100, nursery)
     ticket = Ticket(DEMAND, 100)
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -140,10 +140,145 @@ async def test_raising_uses_a_place_that_was_kept(clients: Clients) -> None:
     assert clients.granted == ["ahead", "more"]
 
 
+# -- prefetch yields
+
+
+@pytest.fixture
+def many(nursery: trio.Nursery, mock_clock: MockClock) -> Clients:
+    """With places for all; the clock moves only when the test says so."""
+    return Clients(Slots(100, 1000, nursery), nursery)
+
+
+async def pass_s(clock: MockClock, seconds: float) -> None:
+    clock.jump(seconds)
+    await wait_all_tasks_blocked()
+
+
+async def start_prefetches(clients: Clients, count: int) -> None:
+    for number in range(count):
+        await clients.start(f"p{number}", PREFETCH)
+
+
+async def test_prefetches_run_beside_each_other_where_nobody_reads(many: Clients) -> None:
+    await start_prefetches(many, 20)
+    assert len(many.granted) == 20
+
+
+async def test_prefetches_leave_bytes_for_readers(many: Clients) -> None:
+    """What runs cannot be stopped, so that a quarter of the bytes is the most."""
+    for name in "abcd":
+        await many.start(name, PREFETCH, 100)
+    assert many.granted == ["a", "b", "c"]
+    await many.start("reader", READAHEAD, 700)
+    assert many.granted == ["a", "b", "c", "reader"]
+
+
+@pytest.mark.parametrize("priority", [DEMAND, READAHEAD])
+async def test_a_prefetch_begins_when_readers_have_been_quiet(
+    many: Clients, mock_clock: MockClock, priority: Priority
+) -> None:
+    await many.start("share", PREFETCH)
+    await pass_s(mock_clock, 100)
+    await many.start("reader", priority)
+    await many.release("share")  # its rest is longer than all that follows
+    await start_prefetches(many, 20)
+    await pass_s(mock_clock, 10)
+    assert many.granted == ["reader"]
+    await many.release("reader")
+    counts: list[int] = []
+    for _ in range(6):
+        counts.append(len(many.granted))
+        await pass_s(mock_clock, 0.501)
+    assert counts == [0, 1, 2, 4, 8, 16]
+
+
+async def test_a_reader_that_waits_counts(many: Clients, mock_clock: MockClock) -> None:
+    await many.start("share", PREFETCH)
+    await pass_s(mock_clock, 100)
+    await many.start("all", DARK, 999)
+    await many.start("reader", DEMAND, 5)
+    await many.release("share")
+    await start_prefetches(many, 1)
+    await pass_s(mock_clock, 10)
+    assert many.granted == ["all"]
+    many.scopes["reader"].cancel()
+    await wait_all_tasks_blocked()
+    assert many.granted == ["all"]
+    await pass_s(mock_clock, 0.501)
+    assert many.granted == ["all", "p0"]
+
+
+async def test_readers_that_never_rest_leave_prefetch_a_share(
+    many: Clients, mock_clock: MockClock
+) -> None:
+    await many.start("reader", DEMAND)
+    await start_prefetches(many, 3)
+    assert many.granted == ["reader", "p0"]
+    await pass_s(mock_clock, 1)
+    await many.release("p0")
+    await pass_s(mock_clock, 30.9)
+    assert many.granted == ["reader"]
+    await pass_s(mock_clock, 0.2)
+    assert many.granted == ["reader", "p1"]
+    await pass_s(mock_clock, 1000)
+    assert many.granted == ["reader", "p1"]  # one at a time
+    await many.release("p1")
+    await pass_s(mock_clock, 31 * 1000 + 1)
+    assert many.granted == ["reader", "p2"]
+
+
+async def test_a_prefetch_that_a_reader_joins_is_the_readers(
+    many: Clients, mock_clock: MockClock
+) -> None:
+    await start_prefetches(many, 2)
+    many.slots.raise_priority(many.tickets["p0"], DEMAND)
+    await many.release("p1")
+    await many.start("more", PREFETCH)
+    await pass_s(mock_clock, 100)
+    await many.release("more")  # it was the share
+    await many.start("next", PREFETCH)
+    await pass_s(mock_clock, 100)
+    assert many.granted == ["p0"]
+    await many.start("joined", PREFETCH)
+    many.slots.raise_priority(many.tickets["joined"], DEMAND)
+    await wait_all_tasks_blocked()
+    assert many.granted == ["p0", "joined"]
+
+
+async def test_a_dark_store_neither_stops_prefetches_nor_waits_behind_one_that_yields(
+    many: Clients, mock_clock: MockClock
+) -> None:
+    await many.start("dark", DARK)
+    await start_prefetches(many, 2)
+    assert many.granted == ["dark", "p0", "p1"]
+    await pass_s(mock_clock, 1)
+    await many.start("reader", DEMAND)
+    await many.start("yields", PREFETCH)
+    await many.start("dark, too", DARK)
+    assert many.granted == ["dark", "p0", "p1", "reader", "dark, too"]
+
+
+async def test_cancelling_a_prefetch_that_yields(many: Clients, mock_clock: MockClock) -> None:
+    await many.start("reader", DEMAND)
+    await start_prefetches(many, 3)
+    for name in ("p0", "p1"):
+        many.scopes[name].cancel()
+    many.granted.remove("p0")
+    many.slots.release_place(many.tickets["p0"])
+    many.slots.release_bytes(many.tickets["p0"])
+    await many.release("reader")
+    await pass_s(mock_clock, 0.501)
+    assert many.granted == ["p2"]
+
+
 _OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("start"), st.sampled_from(Priority), st.integers(1, 150)),
-        st.tuples(st.sampled_from(["release", "cancel", "raise"]), st.just(0), st.integers(0, 99)),
+        st.tuples(
+            st.sampled_from(["release", "cancel", "raise", "sleep"]),
+            st.just(0),
+            st.integers(0, 99),
+        ),
     ),
     max_size=40,
 )
@@ -153,9 +288,11 @@ _OPERATIONS = st.lists(
 def test_bounds_hold_and_nothing_waits_without_a_reason(
     operations: "list[tuple[str, int, int]]", places: int
 ) -> None:
+    clock = MockClock()
+
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            clients = Clients(Slots(places, 100), nursery)
+            clients = Clients(Slots(places, 100, nursery), nursery)
             for number, (operation, priority, value) in enumerate(operations):
                 waiting = [n for n in clients.tickets if n not in clients.granted]
                 if operation == "start":
@@ -171,11 +308,19 @@ def test_bounds_hold_and_nothing_waits_without_a_reason(
                 elif operation == "raise" and waiting:
                     name = waiting[value % len(waiting)]
                     clients.slots.raise_priority(clients.tickets[name], DEMAND)
+                elif operation == "sleep":
+                    clock.jump(value / 50)
                 await wait_all_tasks_blocked()
                 _check(clients, places)
+            for _ in range(len(clients.tickets)):
+                for name in list(clients.granted):
+                    await clients.release(name)
+                    del clients.tickets[name]
+                await pass_s(clock, 1e6)
+            assert not clients.tickets  # all had their turn
             nursery.cancel_scope.cancel()
 
-    trio.run(main)
+    trio.run(main, clock=clock)
 
 
 def _check(clients: Clients, places: int) -> None:
@@ -184,8 +329,13 @@ def _check(clients: Clients, places: int) -> None:
     taken = sum(t.length for t in running)
     assert len(running) <= places
     assert taken <= 100 or len(running) == 1
-    if waiting:
-        head = min(waiting, key=lambda t: (t.priority, t.serial))
+    others = [t for t in waiting if t.priority is not PREFETCH]  # which may have to yield
+    if others:
+        head = min(others, key=lambda t: (t.priority, t.serial))
         kept = 0 if head.priority is DEMAND else 2
+        # A prefetch that does not have to yield is before what is dark.
+        before = [t for t in waiting if t.priority <= head.priority and t.serial <= head.serial]
+        before += [t for t in waiting if t.priority < head.priority]
         assert running
-        assert len(running) + kept >= places or taken + head.length > 100
+        longest = max(t.length for t in before)
+        assert len(running) + kept >= places or taken + longest > 100

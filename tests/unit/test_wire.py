@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
 from ckptfs._model.wire import (
+    GLOBS_MAX,
     LINE_BYTES_MAX,
     Attach,
     Attached,
@@ -16,8 +17,12 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    FileError,
+    Prefetching,
+    PrefetchProgress,
     Reply,
     Request,
+    StartPrefetch,
     Status,
     StatusReply,
     Stop,
@@ -35,6 +40,8 @@ REQUESTS: list[Request] = [
     Detach(name="a"),
     Detach(location=PLACE, force=True),
     Status(),
+    StartPrefetch(name="a", globs=["*"], rate=5),
+    PrefetchProgress(),
     Stop(),
     Stop(force=True),
 ]
@@ -72,6 +79,17 @@ REPLIES: list[Reply] = [
             )
         ],
     ),
+    Prefetching(
+        ended=True,
+        files=2,
+        bytes=1 << 50,
+        cached=3,
+        fetched=4,
+        errors=[FileError("a", "store", "gone")],
+        error_count=1,
+        early_code="limit",
+        early_message="full",
+    ),
 ]
 
 
@@ -96,6 +114,11 @@ def test_replies_survive_the_wire(message: Reply) -> None:
 
 def _attach(**changes: object) -> bytes:
     return json.dumps({**json.loads(encode(Attach(location=PLACE))), **changes}).encode()
+
+
+def _prefetch(**changes: object) -> bytes:
+    message = StartPrefetch(name=SECRET, globs=["*"])
+    return json.dumps({**json.loads(encode(message)), **changes}).encode()
 
 
 def _located(**changes: object) -> bytes:
@@ -127,6 +150,14 @@ BAD = {
     "deep": b"[" * 200_000 + SECRET.encode(),
     "deep objects": b'{"op":"attach","location":' + b'{"a":' * 200_000,
     "deep known field": b'{"op":"attach","location":{"secrets":' + b'{"a":' * 100_000,
+    "prefetch of nothing": _prefetch(globs=[]),
+    "too many globs": _prefetch(globs=["*"] * (GLOBS_MAX + 1)),
+    "globs as text": _prefetch(globs=SECRET),
+    "negative rate": _prefetch(rate=-1),
+    "huge rate": _prefetch(rate=(1 << 50) + 1),
+    "rate as text": _prefetch(rate="5M"),
+    "unknown field of a prefetch": _prefetch(more=SECRET),
+    "prefetch without a name": json.dumps({"op": "prefetch", "globs": ["*"]}).encode(),
     "not utf-8": b'{"op":"attach","x":"\xff' + SECRET.encode() + b'"}',
     "trailing": encode(Status()) + SECRET.encode(),
     "two": encode(Status()) * 2,

@@ -1,0 +1,65 @@
+"""Rates are understood as people write them, and nonsense is not."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptfs._model.units import parse_rate, size_text
+from ckptfs.errors import RateError
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("1", 1),
+        ("500k", 500_000),
+        ("500K", 500_000),
+        ("50M", 50_000_000),
+        ("50MB", 50_000_000),
+        ("50 MB/s", 50_000_000),
+        ("1.5G", 1_500_000_000),
+        ("0.5T", 500_000_000_000),
+        ("64MiB", 64 << 20),
+        ("64Mi", 64 << 20),
+        (" 1.5GiB/s ", 3 << 29),
+        ("100B", 100),
+    ],
+)
+def test_rates(text: str, rate: int) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "0", "0.4", "-5", "+5", "M", ".5M", "5.", "5,5M", "1e9", "inf", "nan", "5X"),
+        *("50Mb", "50Mbit/s", "50MM", "50iB", "5M/h", "5 apples", "99999T", "1" * 400, "٣", "5\n6"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(RateError) as caught:
+        parse_rate(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 150
+
+
+@given(st.text(max_size=30))
+def test_anything_is_a_rate_or_refused(text: str) -> None:
+    with contextlib.suppress(RateError):
+        assert 1 <= parse_rate(text) <= 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 << 29, "1.5 GiB"),
+        (1 << 55, "32768.0 TiB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size_text(count) == text
