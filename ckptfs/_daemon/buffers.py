@@ -81,9 +81,9 @@ class Buffers(Generic[Owner]):
         buffer.owner = None
         self._free.setdefault(len(buffer.view), []).append(buffer)
 
-    def release_kept(self, buffer: Buffer[Owner]) -> None:
-        """The same, unless it is busy: then its user does it."""
-        if buffer in self._kept:
+    def release_of(self, owner: Owner) -> None:
+        """The same, for all that are kept for `owner`."""
+        for buffer in [buffer for buffer in self._kept if buffer.owner is owner]:
             self.release(buffer)
 
     def abandon(self, buffer: Buffer[Owner]) -> None:

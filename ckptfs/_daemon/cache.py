@@ -450,7 +450,7 @@ class Cache:
         """Forget what of an object is in buffers. Busy ones stay their span's."""
         for buffer in set(entry.memory.values()):
             self._forget_buffer(buffer)
-            self.buffers.release_kept(buffer)
+        self.buffers.release_of(entry)
 
     # -- lending
 
