@@ -52,7 +52,6 @@ from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.slots import Priority, Slots, Ticket
-from ckptfs._model import formats
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
@@ -93,6 +92,8 @@ class RemoteFile:
         changed: The object is another version by now.
         error: Time and text of the last error, or "".
         cause: Text of the last answer of the store that was an error which can pass, or "".
+        readahead: While it is open.
+        recognised: Nothing more is to be learned about its parts (see `recognise`).
     """
 
     def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
@@ -109,7 +110,7 @@ class RemoteFile:
         self.check_lock = trio.Lock()
         self.next_check: _Check | None = None
         self.readahead: Readahead | None = None
-        self.recognised = False  # whether `readahead` knows all that the header says
+        self.recognised = False
         self._entry: CachedObject | None = None
 
     @property
@@ -312,31 +313,13 @@ class Fetcher:
         state = entry.state
         needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
         self._want(file, entry, needed, Priority.DEMAND)
-        if not file.recognised:
-            self._recognise(file, file.readahead, entry)
         ahead = file.readahead.access(offset, length)
         self._want(file, entry, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
 
-    def _recognise(self, file: RemoteFile, readahead: Readahead, entry: CachedObject) -> None:
-        """Look at the file's header as soon as it is there, to know the file's parts."""
-        size = entry.size
-        prefix_length = formats.SAFETENSORS_PREFIX_BYTES + 1
-        length = 0
-        if size >= prefix_length:
-            prefix = self._read_now(file, entry, 0, prefix_length)
-            if prefix is None:
-                return
-            length = formats.safetensors_header_length(bytes(prefix), size)
-        if length:
-            head = self._read_now(file, entry, 0, length)
-            if head is None:
-                return
-            if parts := formats.safetensors_parts(bytes(head), size):
-                readahead.learn_parts(parts)
-        file.recognised = True
-
-    async def fetch(self, file: RemoteFile, blocks: range) -> None:
-        """Bring `blocks` of an open file into the cache, behind all readers.
+    async def fetch(
+        self, file: RemoteFile, blocks: range, priority: Priority = Priority.PREFETCH
+    ) -> None:
+        """Bring `blocks` of an open file into the cache, behind what readers wait for.
 
         Raises what a Store raises: StoreTimeout when the read deadline is over and the store has
         not even answered the first check; each request then has that time, too.
@@ -349,7 +332,7 @@ class Fetcher:
                 if not file.trusted:
                     raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
             try:
-                await self._ensure(file, entry, blocks, Priority.PREFETCH)
+                await self._ensure(file, entry, blocks, priority)
             except trio.Cancelled:
                 self._drop(entry, blocks)
                 raise

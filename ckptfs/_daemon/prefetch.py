@@ -48,7 +48,7 @@ async def prefetch(
 ) -> None:
     """Run one prefetch; returns when it has ended, for whatever reason."""
     with trio.CancelScope() as scope:
-        attachment.prefetches.add(scope)
+        attachment.background.add(scope)
         try:
             files = await offload.control(chosen, list(attachment.shown()), globs)
             remaining = _within(files, cache.capacity_bytes(), attachment.location.uri)
@@ -61,7 +61,7 @@ async def prefetch(
                 for _ in range(_FILES):
                     nursery.start_soon(_until_dark, work, scope)
         finally:
-            attachment.prefetches.discard(scope)
+            attachment.background.discard(scope)
 
 
 def _within(files: dict[int, ListedFile], budget_bytes: int, uri: str) -> Iterator[int]:

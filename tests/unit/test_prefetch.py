@@ -36,7 +36,7 @@ async def run(bench: Bench, attachment: Attachment, *globs: str) -> None:
     bench.service.prefetch(attachment, list(globs))
     await wait_all_tasks_blocked()
     with trio.fail_after(1000):
-        while attachment.prefetches:  # noqa: ASYNC110 - of the test's clock
+        while attachment.background:  # noqa: ASYNC110 - of the test's clock
             await trio.sleep(1)
 
 
@@ -157,7 +157,7 @@ async def test_it_ends_with_the_attachment(tmp_path: Path, autojump_clock: MockC
         await trio.sleep(1000)
         assert bench.shown() == []
         assert len(bench.store(PLACE).reads()) <= begun + 1
-        assert not attachment.prefetches
+        assert not attachment.background
         assert attachment.error == ""
         bench.offload.latency_s = {}
         again = await bench.attach()  # nothing of it is in the way of another one
