@@ -69,6 +69,8 @@ from ckptfs.errors import (
 if TYPE_CHECKING:
     from array import array
 
+    from ckptfs._model.formats import Parts
+
 log = logging.getLogger(__name__)
 
 State = Literal["lazy", "fetching", "cached", "changed", "failing"]
@@ -93,6 +95,8 @@ class RemoteFile:
         error: Time and text of the last error, or "".
         cause: Text of the last answer of the store that was an error which can pass, or "".
         readahead: While it is open.
+        head: Its first bytes, where they were seen; `parts`: what it consists of, where that is
+            known. Both stay when it is closed: the kernel may have kept what it read.
         recognised: Nothing more is to be learned about its parts (see `recognise`).
     """
 
@@ -110,6 +114,8 @@ class RemoteFile:
         self.check_lock = trio.Lock()
         self.next_check: _Check | None = None
         self.readahead: Readahead | None = None
+        self.head = b""
+        self.parts: Parts | None = None
         self.recognised = False
         self._entry: CachedObject | None = None
 
@@ -123,6 +129,12 @@ class RemoteFile:
     @entry.setter
     def entry(self, entry: CachedObject | None) -> None:
         self._entry = entry
+
+    def learn_parts(self, parts: "Parts") -> None:
+        """Take in what the file consists of."""
+        self.parts = parts
+        if self.readahead is not None:
+            self.readahead.learn_parts(parts)
 
     def state(self, cached_bytes: int) -> State:
         """What the attribute `user.ckptfs.state` says, where `cached_bytes` of it are on disk."""
@@ -239,8 +251,8 @@ class Fetcher:
         if file.opens > 1:
             return
         entry = file.entry = self._cache.open(file.key)
-        file.readahead = Readahead(file.pin.size, self._window_bytes_max)
-        file.recognised = False
+        file.readahead = Readahead(file.pin.size, self._window_bytes_max, file.parts)
+        file.recognised = file.parts is not None
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
                 self._cache.learn(entry, file.pin.etag)

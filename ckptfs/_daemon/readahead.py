@@ -43,11 +43,11 @@ class _Cursor:
 class Readahead:
     """The cursors of one file of `size` bytes; a window is at most `window_bytes_max`."""
 
-    def __init__(self, size: int, window_bytes_max: int) -> None:
+    def __init__(self, size: int, window_bytes_max: int, parts: Parts | None = None) -> None:
         self._size = size
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
-        self._parts: Parts | None = None
+        self._parts = parts
 
     def learn_parts(self, parts: Parts) -> None:
         """Take in what the file consists of."""

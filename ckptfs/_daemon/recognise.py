@@ -24,7 +24,6 @@ import trio
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.offload import Offload
-from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.slots import Priority
 from ckptfs._daemon.tree import Node
 from ckptfs._model import dcp, formats
@@ -36,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 4 * BLOCK_BYTES
 """Files that are not larger gain nothing: readahead trusts in a part after two blocks of it."""
+_HEAD_BYTES = formats.SAFETENSORS_PREFIX_BYTES + 1
+"""Enough to tell the formats apart."""
 _PAUSE_S = 0.0005
 """How long parsing lets go of the interpreter's lock, as often as it has held it for as long."""
 
@@ -54,9 +55,6 @@ class Recogniser:
         Ends the validity of what `Fetcher.read_now` returned.
         """
         file = attachment.file(node.index)
-        readahead = file.readahead
-        if readahead is None or file.changed:
-            return
         if node.name == dcp.NAME:
             self._layout_beside(attachment, node)
             file.recognised = True
@@ -64,25 +62,34 @@ class Recogniser:
         is_large = node.size > _SMALL_BYTES
         layout = self._layout_beside(attachment, node) if is_large else {}
         if layout and (parts := layout.get(node.name)):
-            readahead.learn_parts(parts)
+            file.learn_parts(parts)
             file.recognised = True
             return
-        head_bytes = formats.SAFETENSORS_PREFIX_BYTES + 1
-        head = self._fetcher.read_now(file, 0, min(head_bytes, node.size))
-        if head is None:
-            return
-        if bytes(head[:4]) == formats.ZIP_MAGIC:
-            if layout is None:
-                return
+        self.look_at_head(file)
+        if file.head.startswith(formats.ZIP_MAGIC) and layout is not None:
             if is_large:
-                self._start(attachment, file, lambda: self._learn_zip(file, readahead))
-        elif length := formats.safetensors_header_length(bytes(head), node.size):
+                self._start(attachment, file, lambda: self._learn_zip(file))
+            file.recognised = True
+
+    def look_at_head(self, file: RemoteFile) -> None:
+        """Learn what can be learned from an open file's header, if that is there.
+
+        To be called before a file is closed, too: the kernel may never ask for the header again.
+        Ends the validity of what `Fetcher.read_now` returned.
+        """
+        size = file.pin.size
+        if not file.head:
+            head = self._fetcher.read_now(file, 0, min(_HEAD_BYTES, size))
+            if head is None:
+                return
+            file.head = bytes(head)
+        if length := formats.safetensors_header_length(file.head, size):
             header = self._fetcher.read_now(file, 0, length)
             if header is None:
                 return
-            if parts := formats.safetensors_parts(bytes(header), node.size):
-                readahead.learn_parts(parts)
-        file.recognised = True
+            if parts := formats.safetensors_parts(bytes(header), size):
+                file.learn_parts(parts)
+        file.recognised = not file.head.startswith(formats.ZIP_MAGIC)
 
     def _layout_beside(self, attachment: Attachment, node: Node) -> dict[bytes, Parts] | None:
         """What the ``.metadata`` in the directory of `node` says; None: that is not known yet."""
@@ -139,7 +146,7 @@ class Recogniser:
         finally:
             attachment.layouts[metadata.index] = found
 
-    async def _learn_zip(self, file: RemoteFile, readahead: Readahead) -> None:
+    async def _learn_zip(self, file: RemoteFile) -> None:
         size = file.pin.size
         start = max(0, size - formats.ZIP_END_BYTES)
         end = b"".join(await self._bytes(file, start, size))
@@ -149,7 +156,7 @@ class Recogniser:
         raw = await self._bytes(file, where.start, where.stop)
         parts = await self._offload.compute(formats.zip_parts, b"".join(raw), where.start)
         if parts:
-            readahead.learn_parts(parts)
+            file.learn_parts(parts)
 
     async def _bytes(self, file: RemoteFile, start: int, stop: int) -> list[bytes]:
         """The bytes [start, stop) of an open file, in pieces."""

@@ -204,6 +204,8 @@ class Vfs:
         file = self._open.get(handle)
         if attachment is None or file is None:
             return
+        if not file.recognised and file.pin.size:
+            self._recogniser.look_at_head(file)
         self._fetcher.close(file)
         if not file.opens:
             del self._open[handle]

@@ -87,6 +87,29 @@ async def test_of_an_archive_the_end_is_looked_at_and_a_tensor_fetched_whole(
         assert await view.read(inode, start + 5, MIB) == TENSORS[1][5 : 5 + MIB]
 
 
+async def test_a_header_that_the_kernel_keeps_is_not_lost(tmp_path: Path) -> None:
+    raw, places = torch_zip()
+    store = FakeStore({"a": raw})
+    async with view_in(tmp_path) as view:
+        attachment = view.attach(store)
+        inode = opened(view, attachment, "a")
+        await view.read(inode, 0, 4)
+        view.vfs.release(inode)
+        await settled(view)
+        assert fetched(store, "a") == {0}  # who only looked at it gets no more
+        for _ in range(2):
+            opened(view, attachment, "a")
+            await view.read(inode, places[2][0], 4096)
+            await settled(view)
+            view.vfs.release(inode)
+        opened(view, attachment, "a")
+        start, stop = places[1]
+        await walk(view, inode, start, 4 * MIB)
+        await settled(view)
+        assert set(blocks_of(start, stop - start)) <= fetched(store, "a")
+        assert len(fetched(store, "a")) <= 16
+
+
 @pytest.mark.parametrize("damage", ["cut", "no directory", "small"])
 async def test_an_archive_that_makes_no_sense_is_a_file_like_others(
     tmp_path: Path, damage: str
