@@ -28,6 +28,9 @@ CURSORS_MAX = 32
 _REACH_BYTES = 2 * BLOCK_BYTES
 """Largest gap or step back within a cursor: twice the kernel's largest request. The kernel's own
 readahead may touch as much behind the end of what a program reads, so less proves nothing."""
+_TOUCH_BYTES = _REACH_BYTES + BLOCK_BYTES
+"""As much may come with a program's read of a few bytes: Python's open() has a buffer of st_blksize
+(1 MiB, see `fuse`), and the kernel's own readahead goes on behind that."""
 _PAGE_BYTES = 4096
 
 
@@ -110,7 +113,7 @@ class Readahead:
         part = max(first, self._part(self._parts, sure))
         if part >= first + 2:
             return cursor.read_bytes, self._size
-        is_sure = sure >= self._parts.starts[part]
+        is_sure = sure >= self._parts.starts[part] and cursor.read_bytes > _TOUCH_BYTES
         return self._window_bytes_max if is_sure else careful, self._parts.stops[part]
 
     @staticmethod

@@ -317,6 +317,14 @@ def test_a_part_is_fetched_whole_and_only_it(which: int, piece: int, overshoot_m
     assert len(ahead) >= min((PARTS[which][1] - start) // MIB, 60)
 
 
+@pytest.mark.parametrize("start", [PARTS[2][0], PARTS[2][0] + 4096, PARTS[3][0] - 8192])
+def test_a_few_bytes_read_through_a_buffer_are_no_reason_to_fetch_a_part(start: int) -> None:
+    touch = [(start, MIB), (start + MIB, MIB), (start + 2 * MIB, MIB)]  # see _TOUCH_BYTES
+    touched = {i for o, n in touch for i in range(o // MIB, (o + n - 1) // MIB + 1)}
+    assert len(fetched_by(touch) - touched) <= 1
+    assert len(fetched_by([*touch, (start + 3 * MIB, MIB)])) > 60
+
+
 @pytest.mark.parametrize("page", [0, 100, 4095])
 def test_a_page_fault_at_the_start_of_a_part_is_about_that_part(page: int) -> None:
     start = PARTS[2][0]
