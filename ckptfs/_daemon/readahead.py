@@ -26,11 +26,11 @@ from ckptfs._model.formats import Parts
 CURSORS_MAX = 32
 """Cursors per file; the least recently used one is forgotten."""
 _REACH_BYTES = 2 * BLOCK_BYTES
-"""Largest gap or step back within a cursor: twice the kernel's largest request. The kernel's own
-readahead may touch as much behind the end of what a program reads, so less proves nothing."""
+"""Largest gap or step back within a cursor: twice the kernel's largest request, as far as the
+kernel's own readahead goes."""
 _TOUCH_BYTES = _REACH_BYTES + BLOCK_BYTES
-"""As much may come with a program's read of a few bytes: Python's open() has a buffer of st_blksize
-(1 MiB, see `fuse`), and the kernel's own readahead goes on behind that."""
+"""As much may come with a program's read of a few bytes, so less proves nothing: a request of the
+kernel, or Python's buffer (of st_blksize, see `fuse`), and the kernel's own readahead behind it."""
 _PAGE_BYTES = 4096
 
 
@@ -109,7 +109,7 @@ class Readahead:
             return cursor.read_bytes if cursor.from_start else careful, self._size
         first = self._part(self._parts, cursor.anchor)
         # The furthest byte that is not just the kernel's readahead, and the part that it is in.
-        sure = cursor.position - _REACH_BYTES - 1
+        sure = cursor.position - _TOUCH_BYTES - 1
         part = max(first, self._part(self._parts, sure))
         if part >= first + 2:
             return cursor.read_bytes, self._size

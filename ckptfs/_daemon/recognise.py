@@ -34,7 +34,7 @@ from ckptfs.errors import CkptfsError
 log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 4 * BLOCK_BYTES
-"""Files that are not larger gain nothing: readahead trusts in a part after two blocks of it."""
+"""Files that are not larger gain nothing: readahead trusts in a part after three blocks of it."""
 _HEAD_BYTES = formats.SAFETENSORS_PREFIX_BYTES + 1
 """Enough to tell the formats apart."""
 _PAUSE_S = 0.0005
