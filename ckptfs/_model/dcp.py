@@ -34,8 +34,8 @@ BYTES_MAX = 32 << 20
 _OPCODES_MAX = 16_000_000
 _HELD_MAX = 4_000_000
 """Most entries of stack and memo (about 50 bytes each at the worst)."""
-_SLICE = 4096
-"""Opcodes between two pauses: less than a millisecond."""
+_SLICE = 2048
+"""Opcodes between two pauses: about a millisecond."""
 
 _MODULE = b"torch.distributed.checkpoint.metadata"
 _CLASS = b"Metadata"
