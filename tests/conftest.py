@@ -191,7 +191,12 @@ class Node:
 
     def wait_quiet(self) -> None:
         """Wait until nothing is being fetched any more, also ahead of the readers."""
-        wait_until(lambda: all(a["state"] != "fetching" for a in self.status()["attachments"]))
+
+        def is_quiet() -> bool:
+            status = json.loads(self.here("status", "--json").stdout)
+            return all(a["state"] != "fetching" for a in status["attachments"])
+
+        wait_until(is_quiet)
 
     def log(self) -> str:
         """What keeper and daemon have logged."""

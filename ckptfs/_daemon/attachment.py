@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -16,6 +16,9 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._store.base import Pin, Store
 from ckptfs.errors import CkptfsError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from ckptfs._model.formats import Parts
 
 
 class Metadata:
@@ -55,11 +58,13 @@ class Attachment:
         size: Bytes of all files that it shows.
         metadata: What is known of the checkpoint's own metadata.
         format: As ``user.ckptfs.format`` says; "" until somebody asks.
+        layouts: The parts of files as a ``.metadata`` beside them says, by position of that
+            ``.metadata`` and the file's name; None while it is being read.
         own_error: Time and text of the last error that is no file's, or "".
         directories: Open directory handles of its root, with the process that opened each.
         open_handles: How many other handles are open in it.
         clients: How many control connections hold it.
-        prefetches: Those that are running; cancelled when it ends.
+        background: What runs for it and ends with it; cancelled then.
         pinned: It stays until it is detached.
         attached_s: When, seconds since the epoch.
         idle_since_s: When its last holder went (event loop time).
@@ -85,6 +90,7 @@ class Attachment:
         self.size = manifest.size
         self.format = ""
         self.metadata = Metadata()
+        self.layouts: dict[int, dict[bytes, Parts] | None] = {}
         self.own_error = ""
         self.uid = uid
         self.gid = gid
@@ -95,7 +101,7 @@ class Attachment:
         self.directories: dict[int, int] = {}
         self.open_handles = 0
         self.clients = 0
-        self.prefetches: set[trio.CancelScope] = set()
+        self.background: set[trio.CancelScope] = set()
         self.pinned = False
         self.idle_since_s = 0.0
 

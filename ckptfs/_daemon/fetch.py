@@ -43,7 +43,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import trio
@@ -54,7 +54,6 @@ from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.slots import Priority, Slots, Ticket
-from ckptfs._model import formats
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, blocks_of, runs
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
@@ -67,6 +66,9 @@ from ckptfs.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
+
+if TYPE_CHECKING:
+    from ckptfs._model.formats import Parts
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,10 @@ class RemoteFile:
         cause: Text of the last answer of the store that was an error which can pass, or "".
         served_bytes: How much of it was handed to the kernel, which keeps it in its page cache as
             long as there is memory: more than the size means that there was not.
+        readahead: While it is open.
+        head: Its first bytes, where they were seen; `parts`: what it consists of, where that is
+            known. Both stay when it is closed: the kernel may have kept what it read.
+        recognised: Nothing more is to be learned about its parts (see `recognise`).
     """
 
     def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
@@ -113,7 +119,9 @@ class RemoteFile:
         self.check_lock = trio.Lock()
         self.next_check: _Check | None = None
         self.readahead: Readahead | None = None
-        self.recognised = False  # whether `readahead` knows all that the header says
+        self.head = b""
+        self.parts: Parts | None = None
+        self.recognised = False
         self._entry: CachedObject | None = None
 
     @property
@@ -126,6 +134,12 @@ class RemoteFile:
     @entry.setter
     def entry(self, entry: CachedObject | None) -> None:
         self._entry = entry
+
+    def learn_parts(self, parts: "Parts") -> None:
+        """Take in what the file consists of."""
+        self.parts = parts
+        if self.readahead is not None:
+            self.readahead.learn_parts(parts)
 
     def state(self, cached_bytes: int) -> State:
         """What the attribute `user.ckptfs.state` says, where `cached_bytes` of it are on disk."""
@@ -203,8 +217,8 @@ class Fetcher:
         if file.opens > 1:
             return
         entry = file.entry = self._cache.open(file.key)
-        file.readahead = Readahead(file.pin.size, self._window_bytes_max)
-        file.recognised = False
+        file.readahead = Readahead(file.pin.size, self._window_bytes_max, file.parts)
+        file.recognised = file.parts is not None
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
                 self._cache.learn(entry, file.pin.etag)
@@ -293,31 +307,13 @@ class Fetcher:
         state = entry.state
         needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
         self._want(file, entry, needed, Priority.DEMAND)
-        if not file.recognised:
-            self._recognise(file, file.readahead, entry)
         ahead = file.readahead.access(offset, length)
         self._want(file, entry, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
 
-    def _recognise(self, file: RemoteFile, readahead: Readahead, entry: CachedObject) -> None:
-        """Look at the file's header as soon as it is there, to know the file's parts."""
-        size = entry.size
-        prefix_length = formats.SAFETENSORS_PREFIX_BYTES + 1
-        length = 0
-        if size >= prefix_length:
-            prefix = self._read_now(file, entry, 0, prefix_length)
-            if prefix is None:
-                return
-            length = formats.safetensors_header_length(b"".join(prefix), size)
-        if length:
-            head = self._read_now(file, entry, 0, length)
-            if head is None:
-                return
-            if parts := formats.safetensors_parts(b"".join(head), size):
-                readahead.learn_parts(parts)
-        file.recognised = True
-
-    async def fetch(self, file: RemoteFile, blocks: range) -> None:
-        """Bring `blocks` of an open file into the cache, behind all readers.
+    async def fetch(
+        self, file: RemoteFile, blocks: range, priority: Priority = Priority.PREFETCH
+    ) -> None:
+        """Bring `blocks` of an open file into the cache, behind what readers wait for.
 
         Raises what a Store raises: StoreTimeout when the read deadline is over and the store has
         not even answered the first check; each request then has that time, too.
@@ -331,8 +327,8 @@ class Fetcher:
                     raise StoreTimeout(f"{printable(file.pin.path)}: {file.cause or 'no answer'}")
             try:
                 with self._asked_by_prefetch(entry, blocks):
-                    if not await self._ensure(file, entry, blocks, Priority.PREFETCH):
-                        await self._ensure(file, entry, blocks, Priority.PREFETCH)
+                    if not await self._ensure(file, entry, blocks, priority):
+                        await self._ensure(file, entry, blocks, priority)
             except trio.Cancelled:
                 self._drop(entry, blocks)
                 raise

@@ -87,7 +87,7 @@ class Prefetch:
         self._error_count = 0
         self._early: CkptfsError | None = None
         self.ended = trio.Event()
-        attachment.prefetches.add(self._scope)
+        attachment.background.add(self._scope)
 
     def cancel(self) -> None:
         """Let it end."""
@@ -121,7 +121,7 @@ class Prefetch:
             if self._scope.cancelled_caught and self._early is None:
                 self._early = NotAttached(f"{self._attachment.location.uri} was detached")
         finally:
-            self._attachment.prefetches.discard(self._scope)
+            self._attachment.background.discard(self._scope)
             self.ended.set()
 
     async def _run(self) -> None:

@@ -26,8 +26,11 @@ from ckptfs._model.formats import Parts
 CURSORS_MAX = 32
 """Cursors per file; the least recently used one is forgotten."""
 _REACH_BYTES = 2 * BLOCK_BYTES
-"""Largest gap or step back within a cursor: twice the kernel's largest request. The kernel's own
-readahead may touch as much behind the end of what a program reads, so less proves nothing."""
+"""Largest gap or step back within a cursor: twice the kernel's largest request, as far as the
+kernel's own readahead goes."""
+_TOUCH_BYTES = _REACH_BYTES + BLOCK_BYTES
+"""As much may come with a program's read of a few bytes, so less proves nothing: a request of the
+kernel, or Python's buffer (of st_blksize, see `fuse`), and the kernel's own readahead behind it."""
 _PAGE_BYTES = 4096
 
 
@@ -43,11 +46,11 @@ class _Cursor:
 class Readahead:
     """The cursors of one file of `size` bytes; a window is at most `window_bytes_max`."""
 
-    def __init__(self, size: int, window_bytes_max: int) -> None:
+    def __init__(self, size: int, window_bytes_max: int, parts: Parts | None = None) -> None:
         self._size = size
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
-        self._parts: Parts | None = None
+        self._parts = parts
 
     def learn_parts(self, parts: Parts) -> None:
         """Take in what the file consists of."""
@@ -106,11 +109,11 @@ class Readahead:
             return cursor.read_bytes if cursor.from_start else careful, self._size
         first = self._part(self._parts, cursor.anchor)
         # The furthest byte that is not just the kernel's readahead, and the part that it is in.
-        sure = cursor.position - _REACH_BYTES - 1
+        sure = cursor.position - _TOUCH_BYTES - 1
         part = max(first, self._part(self._parts, sure))
         if part >= first + 2:
             return cursor.read_bytes, self._size
-        is_sure = sure >= self._parts.starts[part]
+        is_sure = sure >= self._parts.starts[part] and cursor.read_bytes > _TOUCH_BYTES
         return self._window_bytes_max if is_sure else careful, self._parts.stops[part]
 
     @staticmethod

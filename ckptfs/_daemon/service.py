@@ -23,6 +23,7 @@ from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import Prefetch
+from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
@@ -79,7 +80,8 @@ class Service:
         self._nursery = nursery
         self._forget_name = forget_name
         self._open_store = open_store
-        self.vfs = Vfs(fetcher, cache, os.geteuid(), os.getegid(), self.released)
+        recogniser = Recogniser(fetcher, offload, nursery)
+        self.vfs = Vfs(fetcher, recogniser, cache, os.geteuid(), os.getegid(), self.released)
         self.metadata = MetadataKeeper(offload, config.read_deadline_s)
         self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch)
         self.stopped = trio.Event()
@@ -236,7 +238,7 @@ class Service:
         raise NotAttached(f"{what} is not attached; ckptfs status lists what is")
 
     def _remove(self, attachment: Attachment) -> None:
-        for scope in attachment.prefetches:
+        for scope in attachment.background:
             scope.cancel()
         self.vfs.remove(attachment)
         del self._attachments[attachment.key]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache, CachedObject, Views
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
 
@@ -65,6 +66,7 @@ class Vfs:
 
     Args:
         fetcher: Reads the files.
+        recogniser: Told of accesses to files whose parts are not known.
         cache: Asked for what is cached.
         uid: Owner of the mount point; so is `gid`.
         released: Called when a handle of an attachment was closed.
@@ -73,12 +75,14 @@ class Vfs:
     def __init__(
         self,
         fetcher: Fetcher,
+        recogniser: Recogniser,
         cache: Cache,
         uid: int,
         gid: int,
         released: Callable[[Attachment], None],
     ) -> None:
         self._fetcher = fetcher
+        self._recogniser = recogniser
         self._cache = cache
         self._owner = (uid, gid)
         self._released = released
@@ -208,6 +212,8 @@ class Vfs:
         file = self._open.get(handle)
         if attachment is None or file is None:
             return
+        if not file.recognised and file.pin.size:
+            self._recogniser.look_at_head(file)
         self._fetcher.close(file)
         if not file.opens:
             del self._open[handle]
@@ -224,6 +230,8 @@ class Vfs:
         if not length:
             return []
         file.served_bytes += length
+        if not file.recognised:
+            self._recogniser.look(*self.find(handle))
         self._fetcher.access(file, offset, length)
         return self._fetcher.read_now(file, offset, length)
 

@@ -3,10 +3,18 @@
 safetensors (https://github.com/huggingface/safetensors, "Format"): 8 bytes with the length N of the
 header, little endian; N bytes of JSON, which begins with ``{`` and maps each tensor's name to
 ``dtype``, ``shape`` and ``data_offsets`` (start and end, counted from the end of the header).
+
+zip (PKWARE, APPNOTE.TXT, 4.3): entries, each a local header and its data; then the central
+directory, which says where each local header is; then, at the very end, where that directory is.
+torch.save (since 1.6) writes one entry per tensor, not compressed, and aligns its data by a longer
+local header, so an entry is taken to go on to the next one's header. numpy.savez writes such files,
+too. An archive with a comment at its end is not recognised: neither of them writes one.
 """
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -18,7 +26,14 @@ HEADER_BYTES_MAX = 1 << 20
 """Longest header that readahead looks at: some 10,000 tensors. Files with more get plain
 readahead."""
 ZIP_MAGIC = b"PK\x03\x04"
-"""How a zip archive begins (PKWARE, APPNOTE.TXT, 4.3.7), as torch.save writes since 1.6."""
+"""How a zip archive begins: a local header (APPNOTE.TXT, 4.3.7)."""
+ZIP_END_BYTES = 64 << 10
+"""How much of an archive's end to look at first: the central directory of some 700 tensors."""
+ZIP_DIRECTORY_BYTES_MAX = 4 << 20
+"""Longest central directory that readahead looks at: some 40,000 tensors."""
+PART_BYTES_MIN = 64 << 10
+"""What is shorter (biases, norms, an archive's own small files) is no part by itself: whoever reads
+on across it has not passed one."""
 
 Format = Literal[
     "safetensors", "torch-zip", "torch-dcp", "orbax", "huggingface", "tensorflow", "unknown"
@@ -40,6 +55,13 @@ class Parts(msgspec.Struct, frozen=True):
 
     starts: tuple[int, ...]
     stops: tuple[int, ...]
+
+
+_END = struct.Struct("<4s4H2LH")  # end of central directory record, 4.3.16
+_END64_LOCATOR = struct.Struct("<4sLQL")  # 4.3.15
+_END64 = struct.Struct("<4sQ2H2L4Q")  # 4.3.14
+_ENTRY = struct.Struct("<4s16x2L3H8xL")  # of the central directory, 4.3.12
+_IN_EXTRA = 0xFFFFFFFF  # the number stands in the extra field, 4.5.3
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -118,11 +140,96 @@ def safetensors_parts(head: bytes, size: int) -> Parts | None:
         head: Prefix and header.
         size: Bytes of the file.
     """
-    tensors = safetensors_tensors(head)
-    found = [(tensor.start, tensor.end) for tensor in tensors if tensor.start != tensor.end]
-    end = len(head)
-    for start, stop in found:
-        if not end <= start < stop <= size:
+    ranges = [(tensor.start, tensor.end) for tensor in safetensors_tensors(head)]
+    return parts_of(ranges, len(head), size)
+
+
+def zip_directory_range(end: bytes, size: int) -> range:
+    """Where the central directory is in the file; empty if that cannot be or is too much.
+
+    Args:
+        end: The last `ZIP_END_BYTES` bytes of the file, or all of it.
+        size: Bytes of the file.
+    """
+    nothing = range(0)
+    at = len(end) - _END.size
+    if at < 0:
+        return nothing
+    magic, _, _, _, _, length, offset, comment = _END.unpack_from(end, at)
+    if magic != b"PK\x05\x06" or comment:
+        return nothing
+    at -= _END64_LOCATOR.size + _END64.size
+    if at >= 0 and end[at + _END64.size :].startswith(b"PK\x06\x07"):
+        magic, *_, length, offset = _END64.unpack_from(end, at)
+        if magic != b"PK\x06\x06":
+            return nothing
+    else:
+        at = len(end) - _END.size
+    # Where it does not end at its end record, offsets do not count from the start of the file.
+    if offset + length != size - len(end) + at or length > ZIP_DIRECTORY_BYTES_MAX:
+        return nothing
+    return range(offset, offset + length)
+
+
+def zip_parts(directory: bytes, start: int) -> Parts | None:
+    """The entries' byte ranges, or None if the central directory does not make sense.
+
+    Args:
+        directory: The central directory.
+        start: Where in the file it is.
+    """
+    starts: list[int] = []
+    at = 0
+    while at + _ENTRY.size <= len(directory):
+        magic, packed, full, name, extra, comment, offset = _ENTRY.unpack_from(directory, at)
+        if magic != b"PK\x01\x02":
             return None
-        end = stop
-    return Parts(tuple(s for s, _ in found), tuple(s for _, s in found)) if found else None
+        at += _ENTRY.size + name
+        if offset == _IN_EXTRA:
+            before = (full == _IN_EXTRA) + (packed == _IN_EXTRA)
+            offset = _in_extra(directory[at : at + extra], before)
+        starts.append(offset)
+        at += extra + comment
+    starts.sort()
+    return parts_of(list(pairwise([*starts, start])), 0, start)
+
+
+def _in_extra(extra: bytes, before: int) -> int:
+    """The number behind `before` others in the zip64 field of an extra field; -1: there is none."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        value = extra[at + 4 : at + 4 + length][8 * before : 8 * before + 8]
+        if kind == 1 and len(value) == 8:
+            return int.from_bytes(value, "little")
+        at += 4 + length
+    return -1
+
+
+def parts_of(ranges: Sequence[tuple[int, int]], start: int, stop: int) -> Parts | None:
+    """Parts from sorted byte ranges; None if there are none, or they overlap or do not lie in
+    [start, stop).
+
+    A range shorter than `PART_BYTES_MIN` belongs to the part before it, as long as such ranges and
+    the gaps between them do not add up to that; a part that is still shorter takes in the next one.
+    """
+    starts: list[int] = []
+    stops: list[int] = []
+    end = start
+    room = 0  # how far the last part may grow by short ranges
+    for first, last in ranges:
+        if first == last:
+            continue
+        if not end <= first < last <= stop:
+            return None
+        end = last
+        is_short = bool(starts) and stops[-1] - starts[-1] < PART_BYTES_MIN
+        if starts and (last <= room or (is_short and first <= room)):
+            stops[-1] = last
+        else:
+            starts.append(first)
+            stops.append(last)
+            is_short = True
+        if is_short:
+            room = last + PART_BYTES_MIN
+    return Parts(tuple(starts), tuple(stops)) if starts else None

@@ -1,11 +1,14 @@
-"""Loading one tensor of a safetensors file costs little more than its bytes."""
+"""Loading one tensor costs little more than its bytes, in each format that says where they are."""
 
 import json
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import write_checkpoint, write_torch_zip
 from conftest import Node
 from s3server import S3Server
 from safetensors import safe_open
@@ -71,3 +74,52 @@ def test_a_whole_shard_is_fetched_once(
         node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     assert fetched <= 1.02 * shard.stat().st_size
+
+
+BEGUN_BYTES = 6 * MIB
+"""What is read of a tensor: enough for the readahead to be sure that it is wanted."""
+
+
+def begin_to_read(file: Path, start: int) -> bytes:
+    """Read as a loader does: a record's header by itself, and then one piece after the other."""
+    with file.open("rb", buffering=0) as raw:
+        raw.seek(start)
+        pieces = [raw.read(30)]
+        while (count := sum(map(len, pieces))) < BEGUN_BYTES:
+            pieces.append(raw.read(min(MIB, BEGUN_BYTES - count)))
+    return b"".join(pieces)
+
+
+def test_a_tensor_of_an_archive_is_fetched_and_little_more(
+    node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
+) -> None:
+    (bucket / "run").mkdir()
+    tensors = [os.urandom(mib * MIB) for mib in (8, 24, 8)]
+    places = write_torch_zip(bucket / "run" / "model.pt", tensors)
+    with ckptfs.Checkpoint(uri_of(bucket / "run")).as_directory() as path:
+        s3.reset_traffic()
+        file = Path(path, "model.pt")
+        with file.open("rb", buffering=0) as raw:
+            assert raw.read(4) == b"PK\x03\x04"
+        assert zipfile.is_zipfile(file)  # reads its end
+        node.wait_quiet()
+        assert begin_to_read(file, places[1][0]) == tensors[1][:BEGUN_BYTES]
+        node.wait_quiet()
+        fetched = s3.traffic().bytes_to_client
+    assert 24 * MIB <= fetched <= 1.1 * 24 * MIB + 2 * MIB + 100_000
+
+
+def test_an_item_of_a_sharded_checkpoint_is_fetched_and_little_more(
+    node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
+) -> None:
+    items = [os.urandom(16 * MIB - 1000) for _ in range(3)]
+    write_checkpoint(bucket / "run", {"__0_0.distcp": items[:1], "__1_0.distcp": items})
+    with ckptfs.Checkpoint(uri_of(bucket / "run")).as_directory() as path:
+        s3.reset_traffic()
+        assert Path(path, ".metadata").read_bytes()
+        node.wait_quiet()
+        read = begin_to_read(Path(path, "__1_0.distcp"), len(items[0]))
+        assert read == items[1][:BEGUN_BYTES]
+        node.wait_quiet()
+        fetched = s3.traffic().bytes_to_client
+    assert 16 * MIB <= fetched <= 1.1 * 16 * MIB + 2 * MIB + 100_000

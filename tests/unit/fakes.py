@@ -267,8 +267,8 @@ class FakeStore:
 class InlineOffload(Offload):
     """Runs the calls in the event loop, after a checkpoint, so that a test can own the clock.
 
-    `latency_s` gives a kind of call ("data", "control", "disk") a duration before it runs
-    (infinity: it never does); `reply_s` delays its result.
+    `latency_s` gives a kind of call ("data", "control", "disk", "compute") a duration before it
+    runs (infinity: it never does); `reply_s` delays its result.
     """
 
     def __init__(self) -> None:
@@ -291,6 +291,10 @@ class InlineOffload(Offload):
     async def disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """See Offload.disk."""
         return await self._inline("disk", functools.partial(function, *args, **kwargs))
+
+    async def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See Offload.compute."""
+        return await self._inline("compute", functools.partial(function, *args, **kwargs))
 
     async def _inline(self, kind: str, call: Callable[[], T]) -> T:
         latency_s = self.latency_s.get(kind, 0)

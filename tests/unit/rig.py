@@ -17,6 +17,7 @@ from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import Stat, Vfs
 from ckptfs._daemon.xattrs import Xattrs
@@ -115,7 +116,8 @@ class View:
         self.rig = rig
         self.released: list[Attachment] = []
         self.prefetched: list[tuple[Attachment, list[str]]] = []
-        self.vfs = Vfs(rig.fetcher, rig.cache, 1, 2, self.released.append)
+        recogniser = Recogniser(rig.fetcher, rig.offload, rig.nursery)
+        self.vfs = Vfs(rig.fetcher, recogniser, rig.cache, 1, 2, self.released.append)
         self.metadata = MetadataKeeper(rig.offload, rig.config.read_deadline_s)
         self.xattrs = Xattrs(
             self.vfs,

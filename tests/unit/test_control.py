@@ -342,11 +342,11 @@ async def test_a_prefetch_ends_with_its_connection(
     await trio.sleep(5)
     [name] = server.shown()  # held by the prefetch's connection alone
     [attachment] = [server.service.find(os.geteuid(), name, None)]
-    assert attachment.prefetches
+    assert attachment.background
     begun = len(server.store(PLACE).reads())
     await client.stream.aclose()
     await trio.sleep(1)
-    assert not attachment.prefetches
+    assert not attachment.background
     await trio.sleep(100)
     assert len(server.store(PLACE).reads()) <= begun + 1
     assert server.shown() == []

@@ -1,8 +1,14 @@
 """A file's header is recognised by its content, never trusted, and steers the readahead."""
 
+import io
 import json
+import struct
+import zipfile
+from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
+from archives import write_torch_zip
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.fakes import MIB
@@ -11,13 +17,20 @@ from ckptfs._daemon.readahead import Readahead
 from ckptfs._model.blocks import BLOCK_BYTES
 from ckptfs._model.formats import (
     HEADER_BYTES_MAX,
+    ZIP_DIRECTORY_BYTES_MAX,
+    ZIP_END_BYTES,
+    ZIP_MAGIC,
     Parts,
     Tensor,
     format_of,
+    parts_of,
     safetensors_header_length,
     safetensors_parts,
     safetensors_tensors,
+    zip_directory_range,
+    zip_parts,
 )
+from ckptfs._model.formats import PART_BYTES_MIN as MIN
 
 
 def head_of(tensors: "dict[str, tuple[int, int]]", **extra: object) -> bytes:
@@ -31,11 +44,37 @@ def head_of(tensors: "dict[str, tuple[int, int]]", **extra: object) -> bytes:
 
 
 def test_tensors_become_parts_in_the_order_of_their_bytes() -> None:
-    head = head_of({"b": (40, 100), "a": (0, 40), "empty": (40, 40)}, __metadata__={"format": "pt"})
-    size = len(head) + 100
-    assert safetensors_header_length(head[:9], size) == len(head)
+    tensors = {"b": (4 * MIN, 10 * MIN), "a": (0, 4 * MIN), "empty": (4 * MIN, 4 * MIN)}
+    head = head_of(tensors, __metadata__={"format": "pt"})
     base = len(head)
-    assert safetensors_parts(head, size) == Parts((base, base + 40), (base + 40, base + 100))
+    size = base + 10 * MIN
+    assert safetensors_header_length(head[:9], size) == base
+    assert safetensors_parts(head, size) == Parts((base, base + 4 * MIN), (base + 4 * MIN, size))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),  # in KiB
+    [
+        ([320, 320], [320, 320]),
+        ([320, 32, 32, 320], [384, 320]),  # short ones belong to what is before them
+        ([6, 6, 320, 320], [332, 320]),  # at the beginning, to what is behind them
+        ([320, *[32] * 8, 320], [384, 128, 64, 320]),  # but not more and more of them
+        ([16] * 16, [128, 128]),
+    ],
+)
+def test_short_ranges_join_their_neighbours(lengths: list[int], expected: list[int]) -> None:
+    def ranges(lengths: list[int]) -> "list[tuple[int, int]]":
+        return list(pairwise([0, *accumulate(kib << 10 for kib in lengths)]))
+
+    wanted = ranges(expected)
+    parts = Parts(tuple(start for start, _ in wanted), tuple(stop for _, stop in wanted))
+    assert parts_of(ranges(lengths), 0, 100 * MIN) == parts
+
+
+def test_short_ranges_far_from_each_other_are_not_joined() -> None:
+    assert parts_of([(0, 10), (5 * MIN, 5 * MIN + 10)], 0, 100 * MIN) == Parts(
+        (0, 5 * MIN), (10, 5 * MIN + 10)
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +137,120 @@ def test_any_header_gives_tensors_or_none(raw: bytes) -> None:
         assert all(isinstance(tensor, Tensor) for tensor in found)
 
 
+# -- zip archives
+
+
+def found_in(raw: bytes, size: int = 0) -> Parts | None:
+    """The parts of an archive whose last bytes are `raw`, as they are looked for."""
+    size = size or len(raw)
+    where = zip_directory_range(raw[-ZIP_END_BYTES:], size)
+    assert where.stop <= size
+    before = size - len(raw)
+    return zip_parts(raw[where.start - before : where.stop - before], where.start)
+
+
+def test_each_tensor_of_a_torch_archive_is_a_part() -> None:
+    file = io.BytesIO()
+    places = write_torch_zip(file, [bytes(n * MIN) for n in (3, 1, 2)])
+    raw = file.getvalue()
+    assert raw.startswith(ZIP_MAGIC)
+    parts = found_in(raw)
+    assert parts is not None
+    assert parts.starts[0] == 0  # what comes before the tensors belongs to the first
+    assert parts.starts[1:] == parts.stops[:-1]
+    assert all(
+        start < begin < start + 200 and end <= stop
+        for start, stop, (begin, end) in list(zip(parts.starts, parts.stops, places, strict=True))[
+            1:
+        ]
+    )
+    assert parts.stops[-1] < len(raw)  # the central directory is behind it
+
+
+class Gap(io.BytesIO):
+    """A file that is 5 GiB longer than its content: what is before 5 GiB is dropped."""
+
+    shift = 0
+
+    def tell(self) -> int:
+        return super().tell() + self.shift
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(offset - self.shift if whence == 0 else offset, whence) + self.shift
+
+
+def test_an_archive_beyond_4_gib() -> None:
+    file = Gap()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("near", bytes(2 * MIN))
+        boundary = file.tell()
+        file.shift = 5 << 30
+        archive.start_dir = file.tell()
+        for number in range(2):
+            archive.writestr(f"far{number}", bytes(2 * MIN))
+        end = archive.start_dir
+    size = file.tell()
+    raw = file.getvalue()
+    parts = found_in(raw[boundary:], size)
+    assert parts is not None
+    first = boundary + (5 << 30)
+    second = first + 30 + len("far0") + 2 * MIN
+    assert parts == Parts((0, first, second), (first, second, end))
+
+
+def test_numpys_archives_have_parts_too() -> None:
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(MIN), b=np.zeros(2 * MIN))
+    parts = found_in(file.getvalue())
+    assert parts is not None
+    assert len(parts.starts) == 2
+
+
+def archive(*names: str, length: int = 2 * MIN) -> bytes:
+    """A plain archive."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name in names:
+            made.writestr(name, bytes(length))
+    return file.getvalue()
+
+
+def test_other_ends_say_nothing() -> None:
+    raw = archive("a", "b")
+    assert found_in(raw) is not None
+    assert found_in(raw + raw) is None  # archives one after the other: offsets do not fit
+    assert found_in(b"x" + raw) is None
+    assert found_in(raw[:-1]) is None
+    assert found_in(raw[:-2] + b"\x01\x00") is None  # a comment that is not there
+    assert zip_directory_range(b"", 0) == range(0)
+    huge = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, ZIP_DIRECTORY_BYTES_MAX + 1, 0, 0)
+    assert not zip_directory_range(huge, ZIP_DIRECTORY_BYTES_MAX + 1 + len(huge))
+
+
+@given(st.data())
+def test_a_damaged_archive_is_harmless(data: st.DataObject) -> None:
+    raw = bytearray(archive("a", "bb", "ccc", length=100))
+    tail = data.draw(st.sampled_from([raw[-22:], raw[-250:]]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(tail) - 1))
+        tail[at : at + 1] = data.draw(st.binary(max_size=2))
+    raw[-len(tail) :] = tail
+    size = len(raw)
+    where = zip_directory_range(bytes(raw), size)
+    assert 0 <= where.start <= where.stop <= size
+    parts = zip_parts(bytes(raw[where.start : where.stop]), where.start)
+    for part in zip(parts.starts, parts.stops, strict=True) if parts else ():
+        assert 0 <= part[0] < part[1] <= where.start
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**33))
+def test_any_directory_is_harmless(raw: bytes, start: int) -> None:
+    for directory in (raw, b"PK\x01\x02" + raw):
+        parts = zip_parts(directory, start)
+        assert parts is None or parts.stops[-1] <= start
+    assert zip_directory_range(raw, len(raw) + start).stop <= len(raw) + start
+
+
 # -- the format of a checkpoint
 
 
@@ -151,7 +304,7 @@ def fetched_by(accesses: "list[tuple[int, int]]", window: int = 64 * MIB) -> set
     return blocks
 
 
-@given(st.sampled_from([0, 2, 3]), st.sampled_from([128 << 10, MIB]), st.integers(0, 2))
+@given(st.sampled_from([0, 2, 3]), st.sampled_from([128 << 10, MIB]), st.integers(0, 3))
 def test_a_part_is_fetched_whole_and_only_it(which: int, piece: int, overshoot_mib: int) -> None:
     start, stop = PARTS[which]
     stop = min(stop + overshoot_mib * MIB, SIZE)  # the kernel's own readahead goes on
@@ -162,6 +315,14 @@ def test_a_part_is_fetched_whole_and_only_it(which: int, piece: int, overshoot_m
     some = [access for access in accesses if access[0] < start + 4 * MIB]
     ahead = fetched_by([(0, HEAD), *some])
     assert len(ahead) >= min((PARTS[which][1] - start) // MIB, 60)
+
+
+@pytest.mark.parametrize("start", [PARTS[2][0], PARTS[2][0] + 4096, PARTS[3][0] - 8192])
+def test_a_few_bytes_read_through_a_buffer_are_no_reason_to_fetch_a_part(start: int) -> None:
+    touch = [(start, MIB), (start + MIB, MIB), (start + 2 * MIB, MIB)]  # see _TOUCH_BYTES
+    touched = {i for o, n in touch for i in range(o // MIB, (o + n - 1) // MIB + 1)}
+    assert len(fetched_by(touch) - touched) <= 1
+    assert len(fetched_by([*touch, (start + 3 * MIB, MIB)])) > 60
 
 
 @pytest.mark.parametrize("page", [0, 100, 4095])

@@ -37,7 +37,7 @@ async def run(bench: Bench, attachment: Attachment, *globs: str) -> None:
     bench.service.prefetch(attachment, list(globs))
     await wait_all_tasks_blocked()
     with trio.fail_after(1000):
-        while attachment.prefetches:  # noqa: ASYNC110 - of the test's clock
+        while attachment.background:  # noqa: ASYNC110 - of the test's clock
             await trio.sleep(1)
 
 
@@ -158,7 +158,7 @@ async def test_it_ends_with_the_attachment(tmp_path: Path, autojump_clock: MockC
         await trio.sleep(1000)
         assert bench.shown() == []
         assert len(bench.store(PLACE).reads()) <= begun + 1
-        assert not attachment.prefetches
+        assert not attachment.background
         assert attachment.error == ""
         bench.offload.latency_s = {}
         again = await bench.attach()  # nothing of it is in the way of another one
@@ -471,7 +471,7 @@ async def test_one_that_is_cancelled_takes_its_requests_along(
         await trio.sleep(100)
         assert reads_of(bench, "a") == begun
         assert attachment.state(0) == "lazy"
-        assert not attachment.prefetches
+        assert not attachment.background
         started_late = bench.service.prefetch(attachment, ["*"])
         started_late.cancel()
         await started_late.ended.wait()

@@ -1,0 +1,99 @@
+"""Files in the layouts that torch writes, made without torch: archives and sharded checkpoints."""
+
+import contextlib
+import itertools
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ALIGNMENT = 64
+"""torch.save begins each tensor's data at a multiple of it."""
+
+
+def write_torch_zip(
+    file: "Path | IO[bytes]", tensors: "list[bytes]", pickled: bytes = b"\x80\x02}."
+) -> "list[tuple[int, int]]":
+    """Write what torch.save would; returns where each tensor's data begins and ends."""
+    places: list[tuple[int, int]] = []
+    with zipfile.ZipFile(file, "w") as archive:
+
+        def add(name: str, data: bytes) -> None:
+            entry = zipfile.ZipInfo(f"archive/{name}")
+            at = archive.fp.tell() + 30 + len(entry.filename)
+            padding = -(at + 4) % ALIGNMENT
+            entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            archive.writestr(entry, data)
+            end = archive.fp.tell()
+            places.append((end - len(data), end))
+            entry.extra = b""  # in the local header only
+
+        add("data.pkl", pickled)
+        add("byteorder", b"little")
+        first = len(places)
+        for number, data in enumerate(tensors):
+            add(f"data/{number}", data)
+        last = len(places)
+        add("version", b"3\n")
+    return places[first:last]
+
+
+def pickle_metadata(
+    items: "list[tuple[str, str, int, int]]", protocol: int = 4, planner_data: object = None
+) -> bytes:
+    """A ``.metadata`` of torch.distributed.checkpoint for items of (name, file, offset, length)."""
+    with _torch_modules() as (metadata, filesystem):
+        top = metadata.Metadata()
+        top.state_dict_metadata = {name: ("opaque", [1.5, {name: None}]) for name, *_ in items}
+        top.planner_data = planner_data
+        top.storage_data = {}
+        for number, (name, path, offset, length) in enumerate(items):
+            index = metadata.MetadataIndex()
+            index.fqn, index.index = name, number
+            info = filesystem._StorageInfo()
+            info.relative_path, info.offset, info.length = path, offset, length
+            top.storage_data[index] = info
+        top.version = "1.0.0"
+        return pickle.dumps(top, protocol)
+
+
+def write_checkpoint(folder: Path, shards: "dict[str, list[bytes]]") -> None:
+    """Write a sharded checkpoint: `shards` has each file's items, which follow each other."""
+    folder.mkdir(exist_ok=True)
+    items: list[tuple[str, str, int, int]] = []
+    for name, contents in shards.items():
+        (folder / name).write_bytes(b"".join(contents))
+        ends = list(itertools.accumulate(map(len, contents)))
+        items += [
+            (f"{name}.{number}", name, end - len(data), len(data))
+            for number, (end, data) in enumerate(zip(ends, contents, strict=True))
+        ]
+    (folder / ".metadata").write_bytes(pickle_metadata(items))
+
+
+@contextlib.contextmanager
+def _torch_modules() -> "Iterator[tuple[types.ModuleType, types.ModuleType]]":
+    """Stand-ins for the modules whose classes the pickle names."""
+    names = ["torch", "torch.distributed", "torch.distributed.checkpoint"]
+    names += [f"{names[-1]}.metadata", f"{names[-1]}.filesystem"]
+    modules = {name: types.ModuleType(name) for name in names}
+    for module, classes in zip(
+        names[-2:], [["Metadata", "MetadataIndex"], ["_StorageInfo"]], strict=True
+    ):
+        for name in classes:
+            setattr(modules[module], name, type(name, (), {"__module__": module}))
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(modules)
+    try:
+        yield modules[names[-2]], modules[names[-1]]
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module

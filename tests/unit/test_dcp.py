@@ -1,0 +1,129 @@
+"""The pickle of torch.distributed.checkpoint is read without being unpickled, and never trusted."""
+
+import os
+import pickle
+import pickletools
+from pathlib import Path
+
+import pytest
+from archives import pickle_metadata
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ckptfs._model import dcp
+from ckptfs._model.formats import PART_BYTES_MIN, Parts
+
+REAL = Path(__file__).parents[1] / "data" / "torch-2.13-checkpoint.metadata"
+"""What `torch.distributed.checkpoint.save` of torch 2.13 wrote for an integer (1,261 bytes of
+`__0_0.distcp`), three tensors (401,577, 405,545 and 409,577) and a small one (1,577)."""
+REAL_BYTES = 1_219_537
+LENGTH = 3 * PART_BYTES_MIN
+ITEMS = [(f"layer.{i}", f"__{i % 2}_0.distcp", i // 2 * LENGTH, LENGTH) for i in range(6)]
+
+
+def parts_of(raw: bytes, size: int = 3 * LENGTH) -> dict[bytes, Parts]:
+    """The parts that a metadata file gives to files of `size` bytes."""
+    return dcp.parts_by_file(raw, lambda name: size, lambda: None)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_items_become_the_parts_of_their_files(protocol: int) -> None:
+    raw = pickle_metadata(ITEMS, protocol)
+    assert dcp.is_metadata(raw[: dcp.HEAD_BYTES])
+    starts = (0, LENGTH, 2 * LENGTH)
+    parts = Parts(starts, tuple(start + LENGTH for start in starts))
+    assert parts_of(raw) == {b"__0_0.distcp": parts, b"__1_0.distcp": parts}
+    assert parts_of(pickletools.optimize(raw)) == parts_of(raw)
+
+
+def test_what_torch_wrote_is_understood() -> None:
+    raw = REAL.read_bytes()
+    assert dcp.is_metadata(raw[: dcp.HEAD_BYTES])
+    parts = Parts((0, 402_838, 808_383), (402_838, 808_383, REAL_BYTES))
+    assert parts_of(raw, REAL_BYTES) == {b"__0_0.distcp": parts}
+
+
+def test_items_of_one_place_are_one_part() -> None:
+    twice = [*ITEMS, ("alias", *ITEMS[0][1:])]
+    assert parts_of(pickle_metadata(twice)) == parts_of(pickle_metadata(ITEMS))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        ("x", "__0_0.distcp", LENGTH // 2, LENGTH),  # overlaps
+        ("x", "__0_0.distcp", 3 * LENGTH, LENGTH),  # behind the end of the file
+        ("x", "__0_0.distcp", 2**70, LENGTH),
+    ],
+)
+def test_a_file_whose_items_make_no_sense_has_no_parts(item: "tuple[str, str, int, int]") -> None:
+    assert list(parts_of(pickle_metadata([*ITEMS, item]))) == [b"__1_0.distcp"]
+
+
+def test_files_that_are_not_there_have_no_parts() -> None:
+    assert not parts_of(pickle_metadata(ITEMS), -1)
+
+
+class Bomb:
+    """Unpickled, it would create the file `exploded`."""
+
+    def __reduce__(self) -> object:
+        return os.mknod, ("exploded",)
+
+
+def test_nothing_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = pickle_metadata(ITEMS)
+    assert parts_of(pickle.dumps(Bomb(), 4)) == {}
+    assert parts_of(pickle_metadata(ITEMS, planner_data=Bomb())) == parts_of(raw)
+    assert not os.listdir(tmp_path)
+
+
+def test_references_to_references_cost_nothing() -> None:
+    doubling = b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(250))
+    raw = b"\x80\x04)\x94" + doubling + b"."  # 2 ** 250 empty tuples
+    assert parts_of(raw) == {}
+    deep = b"\x80\x04" + b"]\x94" * 1 + b"(" * 100_000 + b"t" * 100_000 + b"."
+    assert parts_of(deep) == {}
+
+
+@pytest.mark.parametrize(
+    "endless", [b"N0", b")", b"N\x94", b"(", b"\x8c\x02ab", b"K\x01" * 8 + b"0" * 8]
+)
+def test_more_than_the_limits_is_refused(endless: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcp, "_OPCODES_MAX", 100_000)
+    monkeypatch.setattr(dcp, "_HELD_MAX", 10_000)
+    pauses = 0
+
+    def pause() -> None:
+        nonlocal pauses
+        pauses += 1
+
+    raw = b"\x80\x04" + endless * 200_000 + pickle_metadata(ITEMS)[2:]
+    assert dcp.parts_by_file(raw, lambda name: 10**9, pause) == {}
+    assert pauses <= 100_000 // dcp._SLICE
+    assert parts_of(b"\x80\x04" + bytes(dcp.BYTES_MAX)) == {}
+
+
+opcodes = st.sampled_from([op.code.encode("latin-1") for op in pickletools.opcodes])
+
+
+@given(st.lists(opcodes | st.binary(max_size=4), max_size=60).map(b"".join))
+@example(b"\x8c")
+@example(b"u.")
+@example(b"}" + b"(" * 3 + b"u.")
+def test_any_bytes_are_harmless(raw: bytes) -> None:
+    assert parts_of(b"\x80\x04" + raw) == {}
+    parts_of(raw)
+
+
+@given(st.data())
+def test_a_damaged_pickle_is_harmless(data: st.DataObject) -> None:
+    raw = bytearray(data.draw(st.sampled_from([REAL.read_bytes(), pickle_metadata(ITEMS)])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(opcodes | st.binary(max_size=3))
+    for parts in parts_of(bytes(raw), REAL_BYTES).values():
+        assert list(parts.starts) == sorted(parts.starts)
+        assert all(0 <= a < b <= REAL_BYTES for a, b in zip(parts.starts, parts.stops, strict=True))
+        assert all(a <= b for a, b in zip(parts.stops, parts.starts[1:], strict=False))
