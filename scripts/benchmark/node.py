@@ -12,7 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from ckptfs import _client
+from ckptfs._config import load_config
 from ckptfs._model.config import Config
+from ckptfs.errors import DaemonError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +64,19 @@ class Node:
         ).stdout
 
     def status(self) -> dict[str, Any]:
-        return json.loads(self.cli("status", "--json"))
+        """What `ckptfs status --json` prints, without a process for it."""
+        with _client.connect_to(self.environment["CKPTFS_SOCKET"], COMMAND_TIMEOUT_S) as connection:
+            return msgspec.to_builtins(connection.status())
+
+    def end(self) -> None:
+        """End the daemon if it runs, whoever uses it."""
+        socket = self.environment["CKPTFS_SOCKET"]
+        if not Path(socket).exists():
+            return
+        with _client.connect_to(socket, COMMAND_TIMEOUT_S) as connection:
+            connection.stop(force=True)
+        if not _client.wait_ended(load_config(self.environment), COMMAND_TIMEOUT_S):
+            raise DaemonError(f"the daemon of {socket} has not ended")
 
     def cpu_s(self) -> float:
         """CPU seconds of the daemon so far."""
@@ -92,6 +109,8 @@ def running_node(temp: Path, *, start: bool = True, **settings: Any) -> Iterator
             node.cli("mount")
         yield node
     finally:
-        if (folder / "socket").exists():
-            node.cli("umount", "--force")
-        shutil.rmtree(folder)
+        try:
+            node.end()
+        finally:
+            if not os.path.ismount(folder / "mount"):
+                shutil.rmtree(folder)

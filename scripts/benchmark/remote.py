@@ -109,7 +109,7 @@ def capped(run: Run) -> None:
 
 
 def _loads(run: Run, case: str, store: Any, after: Any) -> dict[str, list[float]]:
-    contenders = (RAW, CKPTFS, RAY, RCLONE_FULL, RCLONE_OFF, S3FS, S5CMD, S3TORCH, RUNAI)
+    contenders = (RAW, CKPTFS, RAY, RCLONE_FULL, S3FS, S5CMD, S3TORCH, RUNAI)
     measures = {
         each.name: run.cold(
             each,
@@ -130,7 +130,7 @@ def _loads(run: Run, case: str, store: Any, after: Any) -> dict[str, list[float]
 def tensor(run: Run) -> None:
     """One tensor of the model, cold, and what is served for it."""
     case = "tensor"
-    contenders = (CKPTFS, RAY, RCLONE_FULL, RCLONE_OFF, S3FS)
+    contenders = (CKPTFS, RAY, RCLONE_FULL, S3FS)
     measures = {
         each.name: run.cold(each, "tensor", run.model(), run.objects.tensor_check)
         for each in contenders
@@ -221,7 +221,7 @@ def small(run: Run) -> None:
     measures = {"pyarrow": bare} | {
         each.name: run.cold(each, "files", job, check) for each in contenders
     }
-    taken = run.alternate(case, measures, min(run.rounds, 3))
+    taken = run.alternate(case, measures, max(1, run.rounds // 2))
     add_panel(run, case, f"read {SMALL_FILES} files of 10 kB cold", taken)
 
 

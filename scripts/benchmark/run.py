@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.contenders import RAW
+from ckptfs import CkptfsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,10 @@ WORK_TIMEOUT_S = 120.0
 
 class WorkError(Exception):
     """A piece of work that failed, in one line."""
+
+
+FAILURES = (WorkError, CkptfsError, RuntimeError, OSError, subprocess.SubprocessError)
+"""What ends one contender's part in a case, and not the run."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Run:
             for name in reversed(names) if turn % 2 else names:
                 try:
                     values[name].append(measures[name]())
-                except (WorkError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+                except FAILURES as error:
                     why = " ".join(str(error).split())
                     self.report.absent[f"{name} in {case}"] = why
                     print(f"bench: {case}: {name} failed: {why}", file=sys.stderr, flush=True)

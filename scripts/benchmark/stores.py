@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +176,9 @@ def warm_up(store: Store) -> None:
     names += [
         f"{name}/{i}" for name, n in (("small", SMALL_FILES), ("few", FEW_FILES)) for i in range(n)
     ]
-    for name in names:
-        filesystem.open_input_file(f"{BUCKET}/{name}").close()
+    with ThreadPoolExecutor(8) as pool:
+        for file in pool.map(filesystem.open_input_file, [f"{BUCKET}/{name}" for name in names]):
+            file.close()
 
 
 @contextmanager
