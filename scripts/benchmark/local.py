@@ -23,7 +23,7 @@ from benchmark.node import knows_command, knows_setting, running_node
 from benchmark.remote import add_panel
 from benchmark.results import amount, ratio
 from benchmark.run import Run, WorkError, wait_quiet, working
-from benchmark.stores import BUCKET, FEW_FILES, MANY_FILES, MIB
+from benchmark.stores import BUCKET, FEW_FILES, MANY_FILES, MIB, flush
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -268,7 +268,9 @@ def _filled(run: Run, *, plain: bool = False) -> Iterator[Ready]:
     with _pinned(run, "large", **settings) as ready:
         _gb_per_s(run, ready, "sequential")
         wait_quiet(ready)
-        os.sync()  # what is not written yet cannot be dropped, and is written while we measure
+        assert ready.node
+        for data in ready.node.data_files():
+            flush(data)  # what is not written yet cannot be dropped, and is written as we measure
         yield ready
 
 

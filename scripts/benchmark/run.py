@@ -49,6 +49,8 @@ class Run:
         capped: The same behind nginx; None if that does not run.
         counted: The same behind the proxy that counts.
         rounds: How often a thing is measured.
+        budget_s: When measuring one thing has taken as long, no further round of it begins. What
+            keeps the whole run short on a machine that is busy with other things.
         raw_threads: By name of a store, how many readers get most out of it.
         report: Collects the results.
     """
@@ -59,6 +61,7 @@ class Run:
     capped: Store | None
     counted: tuple[Store, CountingProxy]
     rounds: int
+    budget_s: float
     raw_threads: dict[str, int]
     report: Report
 
@@ -117,7 +120,10 @@ class Run:
         """Measure all in turns. What fails is noted, and left out from then on."""
         measures = {name: measures[name] for name in measures if name not in self.report.absent}
         values: dict[str, list[float]] = {name: [] for name in measures}
+        start_s = time.monotonic()
         for turn in range(rounds or self.rounds):
+            if turn and time.monotonic() - start_s > self.budget_s:
+                break
             names = list(measures)
             for name in reversed(names) if turn % 2 else names:
                 try:

@@ -155,18 +155,26 @@ def make_objects(folder: Path, large_bytes: int) -> Objects:
         tensor_check += int(tensors[picked].sum()) if picked in tensors else 0
         save_file(tensors, folder / "model" / shard_name(index), {"format": "pt"})
 
-    for index in range(MANY_FILES):
-        part = folder / "many" / str(index % 100)
-        part.mkdir(parents=True, exist_ok=True)
-        (part / f"part-{index:05}").write_bytes(b"x")
+    for part in range(100):
+        top = folder / "many" / str(part)
+        top.mkdir(parents=True)
+        for index in range(MANY_FILES // 100):
+            (top / f"part-{index:05}").write_bytes(b"x")
     for name, count in (("small", SMALL_FILES), ("few", FEW_FILES)):
         (folder / name).mkdir()
         for index in range(count):
             (folder / name / str(index)).write_bytes(os.urandom(SMALL_BYTES))
-    os.sync()  # or the disk is busy with it while others are measured
+    for file in (folder / "large" / "data.bin", *(folder / "model").iterdir()):
+        flush(file)  # or the disk is busy with it while others are measured
     return Objects(
         folder, large_bytes, large_check, model_check, shard_name(2), picked, tensor_check
     )
+
+
+def flush(path: Path) -> None:
+    """Wait until the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def warm_up(store: Store) -> None:
