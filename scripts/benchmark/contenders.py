@@ -72,6 +72,16 @@ def ckptfs_node(store: Store, temp: Path, **settings: Any) -> Iterator[Ready]:
 
 
 @contextmanager
+def pinned(store: Store, temp: Path, name: str, **settings: Any) -> Iterator[Ready]:
+    """A node with the checkpoint attached until the end; jobs use its directory as it is."""
+    with ckptfs_node(store, temp, **settings) as ready:
+        assert ready.node
+        path = Path(ready.node.cli("attach", store.uri(f"{BUCKET}/{name}")).strip())
+        job = {"way": "place", "endpoint": "", "place": str(path.parent), "name": path.name}
+        yield Ready(job, ready.environment, ready.node)
+
+
+@contextmanager
 def rclone_mount(mode: str, store: Store, temp: Path) -> Iterator[Ready]:
     """`rclone mount` with a cache of `mode`, empty."""
     folder = Path(tempfile.mkdtemp(prefix="rclone-", dir=temp))
@@ -156,13 +166,13 @@ def find_rclone() -> str:
     return str(Path(sys.executable).with_name("rclone"))
 
 
-def _first_line(*command: str) -> str:
+def first_line(*command: str) -> str:
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = (said.stdout or said.stderr).strip().splitlines()
     return lines[0] if lines else ""
 
 
-def _package(name: str) -> str:
+def package_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -191,47 +201,51 @@ def _no_fuse() -> str:
 
 
 RAW = Contender(
-    "raw", lambda store, temp: direct("raw", store, temp), version=lambda: _package("pyarrow")
+    "raw",
+    lambda store, temp: direct("raw", store, temp),
+    version=lambda: package_version("pyarrow"),
 )
-CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, lambda: _package("ckptfs"))
+CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, lambda: package_version("ckptfs"))
 RAY = Contender(
-    "Ray's way", lambda store, temp: direct("ray", store, temp), version=lambda: _package("pyarrow")
+    "Ray's way",
+    lambda store, temp: direct("ray", store, temp),
+    version=lambda: package_version("pyarrow"),
 )
 RCLONE_FULL = Contender(
     "rclone mount, full",
     lambda store, temp: rclone_mount("full", store, temp),
     _no_fuse,
-    lambda: _first_line(find_rclone(), "version"),
+    lambda: first_line(find_rclone(), "version"),
 )
 RCLONE_OFF = Contender(
     "rclone mount, off",
     lambda store, temp: rclone_mount("off", store, temp),
     _no_fuse,
-    lambda: _first_line(find_rclone(), "version"),
+    lambda: first_line(find_rclone(), "version"),
 )
 S3FS = Contender(
     "s3fs",
     s3fs_mount,
     lambda: _no_fuse() or _lacks_program("s3fs", "Debian: s3fs"),
-    lambda: _first_line("s3fs", "--version"),
+    lambda: first_line("s3fs", "--version"),
 )
 S5CMD = Contender(
     "s5cmd",
     lambda store, temp: direct("s5cmd", store, temp),
     lambda: "" if (VENV / "bin" / "s5cmd").exists() else _why_not_installed("s5cmd"),
-    lambda: _package("s5cmd"),
+    lambda: package_version("s5cmd"),
 )
 S3TORCH = Contender(
     "s3torchconnector",
     lambda store, temp: direct("s3torchconnector", store, temp),
     lambda: _lacks_module("s3torchconnector", "s3torchconnector"),
-    lambda: _package("s3torchconnector"),
+    lambda: package_version("s3torchconnector"),
 )
 RUNAI = Contender(
     "runai streamer",
     lambda store, temp: direct("runai", store, temp),
     lambda: _lacks_module("runai_model_streamer", "runai"),
-    lambda: _package("runai-model-streamer"),
+    lambda: package_version("runai-model-streamer"),
 )
 LOCAL = "local ext4"
 """The ceiling for what is cached; the name of the filesystem is checked where it is measured."""

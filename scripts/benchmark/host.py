@@ -8,7 +8,7 @@ import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmark.contenders import ALL, _first_line, _package
+from benchmark.contenders import ALL, first_line, package_version
 from benchmark.results import Report
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +34,11 @@ def begin_report(*, quick: bool) -> Report:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    versions |= {name: _package(name) for name in ("pyarrow", "pyfuse3", "safetensors", "torch")}
-    versions["libfuse"] = _first_line("pkg-config", "--modversion", "fuse3")
-    versions["nginx"] = _first_line("/usr/sbin/nginx", "-v")
+    versions |= {
+        name: package_version(name) for name in ("pyarrow", "pyfuse3", "safetensors", "torch")
+    }
+    versions["libfuse"] = first_line("pkg-config", "--modversion", "fuse3")
+    versions["nginx"] = first_line("/usr/sbin/nginx", "-v")
     versions |= {each.name: each.version() for each in ALL if not each.missing()}
     return versions
 

@@ -19,17 +19,11 @@ COMPARED = ("sequential", "load", "capped", "tensor", "small")
 """The cases of the README's first table."""
 
 
-def show(report: Report, console: Console) -> None:
-    """All figures, goals and reasons."""
-    for case in dict.fromkeys(item.case for item in (*report.panels, *report.goals)):
-        show_case(report, case, console)
-    for name, why in report.absent.items():
-        console.print(f"[yellow]absent: {name}: {why}[/]", soft_wrap=True)
-
-
 def show_case(report: Report, case: str, console: Console) -> None:
+    """All figures, goals and notes of one case."""
     for panel in report.panels:
         if panel.case == case:
+            console.print(f"[bold]{panel.case}[/]: {panel.title} ({panel.unit})")
             console.print(_panel_table(panel))
     table = Table(box=None, pad_edge=False, show_header=False)
     for goal in report.goals:
@@ -45,8 +39,7 @@ def show_case(report: Report, case: str, console: Console) -> None:
 
 
 def _panel_table(panel: Panel) -> Table:
-    title = f"[bold]{panel.case}[/]: {panel.title}, {panel.unit}"
-    table = Table(title=title, box=None, title_justify="left")
+    table = Table(box=None)
     for column in ("", "median", "min", "max", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     base = None
@@ -101,7 +94,8 @@ def markdown(report: Report) -> str:
     ]
     lines += [f"\nAbsent: {name} ({why})." for name, why in report.absent.items()]
     host = f"{report.host['cpus']} CPUs, Linux {report.host['kernel']}"
-    lines += ["", f"Measured on {report.date[:10]} at {report.commit[:12]}: {host}."]
+    length = ", a quick run" if report.quick else ""
+    lines += ["", f"Measured on {report.date[:10]} at {report.commit[:12]}{length}: {host}."]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.contenders import RAW
+from benchmark.results import Panel
 from ckptfs import CkptfsError
 
 if TYPE_CHECKING:
@@ -110,6 +111,13 @@ class Run:
                 return seconds
 
         return measure
+
+    def add_panel(
+        self, case: str, title: str, series: dict[str, list[float]], unit: str = "s"
+    ) -> None:
+        """Report what was measured."""
+        panel = Panel(case=case, title=title, unit=unit, series=series)
+        self.report.panels.append(panel)
 
     def alternate(
         self,

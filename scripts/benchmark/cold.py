@@ -18,7 +18,7 @@ from benchmark.contenders import (
     S3TORCH,
     S5CMD,
 )
-from benchmark.results import Panel, amount, ratio
+from benchmark.results import amount, ratio
 from benchmark.run import Run, WorkError, wait_quiet, working
 from benchmark.stores import MIB, SMALL_BYTES, SMALL_FILES
 from ckptfs._model.config import Config
@@ -56,7 +56,7 @@ def sequential(run: Run) -> None:
         for each in contenders
     }
     taken = run.alternate(case, measures)
-    add_panel(run, case, f"read {size >> 20} MiB cold, one reader", taken)
+    run.add_panel(case, f"read {size >> 20} MiB cold, one reader", taken)
     raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
     peers = best(taken, RCLONE_FULL, RCLONE_OFF, S3FS)
     run.report.goals += [
@@ -123,7 +123,7 @@ def _loads(run: Run, case: str, store: Any, after: Any) -> dict[str, list[float]
     }
     taken = run.alternate(case, measures, min(run.rounds, 3) if store else None)
     where = "capped store" if store else "open store"
-    add_panel(run, case, f"load {run.objects.large_bytes >> 20} MiB in 4 shards, {where}", taken)
+    run.add_panel(case, f"load {run.objects.large_bytes >> 20} MiB in 4 shards, {where}", taken)
     return taken
 
 
@@ -136,7 +136,7 @@ def tensor(run: Run) -> None:
         for each in contenders
     }
     taken = run.alternate(case, measures)
-    add_panel(run, case, "load one tensor of 32 MiB", taken)
+    run.add_panel(case, "load one tensor of 32 MiB", taken)
 
     store, proxy = run.counted
     served: list[float] = []
@@ -189,7 +189,7 @@ def eight(run: Run) -> None:
 
     one, many = "one process", f"{READERS} processes"
     taken = run.alternate(case, {one: lambda: readers(1), many: lambda: readers(READERS)})
-    add_panel(run, case, "read the whole model cold", taken)
+    run.add_panel(case, "read the whole model cold", taken)
     store, proxy = run.counted
     served: list[float] = []
 
@@ -223,16 +223,10 @@ def small(run: Run) -> None:
         each.name: run.cold(each, "files", job, check) for each in contenders
     }
     taken = run.alternate(case, measures, max(1, run.rounds // 2))
-    add_panel(run, case, f"read {SMALL_FILES} files of 10 kB cold", taken)
+    run.add_panel(case, f"read {SMALL_FILES} files of 10 kB cold", taken)
 
 
 def best(taken: dict[str, list[float]], *contenders: Contender) -> list[float] | None:
     """The series with the least median of these."""
     found = [taken[each.name] for each in contenders if taken.get(each.name)]
     return min(found, key=lambda series: sorted(series)[len(series) // 2]) if found else None
-
-
-def add_panel(
-    run: Run, case: str, title: str, taken: dict[str, list[float]], unit: str = "s"
-) -> None:
-    run.report.panels.append(Panel(case=case, title=title, unit=unit, series=taken))
