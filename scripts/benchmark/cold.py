@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmark.contenders import (
     CKPTFS,
@@ -19,12 +19,15 @@ from benchmark.contenders import (
     S5CMD,
 )
 from benchmark.results import amount, ratio
-from benchmark.run import Run, WorkError, wait_quiet, working
+from benchmark.run import Run, WorkError, nothing, wait_quiet, working
 from benchmark.stores import MIB, SMALL_BYTES, SMALL_FILES
 from ckptfs._model.config import Config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmark.contenders import Contender, Ready
+    from benchmark.stores import Store
 
 MB, GB = 1e6, 1e9
 READERS = 8
@@ -43,7 +46,6 @@ def sequential(run: Run) -> None:
         assert ready.node
         cpu_s[-1] = (cpu_s[-1] + ready.node.cpu_s()) / (size / GB)
 
-    watched = {"before": before, "after": after}
     contenders = (RAW, CKPTFS, RCLONE_FULL, RCLONE_OFF, S3FS)
     measures = {
         each.name: run.cold(
@@ -51,7 +53,8 @@ def sequential(run: Run) -> None:
             "sequential",
             run.large(),
             run.objects.large_check,
-            **(watched if each is CKPTFS else {}),
+            before=before if each is CKPTFS else nothing,
+            after=after if each is CKPTFS else nothing,
         )
         for each in contenders
     }
@@ -100,7 +103,7 @@ def load(run: Run) -> None:
 def capped(run: Run) -> None:
     """The same where each connection has a limit, and each request a latency."""
     case = "capped"
-    taken = _loads(run, case, run.capped, lambda ready: None) if run.capped else {}
+    taken = _loads(run, case, run.capped, nothing) if run.capped else {}
     own = taken.get(CKPTFS.name)
     run.report.goals += [
         ratio(case, "Ray's way / ckptfs", taken.get(RAY.name), own, at_least=8),
@@ -108,7 +111,9 @@ def capped(run: Run) -> None:
     ]
 
 
-def _loads(run: Run, case: str, store: Any, after: Any) -> dict[str, list[float]]:
+def _loads(
+    run: Run, case: str, store: Store | None, after: Callable[[Ready], None]
+) -> dict[str, list[float]]:
     contenders = (RAW, CKPTFS, RAY, RCLONE_FULL, S3FS, S5CMD, S3TORCH, RUNAI)
     measures = {
         each.name: run.cold(
@@ -117,7 +122,7 @@ def _loads(run: Run, case: str, store: Any, after: Any) -> dict[str, list[float]
             run.model(),
             run.objects.model_check,
             store=store,
-            **({"after": after} if each is CKPTFS else {}),
+            after=after if each is CKPTFS else nothing,
         )
         for each in contenders
     }
@@ -175,7 +180,7 @@ def eight(run: Run) -> None:
     case, shards = "eight", run.objects.shards()
     sizes = sum((run.objects.folder / "model" / shard).stat().st_size for shard in shards)
 
-    def readers(count: int, store: Any = run.store) -> float:
+    def readers(count: int, store: Store = run.store) -> float:
         with CKPTFS.cold(store, run.temp) as ready, ExitStack() as stack:
             job = run.model() | {"task": "whole"}
             workers = [stack.enter_context(working(ready, job)) for _ in range(count)]

@@ -247,7 +247,7 @@ RUNAI = Contender(
     lambda: _lacks_module("runai_model_streamer", "runai"),
     lambda: package_version("runai-model-streamer"),
 )
-LOCAL = "local ext4"
-"""The ceiling for what is cached; the name of the filesystem is checked where it is measured."""
+LOCAL = "local files"
+"""The ceiling for what is cached: the same on this machine's disk."""
 
 ALL = (RAW, CKPTFS, RAY, RCLONE_FULL, RCLONE_OFF, S3FS, S5CMD, S3TORCH, RUNAI)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def begin_report(*, quick: bool) -> Report:
             "cpu": _line("/proc/cpuinfo", "model name"),
             "cpus": str(len(os.sched_getaffinity(0))),
             "kernel": platform.release(),
+            "filesystem": first_line("findmnt", "-n", "-o", "FSTYPE", "-T", tempfile.gettempdir()),
             "memory": _line("/proc/meminfo", "MemTotal"),
         },
         versions=_versions(),

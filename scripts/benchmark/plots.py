@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from benchmark.results import Panel, Report
 
 OWN_COLOR, OTHER_COLOR = "tab:orange", "tab:gray"
@@ -39,7 +41,7 @@ def draw(report: Report, folder: Path) -> None:
         plt.close(figure)
 
 
-def _bars(panel: Panel, axis: plt.Axes) -> None:
+def _bars(panel: Panel, axis: Axes) -> None:
     names = [name for name, values in panel.series.items() if values]
     for row, name in enumerate(names):
         values = panel.series[name]

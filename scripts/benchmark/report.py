@@ -93,7 +93,7 @@ def markdown(report: Report) -> str:
         for goal in report.goals
     ]
     lines += [f"\nAbsent: {name} ({why})." for name, why in report.absent.items()]
-    host = f"{report.host['cpus']} CPUs, Linux {report.host['kernel']}"
+    host = "{cpus} CPUs ({cpu}), Linux {kernel}, {filesystem}".format_map(report.host)
     length = ", a quick run" if report.quick else ""
     lines += ["", f"Measured on {report.date[:10]} at {report.commit[:12]}{length}: {host}."]
     return "\n".join(lines) + "\n"

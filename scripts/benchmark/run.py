@@ -35,6 +35,10 @@ class WorkError(Exception):
     """A piece of work that failed, in one line."""
 
 
+def nothing(ready: Ready) -> None:
+    """For contenders that are not watched."""
+
+
 FAILURES = (WorkError, CkptfsError, RuntimeError, OSError, subprocess.SubprocessError)
 """What ends one contender's part in a case, and not the run."""
 
@@ -84,8 +88,8 @@ class Run:
         check: int,
         *,
         store: Store | None = None,
-        before: Callable[[Ready], None] = lambda ready: None,
-        after: Callable[[Ready], None] = lambda ready: None,
+        before: Callable[[Ready], None] = nothing,
+        after: Callable[[Ready], None] = nothing,
     ) -> Callable[[], float]:
         """What measures `contender` with nothing cached: seconds for the task.
 

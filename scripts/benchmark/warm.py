@@ -28,6 +28,7 @@ def warm(run: Run) -> None:
     """What is complete in the cache, through passthrough where there is such."""
     case = "warm"
     with _filled(run) as ready:
+        assert ready.node
         state = ready.node.status().get("passthrough", "not known to this version")
         run.report.note(case, f"passthrough: {state}")
         contenders = {CKPTFS.name: ready, LOCAL: _local(run)}

@@ -13,30 +13,28 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pyarrow.fs import FileSelector, LocalFileSystem, copy_files
+from pyarrow.fs import LocalFileSystem, copy_files
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from benchmark.direct import DIRECT
 from benchmark.stores import BUCKET, MIB, PAGE_WORDS, SMALL_FILES, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from benchmark.direct import Job, Result
+
 READ_BYTES = MIB
 """Of one read(2). What is read stays in the processor's cache: a larger buffer measures memory."""
 
-RAW_SPAN_BYTES = 8 * MIB
 PAGE_BYTES = 4096
-
-Result = dict[str, Any]
-Job = dict[str, Any]
 
 
 # How a contender makes a folder of the bucket a directory of this machine.
@@ -160,127 +158,9 @@ def nothing(directory: str, job: Job) -> Result:
     return {"check": 0}
 
 
-# Contenders that do not go through a directory: how each does "sequential", "load", "tensor".
-
-
-def raw(job: Job) -> Result:
-    """The limit: parallel range reads into one reused buffer per thread; nothing is stored."""
-    filesystem = Store("", job["endpoint"]).filesystem()
-    names = [f"{BUCKET}/{job['name']}/{file}" for file in job.get("shards") or [job["file"]]]
-    sizes = [filesystem.get_file_info(name).size for name in names]
-    spans = (
-        (name, offset, min(RAW_SPAN_BYTES, size - offset))
-        for name, size in zip(names, sizes, strict=True)
-        for offset in range(job.get("start", 0), job.get("end", size), RAW_SPAN_BYTES)
-    )
-    lock, total = threading.Lock(), [0]
-
-    def work() -> None:
-        buffer = memoryview(mmap.mmap(-1, RAW_SPAN_BYTES))
-        opened: dict[str, Any] = {}
-        while True:
-            with lock:
-                span = next(spans, None)
-            if span is None:
-                return
-            name, offset, size = span
-            if name not in opened:
-                opened[name] = filesystem.open_input_file(name)
-            opened[name].seek(offset)
-            done = 0
-            while done < size:
-                done += opened[name].readinto(buffer[done:size])
-            with lock:
-                total[0] += done
-
-    threads = [threading.Thread(target=work) for _ in range(job["threads"])]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {"check": total[0]}
-
-
-def bare_files(job: Job) -> Result:
-    """The small files through pyarrow, one after the other."""
-    filesystem = Store("", job["endpoint"]).filesystem()
-    check = 0
-    for index in range(SMALL_FILES):
-        with filesystem.open_input_file(f"{BUCKET}/{job['name']}/{index}") as file:
-            check += len(file.read())
-    return {"check": check}
-
-
-def bare_ranges(job: Job) -> Result:
-    """One request of 1 MiB for each offset, on an open connection."""
-    filesystem = Store("", job["endpoint"]).filesystem()
-    buffer = memoryview(mmap.mmap(-1, MIB))
-    check, us = 0, []
-    with filesystem.open_input_file(f"{BUCKET}/{job['name']}/{job['file']}") as file:
-        for offset in job["offsets"]:
-            block = offset // MIB * MIB
-            start_s = time.perf_counter()
-            file.seek(block)
-            done = 0
-            while done < MIB:
-                done += file.readinto(buffer[done:])
-            us.append((time.perf_counter() - start_s) * 1e6)
-            check += int.from_bytes(buffer[offset - block :][:8], "little")
-    return {"check": check, "us": us}
-
-
-def attaching(job: Job) -> Result:
-    """`as_directory()` again and again, each beside a bare listing; `ms` and `bare_ms`."""
-    from ckptfs import Checkpoint
-
-    store = Store("", job["endpoint"])
-    checkpoint = Checkpoint(store.uri(f"{BUCKET}/{job['name']}"))
-    filesystem = store.filesystem()
-    selector = FileSelector(f"{BUCKET}/{job['name']}", recursive=True)
-    ms, bare_ms, count = [], [], 0
-    for _ in range(job["times"]):
-        start_s = time.perf_counter()
-        count = sum(info.is_file for info in filesystem.get_file_info(selector))
-        bare_ms.append((time.perf_counter() - start_s) * 1e3)
-        start_s = time.perf_counter()
-        with checkpoint.as_directory(mode="mount"):
-            ms.append((time.perf_counter() - start_s) * 1e3)
-    return {"check": count, "ms": ms, "bare_ms": bare_ms}
-
-
-def s3torchconnector(job: Job) -> Result:
-    """`S3Checkpoint`'s reader, shard after shard: in threads they were six times as slow."""
-    from s3torchconnector import S3Checkpoint, S3ClientConfig
-    from safetensors.torch import load as parse
-
-    store = Store("", job["endpoint"])
-    checkpoint = S3Checkpoint(
-        store.region,
-        endpoint=f"http://{store.endpoint}",
-        s3client_config=S3ClientConfig(force_path_style=True),
-    )
-    check = 0
-    for shard in job["shards"]:
-        with checkpoint.reader(f"s3://{BUCKET}/{job['name']}/{shard}") as reader:
-            check += sum(int(tensor.sum()) for tensor in parse(reader.read()).values())
-    return {"check": check}
-
-
-def runai(job: Job) -> Result:
-    """`SafetensorsStreamer`, all shards in one call."""
-    from runai_model_streamer import SafetensorsStreamer
-
-    with SafetensorsStreamer() as streamer:
-        streamer.stream_files([f"s3://{BUCKET}/{job['name']}/{shard}" for shard in job["shards"]])
-        return {"check": sum(int(tensor.sum()) for _, tensor in streamer.get_tensors())}
-
-
 TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
     for task in (sequential, whole, mapped, random, load, tensor, files, tree, nothing)
-}
-DIRECT: dict[str, Callable[[Job], Result]] = {
-    way.__name__: way for way in (raw, bare_files, bare_ranges, attaching, s3torchconnector, runai)
 }
 
 
