@@ -8,6 +8,8 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pyarrow.fs import FileSelector
@@ -28,37 +30,31 @@ def raw(job: Job) -> Result:
     filesystem = Store("", job["endpoint"]).filesystem()
     names = [f"{BUCKET}/{job['name']}/{file}" for file in job.get("shards") or [job["file"]]]
     sizes = [filesystem.get_file_info(name).size for name in names]
-    spans = (
-        (name, offset, min(RAW_SPAN_BYTES, size - offset))
-        for name, size in zip(names, sizes, strict=True)
-        for offset in range(job.get("start", 0), job.get("end", size), RAW_SPAN_BYTES)
-    )
-    lock, total = threading.Lock(), [0]
+    left = [deque(range(0, size, RAW_SPAN_BYTES)) for size in sizes]
+    done_bytes = [0] * job["threads"]
 
-    def work() -> None:
+    def work(number: int) -> None:
         buffer = memoryview(mmap.mmap(-1, RAW_SPAN_BYTES))
-        opened: dict[str, Any] = {}
-        while True:
-            with lock:
-                span = next(spans, None)
-            if span is None:
-                return
-            name, offset, size = span
-            if name not in opened:
-                opened[name] = filesystem.open_input_file(name)
-            opened[name].seek(offset)
-            done = 0
-            while done < size:
-                done += opened[name].readinto(buffer[done:size])
-            with lock:
-                total[0] += done
+        for turn in range(len(names)):  # each begins with another file: to open one takes a request
+            index = (number + turn) % len(names)
+            if not left[index]:
+                continue
+            with filesystem.open_input_file(names[index]) as file, suppress(IndexError):
+                while True:
+                    offset = left[index].popleft()
+                    size = min(RAW_SPAN_BYTES, sizes[index] - offset)
+                    file.seek(offset)
+                    done = 0
+                    while done < size:
+                        done += file.readinto(buffer[done:size])
+                    done_bytes[number] += done
 
-    threads = [threading.Thread(target=work) for _ in range(job["threads"])]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(job["threads"])]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"check": total[0]}
+    return {"check": sum(done_bytes)}
 
 
 def bare_files(job: Job) -> Result:

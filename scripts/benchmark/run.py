@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -219,14 +220,14 @@ def working(ready: Ready, job: dict[str, Any]) -> Iterator[Worker]:
 
 
 def calibrate(store: Store, job: dict[str, Any], candidates: Sequence[int]) -> int:
-    """How many threads read fastest from the store with nothing stored."""
-    taken_s: dict[int, float] = {}
-    for threads in candidates:
+    """How many threads read fastest from the store with nothing stored, each tried twice."""
+    taken_s = dict.fromkeys(candidates, math.inf)
+    for threads in (*candidates, *candidates):
         with (
             RAW.cold(store, Path()) as ready,
             working(ready, job | {"threads": threads}) as worker,
         ):
-            taken_s[threads] = worker.go()["seconds"]
+            taken_s[threads] = min(taken_s[threads], worker.go()["seconds"])
     return min(taken_s, key=lambda threads: taken_s[threads])
 
 

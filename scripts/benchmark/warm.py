@@ -49,7 +49,7 @@ def warm(run: Run) -> None:
         run.add_panel(case, "random 4 KiB, warm, median", taken, "µs")
         own, local = taken.get(CKPTFS.name), taken.get(LOCAL)
         goal = ratio(case, "random: speed of ckptfs / local", local, own, at_least=0.9)
-        grown = run.alternate(case, {"in memory": lambda: _memory_share(run, ready)}, 1)
+        grown = run.alternate(case, {"in memory": lambda: _memory_share(run, ready)})
         once = amount(case, "memory taken / bytes read", "×", grown.get("in memory"), at_most=1.1)
         run.report.goals += [goal, once]
 
