@@ -1,0 +1,132 @@
+"""The command: `scripts/bench [--quick] [CASE…]`; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from s3server import S3Server
+
+from benchmark import attaching, cold, results, warm
+from benchmark.contenders import CKPTFS
+from benchmark.host import ROOT, begin_report
+from benchmark.report import show_case, update_readme
+from benchmark.run import FAILURES, Run, calibrate
+from benchmark.stores import BUCKET, MIB, Store, capped, counted, make_objects, warm_up
+
+CASES = {
+    "sequential": cold.sequential,
+    "load": cold.load,
+    "tensor": cold.tensor,
+    "capped": cold.capped,
+    "eight": cold.eight,
+    "warm": warm.warm,
+    "warm-plain": warm.warm_plain,
+    "random": warm.random,
+    "tree": attaching.tree,
+    "attach": attaching.attach,
+    "small": cold.small,
+    "prefetch": attaching.prefetch,
+}
+RESULTS = ROOT / "scripts" / "results"
+ROUNDS, QUICK_ROUNDS = 5, 2
+BUDGET_S, QUICK_BUDGET_S = 45.0, 10.0
+LARGE_BYTES, QUICK_LARGE_BYTES = 1024 * MIB, 256 * MIB
+OPEN_THREADS = (2, 4, 8, 16)
+CAPPED_THREADS = (8, 16, 32)
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+def main() -> int:
+    options = parse()
+    if options.readme:
+        update_readme(results.read(results.REFERENCE))
+        return 0
+    # Ended by a signal, it cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    report = measure(options.cases or list(CASES), quick=options.quick)
+    folder = RESULTS / report.date.replace(":", "")
+    results.write(report, folder / "result.json")
+    from benchmark.plots import draw  # slow to import, and not needed for --readme
+
+    draw(report, folder)
+    console.print(f"bench: all figures and pictures are in {folder.relative_to(ROOT)}")
+    if options.reference:
+        results.write(report, results.REFERENCE)
+        update_readme(report)
+        console.print(f"bench: wrote {results.REFERENCE.relative_to(ROOT)} and the README's tables")
+    return 1 if any(name.startswith(CKPTFS.name) for name in report.absent) else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, objects of 256 MiB")
+    parser.add_argument(
+        "--reference", action="store_true", help="keep the result as the one the README shows"
+    )
+    parser.add_argument("--readme", action="store_true", help="only make the README's tables anew")
+    options = parser.parse_args()
+    if unknown := [name for name in options.cases if name not in CASES]:
+        parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if options.reference and options.cases:
+        parser.error("--reference takes all cases")
+    return options
+
+
+def measure(names: list[str], *, quick: bool) -> results.Report:
+    """Make the stores and their objects, and run the cases."""
+    report = begin_report(quick=quick)
+    for name, why in report.absent.items():
+        console.print(f"bench: absent: {name}: {why}")
+    with ExitStack() as stack:
+        temp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckb-")))
+        server = stack.enter_context(S3Server())
+        console.print("bench: making the objects")
+        size = QUICK_LARGE_BYTES if quick else LARGE_BYTES
+        objects = make_objects(server.bucket_dir(BUCKET), size)
+        store = Store("open", server.endpoint)
+        warm_up(store)
+        job = {"name": "large", "file": "data.bin"}
+        threads = {store.name: calibrate(store, job, OPEN_THREADS)}
+        limited = None
+        if not {"capped"}.isdisjoint(names):
+            try:
+                limited = stack.enter_context(capped(server, temp / "nginx"))
+                threads[limited.name] = calibrate(limited, job, CAPPED_THREADS)
+            except RuntimeError as error:
+                report.absent["the capped store"] = str(error)
+        report.note("sequential", f"readers of raw, by store: {threads}")
+        run = Run(
+            temp=temp,
+            objects=objects,
+            store=store,
+            capped=limited,
+            counted=stack.enter_context(counted(server)),
+            rounds=QUICK_ROUNDS if quick else ROUNDS,
+            budget_s=QUICK_BUDGET_S if quick else BUDGET_S,
+            raw_threads=threads,
+            report=report,
+        )
+        for name in names:
+            start_s = time.monotonic()
+            try:
+                CASES[name](run)
+            except FAILURES as error:
+                report.absent[f"{CKPTFS.name} in {name}, all of it"] = " ".join(str(error).split())
+            show_case(report, name, console)
+            console.print(f"bench: {name} took {time.monotonic() - start_s:.0f} s\n")
+    for name, why in report.absent.items():
+        console.print(f"bench: absent: {name}: {why}", soft_wrap=True)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

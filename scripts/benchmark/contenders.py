@@ -1,0 +1,253 @@
+"""Who is measured: how each gets ready (untimed), and whether it can run here at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.node import Node, running_node
+from benchmark.stores import BUCKET, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MOUNT_DEADLINE_S = 15.0
+VENV = Path(sys.prefix)
+
+RCLONE_FLAGS = ["--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M"]
+"""What rclone's documentation recommends for large files on a fast store."""
+
+S3FS_OPTIONS = ["ro", "use_path_request_style", "complement_stat"]
+S3FS_OPTIONS += ["parallel_count=16", "multipart_size=16"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contender that is ready to be timed: what a job needs to say, and where it runs."""
+
+    job: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to get at a checkpoint.
+
+    Attributes:
+        name: As it is shown.
+        cold: Makes it ready, with nothing cached: (store, temp folder) to a context.
+        missing: Why it cannot run here, or "".
+        version: What runs.
+    """
+
+    name: str
+    cold: Callable[[Store, Path], Any]
+    missing: Callable[[], str] = lambda: ""
+    version: Callable[[], str] = lambda: ""
+
+
+@contextmanager
+def direct(way: str, store: Store, temp: Path) -> Iterator[Ready]:
+    """Nothing to prepare but an environment."""
+    environment = store.environment() | {"RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"}
+    yield Ready({"way": way, "endpoint": store.endpoint, "temp": str(temp)}, environment)
+
+
+@contextmanager
+def ckptfs_node(store: Store, temp: Path, **settings: Any) -> Iterator[Ready]:
+    """A fresh node, its daemon running."""
+    with running_node(temp, **settings) as node:
+        yield Ready({"way": "ckptfs", "endpoint": store.endpoint}, node.environment, node)
+
+
+@contextmanager
+def pinned(store: Store, temp: Path, name: str, **settings: Any) -> Iterator[Ready]:
+    """A node with the checkpoint attached until the end; jobs use its directory as it is."""
+    with ckptfs_node(store, temp, **settings) as ready:
+        assert ready.node
+        path = Path(ready.node.cli("attach", store.uri(f"{BUCKET}/{name}")).strip())
+        job = {"way": "place", "endpoint": "", "place": str(path.parent), "name": path.name}
+        yield Ready(job, ready.environment, ready.node)
+
+
+@contextmanager
+def rclone_mount(mode: str, store: Store, temp: Path) -> Iterator[Ready]:
+    """`rclone mount` with a cache of `mode`, empty."""
+    folder = Path(tempfile.mkdtemp(prefix="rclone-", dir=temp))
+    environment = {
+        "RCLONE_CONFIG_STORE_TYPE": "s3",
+        "RCLONE_CONFIG_STORE_PROVIDER": "Rclone",
+        "RCLONE_CONFIG_STORE_ACCESS_KEY_ID": store.access_key,
+        "RCLONE_CONFIG_STORE_SECRET_ACCESS_KEY": store.secret_key,
+        "RCLONE_CONFIG_STORE_ENDPOINT": f"http://{store.endpoint}",
+        "RCLONE_CONFIG_STORE_REGION": store.region,
+    }
+    command = [find_rclone(), "mount", f"store:{BUCKET}", folder / "mount", "--config", ""]
+    command += ["--read-only", "--vfs-cache-mode", mode, "--cache-dir", folder / "cache"]
+    with _mounted([*command, *RCLONE_FLAGS], folder, environment) as place:
+        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+
+
+@contextmanager
+def s3fs_mount(store: Store, temp: Path) -> Iterator[Ready]:
+    """`s3fs`, which keeps what it has read in temporary files of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="s3fs-", dir=temp))
+    password = folder / "password"
+    password.touch(0o600)
+    password.write_text(f"{store.access_key}:{store.secret_key}")
+    options = [*S3FS_OPTIONS, f"url=http://{store.endpoint}", f"passwd_file={password}"]
+    options.append(f"tmpdir={folder}")
+    command = ["s3fs", BUCKET, folder / "mount", "-f", "-o", ",".join(options)]
+    with _mounted(command, folder, {}) as place:
+        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+
+
+@contextmanager
+def local_directory(folder: Path) -> Iterator[Ready]:
+    """Plain files of this machine's disk."""
+    yield Ready({"way": "place", "endpoint": "", "place": str(folder)})
+
+
+@contextmanager
+def _mounted(command: list[Any], folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    mount = folder / "mount"
+    mount.mkdir()
+    device = mount.stat().st_dev
+    log = folder / "log"
+    with log.open("wb") as log_file:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+        )
+    try:
+        deadline_s = time.monotonic() + MOUNT_DEADLINE_S
+        while mount.stat().st_dev == device:
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                said = log.read_text().strip().splitlines()
+                raise RuntimeError(f"does not mount: {said[-1] if said else 'it said nothing'}")
+            time.sleep(0.02)
+        yield str(mount)
+    finally:
+        unmount(mount)
+        process.terminate()
+        try:
+            process.wait(MOUNT_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if not os.path.ismount(mount):
+            shutil.rmtree(folder)
+
+
+def unmount(mount: Path) -> None:
+    """End a mount; one that is in use still goes out of sight."""
+    for lazily in ([], ["-z"]):
+        if os.path.ismount(mount):
+            command = ["fusermount3", "-u", *lazily, mount]
+            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+
+def find_rclone() -> str:
+    return str(Path(sys.executable).with_name("rclone"))
+
+
+def first_line(*command: str) -> str:
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (said.stdout or said.stderr).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _lacks_module(name: str, group: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return _why_not_installed(group)
+    return ""
+
+
+def _why_not_installed(group: str) -> str:
+    """What pip said when scripts/setup could not install the group."""
+    failed = VENV / f"{group}.failed"
+    lines = failed.read_text().strip().splitlines() if failed.exists() else []
+    return f"not installed: {lines[-1]}" if lines else "not installed; see scripts/setup --bench"
+
+
+def _lacks_program(path: str, hint: str) -> str:
+    return "" if shutil.which(path) else f"not installed ({hint})"
+
+
+def _no_fuse() -> str:
+    return "" if os.access("/dev/fuse", os.R_OK | os.W_OK) else "no /dev/fuse here"
+
+
+RAW = Contender(
+    "raw",
+    lambda store, temp: direct("raw", store, temp),
+    version=lambda: package_version("pyarrow"),
+)
+CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, lambda: package_version("ckptfs"))
+RAY = Contender(
+    "Ray's way",
+    lambda store, temp: direct("ray", store, temp),
+    version=lambda: package_version("pyarrow"),
+)
+RCLONE_FULL = Contender(
+    "rclone mount, full",
+    lambda store, temp: rclone_mount("full", store, temp),
+    _no_fuse,
+    lambda: first_line(find_rclone(), "version"),
+)
+RCLONE_OFF = Contender(
+    "rclone mount, off",
+    lambda store, temp: rclone_mount("off", store, temp),
+    _no_fuse,
+    lambda: first_line(find_rclone(), "version"),
+)
+S3FS = Contender(
+    "s3fs",
+    s3fs_mount,
+    lambda: _no_fuse() or _lacks_program("s3fs", "Debian: s3fs"),
+    lambda: first_line("s3fs", "--version"),
+)
+S5CMD = Contender(
+    "s5cmd",
+    lambda store, temp: direct("s5cmd", store, temp),
+    lambda: "" if (VENV / "bin" / "s5cmd").exists() else _why_not_installed("s5cmd"),
+    lambda: package_version("s5cmd"),
+)
+S3TORCH = Contender(
+    "s3torchconnector",
+    lambda store, temp: direct("s3torchconnector", store, temp),
+    lambda: _lacks_module("s3torchconnector", "s3torchconnector"),
+    lambda: package_version("s3torchconnector"),
+)
+RUNAI = Contender(
+    "runai streamer",
+    lambda store, temp: direct("runai", store, temp),
+    lambda: _lacks_module("runai_model_streamer", "runai"),
+    lambda: package_version("runai-model-streamer"),
+)
+LOCAL = "local files"
+"""The ceiling for what is cached: the same on this machine's disk."""
+
+ALL = (RAW, CKPTFS, RAY, RCLONE_FULL, RCLONE_OFF, S3FS, S5CMD, S3TORCH, RUNAI)

@@ -1,0 +1,116 @@
+"""A node of ckptfs for one measurement: a daemon of its own with an empty cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ckptfs import _client
+from ckptfs._config import load_config
+from ckptfs._model.config import Config
+from ckptfs.errors import DaemonError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CKPTFS = Path(sys.executable).with_name("ckptfs")
+COMMAND_TIMEOUT_S = 60.0
+
+
+def knows_setting(key: str) -> bool:
+    """Whether this ckptfs has the setting; it refuses unknown ones."""
+    return key in Config.__struct_fields__
+
+
+def knows_command(name: str) -> bool:
+    """Whether this ckptfs has the command."""
+    return subprocess.run([CKPTFS, name, "--help"], capture_output=True).returncode == 0
+
+
+class Node:
+    """Its folder, and the environment in which clients find its daemon."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.environment = {
+            "CKPTFS_CONFIG": str(folder / "config.toml"),
+            "CKPTFS_SOCKET": str(folder / "socket"),
+            "CKPTFS_MOUNT": str(folder / "mount"),
+            "CKPTFS_CACHE_DIR": str(self.cache),
+        }
+        settings = {"linger_s": 0.0, "cache_free_share_min": 0.0} | settings
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        (folder / "config.toml").write_text("".join(lines))
+
+    def cli(self, *arguments: str) -> str:
+        """Run `ckptfs` with `arguments`; returns what it prints."""
+        return subprocess.run(
+            [CKPTFS, *arguments],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | self.environment,
+            timeout=COMMAND_TIMEOUT_S,
+        ).stdout
+
+    def status(self) -> dict[str, Any]:
+        """What `ckptfs status --json` prints, without a process for it."""
+        with _client.connect_to(self.environment["CKPTFS_SOCKET"], COMMAND_TIMEOUT_S) as connection:
+            return msgspec.to_builtins(connection.status())
+
+    def end(self) -> None:
+        """End the daemon if it runs, whoever uses it."""
+        socket = self.environment["CKPTFS_SOCKET"]
+        if not Path(socket).exists():
+            return
+        with _client.connect_to(socket, COMMAND_TIMEOUT_S) as connection:
+            connection.stop(force=True)
+        if not _client.wait_ended(load_config(self.environment), COMMAND_TIMEOUT_S):
+            raise DaemonError(f"the daemon of {socket} has not ended")
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the daemon so far."""
+        fields = Path(f"/proc/{self.pid()}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_bytes(self, *, peak: bool = False) -> int:
+        """Resident memory of the daemon: now, or the most there has been."""
+        for line in Path(f"/proc/{self.pid()}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == ("VmHWM" if peak else "VmRSS"):
+                return int(value.split()[0]) << 10
+        raise RuntimeError(f"no memory figures for process {self.pid()}")
+
+    def pid(self) -> int:
+        return self.status()["pid"]
+
+    def data_files(self) -> list[Path]:
+        """The files of the cache that hold content."""
+        return sorted(self.cache.glob("objects/*/*/data"))
+
+
+@contextmanager
+def running_node(temp: Path, *, start: bool = True, **settings: Any) -> Iterator[Node]:
+    """A fresh node below `temp`, with its daemon running if `start`; it is removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="n", dir=temp))  # short: a socket's path has a limit
+    node = Node(folder, settings)
+    try:
+        if start:
+            node.cli("mount")
+        yield node
+    finally:
+        try:
+            node.end()
+        finally:
+            if not os.path.ismount(folder / "mount"):
+                shutil.rmtree(folder)

@@ -1,0 +1,108 @@
+"""How a report is shown: on the terminal, and as tables in the README."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmark.results import Goal, Panel, Report
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- made by scripts/bench --readme -->\n", "<!-- end -->\n"
+COMPARED = ("sequential", "load", "capped", "tensor", "small")
+"""The cases of the README's first table."""
+
+
+def show_case(report: Report, case: str, console: Console) -> None:
+    """All figures, goals and notes of one case."""
+    for panel in report.panels:
+        if panel.case == case:
+            console.print(f"[bold]{panel.case}[/]: {panel.title} ({panel.unit})")
+            console.print(_panel_table(panel))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for goal in report.goals:
+        if goal.case == case:
+            color = "green" if goal.is_reached else "red"
+            table.add_row(
+                "  ", goal.text, value_of(goal), bound_of(goal), f"[{color}]{verdict(goal)}"
+            )
+    console.print(table)
+    for note in report.notes.get(case, []):
+        console.print(f"   note: {note}")
+    console.print()
+
+
+def _panel_table(panel: Panel) -> Table:
+    table = Table(box=None)
+    for column in ("", "median", "min", "max", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    base = None
+    for name, values in panel.series.items():
+        if values:
+            middle = statistics.median(values)
+            base = base or middle
+            shown = [number(value) for value in (middle, min(values), max(values))]
+            table.add_row(name, *shown, f"{middle / base:.2f}")
+    return table
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def value_of(goal: Goal) -> str:
+    if goal.value is None:
+        return goal.reason
+    unit = goal.unit if goal.unit == "×" else f" {goal.unit}"
+    spread = f" ({number(goal.low)}–{number(goal.high)})" if goal.low != goal.high else ""
+    return f"{number(goal.value)}{unit}{spread}"
+
+
+def bound_of(goal: Goal) -> str:
+    unit = goal.unit if goal.unit == "×" else f" {goal.unit}"
+    return f"{'≥' if goal.at_least else '≤'} {goal.bound:g}{unit}"
+
+
+def verdict(goal: Goal) -> str:
+    if goal.value is None:
+        return "not measured"
+    return "reached" if goal.is_reached else "not reached"
+
+
+def markdown(report: Report) -> str:
+    """The README's tables."""
+    lines: list[str] = []
+    panels = {panel.case: panel for panel in report.panels if panel.case in COMPARED}
+    cases = [case for case in COMPARED if case in panels]
+    lines += ["| median seconds | " + " | ".join(panels[case].title for case in cases) + " |"]
+    lines += ["| --- " + "| ---: " * len(cases) + "|"]
+    for name in dict.fromkeys(name for case in cases for name in panels[case].series):
+        cells = [panels[case].series.get(name) for case in cases]
+        shown = [number(statistics.median(values)) if values else "" for values in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    lines += ["", "| | goal | measured (single rounds) | |", "| --- | ---: | ---: | --- |"]
+    lines += [
+        f"| `{goal.case}`: {goal.text} | {bound_of(goal)} | {value_of(goal)} | {verdict(goal)} |"
+        for goal in report.goals
+    ]
+    lines += [f"\nAbsent: {name} ({why})." for name, why in report.absent.items()]
+    host = "{cpus} CPUs ({cpu}), Linux {kernel}, {filesystem}".format_map(report.host)
+    length = ", a quick run" if report.quick else ""
+    lines += ["", f"Measured on {report.date[:10]} at {report.commit[:12]}{length}: {host}."]
+    return "\n".join(lines) + "\n"
+
+
+def update_readme(report: Report) -> None:
+    """Put the tables into the README, between their marks."""
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise RuntimeError(f"{README} has no marks for the tables: {BEGIN!r}, {END!r}")
+    README.write_text(f"{before}{BEGIN}{markdown(report)}{END}{after}")

@@ -1,0 +1,241 @@
+"""One run: its stores and objects, and how work is timed and repeated in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.contenders import RAW
+from benchmark.results import Panel
+from ckptfs import CkptfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from s3server import CountingProxy
+
+    from benchmark.contenders import Contender, Ready
+    from benchmark.results import Report
+    from benchmark.stores import Objects, Store
+
+WORKER = Path(__file__).with_name("worker.py")
+WORK_TIMEOUT_S = 120.0
+"""For one piece of work. The slowest (a copy from the capped store) takes a fourth of it."""
+
+
+class WorkError(Exception):
+    """A piece of work that failed, in one line."""
+
+
+def nothing(ready: Ready) -> None:
+    """For contenders that are not watched."""
+
+
+FAILURES = (WorkError, CkptfsError, RuntimeError, OSError, subprocess.SubprocessError)
+"""What ends one contender's part in a case, and not the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all cases share.
+
+    Attributes:
+        temp: Where nodes, copies and mounts are made; on the disk that is measured.
+        objects: What the stores hold.
+        store: The server itself.
+        capped: The same behind nginx; None if that does not run.
+        counted: The same behind the proxy that counts.
+        rounds: How often a thing is measured.
+        budget_s: When measuring one thing has taken as long, no further round of it begins. What
+            keeps the whole run short on a machine that is busy with other things.
+        raw_threads: By name of a store, how many readers get most out of it.
+        report: Collects the results.
+    """
+
+    temp: Path
+    objects: Objects
+    store: Store
+    capped: Store | None
+    counted: tuple[Store, CountingProxy]
+    rounds: int
+    budget_s: float
+    raw_threads: dict[str, int]
+    report: Report
+
+    def large(self) -> dict[str, Any]:
+        """The part of a job that names the large file."""
+        return {"name": "large", "file": "data.bin"}
+
+    def model(self) -> dict[str, Any]:
+        """The part of a job that names the model, and one tensor of it."""
+        made = self.objects
+        shards = {"shards": made.shards()}
+        return {"name": "model", "file": made.tensor_shard, "tensor": made.tensor} | shards
+
+    def cold(
+        self,
+        contender: Contender,
+        task: str,
+        job: dict[str, Any],
+        check: int,
+        *,
+        store: Store | None = None,
+        before: Callable[[Ready], None] = nothing,
+        after: Callable[[Ready], None] = nothing,
+    ) -> Callable[[], float]:
+        """What measures `contender` with nothing cached: seconds for the task.
+
+        `before` and `after` the work they are called with the contender; its process still holds
+        everything then.
+        """
+        store = store or self.store
+        if contender is RAW:
+            sizes = [
+                self.objects.folder / job["name"] / f for f in job.get("shards", [job["file"]])
+            ]
+            check = sum(path.stat().st_size for path in sizes)
+            job = job | {"threads": self.raw_threads[store.name]}
+
+        def measure() -> float:
+            with (
+                contender.cold(store, self.temp) as ready,
+                working(ready, {"task": task} | job) as worker,
+            ):
+                before(ready)
+                seconds = worker.go(check)["seconds"]
+                after(ready)
+                return seconds
+
+        return measure
+
+    def add_panel(
+        self, case: str, title: str, series: dict[str, list[float]], unit: str = "s"
+    ) -> None:
+        """Report what was measured."""
+        panel = Panel(case=case, title=title, unit=unit, series=series)
+        self.report.panels.append(panel)
+
+    def alternate(
+        self,
+        case: str,
+        measures: dict[str, Callable[[], float]],
+        rounds: int | None = None,
+    ) -> dict[str, list[float]]:
+        """Measure all in turns. What fails is noted, and left out from then on."""
+        measures = {name: measures[name] for name in measures if name not in self.report.absent}
+        values: dict[str, list[float]] = {name: [] for name in measures}
+        start_s = time.monotonic()
+        for turn in range(rounds or self.rounds):
+            if turn and time.monotonic() - start_s > self.budget_s:
+                break
+            names = list(measures)
+            for name in reversed(names) if turn % 2 else names:
+                try:
+                    values[name].append(measures[name]())
+                except FAILURES as error:
+                    why = " ".join(str(error).split())
+                    self.report.absent[f"{name} in {case}"] = why
+                    print(f"bench: {case}: {name} failed: {why}", file=sys.stderr, flush=True)
+                    del measures[name], values[name]
+        return values
+
+
+class Worker:
+    """A process that does one job when it is told to; see worker.py."""
+
+    def __init__(self, process: subprocess.Popen[str], what: str) -> None:
+        self._process = process
+        self._what = what
+
+    def go(self, check: int | None = None) -> dict[str, Any]:
+        """Do the work and return its result; `check` is what its check must be."""
+        self.start()
+        return self.result(check)
+
+    def start(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def result(self, check: int | None = None) -> dict[str, Any]:
+        """Wait for it.
+
+        Raises:
+            WorkError: It failed, took too long, or did not read what it should have.
+        """
+        result = json.loads(self.line())
+        if check is not None and result["check"] != check:
+            raise WorkError(f"{self._what}: read {result['check']}, and not {check}")
+        return result
+
+    def line(self) -> str:
+        assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], WORK_TIMEOUT_S)[0]:
+            raise WorkError(f"{self._what}: no answer within {WORK_TIMEOUT_S:g} s")
+        if line := self._process.stdout.readline():
+            return line
+        assert self._process.stderr
+        said = self._process.stderr.read().strip().splitlines()
+        raise WorkError(f"{self._what}: {said[-1] if said else 'ended without a word'}")
+
+
+@contextmanager
+def working(ready: Ready, job: dict[str, Any]) -> Iterator[Worker]:
+    """A process that has made itself ready for the job. At the end it lets go of all it holds."""
+    job = ready.job | job
+    process = subprocess.Popen(
+        [sys.executable, WORKER, json.dumps(job)],
+        env=os.environ | ready.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    worker = Worker(process, f"{job['way']}, {job.get('task', 'all')}")
+    try:
+        worker.line()  # it is ready
+        yield worker
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        assert process.stdin
+        process.stdin.close()
+        try:
+            process.wait(WORK_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it hangs in the kernel, until its mount is gone
+            process.kill()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe
+            pipe.close()
+
+
+def calibrate(store: Store, job: dict[str, Any], candidates: Sequence[int]) -> int:
+    """How many threads read fastest from the store with nothing stored, each tried twice."""
+    taken_s = dict.fromkeys(candidates, math.inf)
+    for threads in (*candidates, *candidates):
+        with (
+            RAW.cold(store, Path()) as ready,
+            working(ready, job | {"threads": threads}) as worker,
+        ):
+            taken_s[threads] = min(taken_s[threads], worker.go()["seconds"])
+    return min(taken_s, key=lambda threads: taken_s[threads])
+
+
+def wait_quiet(ready: Ready) -> None:
+    """Wait until nothing is being fetched ahead of the readers any more."""
+    assert ready.node
+    deadline_s = time.monotonic() + WORK_TIMEOUT_S
+    while any(a["state"] == "fetching" for a in ready.node.status()["attachments"]):
+        if time.monotonic() > deadline_s:
+            raise WorkError(f"still fetching after {WORK_TIMEOUT_S:g} s")
+        time.sleep(0.05)

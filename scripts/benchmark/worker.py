@@ -1,0 +1,202 @@
+"""One timed piece of work in a process of its own: `python worker.py JOB`, a JSON object.
+
+It imports what it needs, says "ready", waits for a line, does the work, and answers with one line
+of JSON: `seconds`, `check` (a sum over the bytes, so that nobody wins by reading nothing) and what
+else the task measured. A hung mount hangs this process only.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pyarrow.fs import LocalFileSystem, copy_files
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from benchmark.direct import DIRECT
+from benchmark.stores import BUCKET, MIB, PAGE_WORDS, SMALL_FILES, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmark.direct import Job, Result
+
+READ_BYTES = MIB
+"""Of one read(2). What is read stays in the processor's cache: a larger buffer measures memory."""
+
+PAGE_BYTES = 4096
+
+
+# How a contender makes a folder of the bucket a directory of this machine.
+
+
+@contextmanager
+def reach(job: Job, stack: ExitStack) -> Iterator[str]:
+    """The directory with the objects of `job["name"]`; whatever that takes is timed."""
+    store, name = Store("", job["endpoint"]), job["name"]
+    match job["way"]:
+        case "place":  # it is there, or mounted there
+            yield f"{job['place']}/{name}"
+        case "ckptfs":
+            from ckptfs import Checkpoint
+
+            with Checkpoint(store.uri(f"{BUCKET}/{name}")).as_directory(mode="mount") as path:
+                yield path
+        case "ray":  # what ray.train.Checkpoint.as_directory() does
+            temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
+            copy_files(
+                f"{BUCKET}/{name}",
+                temp,
+                source_filesystem=store.filesystem(),
+                destination_filesystem=LocalFileSystem(),
+            )
+            yield temp
+        case "s5cmd":
+            temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
+            s5cmd = Path(sys.executable).with_name("s5cmd")
+            command = [s5cmd, "--endpoint-url", f"http://{store.endpoint}", "--log", "error"]
+            source = [f"s3://{BUCKET}/{name}/*", f"{temp}/"]
+            subprocess.run([*command, "cp", *source], check=True)
+            yield temp
+        case way:
+            raise ValueError(f"{way!r} makes no directory")
+
+
+# What is then done there.
+
+
+def sequential(directory: str, job: Job) -> Result:
+    """Read one file from its start to its end."""
+    return {"check": read_file(f"{directory}/{job['file']}")}
+
+
+def read_file(path: str) -> int:
+    """Read it; the sum of the first word of each page."""
+    check = 0
+    buffer = bytearray(READ_BYTES)
+    words = np.frombuffer(buffer, np.int64)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            while count % PAGE_BYTES:  # a short read in the middle of a page
+                more = file.readinto(memoryview(buffer)[count:])
+                if not more:
+                    break
+                count += more
+            check += int(words[: count // 8 : PAGE_WORDS].sum())
+    return check
+
+
+def whole(directory: str, job: Job) -> Result:
+    """Read all shards from start to end."""
+    return {"check": sum(read_file(f"{directory}/{shard}") for shard in job["shards"])}
+
+
+def mapped(directory: str, job: Job) -> Result:
+    """Touch all pages of a file through mmap."""
+    with open(f"{directory}/{job['file']}", "rb") as file:
+        area = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    words = np.frombuffer(area, np.int64)
+    return {"check": int(words[::PAGE_WORDS].sum())}
+
+
+def random(directory: str, job: Job) -> Result:
+    """Read pages here and there; `us` has what each took."""
+    check, us = 0, []
+    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
+        for offset in job["offsets"]:
+            start_s = time.perf_counter()
+            data = os.pread(file.fileno(), PAGE_BYTES, offset)
+            us.append((time.perf_counter() - start_s) * 1e6)
+            check += int.from_bytes(data[:8], "little")
+    return {"check": check, "us": us}
+
+
+def load(directory: str, job: Job) -> Result:
+    """Load all tensors of all shards and add them up."""
+    check = 0
+    for shard in job["shards"]:
+        check += sum(int(tensor.sum()) for tensor in load_file(f"{directory}/{shard}").values())
+    return {"check": check}
+
+
+def tensor(directory: str, job: Job) -> Result:
+    """Load one tensor and add it up."""
+    with safe_open(f"{directory}/{job['file']}", framework="np") as shard:
+        return {"check": int(shard.get_tensor(job["tensor"]).sum())}
+
+
+def files(directory: str, job: Job) -> Result:
+    """Read small files, one after the other; the check is their bytes."""
+    return {"check": sum(len(Path(directory, str(i)).read_bytes()) for i in range(SMALL_FILES))}
+
+
+def tree(directory: str, job: Job) -> Result:
+    """Find all files and stat them, `again` times more; `each_s` has the times."""
+    each_s = []
+    count = 0
+    for _ in range(1 + job["again"]):
+        start_s = time.perf_counter()
+        command = ["find", directory, "-type", "f", "-printf", "%s\n"]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        each_s.append(time.perf_counter() - start_s)
+        count = said.count(b"\n")
+    return {"check": count, "each_s": each_s}
+
+
+def nothing(directory: str, job: Job) -> Result:
+    """The directory alone."""
+    return {"check": 0}
+
+
+TASKS: dict[str, Callable[[str, Job], Result]] = {
+    task.__name__: task
+    for task in (sequential, whole, mapped, random, load, tensor, files, tree, nothing)
+}
+
+
+def prepare(job: Job) -> None:
+    """Import what is slow to import, so that it is not timed."""
+    match job["way"]:
+        case "s3torchconnector":
+            import s3torchconnector  # noqa: F401
+            import safetensors.torch  # noqa: F401
+        case "runai":
+            import runai_model_streamer  # noqa: F401
+        case "ckptfs":
+            import ckptfs  # noqa: F401
+        case "raw" | "ray":
+            Store("", job["endpoint"]).filesystem()  # starts the AWS SDK
+
+
+def main() -> None:
+    job: Job = json.loads(sys.argv[1])
+    prepare(job)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with ExitStack() as stack:  # a copy is removed when the clock has stopped
+        start_s = time.perf_counter()
+        if job["way"] in DIRECT:
+            result = DIRECT[job["way"]](job)
+            seconds = time.perf_counter() - start_s
+        else:
+            with reach(job, stack) as directory:
+                path_s = time.perf_counter() - start_s
+                result = TASKS[job["task"]](directory, job)
+                seconds = time.perf_counter() - start_s
+            result["path_s"] = path_s
+        print(json.dumps({"seconds": seconds, **result}), flush=True)
+        sys.stdin.readline()  # what it holds stays held until its parent says so
+
+
+if __name__ == "__main__":
+    main()
