@@ -206,6 +206,8 @@ class Fetcher:
         self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
         # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
         self._dark: weakref.WeakSet[Store] = weakref.WeakSet()
+        # Stores whose last large file was read as a whole: most likely the next one will be, too.
+        self._read_whole: weakref.WeakSet[Store] = weakref.WeakSet()
         self.fetched_bytes = 0
         self.fetched_spans = 0
 
@@ -217,7 +219,8 @@ class Fetcher:
         if file.opens > 1:
             return
         entry = file.entry = self._cache.open(file.key)
-        file.readahead = Readahead(file.pin.size, self._window_bytes_max, file.parts)
+        eager = file.store in self._read_whole
+        file.readahead = Readahead(file.pin.size, self._window_bytes_max, file.parts, eager=eager)
         file.recognised = file.parts is not None
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
@@ -230,6 +233,8 @@ class Fetcher:
         """Undo one `open`. Spans that are under way end by themselves."""
         file.opens -= 1
         if not file.opens:
+            if file.readahead is not None and file.readahead.was_eager_in_vain:
+                self._read_whole.discard(file.store)
             self._cache.close(file.entry)
             file.entry = file.readahead = None
 
@@ -308,6 +313,8 @@ class Fetcher:
         needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
         self._want(file, entry, needed, Priority.DEMAND)
         ahead = file.readahead.access(offset, length)
+        if file.readahead.is_read_whole:
+            self._read_whole.add(file.store)
         self._want(file, entry, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
 
     async def fetch(

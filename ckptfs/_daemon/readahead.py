@@ -9,9 +9,13 @@ random place costs one block. When the cursor goes on, a window runs ahead of it
   read is fetched to its end, and only it; a cursor that has passed two parts reads on through the
   file, and its window is as large as what it has read;
 - otherwise, a cursor that began at the start of the file most likely reads all of it: the window is
-  as large as what it has read (it doubles), up to the maximum;
+  as large as what it has read, and four times that when it has read a few blocks, up to the
+  maximum: each step is a round trip or two;
 - a cursor that began elsewhere reads one tensor, and where that ends we do not know: the window is
   one block and a sixteenth of what it has read, so that little is fetched in vain.
+
+A file is read *eagerly* if files beside it were read as a whole just before, as when a model's
+shards are loaded one after the other: the first access at its start has the largest window at once.
 
 Small gaps and small steps back (the kernel's own readahead arrives out of order; a strided walk)
 belong to the same cursor.
@@ -44,9 +48,20 @@ class _Cursor:
 
 
 class Readahead:
-    """The cursors of one file of `size` bytes; a window is at most `window_bytes_max`."""
+    """The cursors of one file of `size` bytes; a window is at most `window_bytes_max`.
 
-    def __init__(self, size: int, window_bytes_max: int, parts: Parts | None = None) -> None:
+    `eager`: it will most likely be read as a whole.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        window_bytes_max: int,
+        parts: Parts | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        self.eager = eager
         self._size = size
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
@@ -55,6 +70,23 @@ class Readahead:
     def learn_parts(self, parts: Parts) -> None:
         """Take in what the file consists of."""
         self._parts = parts
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether somebody has read most of it in sequence; never so of a small file."""
+        if self._size <= _TOUCH_BYTES:
+            return False
+        return any(cursor.read_bytes > self._size // 2 for cursor in self._cursors)
+
+    @property
+    def was_eager_in_vain(self) -> bool:
+        """Whether it was begun eagerly, and then not read on."""
+        return (
+            self.eager
+            and bool(self._cursors)
+            and not self.is_read_whole
+            and (self._size > _TOUCH_BYTES)
+        )
 
     def access(self, offset: int, length: int) -> range:
         """Take in an access; returns the blocks to fetch ahead of it (may be empty)."""
@@ -67,8 +99,9 @@ class Readahead:
             # A page fault comes with as much before as after it, and at the start of its page.
             anchor = offset + min(length // 2 + _PAGE_BYTES, length - 1)
             from_start = offset < BLOCK_BYTES
-            self._cursors.append(_Cursor(anchor, stop, from_start, length, first_after))
-            return range(0)
+            cursor = _Cursor(anchor, stop, from_start, length, first_after)
+            self._cursors.append(cursor)
+            return self._advance(cursor) if self.eager and from_start else range(0)
         cursor.from_start |= offset < BLOCK_BYTES  # its first request may have been overtaken
         if stop <= cursor.position:
             return range(0)
@@ -104,15 +137,18 @@ class Readahead:
 
     def _window(self, cursor: _Cursor) -> tuple[int, int]:
         """How many bytes to run ahead of the cursor, and the byte at which to stop."""
+        if self.eager and cursor.from_start:
+            return self._window_bytes_max, self._size
         careful = BLOCK_BYTES + cursor.read_bytes // 16
+        growing = cursor.read_bytes * (4 if cursor.read_bytes > _TOUCH_BYTES else 1)
         if self._parts is None:
-            return cursor.read_bytes if cursor.from_start else careful, self._size
+            return growing if cursor.from_start else careful, self._size
         first = self._part(self._parts, cursor.anchor)
         # The furthest byte that is not just the kernel's readahead, and the part that it is in.
         sure = cursor.position - _TOUCH_BYTES - 1
         part = max(first, self._part(self._parts, sure))
         if part >= first + 2:
-            return cursor.read_bytes, self._size
+            return growing, self._size
         is_sure = sure >= self._parts.starts[part] and cursor.read_bytes > _TOUCH_BYTES
         return self._window_bytes_max if is_sure else careful, self._parts.stops[part]
 

@@ -110,6 +110,33 @@ async def test_readahead_is_fetched_too(tmp_path: Path, store: FakeStore) -> Non
         assert sum(c.length for c in store.reads()) == file.entry.stored_bytes()
 
 
+async def test_after_a_file_that_was_read_whole_the_next_is_read_eagerly(tmp_path: Path) -> None:
+    names = ["1", "2", "3", "4"]
+    store = FakeStore(dict.fromkeys(names, DATA))
+    async with rig_in(tmp_path) as rig:
+
+        async def read(name: str, stop: int) -> int:
+            """Read the beginning; how much was fetched after the first access."""
+            file = rig.open(store, name)
+            rig.fetcher.access(file, 0, MIB)
+            await rig.quiet()
+            first = file.entry.stored_bytes()
+            for offset in range(MIB, stop, MIB):
+                rig.fetcher.access(file, offset, min(MIB, stop - offset))
+                await rig.quiet()
+            rig.fetcher.close(file)
+            return first
+
+        assert await read("1", SIZE) == MIB
+        assert await read("2", MIB) == SIZE
+        assert await read("3", MIB) == MIB  # the last one was only begun
+        other = FakeStore({"4": DATA})
+        file = rig.open(other, "4")
+        rig.fetcher.access(file, 0, MIB)
+        await rig.quiet()
+        assert file.entry.stored_bytes() == MIB  # another checkpoint
+
+
 # -- versions
 
 
@@ -461,7 +488,7 @@ async def test_demand_goes_before_queued_readahead(
     tmp_path: Path, store: FakeStore, autojump_clock: MockClock
 ) -> None:
     offload = InlineOffload()
-    settings = {"connections_max": 1, "span_bytes_max": MIB}
+    settings = {"connections_max": 1, "span_bytes_max": MIB, "window_bytes_max": 4 * MIB}
     async with rig_in(tmp_path, offload, **settings) as rig:
         file = rig.open(store, "a")
         for offset in range(0, 4 * MIB, MIB):

@@ -76,7 +76,7 @@ def test_a_cursor_from_the_start_runs_ahead_by_what_it_read(length: int, window_
         stop = position + length
         if ahead := readahead.access(position, length):
             asked_to = ahead.stop * BLOCK_BYTES
-        window = min(stop, window_max)
+        window = min(stop * (4 if stop > 3 * MIB else 1), window_max)
         assert asked_to <= stop + window
         if position:  # it may lag by half of the window, and by the rounding to a block
             asked_or_read = max(asked_to, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
@@ -91,6 +91,36 @@ def test_a_cursor_from_the_start_ends_with_all_of_the_file_asked_for() -> None:
     asked = [block for ahead in ranges for block in ahead]
     assert asked == list(range(asked[0], block_count(size)))
     assert asked[0] <= 3
+
+
+def test_an_eager_one_asks_for_a_whole_window_at_once() -> None:
+    readahead = Readahead(300 * MIB, WINDOW, eager=True)
+    assert readahead.access(0, MIB) == range(1, 1 + WINDOW // MIB)
+    assert not readahead.access(200 * MIB, MIB)  # elsewhere it is as careful as ever
+    small = Readahead(10 * MIB + 5, WINDOW, eager=True)
+    assert small.access(0, 4096) == range(1, 11)
+
+
+def test_who_reads_most_of_a_file_reads_it_whole() -> None:
+    readahead = Readahead(20 * MIB, WINDOW)
+    for position in range(0, 10 * MIB, MIB):
+        readahead.access(position, MIB)
+        assert not readahead.is_read_whole
+    readahead.access(10 * MIB, MIB)
+    assert readahead.is_read_whole
+    small = Readahead(3 * MIB, WINDOW)
+    small.access(0, 3 * MIB)
+    assert not small.is_read_whole  # the kernel itself asks for as much
+
+
+def test_eager_in_vain() -> None:
+    eager = Readahead(20 * MIB, WINDOW, eager=True)
+    assert not eager.was_eager_in_vain  # nobody has read
+    eager.access(0, MIB)
+    assert eager.was_eager_in_vain
+    for position in range(MIB, 12 * MIB, MIB):
+        eager.access(position, MIB)
+    assert not eager.was_eager_in_vain
 
 
 @given(st.integers(MIB, 64 * MIB), st.lists(lengths, min_size=1, max_size=150))
