@@ -101,6 +101,7 @@ class RemoteFile:
         readahead: While it is open.
         head: Its first bytes, where they were seen; `parts`: what it consists of, where that is
             known. Both stay when it is closed: the kernel may have kept what it read.
+        handed_on: The file after it was begun because of it.
         recognised: Nothing more is to be learned about its parts (see `recognise`).
     """
 
@@ -119,6 +120,7 @@ class RemoteFile:
         self.check_lock = trio.Lock()
         self.next_check: _Check | None = None
         self.readahead: Readahead | None = None
+        self.handed_on = False
         self.head = b""
         self.parts: Parts | None = None
         self.recognised = False
@@ -199,7 +201,7 @@ class Fetcher:
         self._allow_other = config.allow_other
         # A window that fills the cache would push out what was not read yet.
         share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
-        self._window_bytes_max = min(config.window_bytes_max, share)
+        self.window_bytes_max = min(config.window_bytes_max, share)
         self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
@@ -220,7 +222,7 @@ class Fetcher:
             return
         entry = file.entry = self._cache.open(file.key)
         eager = file.store in self._read_whole
-        file.readahead = Readahead(file.pin.size, self._window_bytes_max, file.parts, eager=eager)
+        file.readahead = Readahead(file.pin.size, self.window_bytes_max, file.parts, eager=eager)
         file.recognised = file.parts is not None
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached

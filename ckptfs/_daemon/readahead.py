@@ -73,10 +73,15 @@ class Readahead:
 
     @property
     def is_read_whole(self) -> bool:
-        """Whether somebody has read most of it in sequence; never so of a small file."""
+        """Whether most of it was read, piece by piece; never so of a small file."""
         if self._size <= _TOUCH_BYTES:
             return False
-        return any(cursor.read_bytes > self._size // 2 for cursor in self._cursors)
+        return sum(cursor.read_bytes for cursor in self._cursors) > self._size // 2
+
+    @property
+    def is_asked_whole(self) -> bool:
+        """Whether it is read eagerly, and all of it was asked for."""
+        return self.eager and any(c.ahead >= block_count(self._size) for c in self._cursors)
 
     @property
     def was_eager_in_vain(self) -> bool:

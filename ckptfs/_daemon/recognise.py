@@ -15,7 +15,9 @@ What cannot be fetched or makes no sense is not asked for again before the file 
 ``.metadata``: in this attachment); errors are noted at the files.
 """
 
+import functools
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 
@@ -70,6 +72,28 @@ class Recogniser:
             if is_large:
                 self._start(attachment, file, lambda: self._learn_zip(file))
             file.recognised = True
+
+    def begin_next(self, attachment: Attachment, node: Node) -> None:
+        """Fetch the beginning of the file after that of `node`, of the same kind: files are being
+        read as a whole, one after the other, and this one is asked for to its end."""
+        if node.parent is None:
+            return
+        suffix = os.path.splitext(node.name)[1]
+        later = (
+            child
+            for child in node.parent.children.values()
+            if child.name > node.name and child.size and child.name.endswith(suffix)
+        )
+        following = min(later, key=lambda child: child.name, default=None)
+        if following is None:
+            return
+        file = attachment.file(following.index)
+        length = min(following.size, self._fetcher.window_bytes_max)
+        if length:
+            fetch = functools.partial(
+                self._fetcher.fetch, file, blocks_of(0, length), Priority.READAHEAD
+            )
+            self._start(attachment, file, fetch)
 
     def look_at_head(self, file: RemoteFile) -> None:
         """Learn what can be learned from an open file's header, if that is there.

@@ -233,6 +233,9 @@ class Vfs:
         if not file.recognised:
             self._recogniser.look(*self.find(handle))
         self._fetcher.access(file, offset, length)
+        if not file.handed_on and file.readahead and file.readahead.is_asked_whole:
+            file.handed_on = True
+            self._recogniser.begin_next(*self.find(handle))
         return self._fetcher.read_now(file, offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> Views:

@@ -13,7 +13,7 @@ from benchmark.contenders import CKPTFS, LOCAL, RCLONE_FULL, Ready, local_direct
 from benchmark.node import knows_setting
 from benchmark.results import amount, ratio
 from benchmark.run import Run, wait_quiet, working
-from benchmark.stores import MIB, flush
+from benchmark.stores import BUCKET, MIB, flush
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,6 +130,11 @@ def _filled(run: Run, *, plain: bool = False) -> Iterator[Ready]:
         assert ready.node
         for data in ready.node.data_files():
             flush(data)  # what is not written yet cannot be dropped, and is written as we measure
+        if not plain:  # as the next job on the node finds it: attached anew, and then in memory
+            uri = run.store.uri(f"{BUCKET}/large")
+            ready.node.cli("detach", uri)
+            ready.node.cli("attach", uri)
+            _gb_per_s(run, ready, "sequential")
         yield ready
 
 

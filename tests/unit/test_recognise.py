@@ -293,3 +293,27 @@ async def test_what_is_being_learned_ends_with_the_attachment(
         assert bench.shown() == []
         assert not attachment.background
         assert metadata.opens == 0
+
+
+# -- one file after the other
+
+
+async def test_who_reads_file_after_file_finds_the_next_one_begun(tmp_path: Path) -> None:
+    names = ["m-1.x", "m-2.x", "m-3.x", "m-4.x", "m-3.json", "m-9.x/below"]
+    store = FakeStore({name: pattern(12 * MIB, number) for number, name in enumerate(names)})
+    async with view_in(tmp_path, window_bytes_max=8 * MIB) as view:
+        attachment = view.attach(store)
+        for name in ("m-1.x", "m-2.x"):
+            assert fetched(store, "m-3.x") == set()
+            inode = opened(view, attachment, name)
+            await walk(view, inode, 0, 12 * MIB)
+            view.vfs.release(inode)
+            await settled(view)
+        assert fetched(store, "m-3.x") == set(range(8))  # as far as a window
+        assert fetched(store, "m-4.x") == fetched(store, "m-3.json") == set()
+        inode = opened(view, attachment, "m-3.x")
+        await walk(view, inode, 0, 12 * MIB)
+        inode = opened(view, attachment, "m-4.x")
+        await walk(view, inode, 0, 12 * MIB)  # the last one: what comes next is a directory
+        await settled(view)
+        assert fetched(store, "m-9.x/below") == fetched(store, "m-3.json") == set()
