@@ -7,15 +7,19 @@ random place costs one block. When the cursor goes on, a window runs ahead of it
 
 - where the file's format says what its parts are (tensors; see `formats`), the part that is being
   read is fetched to its end, and only it; a cursor that has passed two parts reads on through the
-  file, and its window is as large as what it has read;
+  file, and its window is that of one that began at the start;
 - otherwise, a cursor that began at the start of the file most likely reads all of it: the window is
   as large as what it has read, and four times that when it has read a few blocks, up to the
   maximum: each step is a round trip or two;
 - a cursor that began elsewhere reads one tensor, and where that ends we do not know: the window is
   one block and a sixteenth of what it has read, so that little is fetched in vain.
 
-A file is read *eagerly* if files beside it were read as a whole just before, as when a model's
-shards are loaded one after the other: the first access at its start has the largest window at once.
+A file is read *through* when two of its parts were read one after the other, by whatever cursors:
+memcpy(3) looks at the end of a tensor before its beginning, so that a full load of mapped tensors
+is no cursor that goes on. From then on one front runs ahead of all accesses that are not far behind
+or before it, by the largest window. A file that is *eager* is read through from its first access at
+the start on: files beside it were read as a whole just before, as when a model's shards are loaded
+one after the other.
 
 Small gaps and small steps back (the kernel's own readahead arrives out of order; a strided walk)
 belong to the same cursor.
@@ -66,6 +70,9 @@ class Readahead:
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
         self._parts = parts
+        self._part_read: int = -1  # the last part that somebody surely read, and how many in a row
+        self._parts_in_row: int = 0
+        self._front: int | None = None  # read through: first block that was not yet asked for
 
     def learn_parts(self, parts: Parts) -> None:
         """Take in what the file consists of."""
@@ -80,8 +87,8 @@ class Readahead:
 
     @property
     def is_asked_whole(self) -> bool:
-        """Whether it is read eagerly, and all of it was asked for."""
-        return self.eager and any(c.ahead >= block_count(self._size) for c in self._cursors)
+        """Whether it is read through, and all of it was asked for."""
+        return self._front is not None and self._front >= block_count(self._size)
 
     @property
     def was_eager_in_vain(self) -> bool:
@@ -95,6 +102,26 @@ class Readahead:
 
     def access(self, offset: int, length: int) -> range:
         """Take in an access; returns the blocks to fetch ahead of it (may be empty)."""
+        ahead = self._follow(offset, length)
+        if self._front is None:
+            if self._parts_in_row < 2 and not (self.eager and offset < BLOCK_BYTES):
+                return ahead
+            self._front = block_count(offset + length)
+        if offset > self._front * BLOCK_BYTES + _REACH_BYTES:
+            return ahead
+        return self._run_through(offset + length)
+
+    def _run_through(self, stop: int) -> range:
+        assert self._front is not None
+        end = block_count(self._size)
+        target = min((stop + self._window_bytes_max) // BLOCK_BYTES, end)
+        start = max(self._front, block_count(stop))
+        if target < end and (target - start) * BLOCK_BYTES * 2 < self._window_bytes_max:
+            return range(0)
+        self._front = max(start, target)
+        return range(start, self._front)
+
+    def _follow(self, offset: int, length: int) -> range:
         stop = offset + length
         cursor = self._find(offset, stop)
         if cursor is None:
@@ -104,9 +131,8 @@ class Readahead:
             # A page fault comes with as much before as after it, and at the start of its page.
             anchor = offset + min(length // 2 + _PAGE_BYTES, length - 1)
             from_start = offset < BLOCK_BYTES
-            cursor = _Cursor(anchor, stop, from_start, length, first_after)
-            self._cursors.append(cursor)
-            return self._advance(cursor) if self.eager and from_start else range(0)
+            self._cursors.append(_Cursor(anchor, stop, from_start, length, first_after))
+            return range(0)
         cursor.from_start |= offset < BLOCK_BYTES  # its first request may have been overtaken
         if stop <= cursor.position:
             return range(0)
@@ -142,8 +168,6 @@ class Readahead:
 
     def _window(self, cursor: _Cursor) -> tuple[int, int]:
         """How many bytes to run ahead of the cursor, and the byte at which to stop."""
-        if self.eager and cursor.from_start:
-            return self._window_bytes_max, self._size
         careful = BLOCK_BYTES + cursor.read_bytes // 16
         growing = cursor.read_bytes * (4 if cursor.read_bytes > _TOUCH_BYTES else 1)
         if self._parts is None:
@@ -155,6 +179,9 @@ class Readahead:
         if part >= first + 2:
             return growing, self._size
         is_sure = sure >= self._parts.starts[part] and cursor.read_bytes > _TOUCH_BYTES
+        if is_sure and part != self._part_read:
+            self._parts_in_row = self._parts_in_row + 1 if part == self._part_read + 1 else 1
+            self._part_read = part
         return self._window_bytes_max if is_sure else careful, self._parts.stops[part]
 
     @staticmethod

@@ -8,6 +8,7 @@ from unit.fakes import MIB
 
 from ckptfs._daemon.readahead import CURSORS_MAX, Readahead
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
+from ckptfs._model.formats import Parts
 
 WINDOW = 64 * MIB
 REACH = 2 * MIB
@@ -99,6 +100,29 @@ def test_an_eager_one_asks_for_a_whole_window_at_once() -> None:
     assert not readahead.access(200 * MIB, MIB)  # elsewhere it is as careful as ever
     small = Readahead(10 * MIB + 5, WINDOW, eager=True)
     assert small.access(0, 4096) == range(1, 11)
+
+
+def test_tensors_that_are_copied_one_after_the_other_are_read_through() -> None:
+    """memcpy(3) of a mapped tensor touches its end first."""
+    tensors = [(MIB + i * 32 * MIB, MIB + (i + 1) * 32 * MIB) for i in range(8)]
+    parts = Parts(tuple(a for a, _ in tensors), tuple(b for _, b in tensors))
+    readahead = Readahead(257 * MIB, WINDOW, parts)
+    asked: set[int] = set()
+
+    def copy(start: int, stop: int) -> None:
+        asked.update(readahead.access(stop - MIB, 2 * MIB))
+        for position in range(start, stop, MIB):
+            asked.update(readahead.access(position, MIB))
+
+    readahead.access(0, MIB)
+    copy(*tensors[0])
+    assert max(asked) < 36  # the first one alone is no sign
+    copy(*tensors[1])
+    assert max(asked) >= 64 + 32
+    for tensor in tensors[2:]:
+        copy(*tensor)
+    assert asked >= set(range(70, 257))
+    assert readahead.is_asked_whole
 
 
 def test_who_reads_most_of_a_file_reads_it_whole() -> None:
