@@ -22,7 +22,9 @@ from ckptfs.errors import MetadataNotDict as MetadataNotDict
 from ckptfs.errors import NoDaemon as NoDaemon
 from ckptfs.errors import NotAttached as NotAttached
 from ckptfs.errors import ObjectChanged as ObjectChanged
+from ckptfs.errors import PrefetchFailed as PrefetchFailed
 from ckptfs.errors import ProtocolError as ProtocolError
+from ckptfs.errors import RateError as RateError
 from ckptfs.errors import StoreError as StoreError
 from ckptfs.errors import StoreTimeout as StoreTimeout
 from ckptfs.errors import StoreUnavailable as StoreUnavailable

@@ -81,7 +81,7 @@ class Readahead:
     @property
     def is_read_whole(self) -> bool:
         """Whether most of it was read, piece by piece; never so of a small file."""
-        if self._size <= _TOUCH_BYTES:
+        if self._size <= 2 * _TOUCH_BYTES:
             return False
         return sum(cursor.read_bytes for cursor in self._cursors) > self._size // 2
 
@@ -97,7 +97,7 @@ class Readahead:
             self.eager
             and bool(self._cursors)
             and not self.is_read_whole
-            and (self._size > _TOUCH_BYTES)
+            and (self._size > 2 * _TOUCH_BYTES)
         )
 
     def access(self, offset: int, length: int) -> range:

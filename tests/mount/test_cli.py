@@ -23,7 +23,7 @@ ATTACHMENT_FIELDS = {
 }
 STATUS_FIELDS = {
     *("version", "pid", "mount", "cache_dir", "cache_bytes", "cache_bytes_max"),
-    *("fetched_bytes", "fetched_spans", "attachments"),
+    *("fetched_bytes", "fetched_spans", "passthrough", "attachments"),
 }
 
 
@@ -153,7 +153,7 @@ def test_status_table(
         plain = node.here("status").stdout
         assert "\x1b" not in plain
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
-        table = plain.splitlines()[4:]
+        table = plain.splitlines()[5:]
         header = table[0].split()
         assert header == ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "HELD", "BY"]
         joined = "".join(plain.split())
