@@ -79,6 +79,8 @@ class Recogniser:
         if node.parent is None:
             return
         suffix = os.path.splitext(node.name)[1]
+        if not suffix:
+            return
         later = (
             child
             for child in node.parent.children.values()

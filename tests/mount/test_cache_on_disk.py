@@ -289,9 +289,11 @@ def test_the_least_recently_used_object_goes_first(node: Node, bucket: Path, uri
 
         for name in "ab":
             Path(path, name).read_bytes()
+            node.wait_quiet()  # all of it is on the disk
         assert cached() == {"a": 8, "b": 8, "c": 0}
         Path(path, "a").read_bytes()
         Path(path, "c").read_bytes()
+        node.wait_quiet()
         assert cached() == {"a": 8, "b": 0, "c": 8}
 
 
