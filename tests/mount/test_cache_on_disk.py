@@ -111,6 +111,7 @@ def test_a_killed_daemons_cache_is_used(
     contents = write_files(bucket, {"model": 20 * MIB + 7})
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
         assert Path(path, "model").read_bytes() == contents["model"]
+        node.wait_quiet()
         os.kill(node.status()["pid"], 9)
     s3.reset_traffic()
     assert read_all(uri_of(bucket)) == contents

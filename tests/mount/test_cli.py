@@ -150,6 +150,7 @@ def test_status_table(
     monkeypatch.setenv("TERM", "xterm-256color")
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         Path(path, "layers/0/weights.bin").read_bytes()
+        node.wait_quiet()
         plain = node.here("status").stdout
         assert "\x1b" not in plain
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
