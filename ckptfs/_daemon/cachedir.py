@@ -8,6 +8,7 @@ every respect raises ValueError, and its owner removes it.
 
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -190,8 +191,12 @@ def stamp(files: Files) -> str:
     """Equal as long as nobody has written to the data, and no crash of the machine can have undone
     a write. Raises OSError."""
     info = os.fstat(files.data)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {info.st_mtime_ns} {info.st_ctime_ns}"
+    return f"{_boot_id()} {info.st_mtime_ns} {info.st_ctime_ns}"
+
+
+@functools.cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def write_sums(files: Files, first: int, sums: "array[int]") -> None:

@@ -109,17 +109,9 @@ class Readahead:
             self._front = block_count(offset + length)
         if offset > self._front * BLOCK_BYTES + _REACH_BYTES:
             return ahead
-        return self._run_through(offset + length)
-
-    def _run_through(self, stop: int) -> range:
-        assert self._front is not None
-        end = block_count(self._size)
-        target = min((stop + self._window_bytes_max) // BLOCK_BYTES, end)
-        start = max(self._front, block_count(stop))
-        if target < end and (target - start) * BLOCK_BYTES * 2 < self._window_bytes_max:
-            return range(0)
-        self._front = max(start, target)
-        return range(start, self._front)
+        ahead = _ahead(self._front, offset + length, self._window_bytes_max, self._size)
+        self._front = ahead.stop or self._front
+        return ahead
 
     def _follow(self, offset: int, length: int) -> range:
         stop = offset + length
@@ -155,16 +147,9 @@ class Readahead:
 
     def _advance(self, cursor: _Cursor) -> range:
         window, limit = self._window(cursor)
-        window = min(window, self._window_bytes_max)
-        end = block_count(limit)
-        current = block_count(cursor.position)  # first block not touched yet
-        target = min((cursor.position + window) // BLOCK_BYTES, end)
-        start = max(cursor.ahead, current)
-        # Ask for half of the window at a time: fewer and larger requests.
-        if target < end and (target - start) * BLOCK_BYTES * 2 < window:
-            return range(0)
-        cursor.ahead = max(start, target)
-        return range(start, cursor.ahead)
+        ahead = _ahead(cursor.ahead, cursor.position, min(window, self._window_bytes_max), limit)
+        cursor.ahead = ahead.stop or cursor.ahead
+        return ahead
 
     def _window(self, cursor: _Cursor) -> tuple[int, int]:
         """How many bytes to run ahead of the cursor, and the byte at which to stop."""
@@ -188,3 +173,15 @@ class Readahead:
     def _part(parts: Parts, offset: int) -> int:
         """Index of the part that holds `offset`; of the first one for what is before it."""
         return max(0, bisect_right(parts.starts, offset) - 1)
+
+
+def _ahead(asked: int, position: int, window: int, limit: int) -> range:
+    """The blocks to ask for so that `window` bytes are asked for behind `position`, up to the byte
+    `limit`, where those before the block `asked` were; range(0): it is too early."""
+    end = block_count(limit)
+    target = min((position + window) // BLOCK_BYTES, end)
+    start = max(asked, block_count(position))  # the first block not touched yet
+    # Ask for half of the window at a time: fewer and larger requests.
+    if target < end and (target - start) * BLOCK_BYTES * 2 < window:
+        return range(0)
+    return range(start, max(start, target))
