@@ -219,9 +219,9 @@ class Cache:
             try:
                 cachedir.read_about(folder)
                 data = (folder / "data").stat()
-                found.append(
-                    (folder.stat().st_mtime, folder.name, data.st_blocks * 512 + _FOLDER_BYTES)
-                )
+                # Its list of extents is counted there, too, and is part of what a folder costs.
+                blocks_bytes = min(data.st_blocks * 512, _pages(data.st_size))
+                found.append((folder.stat().st_mtime, folder.name, blocks_bytes + _FOLDER_BYTES))
             except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
                 log.info("cache: removing %s: %s", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
