@@ -14,7 +14,7 @@ from ckptfs._daemon.fetch import RemoteFile, State, stamped
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
-from ckptfs._store.base import Pin, Store
+from ckptfs._store.base import Store, pin_of
 from ckptfs.errors import CkptfsError, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -129,11 +129,11 @@ class Attachment:
         if known := self.files.get(index):
             return known
         listed = self.listed[index]
-        pin = Pin(listed.path, listed.size, listed.mtime_ns)
-        return RemoteFile(self.store, object_key(self.location, listed), pin)
+        return RemoteFile(self.store, object_key(self.location, listed), pin_of(listed))
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""
+        self.store.close()
         self.store = store
         for file in self.files.values():
             file.store = store

@@ -6,9 +6,9 @@ Its life:
 
 1. wait for a place (`Slots`: demand before readahead, bounded places and bytes), and take a buffer;
 2. a worker thread reads the range into it; the place is given back;
-3. a version check that *began after* the read says that the object is still the pinned version.
-   Checks are shared: all spans of a file that wait are covered by the next one (like a group
-   commit), so a running reader pays no round trip for them;
+3. where the store's answer itself does not name the version, a check that *began after* the read
+   says that the object is still the pinned one. Checks are shared: all spans of a file that wait
+   are covered by the next one (like a group commit), so a running reader pays no round trip;
 4. the blocks are readable, and the waiting readers go on;
 5. make room in the cache, under `_room`, so that the limit holds before the write;
 6. a worker thread computes the checksums, writes the blocks and then the map; the bytes of the
@@ -18,8 +18,8 @@ Its life:
 Bytes of another version are never visible, and never on the disk: they end with the span.
 
 **The first check** of a file happens before its first read: it learns the ETag, and lets cached
-blocks of an earlier attachment be used (unless their size and mtime settle that, see
-``cache.SETTLED_S``).
+blocks of an earlier attachment be used. It is not needed where the listing had the ETag, or where
+size and mtime settle it (see ``cache.SETTLED_S``); with `allow_other` it always is.
 
 **Errors.** What can pass (`StoreUnavailable`) is tried again with growing, jittered pauses until
 the deadline, the place given back meanwhile; what cannot (`ObjectChanged`, `AccessDenied`) ends the
@@ -227,9 +227,12 @@ class Fetcher:
         if file.trusted:
             if not entry.about.etag:  # nothing of it is cached
                 self._cache.learn(entry, file.pin.etag)
-        elif entry.about.settled and not self._allow_other:
-            file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
-            file.trusted = True
+        elif not self._allow_other:
+            if entry.about.settled and not file.pin.etag:
+                file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
+            if file.pin.etag:
+                self._cache.learn(entry, file.pin.etag)
+                file.trusted = True
 
     def close(self, file: RemoteFile) -> None:
         """Undo one `open`. Spans that are under way end by themselves."""
@@ -491,9 +494,10 @@ class Fetcher:
         span.start_clock(self._deadline_s)
         in_thread = True
         try:
-            await self._read_into(span, buffer)
+            is_confirmed = await self._read_into(span, buffer)
             in_thread = False
-            await self._confirm(file)
+            if not is_confirmed:
+                await self._confirm(file)
             if file.pin.etag != entry.about.etag:
                 raise ObjectChanged(f"{printable(file.pin.path)} was written again meanwhile")
         except BaseException as error:
@@ -509,11 +513,12 @@ class Fetcher:
         span.buffer = buffer
         span.done.set()
 
-    async def _read_into(self, span: _Span, buffer: "Buffer[CachedObject]") -> None:
+    async def _read_into(self, span: _Span, buffer: "Buffer[CachedObject]") -> bool:
         offset = span.blocks.start * BLOCK_BYTES
         view = buffer.view[: span.length]
         try:
-            await self._offload.data(span.file.store.read_into, span.file.pin, offset, view)
+            read_into = span.file.store.read_into
+            return await self._offload.data(read_into, span.file.pin, offset, view)
         finally:
             self._slots.release_place(span.ticket)
 

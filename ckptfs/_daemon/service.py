@@ -30,7 +30,7 @@ from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
-from ckptfs._store.base import Pin, Store
+from ckptfs._store.base import Store, pin_of
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import (
     Busy,
@@ -331,6 +331,6 @@ def _prove_access(store: Store, manifest: Manifest) -> None:
         return
     first = manifest.files[0]
     try:
-        store.confirm(Pin(first.path, first.size, first.mtime_ns))
+        store.confirm(pin_of(first))
     except ObjectChanged:
         return  # it could be read, and readers will hear of the change

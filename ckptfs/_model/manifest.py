@@ -23,11 +23,13 @@ class ListedFile(msgspec.Struct, frozen=True, gc=False):
         path: Path relative to the checkpoint, with ``/`` between components.
         size: Bytes.
         mtime_ns: Modification time in nanoseconds since the epoch; 0 where the store has none.
+        etag: As HTTP has it, with quotes; "" where the listing has none.
     """
 
     path: str
     size: int
     mtime_ns: int
+    etag: str = ""
 
 
 class Skipped(msgspec.Struct, frozen=True, gc=False):
@@ -52,7 +54,7 @@ class Manifest(msgspec.Struct, frozen=True):
         files: The files, sorted by path.
         directories: Every directory except the root, parents first.
         skipped: Objects that are left out.
-        version: 32 hex digits over all names, sizes and times but those of `METADATA_NAME`.
+        version: 32 hex digits over all names, sizes, times and ETags but those of `METADATA_NAME`.
         size: Bytes of all files together.
     """
 
@@ -151,5 +153,5 @@ def _version(files: Iterable[ListedFile], directories: Iterable[str]) -> str:
     for file in files:
         if file.path == METADATA_NAME:
             continue
-        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
+        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\0{file.etag}\n".encode())
     return digest.hexdigest()

@@ -123,7 +123,7 @@ class ArrowStore:
         self._give_back(pin.path, handle)  # not one of another version: its size is fixed
         return msgspec.structs.replace(pin, etag=current.etag)
 
-    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
         handle = self._take(pin.path)
         try:
@@ -141,6 +141,7 @@ class ArrowStore:
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
         self._give_back(pin.path, handle)
+        return False
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""

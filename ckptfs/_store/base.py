@@ -9,12 +9,12 @@ thread, and raise nothing but these:
 - `StoreTimeout`, `StoreUnavailable`: trying again can help;
 - `StoreError`: anything else the store answered.
 
-**Versions.** The pin of an object starts with what the listing says (size, mtime). `confirm` asks
-the store for the current version and compares; where the store has an ETag it is learned by the
-first `confirm` and compared by the later ones. `read_into` alone promises nothing about the
-version. The rule that makes it safe: learn the pin (`confirm`), read, `confirm` again. Stores are
-strongly consistent, so equal versions before and after mean that the bytes in between are of that
-version.
+**Versions.** The pin of an object starts with what the listing says (size, mtime, and the ETag
+where that is in it). `confirm` asks the store for the current version and compares; an ETag that
+the listing did not have is learned by the first `confirm`, and compared by the later ones. Where
+`read_into` returns True, the store itself has said that the bytes are of the pinned version. Else
+the rule that makes it safe is: know the ETag, read, `confirm`. Stores are strongly consistent, so
+equal versions before and after mean that the bytes in between are of that version.
 """
 
 from typing import Protocol
@@ -32,13 +32,18 @@ class Pin(msgspec.Struct, frozen=True):
         path: Path relative to the checkpoint.
         size: Bytes.
         mtime_ns: Modification time from the listing, nanoseconds since the epoch.
-        etag: The ETag; "" until it is learned, and for stores that have none.
+        etag: The ETag; "" while it is not known, and for stores that have none.
     """
 
     path: str
     size: int
     mtime_ns: int
     etag: str = ""
+
+
+def pin_of(file: ListedFile) -> Pin:
+    """The version of a file that a listing says."""
+    return Pin(file.path, file.size, file.mtime_ns, file.etag)
 
 
 class Store(Protocol):
@@ -60,9 +65,9 @@ class Store(Protocol):
         """Check that `pin` is the store's current version; returns it with the ETag filled in."""
         ...
 
-    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the object's bytes from `offset` on. A short object is
-        ObjectChanged."""
+        ObjectChanged. Returns whether the bytes are known to be of the pinned version."""
         ...
 
     def get(self, path: str) -> bytes | None:

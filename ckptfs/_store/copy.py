@@ -24,7 +24,7 @@ from queue import SimpleQueue
 
 from ckptfs._filelock import locked
 from ckptfs._model.manifest import ListedFile, Manifest, build_manifest
-from ckptfs._store.base import Pin, Store
+from ckptfs._store.base import Store, pin_of
 from ckptfs._store.buffers import thread_buffer
 from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreUnavailable
 
@@ -95,7 +95,7 @@ class _File:
     """A file that is being copied."""
 
     def __init__(self, target: Path, listed: ListedFile) -> None:
-        self.pin = Pin(listed.path, listed.size, listed.mtime_ns)
+        self.pin = pin_of(listed)
         self.path = target / listed.path
         self.partial = self.path.parent / f".{self.path.name}.ckptfs-partial"
         self.parts_file = self.path.parent / f".{self.path.name}.ckptfs-parts"

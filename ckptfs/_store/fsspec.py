@@ -221,7 +221,7 @@ class FsspecStore:
             raise changed(self.name, pin, f"ETag {pin.etag} became {etag or 'none'}")
         return msgspec.structs.replace(pin, etag=etag)
 
-    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
         path, end = f"{self._root}/{pin.path}", offset + len(buffer)
         try:
@@ -240,6 +240,7 @@ class FsspecStore:
                 "checkpoint to a store that does"
             )
         buffer[:] = data
+        return False
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""

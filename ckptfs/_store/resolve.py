@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeAlias
 
+import msgspec
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Kind, Location
 from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
+from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.describe import DESCRIPTIONS, describe
 from ckptfs._store.filesystems import FileSystem, fsspec_of, unwrapped, wrapped
 from ckptfs._store.fsspec import FsspecStore
+from ckptfs._store.s3 import S3Store
+from ckptfs._store.s3client import S3Client
+from ckptfs._store.s3options import S3Options
 from ckptfs.errors import LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
@@ -40,8 +45,11 @@ def open_store(location: Location, timeout_s: float) -> Store:
     )
     if unknown:
         raise LocationError(f"{location.uri}: unknown options {', '.join(sorted(unknown))}")
+    options = {**location.options, **location.secrets}
     try:
-        filesystem = _BUILDERS[location.kind]({**location.options, **location.secrets}, timeout_s)
+        if location.kind == "s3":
+            return _s3_store(location, msgspec.convert(options, S3Options), timeout_s)
+        filesystem = _BUILDERS[location.kind](options, timeout_s)
     except ImportError as error:
         needed = fsspec.PACKAGES.get(location.kind) or error.name
         raise LocationError(
@@ -72,16 +80,10 @@ def name_of(filesystem: FileSystem, path: str) -> str:
         return f"{filesystem.type_name}:{path}"
 
 
-def _s3(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
-    # Two attempts, because the SDK also meets connections that the server closed while idle; longer
-    # outages are the business of `fetch`, which knows the deadline.
-    return pafs.S3FileSystem(
-        **options,
-        connect_timeout=timeout_s,
-        request_timeout=timeout_s,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
-        allow_delayed_open=True,  # small objects are written by one request instead of three
-    )
+def _s3_store(location: Location, options: S3Options, timeout_s: float) -> Store:
+    bucket, _, prefix = location.path.partition("/")
+    client = S3Client(bucket, options, keys_for(options, location.uri), timeout_s)
+    return S3Store(client, prefix, location.uri)
 
 
 def _gcs(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
@@ -106,7 +108,6 @@ def _of_fsspec(protocol: str) -> Callable[[Mapping[str, Any], float], FileSystem
 
 
 _BUILDERS: dict[Kind, Callable[[Mapping[str, Any], float], FileSystem]] = {
-    "s3": _s3,
     "gcs": _gcs,
     "azure": _azure,
     "hdfs": _hdfs,

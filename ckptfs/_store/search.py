@@ -1,7 +1,7 @@
 """The checkpoints below a directory: those that have metadata, and what it says.
 
-One listing finds the metadata files. Each has some bytes only, and costs two round trips on S3
-(HEAD, GET), so many are read at the same time.
+One listing finds the metadata files. Each has some bytes only, and costs a round trip, so many are
+read at the same time.
 """
 
 from collections import deque
@@ -18,8 +18,7 @@ from ckptfs._store.base import Store
 from ckptfs.errors import MetadataError
 
 THREADS = 32
-"""Files that are read at the same time. Of these, pyarrow's S3 filesystem lets 25 have a connection
-(measured with pyarrow 26)."""
+"""Files that are read at the same time, each on a connection of its own."""
 _AHEAD_MAX = 2 * THREADS
 """Files that are being read, or read and not yet asked for."""
 _FILES_MAX = 10_000_000

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -81,7 +82,7 @@ def _search(uri: str, condition: Expression | None) -> list[Found]:
     found: list[Found] = []
     searched = 0
     keys: set[str] = set()
-    with progress_bar("reading metadata", of_bytes=False) as progress:
+    with closing(store), progress_bar("reading metadata", of_bytes=False) as progress:
         results = search(store, location, warn=notes.append, progress=progress)
         for checkpoint in results:
             searched += 1

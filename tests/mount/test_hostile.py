@@ -46,6 +46,8 @@ GOOD = [
     "tab\tx",
     "\x1b[31mred",
     "bell\x7f",
+    "bell\x07",  # XML 1.0 has no character for this one
+    "carriage\rreturn",
     "&amp;<x>",
     "user:secret@host",
     "\u202ertl",
@@ -66,7 +68,7 @@ BAD = {
     "n" * (NAME_MAX + 1): "longer than 255 bytes",
     "ü" * 128: "longer than 255 bytes",
     "deep/" + "m" * 300 + "/f": "longer than 255 bytes",
-    "carriage\rreturn": "newline",  # what XML makes of it
+    "nul\0": "NUL or newline",
     "both": "both a file and a directory",
     "marker with content": "both a file and a directory",
 }
@@ -120,7 +122,7 @@ def names_below(top: str) -> tuple[list[str], list[str]]:
 
 def shown(name: str) -> str:
     """A name as reports show it."""
-    text = name.replace("\r", "\\n").replace("\n", "\\n")
+    text = name.replace("\0", "\\x00").replace("\n", "\\n")
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -176,34 +178,15 @@ def assert_printable(text: str) -> None:
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
-def test_a_directory_marker_with_content_cannot_be_read(node: Node, moto: Moto) -> None:
-    """pyarrow lists such an object without its slash; nothing can ask for it by that name."""
-    node.expected_in_log.append("it was deleted")
+def test_a_directory_marker_with_content_is_a_directory(node: Node, moto: Moto) -> None:
+    node.expected_in_log.append("left out weights/: it is a directory with content")
     client = moto.client()
     client.create_bucket(Bucket="markers")
     client.put_object(Bucket="markers", Key="run/weights/", Body=b"content")
     client.put_object(Bucket="markers", Key="run/config.json", Body=b"{}")
     with ckptfs.Checkpoint(moto.uri("markers/run")).as_directory() as path:
-        with pytest.raises(OSError, match="Stale"):
-            Path(path, "weights").read_bytes()
+        assert os.listdir(f"{path}/weights") == []
         assert Path(path, "config.json").read_bytes() == b"{}"
-
-
-def test_a_key_that_breaks_the_listing_is_a_store_error(node: Node, moto: Moto) -> None:
-    client = moto.client()
-    client.create_bucket(Bucket="control")
-    client.put_object(Bucket="control", Key="run/good", Body=b"good")
-    client.put_object(Bucket="control", Key="run/bad\0", Body=b"bad")
-    with (
-        pytest.raises(ckptfs.StoreError, match="rename or remove that object"),
-        ckptfs.Checkpoint(moto.uri("control/run")).as_directory(),
-    ):
-        pass
-    done = node.here("attach", moto.uri("control/run"), check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert_printable(done.stderr)
-    assert node.status()["attachments"] == []
 
 
 def test_names_of_a_local_file_system(node: Node) -> None:

@@ -202,7 +202,7 @@ class FakeStore:
             raise ObjectChanged(f"{pin.path} has another ETag")
         return msgspec.structs.replace(pin, etag=found.etag)
 
-    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> None:
+    def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into. The second half is read later than the first."""
         length = len(buffer)
         self._begin(Call("read_into", pin.path, offset, length))
@@ -214,6 +214,7 @@ class FakeStore:
                 raise ObjectChanged(f"{pin.path} became shorter")
             buffer[start:stop] = data
             self._moment()
+        return False
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""
