@@ -261,10 +261,11 @@ def leased(
         yield path
     finally:
         os.close(lease)
-        # The kernel tells the daemon of a close and does not wait. This question comes after it, so
-        # when it is answered the lease is gone, and who attaches next sees the store anew.
+        # The kernel tells the daemon of a close and does not wait. This question comes after it and
+        # takes the same way, so when it is answered the lease is gone, and who attaches next sees
+        # the store anew.
         with contextlib.suppress(OSError):
-            os.stat(os.path.dirname(path))
+            os.statvfs(os.path.dirname(path))
 
 
 def tell_metadata_changed(location: Location) -> None:

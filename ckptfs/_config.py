@@ -3,16 +3,15 @@
 | variable | sets | | --- | --- | | CKPTFS_CONFIG | the TOML file (default: ``/etc/ckptfs.toml`` for
 root, else in the user's config folder) | | CKPTFS_SOCKET, CKPTFS_MOUNT, CKPTFS_CACHE_DIR |
 `socket`, `mount`, `cache_dir` |
+
+What only some of that needs is imported there: each process of ckptfs begins with this module.
 """
 
-import difflib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import platformdirs
 
 from ckptfs._model.config import Config
 from ckptfs.errors import ConfigError
@@ -80,23 +79,33 @@ def runtime_dir(environ: Mapping[str, str]) -> Path:
     for candidate in (environ.get("XDG_RUNTIME_DIR"), f"/run/user/{os.geteuid()}"):
         if candidate and os.path.isdir(candidate) and os.stat(candidate).st_uid == os.geteuid():
             return Path(candidate, "ckptfs")
+    import tempfile
+
     return Path(tempfile.gettempdir(), f"ckptfs-{os.geteuid()}")
 
 
 def _default_paths(environ: Mapping[str, str]) -> dict[str, str]:
     runtime = runtime_dir(environ)
-    root = os.geteuid() == 0
-    cache = Path("/var/cache/ckptfs") if root else platformdirs.user_cache_path("ckptfs")
     return {
         "socket": str(runtime / "control.sock"),
         "mount": str(runtime / "mnt"),
-        "cache_dir": str(cache),
+        "cache_dir": str(_cache_dir()),
     }
+
+
+def _cache_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/cache/ckptfs")
+    import platformdirs
+
+    return platformdirs.user_cache_path("ckptfs")
 
 
 def _default_file() -> Path:
     if os.geteuid() == 0:
         return Path("/etc/ckptfs.toml")
+    import platformdirs
+
     return platformdirs.user_config_path("ckptfs") / "ckptfs.toml"
 
 
@@ -112,6 +121,8 @@ def _read(file: Path) -> dict[str, object]:
     known = Config.__struct_fields__
     for key in values:
         if key not in known:
+            import difflib
+
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise ConfigError(f"{file}: unknown key {key!r}; {hint}")

@@ -14,7 +14,6 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pyfuse3
@@ -213,10 +212,11 @@ def _text(name: bytes) -> str:
 def _process_of(thread: int) -> int:
     """The process that a thread belongs to: FUSE tells the thread's id. See proc(5)."""
     try:
-        lines = Path(f"/proc/{thread}/status").read_bytes().splitlines()
+        with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
+            head = file.read(512)  # it is one of the first lines
     except OSError:  # it is gone, or in a namespace that we do not see
         return thread
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"Tgid:")), thread)
+    return int(head.partition(b"\nTgid:")[2].split(maxsplit=1)[0])
 
 
 def _entry(found: Stat) -> pyfuse3.EntryAttributes:

@@ -34,7 +34,6 @@ from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
 from ckptfs._daemon import session
 from ckptfs._filelock import locked
 from ckptfs._model.config import Config
-from ckptfs._scratch import scratch_directory
 from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
 
 _LOCK_WAIT_S = 10.0
@@ -295,6 +294,8 @@ def _private(config: Config, stack: contextlib.ExitStack) -> Config:
         mount = Path(os.path.realpath(folder), "mnt")  # as the kernel names it
         if session.device_of_mount(mount) is not None:
             session.unmount(mount)
+
+    from ckptfs._scratch import scratch_directory  # its imports are a tenth of the keeper's
 
     # `_detach` forks, and the parent is gone then.
     scratch = scratch_directory("ckptfs-private-", end_mount, child_goes_on=True)

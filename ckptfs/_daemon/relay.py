@@ -1,10 +1,12 @@
-"""Between the kernel and libfuse: reads are answered here, all other requests by libfuse.
+"""Between the kernel and libfuse: reads are answered here, nearly all other requests by libfuse.
 
 The relay owns /dev/fuse. libfuse (pyfuse3) serves one end of a SEQPACKET socket pair, one message
 each as on the device, and the relay passes on what is not a read. What that brings:
 
 - a read that hits is one readv(2) and one writev(2), with no task of its own, no copy into a
   message, and no call into libfuse;
+- so are the attributes of the mount's root, which the kernel asks for with every path that leads
+  through it;
 - replies of libfuse can be completed with what it does not know: an open gets its backing id
   (`passthrough`), the listing of a directory that never changes may be remembered by the kernel;
 - /dev/fuse is read without blocking. (libfuse would block in read(2) for a request that is aborted
@@ -26,6 +28,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable
 
@@ -34,13 +37,15 @@ import trio
 from ckptfs._daemon import session
 from ckptfs._daemon.cache import Views
 from ckptfs._daemon.passthrough import Passthrough
+from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import Vfs
 
 log = logging.getLogger(__name__)
 
-_FORGET, _OPEN, _READ, _RELEASE, _FLUSH, _OPENDIR = 2, 14, 15, 18, 25, 27
+_FORGET, _GETATTR, _OPEN, _READ, _RELEASE, _FLUSH, _OPENDIR = 2, 3, 14, 15, 18, 25, 27
 _INTERRUPT, _BATCH_FORGET, _READDIRPLUS = 36, 42, 44
 _READ_IN = struct.Struct("<QQI")  # struct fuse_read_in: fh, offset, size, ... (also of listings)
+_ATTR_OUT = struct.Struct("<QI4x6Q10I")  # struct fuse_attr_out: validity (s, ns), struct fuse_attr
 _OPEN_OUT = struct.Struct("<QIi")  # struct fuse_open_out: fh, open_flags, backing_id
 _KEEP_CACHE, _CACHE_DIR, _PASSTHROUGH = 1 << 1, 1 << 3, 1 << 7  # FOPEN_*
 
@@ -120,6 +125,9 @@ class Relay:
         if opcode == _FLUSH:
             self._fail(unique, errno.ENOSYS)  # nothing to write; the kernel does not ask again
             return
+        if opcode == _GETATTR and inode == MOUNT_ROOT:
+            self._answer(unique, [self._attributes_of_root()])
+            return
         if opcode in (_OPEN, _OPENDIR):
             self._opening[unique] = opcode, inode
         elif opcode == _READDIRPLUS:
@@ -146,6 +154,15 @@ class Relay:
             nursery.start_soon(self._read_later, unique, handle, offset, length)
         else:
             self._answer(unique, views)
+
+    def _attributes_of_root(self) -> memoryview:
+        """They are valid for this once: attachments come and go, and a mount whose daemon is dead
+        has to look so."""
+        found = self._vfs.getattr(MOUNT_ROOT)
+        at_s, at_ns = divmod(found.mtime_ns, 10**9)
+        times = at_s, at_s, at_s, at_ns, at_ns, at_ns
+        owned = stat.S_IFDIR | found.mode, found.nlink, found.uid, found.gid
+        return memoryview(_ATTR_OUT.pack(0, 0, MOUNT_ROOT, 0, 0, *times, *owned, 0, 1 << 20, 0))
 
     async def _read_later(self, unique: int, handle: int, offset: int, length: int) -> None:
         try:

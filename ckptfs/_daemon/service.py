@@ -11,7 +11,8 @@ that waited for one which found the store dark share its answer, instead of aski
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version as version_of
 
 import msgspec
@@ -86,7 +87,7 @@ class Service:
         self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch)
         self.stopped = trio.Event()
         self._attachments: dict[tuple[int, str], Attachment] = {}
-        self._secrets: dict[tuple[int, str], dict[str, str]] = {}
+        self._opened: dict[tuple[int, str], Location] = {}  # what their stores were opened for
         self._locks: dict[tuple[int, str], trio.Lock] = {}
         self._outages: dict[tuple[int, str], tuple[Location, StoreUnavailable]] = {}
         self._ordinal = 0
@@ -131,37 +132,64 @@ class Service:
     ) -> Attachment:
         known = self._attachments.get(key)
         if known is not None and known.in_use:
-            if location.secrets == self._secrets[key]:
+            if location.secrets == self._opened[key].secrets:
                 return known
             store = self._open_store(location, self._config.store_timeout_s)
             await self._offload.control(_prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
                 known.use_store(store)
-                self._secrets[key] = location.secrets
+                self._opened[key] = location
                 return known
             known = self._attachments.get(key)
         if known is None:
             self._check_limit()
-        store = self._open_store(location, self._config.store_timeout_s)
+        lent = self._store_of(known, location)
+        store = lent or self._open_store(location, self._config.store_timeout_s)
+        shown = known.manifest.version if known is not None else ""
         self._ordinal += 1
-        fresh = await self._offload.control(self._build, self._ordinal, location, store, uid, gid)
+        with self._holding(known):
+            manifest, fresh = await self._offload.control(
+                self._build, self._ordinal, location, store, uid, gid, shown
+            )
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
-        if known is not None and (known.in_use or known.manifest.version == fresh.manifest.version):
+        if known is not None and (known.in_use or known.manifest.version == manifest.version):
             known.use_store(store)
-            self._secrets[key] = location.secrets
-            self.metadata.listed_again(known, fresh.manifest)
+            self._opened[key] = location
+            self.metadata.listed_again(known, manifest)
             return known
+        if fresh is None:  # what was shown was detached by force
+            return await self._attach(key, location, uid, gid)
+        if lent is not None:  # it ends with `known`
+            fresh.use_store(self._open_store(location, self._config.store_timeout_s))
         if known is not None:
             fresh.pinned = known.pinned
             self._remove(known)
         self._check_limit()  # other places may have been attached meanwhile
         self._attachments[key] = fresh
-        self._secrets[key] = location.secrets
+        self._opened[key] = location
         self.vfs.add(fresh)
         log.info("attached %s: %d files", fresh.location.uri, len(fresh.manifest.files))
         for skipped in fresh.manifest.skipped[:_SKIPPED_IN_STATUS]:
             log.warning("%s: left out %s: %s", fresh.location.uri, skipped.name, skipped.reason)
         return fresh
+
+    def _store_of(self, known: Attachment | None, location: Location) -> Store | None:
+        """The store of `known`, which has connections, if it is the one that would be opened for
+        `location`. A store that finds its credentials by itself looks for them anew."""
+        same = known is not None and location.secrets and location == self._opened[known.key]
+        return known.store if known is not None and same else None
+
+    @contextmanager
+    def _holding(self, attachment: Attachment | None) -> Generator[None]:
+        """Only `detach` with force ends the attachment, and its store, meanwhile."""
+        if attachment is None:
+            yield
+            return
+        self.hold(attachment)
+        try:
+            yield
+        finally:
+            self.let_go(attachment)
 
     def _check_limit(self) -> None:
         if len(self._attachments) >= self._config.attachments_max:
@@ -171,13 +199,16 @@ class Service:
             )
 
     def _build(
-        self, ordinal: int, location: Location, store: Store, uid: int, gid: int
-    ) -> Attachment:
-        """Blocking. List the store and build everything that follows from the listing."""
-        public = msgspec.structs.replace(location, secrets={})
+        self, ordinal: int, location: Location, store: Store, uid: int, gid: int, shown: str
+    ) -> tuple[Manifest, Attachment | None]:
+        """Blocking. List the store and build everything that follows from the listing, unless it is
+        of the version that is `shown` already."""
         manifest = build_manifest(store.list(self._config.files_max))
+        if manifest.version == shown:
+            return manifest, None
+        public = msgspec.structs.replace(location, secrets={})
         digests = [object_key(public, file).digest() for file in manifest.files]
-        return Attachment(ordinal, public, store, manifest, digests, uid, gid)
+        return manifest, Attachment(ordinal, public, store, manifest, digests, uid, gid)
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
         """Begin to fetch the files that match, in the background; `rate`: bytes per second at
@@ -242,7 +273,7 @@ class Service:
             scope.cancel()
         self.vfs.remove(attachment)
         del self._attachments[attachment.key]
-        del self._secrets[attachment.key]
+        del self._opened[attachment.key]
         attachment.store.close()
         self._forget_name(attachment.name)
         self._last_use_s = trio.current_time()

@@ -5,6 +5,7 @@ public; credentials travel beside it in `secrets`, live in memory only, and are 
 URIs, digests and everything that is stored.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -43,8 +44,10 @@ _IDENTITY: dict[Kind, tuple[str, ...]] = {
 }
 
 
-class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """A directory on a described filesystem.
+
+    What follows from the fields is computed once: it is asked for with every file.
 
     Attributes:
         kind: The type of filesystem.
@@ -61,18 +64,18 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __repr__(self) -> str:
         return f"Location({self.uri!r})"
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Text that is equal for two locations exactly when they name the same directory."""
         options = {name: self.options.get(name, "") for name in _IDENTITY[self.kind]}
         return json.dumps([self.kind, options, self.path], sort_keys=True)
 
-    @property
+    @functools.cached_property
     def store_identity(self) -> str:
         """Like `identity`, without the path: equal for locations in the same store."""
         return msgspec.structs.replace(self, path="").identity
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """12 hex digits of the identity's hash; part of the directory name inside the mount."""
         return hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()

@@ -4,11 +4,12 @@ import os
 import random
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Node
+from conftest import Node, wait_until
 from s3server import S3Server
 
 import ckptfs
@@ -85,6 +86,24 @@ def test_inodes_are_unique_and_stay(node: Node, source: Path, uri_of: UriOf) -> 
             with os.scandir(folder) as entries:
                 for entry in entries:
                     assert entry.inode() == os.stat(entry.path).st_ino
+
+
+def test_the_mounts_root_shows_what_is_attached_now(
+    node: Node, source: Path, uri_of: UriOf
+) -> None:
+    with ckptfs.Checkpoint(uri_of(source)).as_directory():
+        top = os.stat(node.mount)
+        assert (stat.S_ISDIR(top.st_mode), stat.S_IMODE(top.st_mode)) == (True, 0o711)
+        assert (top.st_uid, top.st_gid) == (os.geteuid(), os.getegid())
+        assert (top.st_ino, top.st_nlink, top.st_size, top.st_blocks) == (1, 3, 0, 0)
+        assert top.st_blksize == 1 << 20
+        assert abs(time.time() - top.st_mtime) < 60
+        assert top.st_atime_ns == top.st_ctime_ns == top.st_mtime_ns
+        with ckptfs.Checkpoint(uri_of(source / "layers")).as_directory():
+            both = os.stat(node.mount)
+            assert both.st_nlink == 4
+            assert both.st_mtime_ns > top.st_mtime_ns
+        wait_until(lambda: os.stat(node.mount) == top)
 
 
 def test_statvfs(node: Node, source: Path, uri_of: UriOf) -> None:

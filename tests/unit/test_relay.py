@@ -19,9 +19,10 @@ from ckptfs._daemon import passthrough
 from ckptfs._daemon.fuse import errno_of
 from ckptfs._daemon.passthrough import Passthrough
 from ckptfs._daemon.relay import Relay
+from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs.errors import AccessDenied
 
-LOOKUP, FORGET, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 14, 15, 18, 25, 27
+LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 3, 14, 15, 18, 25, 27
 INTERRUPT, BATCH_FORGET, READDIRPLUS = 36, 42, 44
 KEEP_CACHE, CACHE_DIR, PASSTHROUGH = 2, 8, 128
 SIZE = 2 * MIB + 77
@@ -144,6 +145,18 @@ async def test_a_read_that_waits_holds_up_nobody(ends: Ends, store: FakeStore) -
     ends.ask(read_request(3, handle, 5, 10))
     answers = {await ends.answer(), await ends.answer()}
     assert answers == {reply(2, CONTENT[2 * MIB : 2 * MIB + 10]), reply(3, CONTENT[5:15])}
+
+
+async def test_attributes_of_the_root_do_not_reach_libfuse(ends: Ends) -> None:
+    ends.ask(request(GETATTR, 9, MOUNT_ROOT, b"\0" * 16))
+    answer = await ends.answer()
+    assert answer[:16] == struct.pack("<IiQ", 16 + 104, 0, 9)
+    valid_s, valid_ns, inode = struct.unpack_from("<QI4xQ", answer, 16)
+    assert (valid_s, valid_ns, inode) == (0, 0, MOUNT_ROOT)
+    assert await ends.nothing()
+    other = request(GETATTR, 10, ends.view.attachments[0].tree.root.inode, b"\0" * 16)
+    ends.ask(other)
+    assert await ends.asked() == other
 
 
 async def test_errors_of_reads_are_errnos(ends: Ends, store: FakeStore) -> None:

@@ -261,16 +261,67 @@ async def test_a_held_one_is_joined_whatever_the_store_says(
     assert bench.lists() == 1
 
 
-async def test_one_that_ends_during_the_listing_is_attached_anew(
+async def test_one_that_would_end_during_the_listing_stays(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     first = await bench.attach()
     bench.service.let_go(first)
     bench.offload.latency_s = {"control": 15.0}
-    second = await bench.attach()  # listed for longer than the first one lingered
+    assert await bench.attach() is first  # listed for longer than it would have lingered
+    assert bench.shown() == [first.name]
+    bench.service.let_go(first)
+    await trio.sleep(11)
+    assert bench.shown() == []
+
+
+@pytest.mark.parametrize("changes", [False, True])
+async def test_one_that_is_detached_by_force_during_the_listing_is_attached_anew(
+    bench: Bench, autojump_clock: MockClock, changes: bool
+) -> None:
+    first = await bench.attach(pinned=True)
+    bench.service.let_go(first)
+    if changes:
+        bench.store(PLACE).overwrite("c", b"y")
+    bench.offload.latency_s = {"control": 15.0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.attach)
+        await trio.sleep(5)
+        bench.service.detach(first, force=True)
+        assert bench.shown() == []
+    second = bench.service.find(ME, first.name, None)
+    assert second is not first
+    assert second.clients == 1
+    assert not second.pinned
     assert bench.shown() == [second.name]
-    assert second.held
-    assert bench.service.find(ME, second.name, None) is second
+    assert len(bench.opened) == 2  # the store of the first one ended with it
+
+
+async def test_an_attachment_in_nobodys_use_is_listed_over_its_connections(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    first = await bench.attach(pinned=True)
+    bench.service.let_go(first)
+    assert await bench.attach() is first
+    assert (bench.lists(), len(bench.opened)) == (2, 1)
+    bench.service.let_go(first)
+    others = {"secret_key": "0TH3R"}
+    for place in (
+        msgspec.structs.replace(PLACE, secrets=others),
+        msgspec.structs.replace(PLACE, secrets=others, options={"region": "us"}),
+    ):
+        opened = len(bench.opened)
+        assert await bench.attach(place) is first
+        assert len(bench.opened) == opened + 1
+        bench.service.let_go(first)
+    assert bench.lists() == 4
+
+
+async def test_a_store_that_finds_its_own_credentials_looks_for_them_anew(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    for count in (1, 2):
+        bench.service.let_go(await bench.attach(ELSEWHERE))
+        assert len(bench.opened) == count
 
 
 async def test_a_pinned_one_stays(bench: Bench, autojump_clock: MockClock) -> None:
