@@ -25,6 +25,7 @@ from xml.etree import ElementTree
 from ckptfs._store.awskeys import Chain
 from ckptfs._store.s3options import S3Options
 from ckptfs._store.sigv4 import encoded, encoded_query, signed
+from ckptfs.errors import CkptfsError
 
 _IDLE_MAX = 32
 """Connections kept: as many as `connections_max` and the version checks use at the same time."""
@@ -239,6 +240,8 @@ def read_into(response: http.client.HTTPResponse, buffer: memoryview) -> int:
 def _translated() -> Generator[None]:
     try:
         yield
+    except CkptfsError:  # some are builtin errors, too
+        raise
     except TimeoutError as error:
         raise SilentServer(str(error) or "timed out") from error
     except (OSError, http.client.HTTPException) as error:
