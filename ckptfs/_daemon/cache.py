@@ -62,6 +62,7 @@ from ckptfs.errors import ConfigError
 log = logging.getLogger(__name__)
 
 ABSENT, STORED, VERIFIED, IN_MEMORY, DYING = range(5)
+_READABLE = frozenset((VERIFIED, IN_MEMORY))
 
 SETTLED_S = 900
 """Age after which size and mtime alone identify a version. mtime has whole seconds, so a younger
@@ -119,8 +120,13 @@ class CachedObject:
 
     def readable(self, blocks: range) -> bool:
         """Whether all of `blocks` can be read with no check and no fetch."""
-        state = self.state
-        return all(state[i] in (VERIFIED, IN_MEMORY) for i in blocks)
+        return _READABLE.issuperset(self.state[blocks.start : blocks.stop])
+
+    def absent(self, blocks: range) -> list[int]:
+        """Those of `blocks` that are nowhere here."""
+        if self.state.find(ABSENT, blocks.start, blocks.stop) < 0:
+            return []
+        return [index for index in blocks if self.state[index] == ABSENT]
 
 
 class Reservation:
@@ -348,19 +354,17 @@ class Cache:
         """Fill `view` from the page cache; False: not all of it is there."""
         if not self._nowait:
             return False
-        done = 0
         try:
             # A short read is not the end of the file: see RWF_NOWAIT, preadv(2).
-            while done < len(view):
-                count = os.preadv(entry.files.data, [view[done:]], offset + done, self._nowait)
-                if count == 0:
-                    return False
-                done += count
+            while count := os.preadv(entry.files.data, [view], offset, self._nowait):
+                if count == len(view):
+                    return True
+                view = view[count:]
+                offset += count
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 self._nowait = 0  # a file system without it: every read takes a thread
-            return False
-        return True
+        return False
 
     @staticmethod
     def load(entry: CachedObject, index: int, checksum: int) -> bytes | None:

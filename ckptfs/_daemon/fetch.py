@@ -314,13 +314,13 @@ class Fetcher:
         if file.changed or file.readahead is None:
             return
         entry = file.entry
-        state = entry.state
-        needed = [i for i in blocks_of(offset, length) if state[i] == ABSENT]
-        self._want(file, entry, needed, Priority.DEMAND)
+        if needed := entry.absent(blocks_of(offset, length)):
+            self._want(file, entry, needed, Priority.DEMAND)
         ahead = file.readahead.access(offset, length)
         if file.readahead.is_read_whole:
             self._read_whole.add(file.store)
-        self._want(file, entry, [i for i in ahead if state[i] == ABSENT], Priority.READAHEAD)
+        if ahead and (wanted := entry.absent(ahead)):
+            self._want(file, entry, wanted, Priority.READAHEAD)
 
     async def fetch(
         self, file: RemoteFile, blocks: range, priority: Priority = Priority.PREFETCH

@@ -42,7 +42,7 @@ kernel, or Python's buffer (of st_blksize, see `fuse`), and the kernel's own rea
 _PAGE_BYTES = 4096
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Cursor:
     anchor: int  # a byte that the program surely asked for with its first access
     position: int  # first byte after the furthest access
@@ -69,6 +69,7 @@ class Readahead:
         self._size = size
         self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
+        self._read_bytes = 0  # by all of them
         self._parts = parts
         self._part_read: int = -1  # the last part that somebody surely read, and how many in a row
         self._parts_in_row: int = 0
@@ -83,7 +84,7 @@ class Readahead:
         """Whether most of it was read, piece by piece; never so of a small file."""
         if self._size <= 2 * _TOUCH_BYTES:
             return False
-        return sum(cursor.read_bytes for cursor in self._cursors) > self._size // 2
+        return self._read_bytes > self._size // 2
 
     @property
     def is_asked_whole(self) -> bool:
@@ -115,10 +116,11 @@ class Readahead:
 
     def _follow(self, offset: int, length: int) -> range:
         stop = offset + length
-        cursor = self._find(offset, stop)
+        cursor = self._find(offset)
         if cursor is None:
             if len(self._cursors) >= CURSORS_MAX:
-                del self._cursors[0]
+                self._read_bytes -= self._cursors.pop(0).read_bytes
+            self._read_bytes += length
             first_after = block_count(stop)
             # A page fault comes with as much before as after it, and at the start of its page.
             anchor = offset + min(length // 2 + _PAGE_BYTES, length - 1)
@@ -128,22 +130,24 @@ class Readahead:
         cursor.from_start |= offset < BLOCK_BYTES  # its first request may have been overtaken
         if stop <= cursor.position:
             return range(0)
-        cursor.read_bytes += min(length, stop - cursor.position)
+        forward = min(length, stop - cursor.position)
+        cursor.read_bytes += forward
+        self._read_bytes += forward
         cursor.position = stop
         return self._advance(cursor)
 
-    def _find(self, offset: int, stop: int) -> _Cursor | None:
-        near = [
-            c
-            for c in self._cursors
-            if c.position - _REACH_BYTES <= offset <= c.position + _REACH_BYTES
-        ]
-        if not near:
-            return None
-        cursor = min(near, key=lambda c: abs(c.position - offset))
-        self._cursors.remove(cursor)
-        self._cursors.append(cursor)
-        return cursor
+    def _find(self, offset: int) -> _Cursor | None:
+        """The nearest cursor, if `offset` belongs to it. A plain loop: every read runs it."""
+        nearest = None
+        distance_max = _REACH_BYTES
+        for cursor in self._cursors:
+            distance = abs(cursor.position - offset)
+            if distance <= distance_max:
+                nearest, distance_max = cursor, distance - 1
+        if nearest is not None and nearest is not self._cursors[-1]:
+            self._cursors.remove(nearest)
+            self._cursors.append(nearest)
+        return nearest
 
     def _advance(self, cursor: _Cursor) -> range:
         window, limit = self._window(cursor)

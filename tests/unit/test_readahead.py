@@ -215,6 +215,16 @@ def test_the_least_recently_used_cursor_is_forgotten() -> None:
     assert not readahead.access(places[1] + MIB, MIB)
 
 
+def test_what_a_forgotten_cursor_has_read_counts_no_more() -> None:
+    readahead = Readahead(200 * MIB, WINDOW)
+    for position in range(0, 101 * MIB, MIB):
+        readahead.access(position, MIB)
+    for index in range(CURSORS_MAX):
+        assert readahead.is_read_whole
+        readahead.access((104 + 3 * index) * MIB, 4096)
+    assert not readahead.is_read_whole
+
+
 def test_a_step_back_costs_the_cursor_nothing() -> None:
     readahead = Readahead(300 * MIB, WINDOW)
     reference = Readahead(300 * MIB, WINDOW)
