@@ -4,13 +4,16 @@ Each span is read from the store into a buffer of its own. Readers are served fr
 that is fetched shortly before it is read never comes back from the disk, and the disk is written
 past the page cache (`cachedir.write`). Fresh memory costs a page fault for every 4 KiB, which took
 up to half of the throughput, so buffers are used again, oldest first: what was fetched first was
-most likely read first.
+most likely read first. Huge pages (where the kernel has them for those who ask) make it cheaper
+still: fewer page faults, and a write to the disk is few large segments instead of 4 KiB each. A
+cold read of 1 GiB on a virtual machine took 1.6 to 2.0 s with them and 2.5 to 2.8 s without.
 
 A buffer is *busy* (being filled or written to the disk), *kept* (its blocks are readable, and it
 can be taken when there is no other room) or *free*. Sizes are powers of two, so that they fit
 again. All methods belong to the event loop.
 """
 
+import contextlib
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,7 +33,11 @@ class Buffer(Generic[Owner]):
     """One span's memory, page-aligned. `owner` and `blocks` say whose bytes are kept in it."""
 
     def __init__(self, capacity: int) -> None:
-        self.view = memoryview(mmap.mmap(-1, capacity))
+        # Private: what is shared is tmpfs to the kernel, mostly without huge pages.
+        memory = mmap.mmap(-1, capacity, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(memory)
         self.owner: Owner | None = None
         self.blocks = range(0)
 
