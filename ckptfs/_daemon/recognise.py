@@ -15,7 +15,6 @@ What cannot be fetched or makes no sense is not asked for again before the file 
 ``.metadata``: in this attachment); errors are noted at the files.
 """
 
-import functools
 import logging
 import os
 import time
@@ -39,6 +38,9 @@ _SMALL_BYTES = 4 * BLOCK_BYTES
 """Files that are not larger gain nothing: readahead trusts in a part after three blocks of it."""
 _HEAD_BYTES = formats.SAFETENSORS_PREFIX_BYTES + 1
 """Enough to tell the formats apart."""
+_HOLD_S = 10.0
+"""How long the beginning of the next file stays in memory where nobody opens it, if nothing else
+needs that memory. From the disk it would come back 1 MiB at a time, and be checked."""
 _PAUSE_S = 0.0005
 """How long parsing lets go of the interpreter's lock, as often as it has held it for as long."""
 
@@ -92,10 +94,11 @@ class Recogniser:
         file = attachment.file(following.index)
         length = min(following.size, self._fetcher.window_bytes_max)
         if length:
-            fetch = functools.partial(
-                self._fetcher.fetch, file, blocks_of(0, length), Priority.READAHEAD
-            )
-            self._start(attachment, file, fetch)
+            self._start(attachment, file, lambda: self._begin(file, length))
+
+    async def _begin(self, file: RemoteFile, length: int) -> None:
+        await self._fetcher.fetch(file, blocks_of(0, length), Priority.READAHEAD)
+        await trio.sleep(_HOLD_S)  # the memory of a file that nobody has open is given up
 
     def look_at_head(self, file: RemoteFile) -> None:
         """Learn what can be learned from an open file's header, if that is there.
