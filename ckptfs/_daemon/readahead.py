@@ -40,6 +40,9 @@ _TOUCH_BYTES = _REACH_BYTES + BLOCK_BYTES
 """As much may come with a program's read of a few bytes, so less proves nothing: a request of the
 kernel, or Python's buffer (of st_blksize, see `fuse`), and the kernel's own readahead behind it."""
 _PAGE_BYTES = 4096
+_STEP_BYTES = 8 * BLOCK_BYTES
+"""As much is asked for at once, if the window allows it: one large request. In larger steps fewer
+connections would be in use: half as many just before the next step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -185,7 +188,8 @@ def _ahead(asked: int, position: int, window: int, limit: int) -> range:
     end = block_count(limit)
     target = min((position + window) // BLOCK_BYTES, end)
     start = max(asked, block_count(position))  # the first block not touched yet
-    # Ask for half of the window at a time: fewer and larger requests.
-    if target < end and (target - start) * BLOCK_BYTES * 2 < window:
+    # Ask for half of a small window at a time, and for a whole request of a large one.
+    step = min(window // 2, _STEP_BYTES)
+    if target < end and (target - start) * BLOCK_BYTES < step:
         return range(0)
     return range(start, max(start, target))
