@@ -25,8 +25,8 @@ from ckptfs._store.filesystems import (
     local_path_of,
     wrapped,
 )
+from ckptfs._store.onfilesystem import store_of
 from ckptfs._store.private import dump
-from ckptfs._store.resolve import store_of
 from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound, LocationError
 
 Mode = Literal["auto", "mount", "copy"]

@@ -33,6 +33,11 @@ def test_the_keeper_is_small() -> None:
     assert not imported_by("import ckptfs._daemon.keeper").intersection(HEAVY)
 
 
+def test_a_daemon_for_s3_needs_no_pyarrow() -> None:
+    imported = imported_by("import ckptfs._daemon.app, ckptfs._store.s3")
+    assert not imported & {"pyarrow", "numpy", "botocore", "fsspec"}
+
+
 def test_the_installed_package_is_tested() -> None:
     source = Path(__file__).parents[1] / "ckptfs"
     installed = Path(ckptfs.__file__).parent
@@ -43,7 +48,7 @@ def test_a_client_needs_no_compiler() -> None:
     plain = {
         re.split(r"[^\w-]", line)[0] for line in requires("ckptfs") or [] if "extra" not in line
     }
-    assert plain == {"msgspec", "platformdirs", "pyarrow", "rich", "tomli", "typer"}
+    assert plain == {"botocore", "msgspec", "platformdirs", "pyarrow", "rich", "tomli", "typer"}
 
 
 def test_types_and_semantics_are_shipped() -> None:

@@ -28,7 +28,6 @@ from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._model.config import Config
-from ckptfs._store import private
 from ckptfs._store.resolve import OpenStore, open_store
 from ckptfs.errors import CkptfsError
 
@@ -53,7 +52,7 @@ def main() -> None:
     config = msgspec.json.decode(settings, type=Config)
     _raise_descriptor_limit()
     try:
-        opener = private.opener(pickled) if pickled else open_store
+        opener = _private_opener(pickled) if pickled else open_store
         cache = Cache(
             Path(config.cache_dir),
             config.cache_bytes_max,
@@ -74,6 +73,12 @@ def main() -> None:
     logging.shutdown()
     # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
     os._exit(0)
+
+
+def _private_opener(pickled: bytes) -> OpenStore:
+    from ckptfs._store import private  # it needs pyarrow, which most daemons can do without
+
+    return private.opener(pickled)
 
 
 async def _run(

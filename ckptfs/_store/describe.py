@@ -9,9 +9,10 @@ nothing that arrives can name code to run.
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckptfs._model.location import Kind, Location, Option
+from ckptfs._store.descriptions import DESCRIPTIONS
 from ckptfs._store.filesystems import (
     FileSystem,
     fsspec_name,
@@ -25,73 +26,6 @@ from ckptfs.errors import LocationError
 class NotDescribable(LocationError):
     """A filesystem of a type, or with an option, that no `Location` can say."""
 
-
-class Description(NamedTuple):
-    """Which constructor options of a filesystem type cross the border. `type_name` is the class's
-    name, of fsspec's after that of its package."""
-
-    type_name: str
-    public: frozenset[str]
-    secret: frozenset[str]
-
-
-DESCRIPTIONS: dict[Kind, Description] = {
-    "s3": Description(
-        "S3FileSystem",
-        frozenset(
-            [
-                "anonymous",
-                "region",
-                "scheme",
-                "endpoint_override",
-                "role_arn",
-                "session_name",
-                "external_id",
-                "load_frequency",
-                "force_virtual_addressing",
-                "tls_ca_file_path",
-            ]
-        ),
-        frozenset({"access_key", "secret_key", "session_token"}),
-    ),
-    "gcs": Description(
-        "GcsFileSystem",
-        frozenset(
-            ["anonymous", "scheme", "endpoint_override", "target_service_account", "project_id"]
-        ),
-        frozenset(),
-    ),
-    "azure": Description(
-        "AzureFileSystem",
-        frozenset(
-            [
-                "account_name",
-                "blob_storage_authority",
-                "blob_storage_scheme",
-                "dfs_storage_authority",
-                "dfs_storage_scheme",
-                "client_id",
-                "tenant_id",
-            ]
-        ),
-        frozenset({"account_key", "client_secret", "sas_token"}),
-    ),
-    "hdfs": Description("HadoopFileSystem", frozenset({"host", "port", "user"}), frozenset()),
-    "local": Description("LocalFileSystem", frozenset(), frozenset()),
-    "hf": Description(
-        "huggingface_hub.HfFileSystem", frozenset({"endpoint"}), frozenset({"token"})
-    ),
-    "http": Description(
-        "fsspec.HTTPFileSystem",
-        frozenset({"encoded", "same_scheme", "simple_links"}),
-        frozenset(),
-    ),
-    "az": Description(
-        "adlfs.AzureBlobFileSystem",
-        frozenset({"account_name", "anon", "client_id", "tenant_id"}),
-        frozenset({"account_key", "client_secret", "connection_string", "sas_token"}),
-    ),
-}
 
 # Environment variables that stand in for constructor options. The caller's must win over the
 # daemon's, which may have been started from another shell. Secrets: only where none is given.

@@ -113,7 +113,7 @@ class _Stored(MutableMapping[str, Any]):
         from ckptfs._store import metadata
         from ckptfs._store.describe import describe
         from ckptfs._store.filesystems import filesystem_of
-        from ckptfs._store.resolve import store_of
+        from ckptfs._store.onfilesystem import store_of
 
         filesystem, path = filesystem_of(uri)
         self._location = describe(filesystem, path)

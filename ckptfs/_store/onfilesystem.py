@@ -1,0 +1,88 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+"""Stores on filesystems of pyarrow or fsspec: a Location's, or one of this process."""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from ckptfs._model.location import Kind, Location
+from ckptfs._store import fsspec
+from ckptfs._store.arrow import ArrowStore
+from ckptfs._store.base import Store
+from ckptfs._store.describe import describe
+from ckptfs._store.filesystems import FileSystem, fsspec_of, unwrapped, wrapped
+from ckptfs._store.fsspec import FsspecStore
+from ckptfs.errors import LocationError
+
+
+def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
+    """The store at a location that is not S3, whose options and secrets are these.
+
+    Raises LocationError.
+    """
+    try:
+        filesystem = _BUILDERS[location.kind](options, timeout_s)
+    except ImportError as error:
+        needed = fsspec.PACKAGES.get(location.kind) or error.name
+        raise LocationError(
+            f"{location.uri}: the ckptfs daemon needs {needed}; install it where it runs"
+        ) from None
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        cause = str(error).partition("\n")[0]
+        raise LocationError(f"{location.uri}: {cause}; check the options") from None
+    return store_on(filesystem, location.path, location.uri)
+
+
+def store_of(filesystem: FileSystem, path: str) -> Store:
+    """The store at `path` on a filesystem of this very process, of whatever type."""
+    return store_on(*unwrapped(filesystem, path), name_of(filesystem, path))
+
+
+def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
+    """The store at `path` on an unwrapped filesystem; `name` is for messages."""
+    inner = fsspec_of(filesystem)
+    return ArrowStore(filesystem, path, name) if inner is None else FsspecStore(inner, path, name)
+
+
+def name_of(filesystem: FileSystem, path: str) -> str:
+    """A name for messages: the URI where there is one."""
+    try:
+        return describe(filesystem, path).uri
+    except LocationError:
+        return f"{filesystem.type_name}:{path}"
+
+
+def _gcs(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
+    # The default is 15 minutes of silent retries.
+    return pafs.GcsFileSystem(**options, retry_time_limit=timedelta(seconds=timeout_s))
+
+
+def _azure(options: Mapping[str, Any], _: float) -> FileSystem:
+    return pafs.AzureFileSystem(**options)
+
+
+def _hdfs(options: Mapping[str, Any], _: float) -> FileSystem:
+    return pafs.HadoopFileSystem(**options)
+
+
+def _local(_options: Mapping[str, Any], _: float) -> FileSystem:
+    return pafs.LocalFileSystem()
+
+
+def _of_fsspec(protocol: str) -> Callable[[Mapping[str, Any], float], FileSystem]:
+    return lambda options, timeout_s: wrapped(fsspec.build(protocol, options, timeout_s))
+
+
+_BUILDERS: dict[Kind, Callable[[Mapping[str, Any], float], FileSystem]] = {
+    "gcs": _gcs,
+    "azure": _azure,
+    "hdfs": _hdfs,
+    "local": _local,
+    "hf": _of_fsspec("hf"),
+    "http": _of_fsspec("https"),
+    "az": _of_fsspec("az"),
+}
