@@ -133,7 +133,8 @@ class Attachment:
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""
-        self.store.close()
+        if store is not self.store:
+            self.store.close()
         self.store = store
         for file in self.files.values():
             file.store = store

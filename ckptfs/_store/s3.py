@@ -80,14 +80,17 @@ class S3Store:
         while True:
             page = _repeat(functools.partial(self._page, query), self.name)
             about = _fields(page)
-            for child in page:
-                if _tag(child) == "Contents":
-                    exists = True
-                    self._take_in(_fields(child), listing, about.get("EncodingType") == "url")
-            check_count(self.name, len(listing.files) + len(listing.directories), files_max)
+            items = [child for child in page if _tag(child) == "Contents"]
+            for item in items:
+                self._take_in(_fields(item), listing, about.get("EncodingType") == "url")
+            exists |= bool(items)
+            found = len(listing.files) + len(listing.directories) + len(listing.skipped)
+            check_count(self.name, found, files_max)
             token = about.get("NextContinuationToken", "")
             if about.get("IsTruncated") != "true" or not token:
                 break
+            if not items:
+                raise StoreError(f"{self.name}: the store's listing has no end; check the store")
             query["continuation-token"] = token
         if not exists:
             raise self._why_not_found()

@@ -96,8 +96,11 @@ class S3Client:
 
     def close(self) -> None:
         """Close the connections that are idle now; those in use are closed when they are."""
+        self._is_open = False
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         with self._lock:
-            self._is_open = False
             idle, self._idle = self._idle, []
         for _, connection in idle:
             connection.close()
@@ -131,6 +134,7 @@ class S3Client:
             if region := self._other_region(response):
                 connection.close()
                 self._region = region
+                self._close_idle()  # those may lead to a host of the other region
                 connection, response = self._send(method, key, query, headers, body)
             try:
                 if response.status not in expected:
@@ -188,14 +192,13 @@ class S3Client:
     # -- connections
 
     def _take(self, host: str) -> tuple[http.client.HTTPConnection, bool]:
-        """A connection to `host`, and whether it served before."""
+        """A connection, to `host` if it is a new one, and whether it served before."""
         dropped: list[http.client.HTTPConnection] = []
         found = None
         with self._lock:
             while self._idle and found is None:
                 since_s, connection = self._idle.pop()
-                fresh = time.monotonic() - since_s < _IDLE_S
-                if fresh and connection.host == host.partition(":")[0] and _is_quiet(connection):
+                if time.monotonic() - since_s < _IDLE_S and _is_quiet(connection):
                     found = connection
                 else:
                     dropped.append(connection)

@@ -362,6 +362,15 @@ def test_listings_of_servers_that_differ(server: Scripted) -> None:
     assert "continuation-token=next%26page" in server.requests[1][1]
 
 
+def test_a_listing_without_end(server: Scripted) -> None:
+    server.answers = [page("run/a", token="1"), page(token="2")]
+    with pytest.raises(StoreError, match="has no end"):
+        store_at(server.endpoint).list(9)
+    server.answers = [page("run/a//b", "run/c/", token="1")]
+    with pytest.raises(LimitExceeded, match="files_max = 9"):
+        store_at(server.endpoint).list(9)
+
+
 BOMB = (
     b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">'
     + b"".join(b'<!ENTITY %c "%s">' % (98 + i, b"&%c;" % (97 + i) * 10) for i in range(12))
@@ -443,6 +452,16 @@ def test_connections_are_kept_and_replaced(server: Scripted) -> None:
     read(store, PIN, 0, 2)
     read(store, PIN, 0, 2)
     assert server.connections == 2
+
+
+def test_a_closed_store_keeps_no_connection(server: Scripted) -> None:
+    store = store_at(server.endpoint)
+    server.answers = [ranged(0, b"01", 10)]
+    read(store, PIN, 0, 2)
+    store.close()
+    read(store, PIN, 0, 2)
+    read(store, PIN, 0, 2)
+    assert server.connections == 3
 
 
 def test_requests_are_not_signed_for_nobody(server: Scripted) -> None:
