@@ -30,7 +30,7 @@ def keys_for(options: S3Options, name: str) -> Chain:
     if options.access_key and not options.role_arn:
         keys = Keys(options.access_key, options.secret_key, options.session_token)
         return lambda: keys
-    # Found when they are first asked for: a chain may wait for an instance that is none.
+    # Found when they are first asked for, which may take time.
     found = functools.cache(lambda: _credentials(options))
 
     def renewed() -> Keys | None:
@@ -63,9 +63,10 @@ def _credentials(options: S3Options) -> Any:
     from botocore.session import Session
 
     session = Session()
-    source = session.get_credentials()
-    if options.access_key:
+    if options.access_key:  # the chain is not asked then: it may wait for an instance that is none
         source = Credentials(options.access_key, options.secret_key, options.session_token or None)
+    else:
+        source = session.get_credentials()
     if not options.role_arn or source is None:
         return source
     extra: dict[str, str | int] = {"DurationSeconds": options.load_frequency}
