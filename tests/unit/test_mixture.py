@@ -125,22 +125,22 @@ class Run:
             if isinstance(step, Evict):
                 self._evict(path)
                 continue
-            self.view.vfs.open(inode)
+            handle = self.view.vfs.open(inode)
             try:
                 if isinstance(step, Read):
-                    await self._read(inode, content, step)
+                    await self._read(handle, content, step)
                 elif isinstance(step, Lend):
                     await self._lend(inode, content, step)
                 else:
                     await self._prefetch(path, step)
             finally:
-                self.view.vfs.release(inode)
+                self.view.vfs.release(handle)
             self._check_limits()
 
-    async def _read(self, inode: int, content: bytes, step: Read) -> None:
+    async def _read(self, handle: int, content: bytes, step: Read) -> None:
         offset = int(step.start * len(content))
         with self._planned_faults():
-            data = await self.view.read(inode, offset, step.length)
+            data = await self.view.read(handle, offset, step.length)
             assert data == content[offset : offset + step.length]
         await trio.sleep(step.pause_s)
 

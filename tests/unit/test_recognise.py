@@ -73,18 +73,18 @@ async def test_of_an_archive_the_end_is_looked_at_and_a_tensor_fetched_whole(
     raw, places = torch_zip()
     store = FakeStore({"any name": raw})
     async with view_in(tmp_path) as view:
-        inode = opened(view, view.attach(store), "any name")
-        assert await view.read(inode, 0, 4) == b"PK\x03\x04"
-        await view.read(inode, 0, 4096)
+        file = opened(view, view.attach(store), "any name")
+        assert await view.read(file, 0, 4) == b"PK\x03\x04"
+        await view.read(file, 0, 4096)
         await settled(view)
         last = (len(raw) - 1) // MIB
         assert fetched(store, "any name") - {last - 1} == {0, last}
         start, stop = places[1]
-        await walk(view, inode, start - 64, 4 * MIB)
+        await walk(view, file, start - 64, 4 * MIB)
         await settled(view)
         tensor = set(blocks_of(start, stop - start))
         assert fetched(store, "any name") - {last - 1} == {0, last} | tensor
-        assert await view.read(inode, start + 5, MIB) == TENSORS[1][5 : 5 + MIB]
+        assert await view.read(file, start + 5, MIB) == TENSORS[1][5 : 5 + MIB]
 
 
 async def test_a_header_that_the_kernel_keeps_is_not_lost(tmp_path: Path) -> None:
@@ -92,19 +92,19 @@ async def test_a_header_that_the_kernel_keeps_is_not_lost(tmp_path: Path) -> Non
     store = FakeStore({"a": raw})
     async with view_in(tmp_path) as view:
         attachment = view.attach(store)
-        inode = opened(view, attachment, "a")
-        await view.read(inode, 0, 4)
-        view.vfs.release(inode)
+        file = opened(view, attachment, "a")
+        await view.read(file, 0, 4)
+        view.vfs.release(file)
         await settled(view)
         assert fetched(store, "a") == {0}  # who only looked at it gets no more
         for _ in range(2):
-            opened(view, attachment, "a")
-            await view.read(inode, places[2][0], 4096)
+            file = opened(view, attachment, "a")
+            await view.read(file, places[2][0], 4096)
             await settled(view)
-            view.vfs.release(inode)
-        opened(view, attachment, "a")
+            view.vfs.release(file)
+        file = opened(view, attachment, "a")
         start, stop = places[1]
-        await walk(view, inode, start, 4 * MIB)
+        await walk(view, file, start, 4 * MIB)
         await settled(view)
         assert set(blocks_of(start, stop - start)) <= fetched(store, "a")
         assert len(fetched(store, "a")) <= 16
@@ -122,14 +122,14 @@ async def test_an_archive_that_makes_no_sense_is_a_file_like_others(
     }[damage]
     store = FakeStore({"a": raw})
     async with view_in(tmp_path) as view:
-        inode = opened(view, view.attach(store), "a")
+        file = opened(view, view.attach(store), "a")
         for length in (4, 4096):
-            await view.read(inode, 0, length)
+            await view.read(file, 0, length)
             await settled(view)
         assert (len(fetched(store, "a")) == 1) == (damage == "small")
-        await walk(view, inode, 0, 3 * MIB)
+        await walk(view, file, 0, 3 * MIB)
         await settled(view)
-        assert await view.read(inode, 3 * MIB, MIB) == raw[3 * MIB : 4 * MIB]
+        assert await view.read(file, 3 * MIB, MIB) == raw[3 * MIB : 4 * MIB]
 
 
 # -- safetensors
@@ -139,10 +139,10 @@ async def test_a_safetensors_header_is_enough(tmp_path: Path) -> None:
     raw = save({name: np.zeros(TENSOR_BYTES, np.uint8) for name in "abc"})
     store = FakeStore({"file": raw})
     async with view_in(tmp_path) as view:
-        inode = opened(view, view.attach(store), "file")
-        await view.read(inode, 0, 4096)
+        file = opened(view, view.attach(store), "file")
+        await view.read(file, 0, 4096)
         start = len(raw) - 2 * TENSOR_BYTES
-        await walk(view, inode, start, 4 * MIB)
+        await walk(view, file, start, 4 * MIB)
         await settled(view)
         assert fetched(store, "file") == {0} | set(blocks_of(start, TENSOR_BYTES))
 
@@ -171,16 +171,16 @@ async def test_an_item_is_fetched_whole_and_only_it(tmp_path: Path, folder: str)
     item_bytes = len(archives(1))
     async with view_in(tmp_path) as view:
         attachment = view.attach(store)
-        inode = opened(view, attachment, f"{folder}x")
-        await view.read(inode, item_bytes, 4096)
+        file = opened(view, attachment, f"{folder}x")
+        await view.read(file, item_bytes, 4096)
         await settled(view)
         assert fetched(store, f"{folder}.metadata") == {0}
-        await walk(view, inode, item_bytes, 4 * MIB)
+        await walk(view, file, item_bytes, 4 * MIB)
         await settled(view)
         assert fetched(store, f"{folder}x") == set(blocks_of(item_bytes, item_bytes))
         # The other file, too, and neither its end nor the metadata is looked at for that.
-        inode = opened(view, attachment, f"{folder}y")
-        await walk(view, inode, 0, 4 * MIB)
+        file = opened(view, attachment, f"{folder}y")
+        await walk(view, file, 0, 4 * MIB)
         await settled(view)
         assert fetched(store, f"{folder}y") == set(blocks_of(0, item_bytes))
         assert len(store.reads(f"{folder}.metadata")) == 1
@@ -216,13 +216,13 @@ async def test_another_metadata_file_costs_a_block_and_hides_nothing(
     raw, places = torch_zip()
     store = FakeStore({"a": raw, ".metadata": metadata})
     async with view_in(tmp_path) as view:
-        inode = opened(view, view.attach(store), "a")
+        file = opened(view, view.attach(store), "a")
         for length in (4, 4096, 4096):
-            await view.read(inode, 0, length)
+            await view.read(file, 0, length)
             await settled(view)
         assert fetched(store, ".metadata") <= {0}
         start, stop = places[1]
-        await walk(view, inode, start, 4 * MIB)
+        await walk(view, file, start, 4 * MIB)
         await settled(view)
         assert set(blocks_of(start, stop - start)) <= fetched(store, "a")
 
@@ -230,9 +230,9 @@ async def test_another_metadata_file_costs_a_block_and_hides_nothing(
 async def test_items_that_make_no_sense_leave_a_file_like_others(tmp_path: Path) -> None:
     store = checkpoint(item_bytes=100 * MIB)
     async with view_in(tmp_path) as view:
-        inode = opened(view, view.attach(store), "x")
+        file = opened(view, view.attach(store), "x")
         for offset in (0, 4096, 8192, 20 * MIB, 21 * MIB):
-            await view.read(inode, offset, 4096)
+            await view.read(file, offset, 4096)
             await settled(view)
         assert len(fetched(store, "x")) <= 5  # its end, too: it looks like an archive
 
@@ -245,11 +245,11 @@ async def test_what_fails_to_be_learned_harms_nobody(tmp_path: Path) -> None:
     store.fail("read_into", AccessDenied(".metadata: access denied"), at=2)
     async with view_in(tmp_path, connections_max=1) as view:
         attachment = view.attach(store)
-        inode = opened(view, attachment, "x")
-        await view.read(inode, 20 * MIB, 4096)
+        file = opened(view, attachment, "x")
+        await view.read(file, 20 * MIB, 4096)
         await settled(view)
         assert "access denied" in attachment.error
-        await walk(view, inode, 20 * MIB, 3 * MIB)
+        await walk(view, file, 20 * MIB, 3 * MIB)
         await settled(view)
         assert len(store.reads(".metadata")) == 1
 
@@ -264,12 +264,12 @@ async def test_an_unexpected_error_is_logged_and_harms_nobody(
     store = checkpoint()
     async with view_in(tmp_path) as view:
         attachment = view.attach(store)
-        inode = opened(view, attachment, "x")
-        await view.read(inode, 0, 4096)
+        file = opened(view, attachment, "x")
+        await view.read(file, 0, 4096)
         await settled(view)
         assert "a mistake" in caplog.text
         assert list(attachment.layouts.values()) == [{}]
-        await view.read(inode, 30 * MIB, 4096)
+        await view.read(file, 30 * MIB, 4096)
 
 
 async def test_what_is_being_learned_ends_with_the_attachment(
@@ -305,15 +305,15 @@ async def test_who_reads_file_after_file_finds_the_next_one_begun(tmp_path: Path
         attachment = view.attach(store)
         for name in ("m-1.x", "m-2.x"):
             assert fetched(store, "m-3.x") == set()
-            inode = opened(view, attachment, name)
-            await walk(view, inode, 0, 12 * MIB)
-            view.vfs.release(inode)
+            file = opened(view, attachment, name)
+            await walk(view, file, 0, 12 * MIB)
+            view.vfs.release(file)
             await settled(view)
         assert fetched(store, "m-3.x") == set(range(8))  # as far as a window
         assert fetched(store, "m-4.x") == fetched(store, "m-3.json") == set()
-        inode = opened(view, attachment, "m-3.x")
-        await walk(view, inode, 0, 12 * MIB)
-        inode = opened(view, attachment, "m-4.x")
-        await walk(view, inode, 0, 12 * MIB)  # the last one: what comes next is a directory
+        file = opened(view, attachment, "m-3.x")
+        await walk(view, file, 0, 12 * MIB)
+        file = opened(view, attachment, "m-4.x")
+        await walk(view, file, 0, 12 * MIB)  # the last one: what comes next is a directory
         await settled(view)
         assert fetched(store, "m-9.x/below") == fetched(store, "m-3.json") == set()

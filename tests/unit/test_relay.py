@@ -52,6 +52,7 @@ class Ends:
 
     def __init__(self, view: View) -> None:
         self.view = view
+        self.kernel_handles: list[int] = []
         self._kernel, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._libfuse, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._session, ours):
@@ -59,7 +60,8 @@ class Ends:
         for end in (self._kernel, self._libfuse):
             end.settimeout(0)
         self.lent = Passthrough(self._session.fileno(), view.vfs, on=True)
-        self.relay = Relay(self._session.fileno(), ours, view.vfs, self.lent, errno_of)
+        handles = view.handoff.handles
+        self.relay = Relay(self._session.fileno(), ours, view.vfs, self.lent, handles, errno_of)
 
     def ask(self, message: bytes) -> None:
         """As the kernel."""
@@ -241,19 +243,23 @@ def ioctl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ioctl]:
 
 
 async def _kernel_opens(ends: Ends, unique: int) -> bytes:
-    """Open a.bin as the kernel does; the reply."""
+    """Open a.bin as the kernel does; the reply, with 0 for the handle."""
     inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
     ends.ask(request(OPEN, unique, inode, b"\0" * 8))
     await ends.asked()
-    ends.say(reply(unique, open_out(_open(ends), KEEP_CACHE)))
-    return (await ends.answer())[16:]
+    handle = _open(ends)
+    ends.kernel_handles.append(handle)
+    ends.say(reply(unique, open_out(handle, KEEP_CACHE)))
+    answered = (await ends.answer())[16:]
+    assert answered[:8] == struct.pack("<Q", handle)
+    return open_out(0)[:8] + answered[8:]
 
 
 async def _kernel_releases(ends: Ends) -> None:
     inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
-    ends.ask(request(RELEASE, 90, inode, b"\0" * 24))
-    await ends.asked()
-    ends.view.vfs.release(inode)
+    handle = ends.kernel_handles.pop()
+    ends.ask(request(RELEASE, 90, inode, struct.pack("<QIIQ", handle, 0, 0, 0)))
+    assert await ends.answer() == reply(90)
 
 
 async def _cache_whole(ends: Ends) -> None:
@@ -264,8 +270,7 @@ async def _cache_whole(ends: Ends) -> None:
 async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
     ends: Ends, ioctl: Ioctl
 ) -> None:
-    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
-    ordinary = open_out(inode, KEEP_CACHE)
+    ordinary = open_out(0, KEEP_CACHE)
     assert await _kernel_opens(ends, 1) == ordinary
     await _cache_whole(ends)
     assert await _kernel_opens(ends, 2) == ordinary  # beside a handle that is ordinary
@@ -274,8 +279,8 @@ async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
     await _kernel_releases(ends)
     await _kernel_releases(ends)
     assert not ioctl.registered
-    assert await _kernel_opens(ends, 4) == open_out(inode, PASSTHROUGH, 1)
-    assert await _kernel_opens(ends, 5) == open_out(inode, PASSTHROUGH, 1)
+    assert await _kernel_opens(ends, 4) == open_out(0, PASSTHROUGH, 1)
+    assert await _kernel_opens(ends, 5) == open_out(0, PASSTHROUGH, 1)
     [fd] = ioctl.registered.values()
     assert os.pread(fd, SIZE + 1, 0) == CONTENT
     await _kernel_releases(ends)
@@ -287,12 +292,11 @@ async def test_a_complete_file_is_passed_through_from_its_next_first_open_on(
 async def test_a_file_is_not_passed_through_where_the_kernel_refuses(
     ends: Ends, ioctl: Ioctl
 ) -> None:
-    inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
     await _kernel_opens(ends, 1)
     await _cache_whole(ends)
     await _kernel_releases(ends)
     ioctl.error = errno.ENFILE
-    assert await _kernel_opens(ends, 2) == open_out(inode, KEEP_CACHE)
+    assert await _kernel_opens(ends, 2) == open_out(0, KEEP_CACHE)
     assert not ends.view.attachments[0].file(0).entry.lent
     await _kernel_releases(ends)
 
@@ -306,7 +310,7 @@ async def test_a_failed_open_is_none(ends: Ends, ioctl: Ioctl) -> None:
     await _kernel_opens(ends, 2)
     await _cache_whole(ends)
     await _kernel_releases(ends)
-    assert await _kernel_opens(ends, 3) == open_out(inode, PASSTHROUGH, 1)
+    assert await _kernel_opens(ends, 3) == open_out(0, PASSTHROUGH, 1)
     await _kernel_releases(ends)
 
 

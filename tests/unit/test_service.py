@@ -12,7 +12,9 @@ from trio.testing import MockClock
 from unit.fakes import FakeStore, InlineOffload
 from unit.rig import Rig, read_of, rig_in
 
+from ckptfs._daemon import handoff
 from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._model.location import Location
@@ -31,14 +33,15 @@ ELSEWHERE = Location("s3", "bucket/run/step-2", {"region": "eu"})
 
 
 class Bench:
-    """A service whose stores are fakes, one per path."""
+    """A service whose stores are fakes, one per path. `fds`: the memory of the one before it."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, fds: handoff.Fds | None = None) -> None:
         self.rig = rig
         self.offload = rig.offload
         self.forgotten: list[str] = []
         self.stores: dict[str, FakeStore] = {}
         self.opened: list[FakeStore] = []
+        self.fds = fds or handoff.create()
         self.service = Service(
             rig.config,
             rig.cache,
@@ -47,6 +50,7 @@ class Bench:
             rig.nursery,
             self.forgotten.append,
             self.open_store,
+            Handoff(self.fds),
         )
 
     def store(self, location: Location) -> FakeStore:

@@ -139,12 +139,13 @@ async def test_an_open_directory_or_file_holds_the_attachment(view: View, store:
     assert sorted(attachment.directories.values()) == [0, 10, 20]
     below = view.vfs.opendir(view.stat(attachment, "shards").inode, 30)
     inode = view.stat(attachment, "config.json").inode
-    assert view.vfs.open(inode) == view.vfs.open(inode) == inode
+    files = [view.vfs.open(inode), view.vfs.open(inode)]
+    assert len(set(files)) == 2
     assert attachment.open_handles == 3
     assert attachment.held
-    view.vfs.release(below)
-    view.vfs.release(inode)
-    view.vfs.release(inode)
+    assert view.vfs.release(below)
+    assert [view.vfs.release(file) for file in files] == [True, True]
+    assert [view.vfs.release(file) for file in files] == [False, False]
     assert attachment.open_handles == 0
     for handle in handles:
         assert attachment.held
@@ -164,15 +165,15 @@ async def test_the_mount_point_holds_nothing(view: View, store: FakeStore) -> No
 async def test_after_the_end_everything_is_stale(view: View, store: FakeStore) -> None:
     attachment = view.attach(store)
     root = attachment.tree.root.inode
-    inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
-    view.vfs.open(inode)
+    inode = view.stat(attachment, "shards/01.bin").inode
+    file, other = view.vfs.open(inode), view.vfs.open(inode)
     handle, unread = view.vfs.opendir(root, 1), view.vfs.opendir(root, 1)
-    assert await view.read(inode, 0, 5) == CONTENT["shards/01.bin"][:5]
+    assert await view.read(file, 0, 5) == CONTENT["shards/01.bin"][:5]
     await view.quiet()
     view.vfs.remove(attachment)
     assert [file.opens for file in attachment.files.values()] == [0]
     with pytest.raises(StaleInode):
-        await view.read(inode, 0, 5)
+        await view.read(file, 0, 5)
     for call in (view.vfs.getattr, view.vfs.open, view.vfs.find):
         with pytest.raises(StaleInode):
             call(root)
@@ -188,15 +189,13 @@ async def test_after_the_end_everything_is_stale(view: View, store: FakeStore) -
         list(view.vfs.readdir(unread, 0))
     with pytest.raises(NoEntry):
         view.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
-    view.vfs.release(inode)  # the kernel closes what it had opened
-    view.vfs.release(inode)
-    view.vfs.release(handle)
-    view.vfs.release(unread)
+    for opened in (file, other, handle, unread):  # the kernel closes what it had opened
+        assert view.vfs.release(opened)
     assert not view.released
     again = view.attach(store)
     assert again.tree.root.inode != root
     fresh = view.vfs.open(view.stat(again, "shards/01.bin").inode)
-    view.vfs.release(inode)  # a late one of the old attachment
+    assert not view.vfs.release(file)  # a late one of the old attachment
     assert await view.read(fresh, 1, 5) == CONTENT["shards/01.bin"][1:6]
 
 
@@ -323,16 +322,15 @@ async def _operate(
 ) -> None:
     vfs, store = view.vfs, model.store
     attachment: Attachment | None = view.attach(store)
-    opened: set[int] = set()
+    opened: dict[int, int] = {}
 
     async def read(attachment: Attachment, path: str, offset: int, length: int) -> None:
         inode = view.stat(attachment, path).inode
         if inode not in opened:
-            vfs.open(inode)
-            opened.add(inode)
+            opened[inode] = vfs.open(inode)
         [listed] = [f for f in attachment.manifest.files if f.path == path]
         try:
-            data = await view.read(inode, offset, length)
+            data = await view.read(opened[inode], offset, length)
         except ObjectChanged:
             assert model.changed(path, listed.mtime_ns)
         except AccessDenied:
@@ -363,7 +361,7 @@ async def _operate(
         elif operation == "clear":
             store._plans.clear()
         elif operation == "release" and opened:
-            vfs.release(opened.pop())
+            vfs.release(opened.popitem()[1])
         elif operation == "damage" and attachment is not None:
             _damage(view, attachment, path)
         elif operation in ("read", "pair", "disk full") and attachment is not None:
