@@ -1,18 +1,35 @@
 """The daemon dies, or is stuck, and readers notice a pause only."""
 
+import errno
 import hashlib
 import os
 import random
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
-from mount.test_lifecycle import attachments, daemons, hear, tell
+from mount.test_lifecycle import (
+    attachments,
+    daemons,
+    has_ended,
+    hear,
+    holder,
+    is_mounted,
+    quoted,
+    tell,
+)
+from s3server import S3Server
+from servers import Forwarder
 
 import ckptfs
+from ckptfs._config import load_config
+from ckptfs._daemon import keeper, session
 
 pytestmark = pytest.mark.mount
 
@@ -78,7 +95,7 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(
     node: Node, bucket: Path, uri_of: UriOf
 ) -> None:
     """`CKPTFS_TEST_KILLS` of them; by default few, so that it is quick."""
-    node.expected_in_log.append("was killed by signal 9: starting the next one")
+    node.expected_in_log += ["by signal 9: starting the next one", "the next daemon did not come up"]
     kills = int(os.environ.get("CKPTFS_TEST_KILLS", "6"))
     node.configure(restarts_max=1000, cache_bytes_max=24 * MIB)
     size = 48 * MIB
@@ -116,3 +133,146 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(
         assert attachment["open_files"] == 0
         assert attachment["holders"] == [os.getpid()]
     wait_until(lambda: not attachments())
+
+
+def test_a_read_that_waits_goes_on_with_the_next_daemon(
+    node: Node, s3: S3Server, bucket: Path
+) -> None:
+    node.expected_in_log.append("was killed by signal 9: starting the next one")
+    content = os.urandom(32 * MIB)
+    (bucket / "large.bin").write_bytes(content)
+    with Forwarder(s3.endpoint) as forwarder:
+        uri = s3.uri(bucket.name).replace(quoted(s3.endpoint), quoted(forwarder.endpoint))
+        with ckptfs.Checkpoint(uri).as_directory() as path:
+            program = "import os, sys; print(os.pread(os.open(sys.argv[1], 0), 9, 7).hex())"
+            forwarder.hold()
+            with node.python(program, f"{path}/large.bin") as reader:
+                wait_until(lambda: attachments()[0]["state"] == "fetching")
+                for _ in range(3):
+                    [victim] = daemons(node)
+                    os.kill(victim, signal.SIGKILL)
+                    wait_until(lambda victim=victim: daemons(node) not in ([], [victim]))
+                    wait_until(lambda: attachments()[0]["open_files"] == 1)
+                assert reader.poll() is None
+                forwarder.release()
+                assert hear(reader) == content[7:16].hex()
+
+
+def test_a_stuck_daemon_is_replaced(node: Node, small: Path, uri_of: UriOf) -> None:
+    node.expected_in_log.append("was stuck for 10 s: starting the next one")
+    with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        [stuck] = daemons(node)
+        os.kill(stuck, signal.SIGSTOP)
+        assert Path(path, "config.json").read_text() == '{"layers": 1}'
+        assert daemons(node) not in ([], [stuck])
+
+
+def test_one_that_dies_again_and_again_ends_with_its_mount(
+    node: Node, small: Path, uri_of: UriOf
+) -> None:
+    node.configure(restarts_max=2)
+    node.expected_in_log += [
+        "starting the next one",
+        "ending the mount, because it died 3 times in 10 minutes (restarts_max)",
+    ]
+    with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        for _ in range(3):
+            wait_until(lambda: len(daemons(node)) == 1 and os.path.exists(path))
+            os.kill(daemons(node)[0], signal.SIGKILL)
+        wait_until(lambda: has_ended(node))
+        with pytest.raises(FileNotFoundError):
+            os.stat(path)
+        assert not is_mounted(node)
+    with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        assert Path(path, "config.json").read_text() == '{"layers": 1}'
+
+
+def test_a_daemon_that_cannot_start_again_ends_with_its_mount(
+    node: Node, small: Path, uri_of: UriOf
+) -> None:
+    node.configure(restarts_max=1)
+    node.expected_in_log += ["the next daemon did not come up", "starting the next one", "ending"]
+    with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        [victim] = daemons(node)
+        node.cache_dir.rename(node.folder / "away")
+        node.cache_dir.write_text("no directory")
+        os.kill(victim, signal.SIGKILL)
+        gone = (errno.ENOTCONN, errno.ENOENT, errno.ECONNABORTED)
+        with pytest.raises(OSError, check=lambda error: error.errno in gone):
+            os.listdir(path)
+        wait_until(lambda: has_ended(node))
+    node.cache_dir.unlink()
+
+
+def test_a_kernel_that_cannot_repeat_requests_gets_no_second_daemon(
+    node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper runs in this process, with a session that lacks FUSE_HAS_RESEND (Linux < 6.9); so
+    only another process may touch the mount."""
+    monkeypatch.setattr(session, "_WANTED", session._WANTED & ~session._HAS_RESEND)
+    with keeper.Keeper(load_config()) as ours:
+        ours.start()
+        runs = threading.Thread(target=ours.run)
+        with mock.patch.object(keeper, "_say") as said, holder(node, uri_of(small)) as process:
+            runs.start()
+            tell(process)
+            assert Path(hear(process)).parent == node.mount
+            assert ours._daemon is not None
+            ours._daemon.kill()
+            runs.join(COMMAND_TIMEOUT_S)
+            ours.__exit__()  # as the keeper does next
+        [((text,), _)] = said.call_args_list
+    assert re.fullmatch(
+        r"the daemon was killed by signal 9: ending the mount, because the kernel \(.*\) cannot "
+        r"repeat its requests; Linux 6\.9 can",
+        text,
+    )
+    assert not is_mounted(node)
+
+
+def test_pins_and_cached_bytes_outlive_the_daemon(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    node.expected_in_log.append("was killed by signal 9: starting the next one")
+    content = os.urandom(5 * MIB)
+    (bucket / "a.bin").write_bytes(content)
+    path = node.here("attach", uri_of(bucket)).stdout.rstrip("\n")
+    file = Path(path, "a.bin")
+    assert file.read_bytes() == content
+    before = os.stat(path), file.stat()
+    wait_until(lambda: attachments()[0]["cached"] == 5 * MIB)
+    [victim] = daemons(node)
+    os.kill(victim, signal.SIGKILL)
+    assert file.read_bytes() == content
+    assert [(s.st_ino, s.st_mtime_ns, s.st_mode) for s in (os.stat(path), file.stat())] == [
+        (s.st_ino, s.st_mtime_ns, s.st_mode) for s in before
+    ]
+    [attachment] = attachments()
+    assert attachment["pinned"]
+    assert node.status()["fetched_bytes"] == 0
+    node.here("detach", path)
+
+
+def test_what_the_kernel_reads_itself_goes_on(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    """Passthrough: the next daemon opens it with the same backing id, and leaves its blocks."""
+    node.expected_in_log.append("was killed by signal 9: starting the next one")
+    content = os.urandom(3 * MIB + 5)
+    (bucket / "a.bin").write_bytes(content)
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        file = Path(path, "a.bin")
+        assert file.read_bytes() == content
+        wait_until(lambda: attachments()[0]["cached"] == len(content))
+        if (why := node.status()["passthrough"]) != "on":
+            pytest.skip(f"passthrough is {why}")
+    node.here("umount", "--force")
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        fd = os.open(f"{path}/a.bin", os.O_RDONLY)
+        for _ in range(2):
+            [victim] = daemons(node)
+            os.kill(victim, signal.SIGKILL)
+            assert os.pread(fd, 1 << 30, 0) == content
+            assert node.status()["fetched_bytes"] == 0
+            wait_until(lambda: attachments()[0]["open_files"] == 1)
+            again = os.open(f"{path}/a.bin", os.O_RDONLY)
+            assert os.pread(again, 1 << 30, 0) == content
+            os.close(again)
+        os.close(fd)
+        wait_until(lambda: attachments()[0]["open_files"] == 0)

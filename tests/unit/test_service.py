@@ -12,16 +12,20 @@ from trio.testing import MockClock
 from unit.fakes import FakeStore, InlineOffload
 from unit.rig import Rig, read_of, rig_in
 
-from ckptfs._daemon import handoff
+from ckptfs._daemon import handoff, records
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._daemon.vfs import StaleInode
 from ckptfs._model.location import Location
+from ckptfs._model.manifest import ListedFile
 from ckptfs.errors import (
     AccessDenied,
     Busy,
+    DaemonError,
     LimitExceeded,
+    LocationError,
     NotAttached,
     StoreTimeout,
 )
@@ -42,6 +46,8 @@ class Bench:
         self.stores: dict[str, FakeStore] = {}
         self.opened: list[FakeStore] = []
         self.fds = fds or handoff.create()
+        self.handoff = Handoff(self.fds)
+        self.refused = ""
         self.service = Service(
             rig.config,
             rig.cache,
@@ -50,7 +56,7 @@ class Bench:
             rig.nursery,
             self.forgotten.append,
             self.open_store,
-            Handoff(self.fds),
+            self.handoff,
         )
 
     def store(self, location: Location) -> FakeStore:
@@ -60,6 +66,8 @@ class Bench:
     def open_store(self, location: Location, timeout_s: float) -> FakeStore:
         """In place of ``resolve.open_store``."""
         assert timeout_s == self.rig.config.store_timeout_s
+        if location.path == self.refused:
+            raise LocationError("no such store")
         self.opened.append(self.store(location))
         return self.opened[-1]
 
@@ -534,3 +542,134 @@ async def test_stop_by_force_asks_nobody(bench: Bench, autojump_clock: MockClock
     bench.service.vfs.opendir(attachment.tree.root.inode, 1)
     bench.service.stop(force=True)
     assert bench.service.stopped.is_set()
+
+
+# -- after another daemon
+
+
+async def next_daemon(bench: Bench) -> Bench:
+    """A service that finds what `bench` has left when it was killed."""
+    after = Bench(bench.rig, bench.fds)
+    after.stores = bench.stores
+    await after.service.restore()
+    for handle in after.handoff.handles.open_handles():
+        after.service.vfs.restore(handle)
+    after.service.restored()
+    return after
+
+
+async def test_the_next_daemon_has_every_attachment(bench: Bench) -> None:
+    gone = await bench.attach(ELSEWHERE)
+    bench.service.detach(gone, force=True)
+    pinned = await bench.attach(pinned=True)
+    other = await bench.attach(ELSEWHERE, OTHER)
+    inode = other.tree.root.children[b"c"].inode
+    held = bench.service.vfs.opendir(other.tree.root.inode, 77)
+    file = bench.service.vfs.open(inode, 77)
+    for handle in (held, file):
+        bench.handoff.handles.replying(handle, 900 + handle % 7)
+        bench.handoff.handles.replied(handle)
+
+    after = await next_daemon(bench)
+    assert after.shown() == [pinned.name, other.name]
+    found = after.service.find(ME, pinned.name, None)
+    assert found.pinned
+    assert found.manifest == pinned.manifest
+    assert found.attached_s == pinned.attached_s
+    assert found.digests == pinned.digests
+    assert after.service.find(OTHER, other.name, None).directories == {held: 77}
+    assert after.service.find(OTHER, other.name, None).open_handles == 1
+    assert await read_of(after.service.vfs, file, 0, 10) == b"x"
+    assert after.lists() == 1  # by the first daemon
+    with pytest.raises(StaleInode):
+        after.service.vfs.find(gone.tree.root.inode)
+    fresh = await after.attach(msgspec.structs.replace(PLACE, path="bucket/third"))
+    assert fresh.ordinal > max(pinned.ordinal, other.ordinal, gone.ordinal)
+
+
+async def test_the_next_daemon_knows_what_has_changed_since(bench: Bench) -> None:
+    attachment = await bench.attach()
+    bench.service.let_go(attachment)
+    store = bench.store(PLACE)
+    store.overwrite("a/b", b"replaced", mtime_ns=5 * 10**9)
+    new = msgspec.structs.replace(PLACE, secrets={"secret_key": "another"})
+    attachment = await bench.attach(new)  # lists again: another version
+    attachment.replace(ListedFile(".metadata.json", 2, 7 * 10**9))
+    attachment.replace(ListedFile(".metadata.json", 3, 8 * 10**9))
+    shown = attachment.tree.root.children[b".metadata.json"]
+    newer = msgspec.structs.replace(PLACE, secrets={"secret_key": "a third"})
+    assert await bench.attach(newer) is attachment
+    attachment.hide("c")
+    attachment.pin(True)
+    attachment.pin(False)
+    attachment.file(0).pin_etag('"learned"')
+
+    after = await next_daemon(await next_daemon(bench))
+    found = after.service.find(ME, attachment.name, None)
+    assert found.manifest == attachment.manifest
+    assert found.listed == attachment.listed
+    assert set(found.tree.root.children) == {b"a", b".metadata.json"}
+    same = found.tree.root.children[b".metadata.json"]
+    assert (same.inode, same.size, same.mtime_ns) == (shown.inode, shown.size, shown.mtime_ns)
+    assert found.file(0).pin.etag == '"learned"'
+    assert not found.pinned
+    assert after.service._opened[found.key] == newer
+    assert "secret" not in repr(found.location)
+
+
+async def test_what_nobody_holds_after_a_restart_goes(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    await bench.attach()
+    after = await next_daemon(bench)
+    assert len(after.shown()) == 1  # its client may come back
+    await trio.sleep(SETTINGS["linger_s"] + 1)
+    assert after.shown() == []
+    assert list(after.handoff.journal.frames()) == []
+
+
+async def test_the_next_daemon_goes_on_with_prefetches(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.offload.latency_s = {"data": math.inf}  # the first daemon does not get far
+    attachment = await bench.attach(pinned=True)
+    bench.service.prefetch_unheld(attachment, ["c"])
+    await trio.sleep(1)
+    bench.service._remove(attachment)
+    bench.handoff.journal.append(
+        1, records.encoded(records.Made(PLACE, attachment.manifest, ME, ME, 1.0))
+    )
+    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(5, ["c"], 0)))
+    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(6, ["a/b"], 0)))
+    bench.handoff.journal.append(1, records.encoded(records.PrefetchEnded(6)))
+    bench.offload.latency_s = {}
+    after = await next_daemon(bench)
+    await trio.sleep(5)
+    [found] = after.service._attachments.values()
+    cached = [path for path in ("a/b", "c") if after.store(PLACE).reads(path)]
+    assert cached == ["c"]
+    kinds = [type(event).__name__ for event in records.recorded(bench.handoff.journal)[1]]
+    assert kinds[-1] == "PrefetchEnded"
+    assert found.state(found.cached_bytes(bench.rig.cache)) == "lazy"
+
+
+async def test_an_attachment_whose_store_is_refused_does_not_take_the_others_along(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = await bench.attach()
+    kept = await bench.attach(ELSEWHERE)
+    after = Bench(bench.rig, bench.fds)
+    after.stores = bench.stores
+    after.refused = PLACE.path
+    await after.service.restore()
+    after.service.restored()
+    assert after.shown() == [kept.name]
+    assert "cannot be restored: " in caplog.text
+    assert lost.ordinal not in records.recorded(after.handoff.journal)
+    caplog.clear()
+
+
+async def test_a_journal_that_makes_no_sense_is_refused(bench: Bench) -> None:
+    bench.handoff.journal.append(1, b"\xc1")
+    with pytest.raises(DaemonError, match="cannot read what the daemon before it has left"):
+        await Bench(bench.rig, bench.fds).service.restore()
