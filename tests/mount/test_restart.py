@@ -95,7 +95,7 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(
     node: Node, bucket: Path, uri_of: UriOf
 ) -> None:
     """`CKPTFS_TEST_KILLS` of them; by default few, so that it is quick."""
-    node.expected_in_log += ["by signal 9: starting the next one", "the next daemon did not come up"]
+    node.expected_in_log += ["signal 9: starting the next one", "the next daemon did not come up"]
     kills = int(os.environ.get("CKPTFS_TEST_KILLS", "6"))
     node.configure(restarts_max=1000, cache_bytes_max=24 * MIB)
     size = 48 * MIB
