@@ -122,8 +122,13 @@ class Cache:
         self._nowait = os.RWF_NOWAIT
         self._leftovers: dict[Path, int] = {}  # to be deleted -> bytes on disk
         self._root = CacheRoot(directory)
+        self._is_indexed = False
         self.used_bytes = 0
-        self._recover()
+        try:
+            self._recover()
+        except ConfigError:
+            self._root.close()
+            raise
 
     # -- start and end
 
@@ -133,12 +138,24 @@ class Cache:
         return self._root.lock_fd
 
     def _recover(self) -> None:
-        """Index what an earlier daemon left."""
+        """Index what an earlier daemon left. After a loss of power, or with another limit, that may
+        be too much."""
+        self._is_indexed = False
         found = self._root.recover()
+        self._is_indexed = True
         for digest, size in found.objects.items():
             if digest not in self._open:  # or it will be replaced with the object's next block
                 self._closed[digest] = size
         self.used_bytes += sum(self._closed.values()) + found.other_bytes
+        while self._closed and self._excess(0) > 0:
+            digest, size = self._closed.popitem(last=False)
+            try:
+                self._root.remove(digest)
+            except OSError as error:
+                _warn("remove an object", error)
+                self._closed[digest] = size
+                break
+            self.used_bytes -= size
 
     def shut(self) -> None:
         """Close all objects and let another daemon use the directory."""
@@ -200,15 +217,14 @@ class Cache:
             return on_disk
         if entry.dead_bytes:
             return self._condemn(entry.digest, on_disk)
-        folder = self._root.folder(entry.digest)
         try:
             if entry.stored_bytes():
-                disk.touch(folder)
+                disk.touch(self._root.folder(entry.digest))
                 return on_disk
-            disk.remove(folder)
-        except FileNotFoundError:  # somebody has removed it
-            return 0
+            self._root.remove(entry.digest)
         except OSError as error:
+            if not self._root.has(entry.digest):  # somebody has removed it
+                return 0
             _warn(f"change {entry.about.key.path}", error)
             return on_disk
         return 0
@@ -481,12 +497,15 @@ class Cache:
                 reservation.kept_blocks.append((entry, index))
         if not reservation.creates or reservation.freed_bytes < reservation.goal_bytes:
             return NO_FILES
-        folder = self._root.folder(reservation.entry.digest)
+        about, digest = reservation.entry.about, reservation.entry.digest
         try:
-            return cachedir.create(folder, reservation.entry.about)
+            return cachedir.create(self._root.folder(digest), about)
         except OSError as error:
-            _warn(f"make a folder for {reservation.entry.about.key.path}", error)
-        reservation.remains = not self.delete(folder)
+            _warn(f"make a folder for {about.key.path}", error)
+        try:
+            self._root.remove(digest)
+        except OSError:
+            reservation.remains = True
         return NO_FILES
 
     def settle(self, reservation: Reservation, files: Files) -> None:
@@ -578,7 +597,7 @@ class Cache:
 
     def _spare_bytes(self) -> int | None:
         """Bytes of the disk that may be used; None: the directory is gone, or its disk."""
-        if not self._root.is_there() and not self._move():
+        if not (self._is_indexed and self._root.is_there()) and not self._move():
             return None
         try:
             return self._root.spare_bytes(self._free_share_min)
@@ -591,21 +610,26 @@ class Cache:
     def _move(self) -> bool:
         """Somebody has removed the directory: begin a new one, if nobody else has."""
         try:
-            self._root.move()
-            log.info("cache: %s was removed, and is made again", self.directory)
-            self.used_bytes -= sum(self._closed.values()) + sum(self._leftovers.values())
-            self._closed.clear()
-            self._leftovers.clear()
-            for entry in self._open.values():
-                entry.orphaned |= entry.files is not NO_FILES
-                if entry.files is NO_FILES:
-                    self.used_bytes -= entry.dead_bytes
-                    entry.dead_bytes, entry.unreliable = 0, False
+            if not self._root.is_there():
+                self._root.move()
+                log.info("cache: %s was removed, and is made again", self.directory)
+                self._forget_all()
             self._recover()
         except ConfigError as error:
             _warn("use its directory", error)
             return False
         return True
+
+    def _forget_all(self) -> None:
+        """The folders are gone. What is open is read on from its open files."""
+        self.used_bytes -= sum(self._closed.values()) + sum(self._leftovers.values())
+        self._closed.clear()
+        self._leftovers.clear()
+        for entry in self._open.values():
+            entry.orphaned |= entry.files is not NO_FILES
+            if entry.files is NO_FILES:
+                self.used_bytes -= entry.dead_bytes
+                entry.dead_bytes, entry.unreliable = 0, False
 
     def _to_trash(self, digest: str) -> Path | OSError | None:
         """Move a folder out of the way at once, so that the object can be opened anew: where it is

@@ -15,6 +15,7 @@ for.
 read: a link, or a second name, would let the cache write or punch what is not its own.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -195,10 +196,13 @@ def _sum_of(body: "bytes | msgspec.Raw") -> str:
 def create(folder: Path, about: About) -> Files:
     """Make the folder with no block in it. Raises OSError; what it leaves then is to be removed."""
     disk.remove(folder)
-    for parent in (folder.parent.parent, folder.parent):
-        if not _is_there(parent):
-            disk.make_folder(parent)
-    disk.make_folder(folder)
+    try:
+        disk.make_folder(folder)
+    except FileNotFoundError:
+        for parent in (folder.parent.parent, folder.parent):
+            with contextlib.suppress(FileExistsError):
+                disk.make_folder(parent)
+        disk.make_folder(folder)
     fds: list[int] = []
     try:
         for name in ("data", "map"):
@@ -214,14 +218,6 @@ def create(folder: Path, about: About) -> Files:
             disk.close(fd)
         raise
     return Files(fds[0], fds[1], _open_direct(folder))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        disk.status_of(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _open_direct(folder: Path) -> int:

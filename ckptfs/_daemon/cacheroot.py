@@ -9,6 +9,7 @@ directory itself is locked, too: somebody may remove ``lock`` (not on NFS, which
 What is in ``objects`` under a name that a daemon would not give is left alone, and counted.
 """
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -109,30 +110,41 @@ class CacheRoot:
         """Where an object is."""
         return self.path / "objects" / digest[:2] / digest
 
+    def has(self, digest: str) -> bool:
+        """Whether the folder of an object is there, or may be."""
+        try:
+            disk.status_of(self.folder(digest))
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        return True
+
     def to_trash(self, digest: str) -> Path | None:
         """Move a folder out of the way at once, so that the object can be opened anew: where it is
         now; None: there was none. Raises OSError."""
-        target = self.path / "trash" / next(self._trash)
+        source, target = self.folder(digest), self.path / "trash" / next(self._trash)
         try:
-            disk.rename(self.folder(digest), target)
-        except FileNotFoundError:
-            if not self._make_again(target.parent):
-                return None  # so it was the folder that is not there
             try:
-                disk.rename(self.folder(digest), target)
-            except FileNotFoundError:
-                return None
+                disk.rename(source, target)
+            except FileNotFoundError:  # which of the two is not there?
+                with contextlib.suppress(OSError):
+                    disk.make_folder(target.parent)
+                disk.rename(source, target)
+        except FileNotFoundError:
+            if self.has(digest):
+                raise
+            return None
+        self._remove_prefix(digest)
         return target
 
-    @staticmethod
-    def _make_again(folder: Path) -> bool:
-        try:
-            disk.make_folder(folder)
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # the directory itself was removed
-            return False
-        return True
+    def remove(self, digest: str) -> None:
+        """Remove a folder where it is. Raises OSError."""
+        disk.remove(self.folder(digest))
+        self._remove_prefix(digest)
+
+    def _remove_prefix(self, digest: str) -> None:
+        """Its space is counted with the objects in it."""
+        with contextlib.suppress(OSError):  # there are others
+            disk.remove_empty(self.folder(digest).parent)
 
     def spare_bytes(self, free_share_min: float) -> int:
         """Bytes of the disk that are free and need not be left free (below 0: more are needed).
@@ -146,8 +158,18 @@ class CacheRoot:
     def recover(self) -> Found:
         """Index the objects, remove what is not whole, and empty the trash.
 
-        Raises ConfigError if ``objects`` or ``trash`` is no directory of this user's.
+        Raises ConfigError if ``objects`` or ``trash`` is no directory of this user's, or something
+        cannot be listed, and so not be counted.
         """
+        try:
+            return self._recover()
+        except OSError as error:
+            raise ConfigError(
+                f"cache directory {self.directory} cannot be read: {error.strerror}; remove it, or "
+                f"{_REMEDY}"
+            ) from None
+
+    def _recover(self) -> Found:
         for name in ("trash", "objects"):
             self._prepare(name)
         other_bytes = 0
@@ -170,6 +192,8 @@ class CacheRoot:
                     else:
                         log.info("cache: %s/%s is not ours: left alone", prefix, name)
                         other_bytes += tree_bytes(folder / name)
+                with contextlib.suppress(OSError):
+                    disk.remove_empty(folder)
         return Found({digest: size for _, digest, size in sorted(found)}, other_bytes)
 
     def _prepare(self, name: str) -> None:
@@ -213,8 +237,7 @@ def _lock(fd: int, *, where_possible: bool = False) -> None:
 def _names_in(folder: Path) -> list[str]:
     try:
         return disk.list_folder(folder)
-    except OSError as error:
-        log.warning("cache: cannot list %s: %s", folder.name, error.strerror)
+    except FileNotFoundError:  # it could not be made
         return []
 
 
@@ -236,16 +259,13 @@ def _remove(path: Path) -> bool:
 
 
 def tree_bytes(top: Path) -> int:
-    """Bytes on disk of a file or of a directory with all that is in it, as far as can be seen."""
+    """Bytes on disk of a file or of a directory with all that is in it. Raises OSError."""
     total = 0
     paths = [top]
     while paths:
         path = paths.pop()
-        try:
-            info = disk.status_of(path)
-            total += disk.taken_bytes(info)
-            if stat.S_ISDIR(info.st_mode):
-                paths += [path / name for name in disk.list_folder(path)]
-        except OSError:
-            continue
+        info = disk.status_of(path)
+        total += disk.taken_bytes(info)
+        if stat.S_ISDIR(info.st_mode):
+            paths += [path / name for name in disk.list_folder(path)]
     return total

@@ -69,6 +69,11 @@ def remove(path: Path) -> None:
         raise OSError("directories are nested too deeply") from None
 
 
+def remove_empty(path: Path) -> None:
+    """Remove a directory with nothing in it."""
+    path.rmdir()
+
+
 def touch(path: Path) -> None:
     """Give it the current time as mtime."""
     os.utime(path)
