@@ -144,9 +144,11 @@ class Cache:
         found = self._root.recover()
         self._is_indexed = True
         for digest, size in found.objects.items():
-            if digest not in self._open:  # or it will be replaced with the object's next block
+            # One that is open will be replaced with its next block.
+            if digest not in self._open and digest not in self._closed:
                 self._closed[digest] = size
-        self.used_bytes += sum(self._closed.values()) + found.other_bytes
+                self.used_bytes += size
+        self.used_bytes += found.other_bytes
         while self._closed and self._excess(0) > 0:
             digest, size = self._closed.popitem(last=False)
             try:

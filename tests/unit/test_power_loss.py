@@ -1,6 +1,5 @@
 """After a loss of power, whatever of the cache reached the disk: no wrong byte is read from it."""
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 import pytest
 from unit.powerloss import Recorder, image
 from unit.rig import rig_in
-from unit.test_disk_faults import LIMIT, SIZES, Scenario
+from unit.test_disk_faults import ALL, LIMIT, SIZES, Scenario
 
 from ckptfs._daemon import cachedir
 
-CRASHES = 250 if os.environ.get("CKPTFS_FAULTS") == "all" else 12
+CRASHES = 250 if ALL else 12
 
 
 @pytest.mark.parametrize("seed", range(4))
