@@ -1,7 +1,7 @@
 """Blocks on disk: a limit, eviction and recovery.
 
 The directory is described in ``cacheroot``, the folder of an object in ``cachedir``, its state in
-memory in ``cached``; ``disk`` is all that touches the disk.
+memory in ``cached``, what nobody has open in ``ledger``; ``disk`` is all that touches the disk.
 
 **Who may touch what.** State in memory (`CachedObject.state`, the indices, the byte counts) is
 touched only in the event loop's thread, between two awaits. The functions that say "blocking" run
@@ -34,7 +34,7 @@ readers advance without a disk. One reservation at a time: `fetch` holds a lock 
 
 **A disk that fails** is never a reader's error. What cannot be read is fetched; what cannot be
 written is not stored. What cannot be removed stays counted, and is tried again with the next
-reservation: folders in the trash are `_leftovers`, blocks stay in the cache, and the rest are
+reservation: folders in the trash are the ledger's, blocks stay in the cache, and the rest are
 `dead_bytes` of their object, whose folder goes as a whole when it is closed. Where the directory
 was removed, it is made again, and what is open is read on from its open files.
 """
@@ -42,12 +42,10 @@ was removed, it is made again, and what is open is read on from its open files.
 import contextlib
 import errno
 import logging
-import math
 import mmap
 import os
 import time
 from array import array
-from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
@@ -73,7 +71,8 @@ from ckptfs._daemon.cachedir import (
     folder_bytes,
     pages,
 )
-from ckptfs._daemon.cacheroot import CacheRoot
+from ckptfs._daemon.cacheroot import warn
+from ckptfs._daemon.ledger import Ledger
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
@@ -82,7 +81,6 @@ from ckptfs._model.blocks import (
     blocks_of,
     runs,
 )
-from ckptfs.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -113,51 +111,35 @@ class Cache:
         self, directory: Path, bytes_max: int, free_share_min: float, memory_bytes_max: int
     ) -> None:
         self.directory = directory
-        self.bytes_max = bytes_max
-        self._free_share_min = free_share_min
         self._open: dict[str, CachedObject] = {}
-        self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
         self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
         self._buffer = memoryview(mmap.mmap(-1, _READ_BYTES_MAX))
         self._nowait = os.RWF_NOWAIT
-        self._leftovers: dict[Path, int] = {}  # to be deleted -> bytes on disk
-        self._root = CacheRoot(directory)
-        self._is_indexed = False
-        self.used_bytes = 0
-        try:
-            self._recover()
-        except ConfigError:
-            self._root.close()
-            raise
+        self._ledger = Ledger(
+            directory, bytes_max, free_share_min, self.is_open, self._directory_was_removed
+        )
+        self._root = self._ledger.root
 
     # -- start and end
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes on disk, those included that are reserved."""
+        return self._ledger.used_bytes
+
+    @property
+    def bytes_max(self) -> int:
+        """The limit; 0: none."""
+        return self._ledger.bytes_max
+
+    def capacity_bytes(self) -> int:
+        """How many bytes it could hold now, if nothing else were in it."""
+        return self._ledger.capacity_bytes()
 
     @property
     def lock_fd(self) -> int:
         """A file in the directory."""
         return self._root.lock_fd
-
-    def _recover(self) -> None:
-        """Index what an earlier daemon left. After a loss of power, or with another limit, that may
-        be too much."""
-        self._is_indexed = False
-        found = self._root.recover()
-        self._is_indexed = True
-        for digest, size in found.objects.items():
-            # One that is open will be replaced with its next block.
-            if digest not in self._open and digest not in self._closed:
-                self._closed[digest] = size
-                self.used_bytes += size
-        self.used_bytes += found.other_bytes
-        while self._closed and self._excess(0) > 0:
-            digest, size = self._closed.popitem(last=False)
-            try:
-                self._root.remove(digest)
-            except OSError as error:
-                _warn("remove an object", error)
-                self._closed[digest] = size
-                break
-            self.used_bytes -= size
 
     def shut(self) -> None:
         """Close all objects and let another daemon use the directory."""
@@ -172,7 +154,7 @@ class Cache:
         """Bytes on disk of an object of `size` bytes, whether it is open or not."""
         if entry := self._open.get(digest):
             return entry.stored_bytes()
-        return min(size, max(0, self._closed.get(digest, 0) - folder_bytes(size)))
+        return min(size, max(0, self._ledger.bytes_of(digest) - folder_bytes(size)))
 
     def open(self, key: ObjectKey) -> CachedObject:
         """The object of `key`. Each call needs a `close`.
@@ -182,10 +164,9 @@ class Cache:
         digest = key.digest()
         entry = self._open.get(digest)
         if entry is None:
-            on_disk = self._closed.pop(digest, 0)
-            self.used_bytes -= on_disk
+            on_disk = self._ledger.take(digest)
             entry = self._open[digest] = self._open_folder(digest, key, on_disk)
-            self.used_bytes += entry.disk_bytes()
+            self._ledger.used_bytes += entry.disk_bytes()
         entry.users += 1
         return entry
 
@@ -201,24 +182,23 @@ class Cache:
             self.buffers.trim()
         for files, size, path in entry.retired:
             files.close()
-            self.used_bytes -= size
+            self._ledger.used_bytes -= size
             if path is not None:
-                self._leave(path, size)
+                self._ledger.leave(path, size)
         self._note_verified(entry)
         entry.files.close()
-        self.used_bytes -= on_disk
+        self._ledger.used_bytes -= on_disk
         if on_disk and not entry.orphaned:
             on_disk = self._close_folder(entry, on_disk)
             if on_disk:
-                self._closed[digest] = on_disk
-                self.used_bytes += on_disk
+                self._ledger.put(digest, on_disk)
 
     def _close_folder(self, entry: CachedObject, on_disk: int) -> int:
         """See what becomes of a folder; bytes of it that stay in the cache."""
         if entry.files is NO_FILES:
             return on_disk
         if entry.dead_bytes:
-            return self._condemn(entry.digest, on_disk)
+            return self._ledger.condemn(entry.digest, on_disk)
         try:
             if entry.stored_bytes():
                 disk.touch(self._root.folder(entry.digest))
@@ -227,7 +207,7 @@ class Cache:
         except OSError as error:
             if not self._root.has(entry.digest):  # somebody has removed it
                 return 0
-            _warn(f"change {entry.about.key.path}", error)
+            warn(f"change {entry.about.key.path}", error)
             return on_disk
         return 0
 
@@ -318,7 +298,7 @@ class Cache:
         try:
             data = cachedir.read_whole(entry.files.data, length, index * BLOCK_BYTES)
         except OSError as error:
-            _warn(f"read a block of {entry.about.key.path}", error)
+            warn(f"read a block of {entry.about.key.path}", error)
             return None
         return data if cachedir.checksum(entry.about, index, data) == checksum else None
 
@@ -355,7 +335,7 @@ class Cache:
         try:
             cachedir.write(entry.files, first * BLOCK_BYTES, data)
         except OSError as error:
-            _warn("write; reading without storing", error)
+            warn("write; reading without storing", error)
             return None
         Cache._record(entry, first, sums)
         return sums
@@ -368,7 +348,7 @@ class Cache:
         try:
             disk.punch(entry.files.data, blocks.start * BLOCK_BYTES, length)
         except OSError as error:
-            _warn(f"free a block of {entry.about.key.path}", error)
+            warn(f"free a block of {entry.about.key.path}", error)
             return False
         return True
 
@@ -378,7 +358,7 @@ class Cache:
         try:
             cachedir.write_sums(entry.files, first, sums)
         except OSError as error:  # they are fetched again after a restart
-            _warn(f"write the map of {entry.about.key.path}", error)
+            warn(f"write the map of {entry.about.key.path}", error)
 
     def publish(self, entry: CachedObject, first: int, sums: "array[int]") -> None:
         """Take in that `write` has stored kept blocks."""
@@ -430,12 +410,12 @@ class Cache:
             entry.sums[index] = 0
         self._drop_memory(entry)
         files, entry.files = entry.files, NO_FILES
-        path = None if entry.orphaned else self._to_trash(entry.digest)
+        path = None if entry.orphaned else self._ledger.to_trash(entry.digest)
         if isinstance(path, OSError):
             entry.retired.append((files, 0, None))
             entry.dead_bytes, entry.unreliable = on_disk, True
             return
-        if path is not None and self.delete(path):
+        if path is not None and Ledger.delete(path):
             path = None
         entry.retired.append((files, on_disk, path))
         entry.dead_bytes, entry.orphaned = 0, False
@@ -450,28 +430,12 @@ class Cache:
         memory.
         """
         result = Reservation(entry, length)
-        spare = self._spare_bytes()
+        spare = self._ledger.spare_bytes()
         if entry.unreliable or spare is None:
             result.refuse()
             return result
-        lack = result.bytes - spare
-        goal = max(lack, self._excess(result.bytes))
-        result.folders += self._leftovers.items()
-        self._leftovers.clear()
+        goal, result.folders = self._ledger.clear_out(result.bytes, spare)
         planned_bytes = sum(size for _, size in result.folders)
-        while planned_bytes < goal and self._closed:
-            digest, size = self._closed.popitem(last=False)
-            path = self._to_trash(digest)
-            if isinstance(path, OSError):
-                self._closed[digest] = size
-                self._closed.move_to_end(digest, last=False)
-                break
-            if path is None:  # somebody has removed it
-                self.used_bytes -= size
-                goal = max(lack, self._excess(result.bytes))
-            else:
-                result.folders.append((path, size))
-                planned_bytes += size
         while planned_bytes < goal and (victim := self._fullest_open()) is not None:
             index = victim.oldest.popleft()
             if victim.state[index] in ON_DISK:
@@ -482,13 +446,13 @@ class Cache:
         if planned_bytes < goal:
             result.refuse()
         result.goal_bytes = goal
-        self.used_bytes += result.bytes
+        self._ledger.used_bytes += result.bytes
         return result
 
     def make_room(self, reservation: Reservation) -> Files:
         """Blocking. Free the space; returns the files of the new folder, if there is one."""
         for folder, size in reservation.folders:
-            if self.delete(folder):
+            if Ledger.delete(folder):
                 reservation.freed_bytes += size
             else:
                 reservation.kept_folders.append((folder, size))
@@ -503,7 +467,7 @@ class Cache:
         try:
             return cachedir.create(self._root.folder(digest), about)
         except OSError as error:
-            _warn(f"make a folder for {about.key.path}", error)
+            warn(f"make a folder for {about.key.path}", error)
         try:
             self._root.remove(digest)
         except OSError:
@@ -512,8 +476,8 @@ class Cache:
 
     def settle(self, reservation: Reservation, files: Files) -> None:
         """Take in that `make_room` has ended, with its result."""
-        self.used_bytes -= reservation.freed_bytes
-        self._leftovers.update(reservation.kept_folders)
+        self._ledger.used_bytes -= reservation.freed_bytes
+        self._ledger.left(reservation.kept_folders)
         for entry, index in reservation.blocks:
             entry.state[index] = ABSENT
             entry.sums[index] = 0
@@ -526,17 +490,17 @@ class Cache:
             if reservation.remains:
                 entry.dead_bytes = folder_bytes(entry.size)
                 entry.unreliable = True
-                self.used_bytes += entry.dead_bytes
+                self._ledger.used_bytes += entry.dead_bytes
         elif reservation.freed_bytes < reservation.goal_bytes:
             reservation.stores = False
         if not reservation.stores:
-            self.used_bytes -= reservation.bytes
+            self._ledger.used_bytes -= reservation.bytes
 
     def give_back(self, entry: CachedObject, length: int, freed: bool) -> None:
         """Take in the outcome of `take_out` of blocks of `length` bytes together that were reserved
         and will not be published, or were forgotten."""
         if freed:
-            self.used_bytes -= pages(length)
+            self._ledger.used_bytes -= pages(length)
         else:
             self._bury(entry, length)
 
@@ -556,106 +520,30 @@ class Cache:
         """Whether somebody reads or fetches the object."""
         return digest in self._open
 
+    # -- what is dropped
+
     def evict(self, digest: str) -> Path | None:
         """Drop an object that is not open; returns the folder to `delete`, if it was there."""
-        on_disk = self._closed.pop(digest, 0)
-        if not on_disk:
-            return None
-        path = self._to_trash(digest)
-        if isinstance(path, OSError):
-            self._closed[digest] = on_disk
-            return None
-        self.used_bytes -= on_disk
-        if path is not None:
-            self._leave(path, on_disk)
-        return path
+        return self._ledger.evict(digest)
 
     @staticmethod
     def delete(folder: Path) -> bool:
         """Blocking. Delete what `evict` returned; False: the disk refuses."""
-        try:
-            disk.remove(folder)
-        except OSError as error:
-            _warn("remove a folder", error)
-            return False
-        return True
+        return Ledger.delete(folder)
 
     def deleted(self, folder: Path, gone: bool) -> None:
         """Take in the outcome of `delete`."""
-        if gone:
-            self.used_bytes -= self._leftovers.pop(folder, 0)
-
-    def capacity_bytes(self) -> int:
-        """How many bytes it could hold now, if nothing else were in it."""
-        spare = self._spare_bytes()
-        if spare is None:
-            return 0
-        on_disk = max(0, spare + self.used_bytes)
-        return min(on_disk, self.bytes_max) if self.bytes_max else on_disk
-
-    def _excess(self, length: int) -> int:
-        """Bytes above the limit, if there were `length` more."""
-        return self.used_bytes + length - self.bytes_max if self.bytes_max else 0
-
-    def _spare_bytes(self) -> int | None:
-        """Bytes of the disk that may be used; None: the directory is gone, or its disk."""
-        if not (self._is_indexed and self._root.is_there()) and not self._move():
-            return None
-        try:
-            return self._root.spare_bytes(self._free_share_min)
-        except OSError as error:
-            _warn("see how much space is left", error)
-            return None
+        self._ledger.deleted(folder, gone)
 
     # -- folders
 
-    def _move(self) -> bool:
-        """Somebody has removed the directory: begin a new one, if nobody else has."""
-        try:
-            if not self._root.is_there():
-                self._root.move()
-                log.info("cache: %s was removed, and is made again", self.directory)
-                self._forget_all()
-            self._recover()
-        except ConfigError as error:
-            _warn("use its directory", error)
-            return False
-        return True
-
-    def _forget_all(self) -> None:
-        """The folders are gone. What is open is read on from its open files."""
-        self.used_bytes -= sum(self._closed.values()) + sum(self._leftovers.values())
-        self._closed.clear()
-        self._leftovers.clear()
+    def _directory_was_removed(self) -> None:
+        """The folders went with it. What is open is read on from its open files."""
         for entry in self._open.values():
             entry.orphaned |= entry.files is not NO_FILES
             if entry.files is NO_FILES:
-                self.used_bytes -= entry.dead_bytes
+                self._ledger.used_bytes -= entry.dead_bytes
                 entry.dead_bytes, entry.unreliable = 0, False
-
-    def _to_trash(self, digest: str) -> Path | OSError | None:
-        """Move a folder out of the way at once, so that the object can be opened anew: where it is
-        now; None: it is gone; or why it stays where it is."""
-        try:
-            return self._root.to_trash(digest)
-        except OSError as error:
-            _warn("remove an object", error)
-            return error
-
-    def _leave(self, path: Path, size: int) -> None:
-        """Have it deleted with the next reservation, and counted until then."""
-        self._leftovers[path] = size
-        self.used_bytes += size
-
-    def _condemn(self, digest: str, size: int) -> int:
-        """Have the folder of an object deleted that is not counted now; what stays in its place, in
-        bytes."""
-        path = self._to_trash(digest)
-        if isinstance(path, OSError):
-            return size
-        if path is not None:
-            self._leave(path, size)
-        return 0
 
     def _open_folder(self, digest: str, key: ObjectKey, on_disk: int) -> CachedObject:
         dead_bytes = 0
@@ -666,9 +554,9 @@ class Cache:
                 dead_bytes = on_disk
                 if not isinstance(error, OSError) or error.errno in _NO_FOLDER:
                     log.warning("cache: removing %s: %s", digest, error)
-                    dead_bytes = self._condemn(digest, on_disk)
+                    dead_bytes = self._ledger.condemn(digest, on_disk)
                 else:  # it may be whole: it is left alone
-                    _warn(f"open {key.path}", error)
+                    warn(f"open {key.path}", error)
             else:
                 entry = CachedObject(digest, about, files, sums)
                 with contextlib.suppress(OSError):
@@ -694,7 +582,7 @@ class Cache:
                     length = blocks_length(run, entry.size)
                     disk.punch(entry.files.data, run.start * BLOCK_BYTES, length)
         except OSError as error:
-            _warn(f"free space of {entry.about.key.path}", error)
+            warn(f"free space of {entry.about.key.path}", error)
             self._bury(entry, unrecorded or max(0, on_disk - entry.disk_bytes()))
 
     def _forget(self, entry: CachedObject, index: int) -> None:
@@ -710,14 +598,3 @@ class Cache:
 _NO_FOLDER = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR))
 """Errors of a folder that is not whole. Others say that the disk, or the daemon, cannot read it
 now."""
-_WARN_PAUSE_S = 60.0
-_warned_s: dict[str, float] = {}
-
-
-def _warn(what: str, error: Exception) -> None:
-    """One line a minute: a disk that is full or fails refuses everything."""
-    kind = what.split(" ", 1)[0]
-    now_s = time.monotonic()
-    if now_s - _warned_s.get(kind, -math.inf) > _WARN_PAUSE_S:
-        _warned_s[kind] = now_s
-        log.warning("cache: cannot %s: %s", what, error)

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import math
 import os
 import re
 import stat
@@ -28,6 +29,20 @@ log = logging.getLogger(__name__)
 _PREFIX = re.compile("[0-9a-f]{2}")
 _DIGEST = re.compile("[0-9a-f]{32}")
 _REMEDY = "set cache_dir (CKPTFS_CACHE_DIR) to another directory"
+
+
+_WARN_PAUSE_S = 60.0
+_warned_s: dict[str, float] = {}
+
+
+def warn(what: str, error: Exception) -> None:
+    """Say what the cache cannot do, one line a minute for each verb: a disk that is full or fails
+    refuses everything."""
+    kind = what.split(" ", 1)[0]
+    now_s = time.monotonic()
+    if now_s - _warned_s.get(kind, -math.inf) > _WARN_PAUSE_S:
+        _warned_s[kind] = now_s
+        log.warning("cache: cannot %s: %s", what, error)
 
 
 class Found(NamedTuple):

@@ -17,7 +17,7 @@ from unit.fakes import MIB, OLD_NS, FakeStore, pattern
 from unit.rig import Rig, rig_in
 from unit.test_disk_faults import ALL, everything_on_disk
 
-from ckptfs._daemon import cache, cached, cachedir, cacheroot, disk
+from ckptfs._daemon import cache, cached, cachedir, cacheroot, disk, ledger
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import STORED, VERIFIED
 from ckptfs._daemon.cachedir import ObjectKey
@@ -76,7 +76,7 @@ def test_every_operation_has_a_name() -> None:
     functions = [name for name, _ in inspect.getmembers(disk, inspect.isfunction)]
     assert set(functions) - {"close", "taken_bytes"} == set(OPERATIONS)
     pure = {"os.RWF_NOWAIT", "os.geteuid", "os.stat_result", "os.dup2", "os.statvfs_result"}
-    for module in (cache, cached, cachedir, cacheroot):
+    for module in (cache, cached, cachedir, cacheroot, ledger):
         tree = ast.parse(inspect.getsource(module))
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         assert not imported & {"shutil", "fcntl", "io", "tempfile"}
