@@ -127,11 +127,7 @@ class CacheRoot:
 
     def has(self, digest: str) -> bool:
         """Whether the folder of an object is there, or may be."""
-        try:
-            disk.status_of(self.folder(digest))
-        except OSError as error:
-            return error.errno != errno.ENOENT
-        return True
+        return _may_be_there(self.folder(digest))
 
     def to_trash(self, digest: str) -> Path | None:
         """Move a folder out of the way at once, so that the object can be opened anew: where it is
@@ -249,11 +245,21 @@ def _lock(fd: int, *, where_possible: bool = False) -> None:
             raise
 
 
+def _may_be_there(path: Path) -> bool:
+    try:
+        disk.status_of(path)
+    except OSError as error:
+        return error.errno != errno.ENOENT
+    return True
+
+
 def _names_in(folder: Path) -> list[str]:
     try:
         return disk.list_folder(folder)
-    except FileNotFoundError:  # it could not be made
-        return []
+    except FileNotFoundError:
+        if _may_be_there(folder):
+            raise
+        return []  # it could not be made
 
 
 def _is_own_folder(folder: Path) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -59,14 +58,32 @@ def rename(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a link, or a directory with all that is in it; nothing there is fine."""
     try:
-        if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path)
-        else:
+        if not stat.S_ISDIR(path.lstat().st_mode):
             path.unlink()
+            return
+        folders = _clear(path, path)
+        while folders:
+            folder = folders.pop()
+            folders += _clear(folder, path)
+            folder.rmdir()
+        path.rmdir()
     except FileNotFoundError:
         return
-    except RecursionError:
-        raise OSError("directories are nested too deeply") from None
+
+
+def _clear(folder: Path, top: Path) -> list[Path]:
+    """Remove the files in a folder, and bring the folders in it up to `top`: so no path gets too
+    long, however deep somebody has nested them. Returns these."""
+    found: list[Path] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found.append(top / (entry.name if folder == top else f".{entry.inode()}"))
+                if folder != top:
+                    os.rename(entry.path, found[-1])
+            else:
+                os.unlink(entry.path)
+    return found
 
 
 def remove_empty(path: Path) -> None:

@@ -95,6 +95,11 @@ class Scenario:
                 plan.active = True
                 if plan.fault.operation == "remove_empty":  # at most 256 empty directories
                     self.uncounted_bytes = 256 * 4096
+            for name in SIZES:  # what is there is opened
+                file = rig.open(self.store, name)
+                await self.read(rig, file, 0, 1)
+                await rig.quiet()
+                rig.fetcher.close(file)
             for _ in range(steps):
                 name = self.chance.choice("aabbccde")
                 file = rig.open(self.store, name)
