@@ -208,6 +208,39 @@ async def test_files_of_two_objects_that_were_swapped_are_not_believed(
         await read_whole(rig, store, "large")
 
 
+def _broken(*_: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_bytes_of_the_last_version_that_could_not_be_removed_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss of power, where the new description is on the disk, and all else is not."""
+    key = ObjectKey("store", "a", MIB, OLD_NS)
+    cache = Cache(tmp_path / "cache", 0, 0.0, MIB)
+    entry = cache.open(key)
+    cache.learn(entry, "1")
+    buffer = cache.buffers.take(MIB)
+    cache.keep(entry, range(1), buffer)
+    reservation = cache.reserve(entry, MIB)
+    cache.settle(reservation, cache.make_room(reservation))
+    sums = cache.write(entry, entry.about, 0, buffer.view)
+    assert sums is not None
+    cache.publish(entry, 0, sums)
+    with monkeypatch.context() as patch:
+        patch.setattr(cachedir, "write_sums", _broken)
+        patch.setattr(disk, "punch", _broken)
+        cache.learn(entry, "2")
+    shutil.copytree(tmp_path / "cache", tmp_path / "after")
+    cache.shut()
+    cache = Cache(tmp_path / "after", 0, 0.0, MIB)
+    entry = cache.open(key)
+    assert entry.about.etag == "2"
+    assert entry.state[0] == STORED  # the map says so
+    assert cache.load(entry, 0, entry.sums[0]) is None
+    cache.shut()
+
+
 @pytest.mark.parametrize("number", [cachedir.FORMAT - 1, cachedir.FORMAT + 1])
 async def test_another_format_is_removed(tmp_path: Path, store: FakeStore, number: int) -> None:
     await fill(tmp_path, store)

@@ -65,6 +65,7 @@ class Scenario:
     def __init__(self, directory: Path, seed: int) -> None:
         self.directory = directory
         self.uncounted_bytes = 0
+        self.same_times = False  # whether new versions are many, and mostly of the same time
         self.on_change: Callable[[], None] = lambda: None  # called when the store has changed
         self.chance = random.Random(seed)
         objects = {name: content_of(name, 9) for name in SIZES}
@@ -112,9 +113,11 @@ class Scenario:
                 self.check(rig)
                 if self.chance.random() < 0.8:
                     rig.fetcher.close(file)
-                if self.chance.random() < 0.2:
+                if self.chance.random() < 0.2 and not self.same_times:
                     self.store.overwrite(name, content_of(name, self.chance.randrange(5)))
-                elif self.chance.random() < 0.2:  # the version changes and neither size nor time
+                elif self.chance.random() < (
+                    0.7 if self.same_times else 0.2
+                ):  # the version changes and neither size nor time
                     mtime_ns = self.store.pin(name).mtime_ns
                     data = content_of(name, self.chance.randrange(5))
                     self.store.overwrite(name, data, mtime_ns=mtime_ns)

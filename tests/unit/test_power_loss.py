@@ -23,6 +23,7 @@ async def test_a_loss_of_power_loses_no_more_than_blocks(
     monkeypatch.setattr(cachedir, "stamp", lambda _: boot)
     recorder = Recorder()
     scenario = Scenario(tmp_path / "before", seed)
+    scenario.same_times = True
     scenario.on_change = lambda: recorder.mark(dict(scenario.store._objects))
     with recorder.watching():
         scenario.on_change()
