@@ -1,6 +1,7 @@
 """Blocks on disk: a limit, eviction and recovery.
 
-``<cache>/objects/<2 hex>/<digest>/`` holds one version of one object (format: ``cachedir``).
+The directory is described in ``cacheroot``, the folder of an object in ``cachedir``, its state in
+memory in ``cached``, what nobody has open in ``ledger``; ``disk`` is all that touches the disk.
 
 **Who may touch what.** State in memory (`CachedObject.state`, the indices, the byte counts) is
 touched only in the event loop's thread, between two awaits. The functions that say "blocking" run
@@ -11,44 +12,67 @@ the object is open, and leave the state alone. Whoever hands an object to a work
 **Life of a block.** ABSENT; `fetch` reads it into a buffer, sees to it that nobody else fetches
 it, and makes it readable with `keep`: IN_MEMORY. Then `write` (blocking) puts its bytes on the
 disk, and after them its checksum into the map, and `publish` makes it VERIFIED; the buffer stays
-until its memory is needed. Because the map is written last, after a crash it never names a block
-whose bytes were not written; that they also reached the disk is what the checksum finds out: a
-block that was there when the object is opened is STORED, and is checked by `load` when it is first
-used; but if all of the object was VERIFIED at its last close, and its file was not written since,
-all of it is VERIFIED. A VERIFIED block is read without a thread as long as its bytes are in a
-buffer or its pages in memory (`read_now`); when they are not, `load` reads it from the disk, and
-checks it again. DYING blocks are being punched out by `make_room` (blocking): they cannot be read,
-nor fetched again before the hole is made.
+until its memory is needed. Whether these bytes also reached the disk is what the checksum finds
+out: a block that was there when the object is opened is STORED, and is checked by `load` when it is
+first used; but if all of the object was VERIFIED at its last close, and its file was not written
+since, all of it is VERIFIED. A VERIFIED block is read without a thread as long as its bytes are in
+a buffer or its pages in memory (`read_now`); when they are not, it is DOUBTED, because the kernel
+may have begun to read these pages, until `load` has read it from the disk and checked it again.
+DYING blocks are being punched out by `make_room` (blocking): they cannot be read, nor fetched again
+before the hole is made.
 
 **Lent** objects are read by the kernel itself (see `passthrough`): all of their blocks are
 VERIFIED, and stay as they are until they are taken back. One that turns out damaged, or another
 version, is retired: the kernel keeps the old files, everybody else starts anew.
 
-**Room.** `reserve` decides, without IO, what has to go so that the limit holds *before* a write,
-and the bytes that go are counted until `make_room` (blocking) has removed them. Whole objects that
-nobody has open go first, least recently used first; then the oldest blocks of open objects. Where
-that is not enough, the bytes are not stored: a buffer is all that has them, and readers advance
-without a disk. One reservation at a time: `fetch` holds a lock from `reserve` to `settle`.
+**Room.** `reserve` decides, without IO but for renaming, what has to go so that the limit holds
+*before* a write, and the bytes that go are counted until `make_room` (blocking) has removed them.
+Whole objects that nobody has open go first, least recently used first; then the oldest blocks of
+open objects. Where that is not enough, the bytes are not stored: a buffer is all that has them, and
+readers advance without a disk. One reservation at a time: `fetch` holds a lock from `reserve` to
+`settle`.
+
+**A disk that fails** is never a reader's error. What cannot be read is fetched; what cannot be
+written is not stored. What cannot be removed stays counted, and is tried again with the next
+reservation: folders in the trash are the ledger's, blocks stay in the cache, and the rest are
+`dead_bytes` of their object, whose folder goes as a whole when it is closed. Where the directory
+was removed, it is made again, and what is open is read on from its open files.
 """
 
 import contextlib
 import errno
-import fcntl
 import logging
-import math
 import mmap
 import os
-import shutil
 import time
 from array import array
-from collections import OrderedDict, deque
 from pathlib import Path
 
 import msgspec
 
-from ckptfs._daemon import cachedir
+from ckptfs._daemon import cachedir, disk
 from ckptfs._daemon.buffers import Buffer, Buffers
-from ckptfs._daemon.cachedir import NO_FILES, About, Files, ObjectKey
+from ckptfs._daemon.cached import (
+    ABSENT,
+    DOUBTED,
+    DYING,
+    IN_MEMORY,
+    ON_DISK,
+    VERIFIED,
+    CachedObject,
+    Reservation,
+)
+from ckptfs._daemon.cachedir import (
+    NO_FILES,
+    PAGE_BYTES,
+    About,
+    Files,
+    ObjectKey,
+    folder_bytes,
+    pages,
+)
+from ckptfs._daemon.cacheroot import warn
+from ckptfs._daemon.ledger import Ledger
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
@@ -57,12 +81,8 @@ from ckptfs._model.blocks import (
     blocks_of,
     runs,
 )
-from ckptfs.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-ABSENT, STORED, VERIFIED, IN_MEMORY, DYING = range(5)
-_READABLE = frozenset((VERIFIED, IN_MEMORY))
 
 SETTLED_S = 900
 """Age after which size and mtime alone identify a version. mtime has whole seconds, so a younger
@@ -72,90 +92,6 @@ _READ_BYTES_MAX = 2 << 20
 """Size of the reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
 Views = list[memoryview]
 """Consecutive bytes, in parts."""
-_PAGE_BYTES = 4096
-"""Unit in which file systems give out space."""
-_FOLDER_BYTES = 6 * _PAGE_BYTES
-"""What an object costs beside its blocks, a page each: folder and its parent, map, description and
-the one that replaces it, and the block that lists the extents of a file with holes. (A map outgrows
-its page at 512 MiB, by one part in 131,072 of the data.)"""
-
-
-def disk_bytes(size: int) -> int:
-    """Bytes that an object of `size` bytes takes on disk when all of it is cached."""
-    return _pages(size) + _FOLDER_BYTES if size else 0
-
-
-class CachedObject:
-    """One open object. `data` of a block is at its own offset in `files.data`."""
-
-    def __init__(self, digest: str, about: About, files: Files, sums: "array[int]") -> None:
-        self.digest = digest
-        self.about = about
-        self.size = about.key.size
-        self.files = files  # NO_FILES until the first block is stored
-        self.sums = sums
-        self.state = bytearray(STORED if s else ABSENT for s in sums)
-        self.oldest = deque(i for i, s in enumerate(sums) if s)  # stored blocks, oldest first
-        self.memory: dict[int, Buffer[CachedObject]] = {}  # blocks whose bytes are in a buffer
-        self.users = 0
-        self.lent = 0
-        self.retired: list[Files] = []
-        self.unreliable = False  # its disk lost a block that was good: keep no more there
-
-    def stored_bytes(self) -> int:
-        """Bytes of the blocks that are on disk."""
-        count = self.state.count(STORED) + self.state.count(VERIFIED)
-        if count and self.state[-1] in (STORED, VERIFIED):
-            return (count - 1) * BLOCK_BYTES + block_length(len(self.state) - 1, self.size)
-        return count * BLOCK_BYTES
-
-    def disk_bytes(self) -> int:
-        """Bytes that the folder takes on disk."""
-        return 0 if self.files is NO_FILES else _pages(self.stored_bytes()) + _FOLDER_BYTES
-
-    @property
-    def verified(self) -> bool:
-        """Whether all of it is on the disk and verified."""
-        return self.files is not NO_FILES and self.state.count(VERIFIED) == len(self.state)
-
-    def readable(self, blocks: range) -> bool:
-        """Whether all of `blocks` can be read with no check and no fetch."""
-        return _READABLE.issuperset(self.state[blocks.start : blocks.stop])
-
-    def absent(self, blocks: range) -> list[int]:
-        """Those of `blocks` that are nowhere here."""
-        if self.state.find(ABSENT, blocks.start, blocks.stop) < 0:
-            return []
-        return [index for index in blocks if self.state[index] == ABSENT]
-
-
-class Reservation:
-    """Room for one write to `entry`, and what `reserve` decided to remove for it.
-
-    Attributes:
-        bytes: What was reserved on disk, the object's folder included where it has none yet.
-        freed_bytes: What is free once `make_room` has ended.
-        stores: Whether the write may go to the disk. `settle` has the last word.
-    """
-
-    def __init__(self, entry: CachedObject, length: int) -> None:
-        self.entry = entry
-        self.creates = entry.files is NO_FILES
-        self.bytes = _pages(length) + (_FOLDER_BYTES if self.creates else 0)
-        self.freed_bytes = 0
-        self.stores = True
-        self.folders: list[Path] = []
-        self.blocks: list[tuple[CachedObject, int]] = []
-
-    @property
-    def needs_work(self) -> bool:
-        """Whether `make_room` and `settle` have anything to do."""
-        return self.creates or bool(self.folders or self.blocks)
-
-    def refuse(self) -> None:
-        """There is no room."""
-        self.bytes = 0
-        self.creates = self.stores = False
 
 
 class Cache:
@@ -175,73 +111,43 @@ class Cache:
         self, directory: Path, bytes_max: int, free_share_min: float, memory_bytes_max: int
     ) -> None:
         self.directory = directory
-        self.bytes_max = bytes_max
-        self._free_share_min = free_share_min
         self._open: dict[str, CachedObject] = {}
-        self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
         self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
         self._buffer = memoryview(mmap.mmap(-1, _READ_BYTES_MAX))
         self._lent_before: set[str] = set()  # being opened: the kernel reads them all the time
-        self._trash_serial = 0
         self._nowait = os.RWF_NOWAIT
-        self.lock_fd = self._claim()
-        self.used_bytes = self._recover()
+        self._ledger = Ledger(
+            directory, bytes_max, free_share_min, self.is_open, self._directory_was_removed
+        )
+        self._root = self._ledger.root
 
     # -- start and end
 
-    def _claim(self) -> int:
-        remedy = "set cache_dir (CKPTFS_CACHE_DIR) to another directory"
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = self.directory.stat()
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise ConfigError(
-                    f"cache directory {self.directory} must belong to this user and be writable by "
-                    f"nobody else; {remedy}"
-                )
-            lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"cache directory {self.directory}: {error.strerror}; {remedy}"
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise ConfigError(
-                f"cache directory {self.directory} is in use by another ckptfs daemon; {remedy}"
-            ) from None
-        return lock
+    @property
+    def used_bytes(self) -> int:
+        """Bytes on disk, those included that are reserved."""
+        return self._ledger.used_bytes
 
-    def _recover(self) -> int:
-        """Index what an earlier daemon left; remove what is not whole. Returns bytes on disk."""
-        shutil.rmtree(self.directory / "trash", ignore_errors=True)
-        for name in ("trash", "objects"):
-            try:
-                (self.directory / name).mkdir(mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"{self.directory / name}: {error.strerror}; remove it") from None
-        found: list[tuple[float, str, int]] = []
-        for folder in self.directory.glob("objects/*/*"):
-            try:
-                cachedir.read_about(folder)
-                data = (folder / "data").stat()
-                # Its list of extents is counted there, too, and is part of what a folder costs.
-                blocks_bytes = min(data.st_blocks * 512, _pages(data.st_size))
-                found.append((folder.stat().st_mtime, folder.name, blocks_bytes + _FOLDER_BYTES))
-            except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-                log.info("cache: removing %s: %s", folder, error)
-                shutil.rmtree(folder, ignore_errors=True)
-        for _, digest, size in sorted(found):
-            self._closed[digest] = size
-        return sum(size for _, _, size in found)
+    @property
+    def bytes_max(self) -> int:
+        """The limit; 0: none."""
+        return self._ledger.bytes_max
+
+    def capacity_bytes(self) -> int:
+        """How many bytes it could hold now, if nothing else were in it."""
+        return self._ledger.capacity_bytes()
+
+    @property
+    def lock_fd(self) -> int:
+        """A file in the directory."""
+        return self._root.lock_fd
 
     def shut(self) -> None:
         """Close all objects and let another daemon use the directory."""
         for entry in list(self._open.values()):
             entry.users = 1
             self.close(entry)
-        os.close(self.lock_fd)
+        self._root.close()
 
     # -- open and close
 
@@ -249,7 +155,7 @@ class Cache:
         """Bytes on disk of an object of `size` bytes, whether it is open or not."""
         if entry := self._open.get(digest):
             return entry.stored_bytes()
-        return min(size, max(0, self._closed.get(digest, 0) - _FOLDER_BYTES))
+        return min(size, max(0, self._ledger.bytes_of(digest) - folder_bytes(size)))
 
     def open(self, key: ObjectKey) -> CachedObject:
         """The object of `key`. Each call needs a `close`.
@@ -259,10 +165,9 @@ class Cache:
         digest = key.digest()
         entry = self._open.get(digest)
         if entry is None:
-            on_disk = self._closed.pop(digest, 0)
-            entry = self._open_folder(digest, key, on_disk > 0)
-            self.used_bytes += entry.disk_bytes() - on_disk
-            self._open[digest] = entry
+            on_disk = self._ledger.take(digest)
+            entry = self._open[digest] = self._open_folder(digest, key, on_disk)
+            self._ledger.used_bytes += entry.disk_bytes()
         entry.users += 1
         return entry
 
@@ -271,51 +176,70 @@ class Cache:
         entry.users -= 1
         if entry.users:
             return
-        del self._open[entry.digest]
+        digest, on_disk = entry.digest, entry.disk_bytes()
+        del self._open[digest]
         self._drop_memory(entry)
         if not self._open:
             self.buffers.trim()
-        for files in entry.retired:
+        for files, size, path in entry.retired:
             files.close()
-        if entry.files is NO_FILES:
-            return
-        on_disk = entry.disk_bytes()
+            self._ledger.used_bytes -= size
+            if path is not None:
+                self._ledger.leave(path, size)
         self._note_verified(entry)
         entry.files.close()
-        if entry.stored_bytes():
-            self._closed[entry.digest] = on_disk
-            with contextlib.suppress(OSError):
-                os.utime(self._folder(entry.digest))
-        else:
-            self.used_bytes -= on_disk
-            shutil.rmtree(self._folder(entry.digest), ignore_errors=True)
+        self._ledger.used_bytes -= on_disk
+        if on_disk and not entry.orphaned:
+            on_disk = self._close_folder(entry, on_disk)
+            if on_disk:
+                self._ledger.put(digest, on_disk)
+
+    def _close_folder(self, entry: CachedObject, on_disk: int) -> int:
+        """See what becomes of a folder; bytes of it that stay in the cache."""
+        if entry.files is NO_FILES:
+            return on_disk
+        if entry.dead_bytes:
+            return self._ledger.condemn(entry.digest, on_disk)
+        try:
+            if entry.stored_bytes():
+                disk.touch(self._root.folder(entry.digest))
+                return on_disk
+            self._root.remove(entry.digest)
+        except OSError as error:
+            if not self._root.has(entry.digest):  # somebody has removed it
+                return 0
+            warn(f"change {entry.about.key.path}", error)
+            return on_disk
+        return 0
 
     def _note_verified(self, entry: CachedObject) -> None:
         """So that the next open, perhaps by another daemon, need not check it all again."""
-        if not entry.verified:
+        if not entry.verified or entry.orphaned:
             return
         with contextlib.suppress(OSError):
             stamp = cachedir.stamp(entry.files)
             if entry.about.verified != stamp:
                 about = msgspec.structs.replace(entry.about, verified=stamp)
-                cachedir.write_about(self._folder(entry.digest), about)
+                cachedir.write_about(self._root.folder(entry.digest), about)
 
     def learn(self, entry: CachedObject, etag: str) -> None:
         """Take in the ETag that the store confirmed; blocks of another ETag are dropped."""
         mtime_ns = entry.about.key.mtime_ns  # 0: the store has none, so it identifies nothing
         settled = mtime_ns > 0 and time.time() - mtime_ns / 1e9 > SETTLED_S
-        if entry.about.etag not in ("", etag):
-            log.warning("cache: %s was written twice in one second: dropped", entry.about.key.path)
+        if entry.about.etag != etag and (entry.about.etag or any(entry.sums) or entry.memory):
+            if entry.about.etag:
+                path = entry.about.key.path
+                log.warning("cache: %s was written twice in one second: dropped", path)
             self._drop_memory(entry)
             for index, state in enumerate(entry.state):
-                if state in (STORED, VERIFIED):
+                if state in ON_DISK:
                     self._forget(entry, index)
         elif (entry.about.etag, entry.about.settled) == (etag, settled):
             return
         entry.about = msgspec.structs.replace(entry.about, etag=etag, settled=settled)
-        if entry.files is not NO_FILES:
+        if entry.files is not NO_FILES and not entry.orphaned:
             with contextlib.suppress(OSError):
-                cachedir.write_about(self._folder(entry.digest), entry.about)
+                cachedir.write_about(self._root.folder(entry.digest), entry.about)
 
     # -- reading
 
@@ -357,7 +281,7 @@ class Cache:
             return False
         try:
             # A short read is not the end of the file: see RWF_NOWAIT, preadv(2).
-            while count := os.preadv(entry.files.data, [view], offset, self._nowait):
+            while count := disk.read_cached(entry.files.data, view, offset, self._nowait):
                 if count == len(view):
                     return True
                 view = view[count:]
@@ -365,27 +289,29 @@ class Cache:
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 self._nowait = 0  # a file system without it: every read takes a thread
+        entry.doubt(blocks_of(offset, len(view)))
         return False
 
     @staticmethod
     def load(entry: CachedObject, index: int, checksum: int) -> bytes | None:
         """Blocking. The bytes of a block, read from the disk and checked; None: they are wrong."""
+        length = block_length(index, entry.size)
         try:
-            data = os.pread(entry.files.data, block_length(index, entry.size), index * BLOCK_BYTES)
+            data = cachedir.read_whole(entry.files.data, length, index * BLOCK_BYTES)
         except OSError as error:
-            log.warning("cache: cannot read a block of %s: %s", entry.about.key.path, error)
+            warn(f"read a block of {entry.about.key.path}", error)
             return None
-        return data if cachedir.checksum(data) == checksum else None
+        return data if cachedir.checksum(entry.about, index, data) == checksum else None
 
     def loaded(self, entry: CachedObject, index: int, checksum: int, good: bool) -> None:
         """Take in the outcome of `load`, unless the block is another one by now."""
-        if entry.state[index] not in (STORED, VERIFIED) or entry.sums[index] != checksum:
+        if entry.state[index] not in ON_DISK or entry.sums[index] != checksum:
             return
         if good:
             entry.state[index] = VERIFIED
             return
         log.warning("cache: block %d of %s is damaged: dropped", index, entry.about.key.path)
-        entry.unreliable |= entry.state[index] == VERIFIED
+        entry.unreliable |= entry.state[index] in (VERIFIED, DOUBTED)
         self._forget(entry, index)
 
     # -- writing
@@ -398,41 +324,42 @@ class Cache:
             entry.state[index] = IN_MEMORY
 
     @staticmethod
-    def write(entry: CachedObject, first: int, data: memoryview) -> "array[int] | None":
+    def write(
+        entry: CachedObject, about: About, first: int, data: memoryview
+    ) -> "array[int] | None":
         """Blocking. Write consecutive blocks from `first` on, and then their checksums to the map.
 
-        Returns the checksums; None if the disk refuses: the blocks on it are then as absent as
-        before.
+        `about` says which version they are. Returns the checksums; None if the disk refuses. What
+        will not be published is for `take_out`.
         """
-        sums = cachedir.checksums(data)
+        sums = cachedir.checksums(about, first, data)
         try:
             cachedir.write(entry.files, first * BLOCK_BYTES, data)
         except OSError as error:
-            _warn_of_disk(error)
-            Cache.discard(entry, first, len(data))
+            warn("write; reading without storing", error)
             return None
-        Cache.record(entry, first, sums)
+        Cache._record(entry, first, sums)
         return sums
 
     @staticmethod
-    def discard(entry: CachedObject, first: int, length: int) -> None:
-        """Blocking. Free the space of blocks that were written and will not be published."""
-        with contextlib.suppress(OSError):
-            cachedir.punch(entry.files, first * BLOCK_BYTES, length)
+    def take_out(entry: CachedObject, blocks: range) -> bool:
+        """Blocking. Remove blocks from map and disk; False: their space could not be freed."""
+        Cache._record(entry, blocks.start, array("Q", bytes(8 * len(blocks))))
+        length = blocks_length(blocks, entry.size)
+        try:
+            disk.punch(entry.files.data, blocks.start * BLOCK_BYTES, length)
+        except OSError as error:
+            warn(f"free a block of {entry.about.key.path}", error)
+            return False
+        return True
 
     @staticmethod
-    def take_out(entry: CachedObject, blocks: range) -> None:
-        """Blocking. Remove stored blocks from map and disk."""
-        Cache.record(entry, blocks.start, array("Q", bytes(8 * len(blocks))))
-        Cache.discard(entry, blocks.start, blocks_length(blocks, entry.size))
-
-    @staticmethod
-    def record(entry: CachedObject, first: int, sums: "array[int]") -> None:
-        """Blocking. Put checksums into the map, so that the blocks survive a restart."""
+    def _record(entry: CachedObject, first: int, sums: "array[int]") -> None:
+        """Put checksums into the map, so that the blocks survive a restart."""
         try:
             cachedir.write_sums(entry.files, first, sums)
         except OSError as error:  # they are fetched again after a restart
-            log.warning("cache: cannot write the map of %s: %s", entry.about.key.path, error)
+            warn(f"write the map of {entry.about.key.path}", error)
 
     def publish(self, entry: CachedObject, first: int, sums: "array[int]") -> None:
         """Take in that `write` has stored kept blocks."""
@@ -478,7 +405,7 @@ class Cache:
         entry = self._open.get(digest)
         if entry is None:
             try:
-                key = cachedir.read_about(self._folder(digest)).key
+                key = cachedir.read_about(self._root.folder(digest)).key
             except (OSError, ValueError):
                 return None
             self._lent_before.add(digest)
@@ -496,15 +423,22 @@ class Cache:
 
     def _retire(self, entry: CachedObject) -> None:
         """Start anew beside the files that are lent."""
-        self.used_bytes -= entry.disk_bytes()
+        on_disk = entry.disk_bytes()
         entry.oldest.clear()
         for index in range(len(entry.state)):
             entry.state[index] = ABSENT
             entry.sums[index] = 0
         self._drop_memory(entry)
-        entry.retired.append(entry.files)
-        entry.files = NO_FILES
-        self.delete(self._to_trash(entry.digest))
+        files, entry.files = entry.files, NO_FILES
+        path = None if entry.orphaned else self._ledger.to_trash(entry.digest)
+        if isinstance(path, OSError):
+            entry.retired.append((files, 0, None))
+            entry.dead_bytes, entry.unreliable = on_disk, True
+            return
+        if path is not None and Ledger.delete(path):
+            path = None
+        entry.retired.append((files, on_disk, path))
+        entry.dead_bytes, entry.orphaned = 0, False
 
     # -- room
 
@@ -516,64 +450,89 @@ class Cache:
         memory.
         """
         result = Reservation(entry, length)
-        goal = self._excess(result.bytes)
-        if entry.unreliable or goal is None:
+        spare = self._ledger.spare_bytes()
+        if entry.unreliable or spare is None:
             result.refuse()
             return result
-        while result.freed_bytes < goal and self._closed:
-            digest, size = self._closed.popitem(last=False)
-            result.folders.append(self._to_trash(digest))
-            result.freed_bytes += size
-        while result.freed_bytes < goal and (victim := self._fullest_open()) is not None:
+        goal, result.folders = self._ledger.clear_out(result.bytes, spare)
+        planned_bytes = sum(size for _, size in result.folders)
+        while planned_bytes < goal and (victim := self._fullest_open()) is not None:
             index = victim.oldest.popleft()
-            if victim.state[index] in (STORED, VERIFIED):
+            if victim.state[index] in ON_DISK:
                 victim.state[index] = DYING
                 victim.memory.pop(index, None)
                 result.blocks.append((victim, index))
-                result.freed_bytes += _pages(block_length(index, victim.size))
-        if result.freed_bytes < goal:
+                planned_bytes += pages(block_length(index, victim.size))
+        if planned_bytes < goal:
             result.refuse()
-        self.used_bytes += result.bytes
+        result.goal_bytes = goal
+        self._ledger.used_bytes += result.bytes
         return result
 
     def make_room(self, reservation: Reservation) -> Files:
         """Blocking. Free the space; returns the files of the new folder, if there is one."""
-        for folder in reservation.folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder, size in reservation.folders:
+            if Ledger.delete(folder):
+                reservation.freed_bytes += size
+            else:
+                reservation.kept_folders.append((folder, size))
         for entry, index in reservation.blocks:
-            self.record(entry, index, array("Q", [0]))
-            try:
-                length = block_length(index, entry.size)
-                cachedir.punch(entry.files, index * BLOCK_BYTES, length)
-            except OSError as error:
-                log.warning("cache: cannot free a block of %s: %s", entry.about.key.path, error)
-        if not reservation.creates:
+            if self.take_out(entry, range(index, index + 1)):
+                reservation.freed_bytes += pages(block_length(index, entry.size))
+            else:
+                reservation.kept_blocks.append((entry, index))
+        if not reservation.creates or reservation.freed_bytes < reservation.goal_bytes:
             return NO_FILES
-        folder = self._folder(reservation.entry.digest)
+        about, digest = reservation.entry.about, reservation.entry.digest
         try:
-            return cachedir.create(folder, reservation.entry.about)
+            return cachedir.create(self._root.folder(digest), about)
         except OSError as error:
-            log.warning("cache: cannot make %s: %s; reading without it", folder, error)
-            return NO_FILES
+            warn(f"make a folder for {about.key.path}", error)
+        try:
+            self._root.remove(digest)
+        except OSError:
+            reservation.remains = True
+        return NO_FILES
 
     def settle(self, reservation: Reservation, files: Files) -> None:
         """Take in that `make_room` has ended, with its result."""
-        self.used_bytes -= reservation.freed_bytes
+        self._ledger.used_bytes -= reservation.freed_bytes
+        self._ledger.left(reservation.kept_folders)
         for entry, index in reservation.blocks:
             entry.state[index] = ABSENT
             entry.sums[index] = 0
+        for entry, index in reservation.kept_blocks:  # they were taken out of the map
+            self._bury(entry, block_length(index, entry.size))
+        entry = reservation.entry
         if reservation.creates:
-            reservation.entry.files = files
-            if files is NO_FILES:
-                self.used_bytes -= reservation.bytes
-                reservation.stores = False
+            entry.files = files
+            reservation.stores = files is not NO_FILES
+            if reservation.remains:
+                entry.dead_bytes = folder_bytes(entry.size)
+                entry.unreliable = True
+                self._ledger.used_bytes += entry.dead_bytes
+        elif reservation.freed_bytes < reservation.goal_bytes:
+            reservation.stores = False
+        if not reservation.stores:
+            self._ledger.used_bytes -= reservation.bytes
 
-    def unreserve(self, length: int) -> None:
-        """Give back the room of blocks of `length` bytes together that were not published."""
-        self.used_bytes -= _pages(length)
+    def give_back(self, entry: CachedObject, length: int, freed: bool) -> None:
+        """Take in the outcome of `take_out` of blocks of `length` bytes together that were reserved
+        and will not be published, or were forgotten."""
+        if freed:
+            self._ledger.used_bytes -= pages(length)
+        else:
+            self._bury(entry, length)
+
+    @staticmethod
+    def _bury(entry: CachedObject, length: int) -> None:
+        """Bytes of it cannot be given back: all of its folder goes when it is closed."""
+        entry.dead_bytes += pages(length)
+        entry.unreliable = True
 
     def _fullest_open(self) -> CachedObject | None:
-        candidates = (entry for entry in self._open.values() if not entry.lent)
+        # Where a hole could not be made, there is no point in trying again.
+        candidates = (e for e in self._open.values() if not e.lent and not e.dead_bytes)
         fullest = max(candidates, key=lambda entry: len(entry.oldest), default=None)
         return fullest if fullest and fullest.oldest else None
 
@@ -581,81 +540,71 @@ class Cache:
         """Whether somebody reads or fetches the object."""
         return digest in self._open
 
+    # -- what is dropped
+
     def evict(self, digest: str) -> Path | None:
         """Drop an object that is not open; returns the folder to `delete`, if it was there."""
-        on_disk = self._closed.pop(digest, 0)
-        if not on_disk:
-            return None
-        self.used_bytes -= on_disk
-        return self._to_trash(digest)
+        return self._ledger.evict(digest)
 
     @staticmethod
-    def delete(folder: Path) -> None:
-        """Blocking. Delete what `evict` returned."""
-        shutil.rmtree(folder, ignore_errors=True)
+    def delete(folder: Path) -> bool:
+        """Blocking. Delete what `evict` returned; False: the disk refuses."""
+        return Ledger.delete(folder)
 
-    def capacity_bytes(self) -> int:
-        """How many bytes it could hold now, if nothing else were in it."""
-        spare = self._spare_bytes()
-        if spare is None:
-            return 0
-        on_disk = max(0, spare + self.used_bytes)
-        return min(on_disk, self.bytes_max) if self.bytes_max else on_disk
-
-    def _excess(self, length: int) -> int | None:
-        """Bytes that have to go before `length` more can be stored; None: the disk is gone."""
-        excess = self.used_bytes + length - self.bytes_max if self.bytes_max else 0
-        spare = self._spare_bytes()
-        return None if spare is None else max(excess, length - spare)
-
-    def _spare_bytes(self) -> int | None:
-        """Bytes of the disk that are free and need not be left free (below 0: more are needed);
-        None: the disk is gone."""
-        try:
-            disk = os.statvfs(self.directory)
-        except OSError:
-            return None
-        leave = int(self._free_share_min * disk.f_blocks * disk.f_frsize)
-        return disk.f_bavail * disk.f_frsize - leave
+    def deleted(self, folder: Path, gone: bool) -> None:
+        """Take in the outcome of `delete`."""
+        self._ledger.deleted(folder, gone)
 
     # -- folders
 
-    def _folder(self, digest: str) -> Path:
-        return self.directory / "objects" / digest[:2] / digest
+    def _directory_was_removed(self) -> None:
+        """The folders went with it. What is open is read on from its open files."""
+        for entry in self._open.values():
+            entry.orphaned |= entry.files is not NO_FILES
+            if entry.files is NO_FILES:
+                self._ledger.used_bytes -= entry.dead_bytes
+                entry.dead_bytes, entry.unreliable = 0, False
 
-    def _to_trash(self, digest: str) -> Path:
-        """Move a folder out of the way at once, so that the object can be opened anew."""
-        self._trash_serial += 1
-        target = self.directory / "trash" / str(self._trash_serial)
-        with contextlib.suppress(OSError):
-            self._folder(digest).rename(target)
-        return target
-
-    def _open_folder(self, digest: str, key: ObjectKey, on_disk: bool) -> CachedObject:
+    def _open_folder(self, digest: str, key: ObjectKey, on_disk: int) -> CachedObject:
+        dead_bytes = 0
         if on_disk:
-            folder = self._folder(digest)
             try:
-                files, about, sums = cachedir.open_existing(folder, key)
-                entry = CachedObject(digest, about, files, sums)
-                if 0 not in sums and about.verified == cachedir.stamp(files):
-                    entry.state[:] = bytes([VERIFIED]) * len(sums)
-                if digest not in self._lent_before:
-                    self._free_unrecorded(entry)
-                return entry
+                files, about, sums = cachedir.open_existing(self._root.folder(digest), key)
             except (OSError, ValueError) as error:
-                log.warning("cache: removing %s: %s", folder, error)
-                shutil.rmtree(folder, ignore_errors=True)
+                dead_bytes = on_disk
+                if not isinstance(error, OSError) or error.errno in _NO_FOLDER:
+                    log.warning("cache: removing %s: %s", digest, error)
+                    dead_bytes = self._ledger.condemn(digest, on_disk)
+                else:  # it may be whole: it is left alone
+                    warn(f"open {key.path}", error)
+            else:
+                entry = CachedObject(digest, about, files, sums)
+                with contextlib.suppress(OSError):
+                    if 0 not in sums and about.verified == cachedir.stamp(files):
+                        entry.state[:] = bytes([VERIFIED]) * len(sums)
+                if digest not in self._lent_before:
+                    self._free_unrecorded(entry, on_disk)
+                return entry
         about = About(cachedir.FORMAT, key, "", settled=False)
         sums = array("Q", bytes(8 * block_count(key.size)))
-        return CachedObject(digest, about, NO_FILES, sums)
+        entry = CachedObject(digest, about, NO_FILES, sums)
+        entry.dead_bytes, entry.unreliable = dead_bytes, dead_bytes > 0
+        return entry
 
-    def _free_unrecorded(self, entry: CachedObject) -> None:
+    def _free_unrecorded(self, entry: CachedObject, on_disk: int) -> None:
         """Free what a daemon that died had written but not recorded: nobody counts it."""
-        taken = os.fstat(entry.files.data).st_blocks * 512
-        if taken > _pages(entry.stored_bytes()) + _PAGE_BYTES:  # a page for the file system's own
-            absent = (index for index, s in enumerate(entry.sums) if not s)
-            for run in runs(absent, len(entry.sums)):
-                self.discard(entry, run.start, blocks_length(run, entry.size))
+        unrecorded = 0
+        try:
+            taken = disk.taken_bytes(disk.status(entry.files.data))
+            unrecorded = taken - pages(entry.stored_bytes()) - PAGE_BYTES  # the file system's own
+            if unrecorded > 0:
+                absent = (index for index, s in enumerate(entry.sums) if not s)
+                for run in runs(absent, len(entry.sums)):
+                    length = blocks_length(run, entry.size)
+                    disk.punch(entry.files.data, run.start * BLOCK_BYTES, length)
+        except OSError as error:
+            warn(f"free space of {entry.about.key.path}", error)
+            self._bury(entry, unrecorded or max(0, on_disk - entry.disk_bytes()))
 
     def _forget(self, entry: CachedObject, index: int) -> None:
         if entry.lent:
@@ -663,20 +612,10 @@ class Cache:
             return
         entry.state[index] = ABSENT
         entry.sums[index] = 0
-        self.unreserve(block_length(index, entry.size))
-        self.take_out(entry, range(index, index + 1))
+        freed = self.take_out(entry, range(index, index + 1))
+        self.give_back(entry, block_length(index, entry.size), freed)
 
 
-_warned_s = -math.inf
-
-
-def _warn_of_disk(error: OSError) -> None:
-    """One line a minute: a full disk refuses every span."""
-    global _warned_s
-    if time.monotonic() - _warned_s > 60:
-        _warned_s = time.monotonic()
-        log.warning("cache: cannot write: %s; reading without storing", error)
-
-
-def _pages(length: int) -> int:
-    return -(-length // _PAGE_BYTES) * _PAGE_BYTES
+_NO_FOLDER = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR))
+"""Errors of a folder that is not whole. Others say that the disk, or the daemon, cannot read it
+now."""

@@ -1,17 +1,26 @@
 """The folder of one cached object: its files, their format, and how they are read and written.
 
 ``data`` is a sparse file of the object's size, each block at its own offset. ``map`` is a header
-and then 8 bytes for each block: the xxh3-64 of its bytes, or 0 for "not here". ``about.json`` says
-what it is. Everything here blocks, and trusts nothing that it reads: a folder that is not whole in
-every respect raises ValueError, and its owner removes it.
+and then 8 bytes for each block: its checksum, or 0 for "not here". ``about.json`` says what it is,
+and has a checksum, too. Everything here blocks, and trusts nothing that it reads: a folder that is
+not whole in every respect raises ValueError, and its owner removes it.
+
+**The checksum of a block** is xxh3-64 with a seed that is made of the object, its ETag and the
+block's index. Nothing here is ever synced, so after a power loss, or a copy that went wrong, any
+two of these files may be of different times, and any block may be what was there before: of another
+version, another place or another object. None of these has the checksum that the description asks
+for.
+
+**Whose files.** Only files that this user owns, nobody else can write, and that have one name are
+read: a link, or a second name, would let the cache write or punch what is not its own.
 """
 
-import ctypes
+import contextlib
 import errno
 import functools
 import hashlib
 import os
-import shutil
+import stat
 import struct
 from array import array
 from pathlib import Path
@@ -20,21 +29,29 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
+from ckptfs._daemon import disk
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout. Folders of another version are removed at start."""
 
 _HEADER = struct.Struct("<8sQQ")  # magic, object's size, bytes of a block
 _MAGIC = b"ckptmap1"
+_NAMES = {"data", "map", "about.json"}
+_PARTIAL = "about.partial"
+_ABOUT_BYTES_MAX = 64 << 10
+"""The longest description: a store's name, a path (at most 1024 bytes on S3) and an ETag."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 _SECTOR_BYTES = 4096
 """Largest unit that a disk demands for O_DIRECT."""
+PAGE_BYTES = 4096
+"""Unit in which file systems give out space."""
+_EXTENTS_SHIFT = 28
+"""A file whose every other block is a hole needs a page of extents (340 of them on ext4) for each
+340 MiB; one page for each 256 MiB is more than that."""
 
 
-class ObjectKey(msgspec.Struct, frozen=True):
+class ObjectKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What identifies the bytes of an object: store, full path, size and listed mtime."""
 
     store: str
@@ -49,7 +66,7 @@ class ObjectKey(msgspec.Struct, frozen=True):
 
 
 class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Content of ``about.json``.
+    """The description.
 
     Attributes:
         format: `FORMAT`.
@@ -66,6 +83,13 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verified: str = ""
 
 
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    """Content of ``about.json``: an `About`, and the xxh3-64 of its text in 16 hex digits."""
+
+    about: msgspec.Raw
+    xxh3: str
+
+
 class Files(NamedTuple):
     """Descriptors of an open folder: the data, the map, and the data for writing past the page
     cache (-1 where the file system has no O_DIRECT, or nothing is missing)."""
@@ -78,27 +102,72 @@ class Files(NamedTuple):
         """Close them."""
         for fd in self:
             if fd >= 0:
-                os.close(fd)
+                disk.close(fd)
 
 
 NO_FILES = Files(-1, -1, -1)
 
 
-def checksum(data: "bytes | memoryview") -> int:
-    """xxh3-64 of a block, never 0."""
-    return xxhash.xxh3_64_intdigest(data) or 1
+# -- space
 
 
-def checksums(data: memoryview) -> "array[int]":
-    """The checksum of each block of `data`, whose first byte starts a block."""
-    return array(
-        "Q", [checksum(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
-    )
+def pages(length: int) -> int:
+    """Bytes that `length` bytes take on disk."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
+
+
+def folder_bytes(size: int) -> int:
+    """What an object of `size` bytes costs beside its blocks: folder and its parent, description
+    and the one that replaces it, a page each, the map, and the extents of a file with holes."""
+    return 5 * PAGE_BYTES + pages(_map_bytes(size)) + (size >> _EXTENTS_SHIFT) * PAGE_BYTES
+
+
+def _map_bytes(size: int) -> int:
+    return _HEADER.size + 8 * block_count(size)
+
+
+# -- checksums
+
+
+@functools.lru_cache(maxsize=4096)
+def _seed(digest: str, etag: str) -> int:
+    text = f"{digest}\0{etag}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def checksum(about: About, index: int, data: "bytes | memoryview") -> int:
+    """Of block `index` of an object, never 0."""
+    seed = _seed(about.key.digest(), about.etag) + index & 0xFFFF_FFFF_FFFF_FFFF
+    return xxhash.xxh3_64_intdigest(data, seed) or 1
+
+
+def checksums(about: About, first: int, data: memoryview) -> "array[int]":
+    """The checksum of each block of `data`, which begins with block `first`."""
+    starts = range(0, len(data), BLOCK_BYTES)
+    blocks = (data[start : start + BLOCK_BYTES] for start in starts)
+    return array("Q", [checksum(about, index, block) for index, block in enumerate(blocks, first)])
+
+
+# -- the description
 
 
 def read_about(folder: Path) -> About:
     """Raises OSError, or ValueError if it is not the description of this very folder."""
-    about = msgspec.json.decode((folder / "about.json").read_bytes(), type=About)
+    fd = disk.open_file(folder / "about.json", os.O_RDONLY)
+    try:
+        _require_own(disk.status(fd))
+        text = disk.read(fd, _ABOUT_BYTES_MAX + 1, 0)
+    finally:
+        disk.close(fd)
+    if len(text) > _ABOUT_BYTES_MAX:
+        raise ValueError("the description is too long")
+    try:
+        envelope = msgspec.json.decode(text, type=_Envelope)
+        if envelope.xxh3 != _sum_of(envelope.about):
+            raise ValueError("the description is damaged")
+        about = msgspec.json.decode(envelope.about, type=About)
+    except RecursionError:
+        raise ValueError("the description is nested too deeply") from None
     if about.format != FORMAT or about.key.digest() != folder.name:
         raise ValueError("the description is of another format or object")
     return about
@@ -106,65 +175,144 @@ def read_about(folder: Path) -> About:
 
 def write_about(folder: Path, about: About) -> None:
     """Replace the description whole. Raises OSError."""
-    partial = folder / "about.partial"
-    partial.write_bytes(msgspec.json.encode(about))
-    partial.rename(folder / "about.json")
+    body = msgspec.json.encode(about)
+    text = msgspec.json.encode(_Envelope(msgspec.Raw(body), _sum_of(body)))
+    partial = folder / _PARTIAL
+    fd = disk.open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        _write_whole(fd, memoryview(text), 0)
+    finally:
+        disk.close(fd)
+    disk.rename(partial, folder / "about.json")
+
+
+def _sum_of(body: "bytes | msgspec.Raw") -> str:
+    return f"{xxhash.xxh3_64_intdigest(memoryview(body)):016x}"
+
+
+# -- the folder
 
 
 def create(folder: Path, about: About) -> Files:
-    """Make the folder with no block in it. Raises OSError, and then leaves nothing."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Make the folder with no block in it. Raises OSError; what it leaves then is to be removed."""
+    disk.remove(folder)
+    try:
+        disk.make_folder(folder)
+    except FileNotFoundError:
+        for parent in (folder.parent.parent, folder.parent):
+            with contextlib.suppress(FileExistsError):
+                disk.make_folder(parent)
+        disk.make_folder(folder)
     fds: list[int] = []
     try:
-        folder.mkdir(mode=0o700, parents=True)
         for name in ("data", "map"):
-            fds.append(
-                os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            )
-        os.truncate(fds[0], about.key.size)
-        os.pwrite(fds[1], _HEADER.pack(_MAGIC, about.key.size, BLOCK_BYTES), 0)
-        os.truncate(fds[1], _HEADER.size + 8 * block_count(about.key.size))
+            fds.append(disk.open_file(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        disk.set_size(fds[0], about.key.size)
+        disk.expect_random(fds[0])
+        header = _HEADER.pack(_MAGIC, about.key.size, BLOCK_BYTES)
+        _write_whole(fds[1], memoryview(header), 0)
+        disk.set_size(fds[1], _map_bytes(about.key.size))
         write_about(folder, about)
     except OSError:
         for fd in fds:
-            os.close(fd)
-        shutil.rmtree(folder, ignore_errors=True)
+            disk.close(fd)
         raise
     return Files(fds[0], fds[1], _open_direct(folder))
 
 
 def _open_direct(folder: Path) -> int:
     try:
-        return os.open(folder / "data", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return disk.open_file(folder / "data", os.O_WRONLY | os.O_DIRECT)
     except OSError:
         return -1
 
 
+def examine(folder: Path) -> int:
+    """What a folder is counted for, without opening its data. Raises OSError, or ValueError if it
+    is not whole, has more in it than it should, or is not this user's alone."""
+    require_own_folder(folder)
+    names = set(disk.list_folder(folder))
+    if _PARTIAL in names:  # its writer died
+        disk.remove(folder / _PARTIAL)
+        names.remove(_PARTIAL)
+    if names != _NAMES:
+        raise ValueError("it has other files than it should")
+    about = read_about(folder)
+    size = about.key.size
+    data, sums = (disk.status_of(folder / name) for name in ("data", "map"))
+    for info, length in ((data, size), (sums, _map_bytes(size))):
+        _require_own(info)
+        if info.st_size != length:
+            raise ValueError("data or map is of another length")
+        if disk.taken_bytes(info) > pages(length) + folder_bytes(size):
+            raise ValueError("data or map takes more than its length")
+    # The extents of the data are counted there, too, and are part of what a folder costs.
+    return min(disk.taken_bytes(data), pages(size)) + folder_bytes(size)
+
+
 def open_existing(folder: Path, key: ObjectKey) -> "tuple[Files, About, array[int]]":
-    """Descriptors, description and checksums (0: absent). Raises OSError or ValueError."""
+    """Descriptors, description and checksums (0: absent). Raises OSError or ValueError.
+
+    The kernel must not read ahead in the data: pages that come with another block's would be in
+    memory without having been checked.
+    """
+    require_own_folder(folder)
     about = read_about(folder)
     if about.key != key:
         raise ValueError("the description is of another object")
     fds: list[int] = []
     try:
         for name in ("data", "map"):
-            fds.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+            fds.append(disk.open_file(folder / name, os.O_RDWR))
+            _require_own(disk.status(fds[-1]))
         files = Files(fds[0], fds[1], -1)
-        raw = os.pread(files.map, _HEADER.size + 8 * block_count(key.size) + 1, 0)
-        if len(raw) != _HEADER.size + 8 * block_count(key.size):
+        disk.expect_random(files.data)
+        if disk.status(files.map).st_size != _map_bytes(key.size):
             raise ValueError("the map is of another length")
+        raw = read_whole(files.map, _map_bytes(key.size), 0)
+        if len(raw) != _map_bytes(key.size):
+            raise ValueError("the map cannot be read whole")
         if _HEADER.unpack_from(raw) != (_MAGIC, key.size, BLOCK_BYTES):
             raise ValueError("the map is of another object")
-        if os.fstat(files.data).st_size != key.size:
+        if disk.status(files.data).st_size != key.size:
             raise ValueError("the data is of another length")
     except (OSError, ValueError):
         for fd in fds:
-            os.close(fd)
+            disk.close(fd)
         raise
     sums = array("Q", raw[_HEADER.size :])
     if 0 in sums:
         files = files._replace(direct=_open_direct(folder))
     return files, about, sums
+
+
+def require_own_folder(path: Path) -> None:
+    """Raises ValueError unless it is a directory, and this user's alone to write; or OSError."""
+    info = disk.status_of(path)
+    if not stat.S_ISDIR(info.st_mode) or not _is_own(info):
+        raise ValueError(f"{path.name} is no directory, or not this user's alone")
+
+
+def _require_own(info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or not _is_own(info):
+        raise ValueError("a file of it is no file with one name, or not this user's alone")
+
+
+def _is_own(info: os.stat_result) -> bool:
+    return info.st_uid == os.geteuid() and not info.st_mode & 0o022
+
+
+# -- blocks
+
+
+def read_whole(fd: int, length: int, offset: int) -> bytes:
+    """The bytes, in as many parts as it takes; fewer at the end of the file. Raises OSError."""
+    data = disk.read(fd, length, offset)
+    while 0 < len(data) < length and (
+        more := disk.read(fd, length - len(data), offset + len(data))
+    ):
+        data += more
+    return data
 
 
 def write(files: Files, offset: int, data: memoryview) -> None:
@@ -179,18 +327,29 @@ def write(files: Files, offset: int, data: memoryview) -> None:
         whole = len(data) // _SECTOR_BYTES * _SECTOR_BYTES
         try:
             while done < whole and done % _SECTOR_BYTES == 0:
-                done += os.pwrite(files.direct, data[done:whole], offset + done)
+                done += _some(disk.write_direct(files.direct, data[done:whole], offset + done))
         except OSError as error:
             if error.errno != errno.EINVAL:  # a disk with larger sectors: write it below
                 raise
+    _write_whole(files.data, data[done:], offset + done)
+
+
+def _write_whole(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
     while done < len(data):
-        done += os.pwrite(files.data, data[done:], offset + done)
+        done += _some(disk.write(fd, data[done:], offset + done))
+
+
+def _some(count: int) -> int:
+    if not count:
+        raise OSError(errno.EIO, "nothing was written")
+    return count
 
 
 def stamp(files: Files) -> str:
     """Equal as long as nobody has written to the data, and no crash of the machine can have undone
     a write. Raises OSError."""
-    info = os.fstat(files.data)
+    info = disk.status(files.data)
     return f"{_boot_id()} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
@@ -201,12 +360,4 @@ def _boot_id() -> str:
 
 def write_sums(files: Files, first: int, sums: "array[int]") -> None:
     """Put the checksums of consecutive blocks into the map. Raises OSError."""
-    os.pwrite(files.map, sums.tobytes(), _HEADER.size + first * sums.itemsize)
-
-
-def punch(files: Files, offset: int, length: int) -> None:
-    """Give the space of a range back; it reads as zeros from then on. Raises OSError."""
-    arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
-    if _libc.fallocate(files.data, _PUNCH_HOLE_KEEP_SIZE, *arguments):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _write_whole(files.map, memoryview(sums.tobytes()), _HEADER.size + first * sums.itemsize)

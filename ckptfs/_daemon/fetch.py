@@ -49,7 +49,8 @@ import msgspec
 import trio
 
 from ckptfs._daemon.buffers import Buffer, capacity_of
-from ckptfs._daemon.cache import ABSENT, DYING, STORED, VERIFIED, Cache, CachedObject, Views
+from ckptfs._daemon.cache import Cache, Views
+from ckptfs._daemon.cached import ABSENT, DYING, ON_DISK, CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.readahead import Readahead
@@ -410,7 +411,7 @@ class Fetcher:
             data: bytes | None = None
             if (view := self._cache.in_memory(entry, index)) is not None:
                 data = bytes(view)  # the next block may take time, and the buffer
-            elif entry.state[index] in (STORED, VERIFIED):
+            elif entry.state[index] in ON_DISK:
                 checksum = entry.sums[index]
                 data = await self._offload.disk(self._cache.load, entry, index, checksum)
                 self._cache.loaded(entry, index, checksum, data is not None)
@@ -536,16 +537,14 @@ class Fetcher:
         assert buffer is not None
         if not await self._make_room(entry, span.length):
             return
-        etag = entry.about.etag
+        about = entry.about
         view = buffer.view[: span.length]
-        sums = await self._offload.disk(self._cache.write, entry, first, view)
-        if sums is not None and entry.about.etag != etag:  # it is another version since
-            await self._offload.disk(self._cache.take_out, entry, span.blocks)
-            sums = None
-        if sums is None:
-            self._cache.unreserve(span.length)
-        else:
+        sums = await self._offload.disk(self._cache.write, entry, about, first, view)
+        if sums is not None and entry.about.etag == about.etag:
             self._cache.publish(entry, first, sums)
+        else:  # the disk refused it, or it is another version since
+            freed = await self._offload.disk(self._cache.take_out, entry, span.blocks)
+            self._cache.give_back(entry, span.length, freed)
 
     async def _make_room(self, entry: CachedObject, length: int) -> bool:
         """Whether `length` bytes may be written to the cache; they are reserved then."""

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.cache import ABSENT, Cache, CachedObject, disk_bytes
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cached import ABSENT, CachedObject, disk_bytes
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.offload import Offload
 from ckptfs._model.blocks import BLOCK_BYTES, block_length, blocks_of

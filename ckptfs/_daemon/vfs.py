@@ -10,15 +10,18 @@ a file or directory is refused (`fuse.Operations`).
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.cache import Cache, CachedObject, Views
+from ckptfs._daemon.cache import Cache, Views
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
+
+if TYPE_CHECKING:
+    from ckptfs._daemon.cached import CachedObject
 
 
 class VfsError(Exception):

@@ -293,7 +293,8 @@ class Xattrs:
                 attachment.note(error)
                 raise error
             if (folder := self._cache.evict(digest)) is not None:
-                await self._offload.disk(self._cache.delete, folder)
+                gone = await self._offload.disk(self._cache.delete, folder)
+                self._cache.deleted(folder, gone)
 
     async def _is_closed(self, attachment: Attachment, index: int) -> bool:
         """Whether nobody has the file open. What its last reader has begun may need a moment."""

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import xxhash
 from unit.fakes import MIB, pattern
 
-from ckptfs._daemon import cachedir
-from ckptfs._daemon.cachedir import FORMAT, About, Files, ObjectKey
+from ckptfs._daemon import cachedir, disk
+from ckptfs._daemon.cachedir import FORMAT, About, ObjectKey
 
 KEY = ObjectKey("store", "bucket/a/model", 3 * MIB + 5, 7)
 ABOUT = About(FORMAT, KEY, '"etag"', settled=True)
@@ -42,12 +43,13 @@ def test_create_replaces_what_was_there(folder: Path) -> None:
     assert not any(sums)
 
 
-def test_a_failed_create_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_create_leaves_no_descriptor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_files = set(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(cachedir, "write_about", _raise_no_space)
     with pytest.raises(OSError, match="no space"):
         cachedir.create(folder, ABOUT)
-    assert not folder.exists()
     assert set(os.listdir("/proc/self/fd")) == open_files
 
 
@@ -79,7 +81,9 @@ def _appended(name: str) -> Callable[[Path], None]:
 def _described(**changes: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         fields = msgspec.to_builtins(ABOUT) | changes
-        (folder / "about.json").write_bytes(msgspec.json.encode(fields))
+        body = msgspec.json.encode(fields)
+        envelope = {"about": msgspec.Raw(body), "xxh3": f"{xxhash.xxh3_64_intdigest(body):016x}"}
+        (folder / "about.json").write_bytes(msgspec.json.encode(envelope))
 
     return damage
 
@@ -140,16 +144,28 @@ def test_a_description_is_replaced_whole(folder: Path) -> None:
 def test_each_block_has_its_checksum() -> None:
     data = memoryview(pattern(2 * MIB + 1))
     parts = [data[:MIB], data[MIB : 2 * MIB], data[2 * MIB :]]
-    assert list(cachedir.checksums(data)) == [cachedir.checksum(part) for part in parts]
-    assert len(set(cachedir.checksums(data))) == 3
+    sums = [cachedir.checksum(ABOUT, index, part) for index, part in enumerate(parts, 5)]
+    assert list(cachedir.checksums(ABOUT, 5, data)) == sums
+    assert len(set(sums)) == 3
     flipped = bytearray(parts[0])
     flipped[123456] ^= 1
-    assert cachedir.checksum(flipped) != cachedir.checksum(parts[0])
+    assert cachedir.checksum(ABOUT, 5, flipped) != sums[0]
+
+
+def test_a_checksum_is_of_one_place_in_one_version_of_one_object() -> None:
+    data = pattern(MIB)
+    others = [
+        msgspec.structs.replace(ABOUT, etag='"another"'),
+        msgspec.structs.replace(ABOUT, key=ObjectKey("store", "bucket/a/model", KEY.size, 8)),
+    ]
+    sums = [cachedir.checksum(about, 0, data) for about in (ABOUT, *others)]
+    sums.append(cachedir.checksum(ABOUT, 1, data))
+    assert len(set(sums)) == 4
 
 
 def test_a_checksum_is_never_the_mark_of_an_absent_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cachedir.xxhash, "xxh3_64_intdigest", lambda _: 0)
-    assert cachedir.checksum(b"data") != 0
+    monkeypatch.setattr(cachedir.xxhash, "xxh3_64_intdigest", lambda *_: 0)
+    assert cachedir.checksum(ABOUT, 0, b"data") != 0
 
 
 def test_punching_frees_the_space_and_keeps_the_rest(folder: Path) -> None:
@@ -157,13 +173,13 @@ def test_punching_frees_the_space_and_keeps_the_rest(folder: Path) -> None:
     data = pattern(KEY.size)
     os.pwrite(files.data, data, 0)
     before = os.fstat(files.data).st_blocks
-    cachedir.punch(files, MIB, MIB)
+    disk.punch(files.data, MIB, MIB)
     assert os.fstat(files.data).st_blocks * 512 <= before * 512 - MIB
     read = os.pread(files.data, KEY.size, 0)
     assert read == data[:MIB] + bytes(MIB) + data[2 * MIB :]
     files.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        cachedir.punch(Files(-1, -1, -1), 0, MIB)
+        disk.punch(-1, 0, MIB)
 
 
 @pytest.mark.parametrize("field", ["store", "path", "size", "mtime_ns"])

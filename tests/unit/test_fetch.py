@@ -14,8 +14,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
 from unit.rig import Rig, bytes_on_disk, rig_in
 
-from ckptfs._daemon import cachedir
-from ckptfs._daemon.cache import ABSENT, IN_MEMORY, VERIFIED, Cache
+from ckptfs._daemon import cachedir, disk
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cached import ABSENT, IN_MEMORY, VERIFIED
 from ckptfs._daemon.cachedir import Files
 from ckptfs._daemon.fetch import RemoteFile
 from ckptfs._daemon.offload import Offload
@@ -789,7 +790,7 @@ async def test_a_disk_that_cannot_be_read_is_no_read_error(
     tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cache, "load", staticmethod(lambda *_: None))
-    monkeypatch.setattr(os, "preadv", _no_space)
+    monkeypatch.setattr(disk, "read_cached", _no_space)
     async with rig_in(tmp_path) as rig:
         file = rig.open(store, "a")
         with trio.fail_after(10):

@@ -1,0 +1,177 @@
+"""The disk operations of the cache, each with a name.
+
+All that the cache does to its disk goes through these functions, called by their names in this
+module, so that a test can let any of them fail, write half, or be lost when the power goes. Each is
+one system call or little more, blocks, and raises OSError.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
+_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are: stat(2)
+
+
+# -- names
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory for this user alone. Its parent must be there, it must not."""
+    path.mkdir(mode=0o700)
+
+
+def make_folders(path: Path) -> None:
+    """The same, with its parents, where it is not there yet."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def list_folder(path: Path) -> list[str]:
+    """The names in a directory, in no order."""
+    return os.listdir(path)
+
+
+def status_of(path: Path) -> os.stat_result:
+    """lstat(2): of a link itself."""
+    return path.lstat()
+
+
+def status_behind(path: Path) -> os.stat_result:
+    """stat(2): of what a link leads to."""
+    return path.stat()
+
+
+def keep_private(path: Path) -> None:
+    """Take all rights from others than the owner."""
+    path.chmod(0o700)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Put a file in the place of another one, or a folder where there is none."""
+    source.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it; nothing there is fine."""
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            path.unlink()
+            return
+        folders = _clear(path, path)
+        while folders:
+            folder = folders.pop()
+            folders += _clear(folder, path)
+            folder.rmdir()
+        path.rmdir()
+    except FileNotFoundError:
+        return
+
+
+def _clear(folder: Path, top: Path) -> list[Path]:
+    """Remove the files in a folder, and bring the folders in it up to `top`: so no path gets too
+    long, however deep somebody has nested them. Returns these."""
+    found: list[Path] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found.append(top / (entry.name if folder == top else f".{entry.inode()}"))
+                if folder != top:
+                    os.rename(entry.path, found[-1])
+            else:
+                os.unlink(entry.path)
+    return found
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory with nothing in it."""
+    path.rmdir()
+
+
+def touch(path: Path) -> None:
+    """Give it the current time as mtime."""
+    os.utime(path)
+
+
+def free_space(path: Path) -> os.statvfs_result:
+    """statvfs(2)."""
+    return os.statvfs(path)
+
+
+# -- open files
+
+
+def open_folder(path: Path) -> int:
+    """Descriptor of a directory, itself or behind a link."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Descriptor of a file; not of what a link leads to, and not waiting for what a FIFO is for."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+def close(fd: int) -> None:
+    """Close; an error says that a write was lost, which the checksums will find, and the descriptor
+    is gone anyway: close(2)."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def lock(fd: int) -> None:
+    """Lock it against other daemons, or raise BlockingIOError at once."""
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def status(fd: int) -> os.stat_result:
+    """fstat(2)."""
+    return os.fstat(fd)
+
+
+def expect_random(fd: int) -> None:
+    """Let the kernel read only what it is asked for (see `cachedir.open_existing`)."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def set_size(fd: int, size: int) -> None:
+    """Cut, or extend by a hole."""
+    os.truncate(fd, size)
+
+
+def read(fd: int, length: int, offset: int) -> bytes:
+    """At most `length` bytes at `offset`."""
+    return os.pread(fd, length, offset)
+
+
+def read_cached(fd: int, view: memoryview, offset: int, flags: int) -> int:
+    """Fill the beginning of `view` from `offset` on, under `flags` of preadv2(2): how much."""
+    return os.preadv(fd, [view], offset, flags)
+
+
+def write(fd: int, data: "bytes | memoryview", offset: int) -> int:
+    """Write the beginning of `data` at `offset`: how much."""
+    return os.pwrite(fd, data, offset)
+
+
+def write_direct(fd: int, data: memoryview, offset: int) -> int:
+    """The same past the page cache, by a descriptor with O_DIRECT."""
+    return os.pwrite(fd, data, offset)
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Give the space of a range back; it reads as zeros from then on."""
+    arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
+    if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, *arguments):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+# -- what is no operation
+
+
+def taken_bytes(info: os.stat_result) -> int:
+    """Bytes that a file takes on the disk."""
+    return info.st_blocks * _BLOCK_BYTES

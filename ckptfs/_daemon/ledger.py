@@ -1,0 +1,217 @@
+"""What of the cache is on the disk while nobody has it open, and the count of all bytes.
+
+Closed objects are kept in the order of their use. What is in the trash and could not be deleted yet
+is counted like everything else, and chosen first when room is needed. State belongs to the event
+loop, but for `delete` (blocking). IO is renaming and what a look at the directory costs, except
+where the directory was removed and is begun anew.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from ckptfs._daemon import disk
+from ckptfs._daemon.cacheroot import CacheRoot, warn
+from ckptfs.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """The bytes in `directory`, at most `bytes_max` (0: no limit of its own).
+
+    Args:
+        free_share_min: Share of the disk to leave free.
+        is_open: Whether an object is open; these are counted by whoever has opened them.
+        was_removed: Called when the directory was removed, and all that is not open with it.
+
+    Attributes:
+        used_bytes: Of all objects, and of what is to be deleted; whoever opens, writes or reserves
+            changes it.
+
+    Raises:
+        ConfigError: The directory cannot be used, or another daemon uses it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bytes_max: int,
+        free_share_min: float,
+        is_open: Callable[[str], bool],
+        was_removed: Callable[[], None],
+    ) -> None:
+        self.bytes_max = bytes_max
+        self._free_share_min = free_share_min
+        self._is_open = is_open
+        self._was_removed = was_removed
+        self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
+        self._leftovers: dict[Path, int] = {}  # to be deleted -> bytes on disk
+        self.root = CacheRoot(directory)
+        self._is_indexed = False
+        self.used_bytes = 0
+        try:
+            self._recover()
+        except ConfigError:
+            self.root.close()
+            raise
+
+    def _recover(self) -> None:
+        """Index what an earlier daemon left. After a loss of power, or with another limit, that may
+        be too much."""
+        self._is_indexed = False
+        found = self.root.recover()
+        self._is_indexed = True
+        for digest, size in found.objects.items():
+            # One that is open will be replaced with its next block.
+            if not self._is_open(digest) and digest not in self._closed:
+                self.put(digest, size)
+        self.used_bytes += found.other_bytes
+        while self._closed and self.excess(0) > 0:
+            digest, size = self._closed.popitem(last=False)
+            try:
+                self.root.remove(digest)
+            except OSError as error:
+                warn("remove an object", error)
+                self._closed[digest] = size
+                break
+            self.used_bytes -= size
+
+    # -- objects
+
+    def bytes_of(self, digest: str) -> int:
+        """Bytes on disk of an object that is not open."""
+        return self._closed.get(digest, 0)
+
+    def take(self, digest: str) -> int:
+        """An object is opened: count its bytes no longer. How many they were."""
+        size = self._closed.pop(digest, 0)
+        self.used_bytes -= size
+        return size
+
+    def put(self, digest: str, size: int) -> None:
+        """An object is closed, and was used last."""
+        self._closed[digest] = size
+        self.used_bytes += size
+
+    def evict(self, digest: str) -> Path | None:
+        """Drop an object; returns the folder to `delete`, if it was there."""
+        size = self.take(digest)
+        path = self.to_trash(digest) if size else None
+        if isinstance(path, OSError):
+            self.put(digest, size)
+            return None
+        if path is not None:
+            self.leave(path, size)
+        return path
+
+    def condemn(self, digest: str, size: int) -> int:
+        """Have the folder of an object deleted that is not counted now; what stays in its place, in
+        bytes."""
+        path = self.to_trash(digest)
+        if isinstance(path, OSError):
+            return size
+        if path is not None:
+            self.leave(path, size)
+        return 0
+
+    def to_trash(self, digest: str) -> Path | OSError | None:
+        """Move a folder out of the way at once, so that the object can be opened anew: where it is
+        now; None: it is gone; or why it stays where it is."""
+        try:
+            return self.root.to_trash(digest)
+        except OSError as error:
+            warn("remove an object", error)
+            return error
+
+    def leave(self, path: Path, size: int) -> None:
+        """Have what is in the trash deleted with the next reservation, and counted until then."""
+        self._leftovers[path] = size
+        self.used_bytes += size
+
+    def left(self, folders: list[tuple[Path, int]]) -> None:
+        """Some of what `clear_out` chose could not be deleted."""
+        self._leftovers.update(folders)
+
+    @staticmethod
+    def delete(folder: Path) -> bool:
+        """Blocking. Delete what is in the trash; False: the disk refuses."""
+        try:
+            disk.remove(folder)
+        except OSError as error:
+            warn("remove a folder", error)
+            return False
+        return True
+
+    def deleted(self, folder: Path, gone: bool) -> None:
+        """Take in the outcome of `delete` after `evict`."""
+        if gone:
+            self.used_bytes -= self._leftovers.pop(folder, 0)
+
+    # -- room
+
+    def capacity_bytes(self) -> int:
+        """How many bytes there could be now, if there were none yet."""
+        spare = self.spare_bytes()
+        if spare is None:
+            return 0
+        on_disk = max(0, spare + self.used_bytes)
+        return min(on_disk, self.bytes_max) if self.bytes_max else on_disk
+
+    def excess(self, length: int) -> int:
+        """Bytes above the limit, if there were `length` more."""
+        return self.used_bytes + length - self.bytes_max if self.bytes_max else 0
+
+    def spare_bytes(self) -> int | None:
+        """Bytes of the disk that may be used; None: the directory is gone, or its disk."""
+        if not (self._is_indexed and self.root.is_there()) and not self._begin_anew():
+            return None
+        try:
+            return self.root.spare_bytes(self._free_share_min)
+        except OSError as error:
+            warn("see how much space is left", error)
+            return None
+
+    def clear_out(self, length: int, spare: int) -> tuple[int, list[tuple[Path, int]]]:
+        """Choose what nobody has open and has to go, so that `length` bytes fit into the limit and
+        into the `spare` ones of the disk.
+
+        Returns how many bytes have to be freed, and folders in the trash, with their bytes, which
+        stay counted until they are deleted. They may be too few.
+        """
+        lack = length - spare
+        goal = max(lack, self.excess(length))
+        folders = list(self._leftovers.items())
+        self._leftovers.clear()
+        planned_bytes = sum(size for _, size in folders)
+        while planned_bytes < goal and self._closed:
+            digest, size = self._closed.popitem(last=False)
+            path = self.to_trash(digest)
+            if isinstance(path, OSError):
+                self._closed[digest] = size
+                self._closed.move_to_end(digest, last=False)
+                break
+            if path is None:  # somebody has removed it
+                self.used_bytes -= size
+                goal = max(lack, self.excess(length))
+            else:
+                folders.append((path, size))
+                planned_bytes += size
+        return goal, folders
+
+    def _begin_anew(self) -> bool:
+        """Somebody has removed the directory: make it again, if nobody else has."""
+        try:
+            if not self.root.is_there():
+                self.root.move()
+                log.info("cache: %s was removed, and is made again", self.root.directory)
+                self.used_bytes -= sum(self._closed.values()) + sum(self._leftovers.values())
+                self._closed.clear()
+                self._leftovers.clear()
+                self._was_removed()
+            self._recover()
+        except ConfigError as error:
+            warn("use its directory", error)
+            return False
+        return True

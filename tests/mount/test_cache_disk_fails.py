@@ -1,0 +1,173 @@
+"""A cache on a real disk that fails under a running daemon: reads go on, and each byte is right."""
+
+import fcntl
+import os
+import random
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import Node
+from mount.test_cache_on_disk import MIB, sampled, write_files
+from unit.test_disk_faults import ALL
+
+import ckptfs
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk of its own"),
+]
+
+UriOf = Callable[[Path], str]
+_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, linux/ext4.h
+_NO_FLUSH = 2
+
+
+class Disk:
+    """An ext4 file system in a file, mounted as the cache's directory."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.at = node.cache_dir
+        self.image = node.folder / "disk"
+
+    def mount(self) -> None:
+        """Make it, and put it there."""
+        with self.image.open("wb") as file:
+            file.truncate(64 * MIB)
+        self.node.run("mkfs.ext4", "-q", "-F", str(self.image))
+        self.at.mkdir()
+        self.node.run("mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.at))
+        self.at.chmod(0o700)
+
+    def become_read_only(self) -> None:
+        """As after an error that the file system found in itself."""
+        source = self.node.run("findmnt", "-n", "-o", "SOURCE", str(self.at)).stdout.strip()
+        Path("/sys/fs/ext4", Path(source).name, "trigger_fs_error").write_text("1")
+        with pytest.raises(OSError, match="Read-only"):
+            (self.at / "x").touch()
+
+    def break_down(self) -> None:
+        """From now on everything fails with EIO, also what was read before."""
+        fd = os.open(self.at, os.O_RDONLY)
+        fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _NO_FLUSH))
+        os.close(fd)
+        with pytest.raises(OSError, match="Input/output"):
+            (self.at / "x").touch()
+
+
+@contextmanager
+def disk_of(node: Node) -> Iterator[Disk]:
+    """A disk of the cache's own; the daemon ends before it goes."""
+    disk = Disk(node)
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        node.end()
+        node.run("umount", str(disk.at))
+
+
+def read_everywhere(top: str, contents: dict[str, bytes], seed: int) -> None:
+    """Read at random places, through new pages, and then all."""
+    chance = random.Random(seed)
+    for name, data in contents.items():
+        fd = os.open(f"{top}/{name}", os.O_RDONLY)
+        try:
+            for _ in range(8):
+                offset = chance.randrange(len(data))
+                assert os.pread(fd, 100_000, offset) == data[offset : offset + 100_000]
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        assert Path(top, name).read_bytes() == data
+
+
+@pytest.mark.parametrize("passthrough", [True, False], ids=["passthrough", "ordinary"])
+def test_a_disk_that_becomes_read_only(
+    node: Node, bucket: Path, uri_of: UriOf, passthrough: bool
+) -> None:
+    node.configure(cache_bytes_max=20 * MIB, passthrough=passthrough)
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
+    with (
+        disk_of(node) as disk,
+        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
+        Path(path, "b").open("rb") as held,
+    ):
+        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        assert Path(path, "a").read_bytes() == contents["a"]
+        node.wait_quiet()
+        disk.become_read_only()
+        for seed in range(2):
+            read_everywhere(path, contents, seed)
+        assert held.read() == contents["b"][3 * MIB :]
+
+
+@pytest.mark.parametrize("passthrough", [True, False], ids=["passthrough", "ordinary"])
+def test_a_disk_that_breaks_down(
+    node: Node, bucket: Path, uri_of: UriOf, passthrough: bool
+) -> None:
+    node.configure(cache_bytes_max=20 * MIB, passthrough=passthrough)
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
+    with (
+        disk_of(node) as disk,
+        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
+        Path(path, "b").open("rb") as held,
+    ):
+        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        assert Path(path, "a").read_bytes() == contents["a"]
+        node.wait_quiet()
+        disk.break_down()
+        for seed in range(2):
+            read_everywhere(path, contents, seed)
+        assert held.read() == contents["b"][3 * MIB :]
+
+
+def test_a_cache_that_is_removed_while_it_is_used(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
+    with (
+        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
+        Path(path, "b").open("rb") as held,
+    ):
+        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        assert Path(path, "a").read_bytes() == contents["a"]
+        node.wait_quiet()
+        shutil.rmtree(node.cache_dir)
+        for seed in range(2):
+            read_everywhere(path, contents, seed)
+        assert held.read() == contents["b"][3 * MIB :]
+        node.wait_quiet()
+        # It was made again, and is used.
+        assert any(node.cache_dir.glob("objects/*/*/about.json"))
+
+
+def test_the_limit_holds_under_several_readers(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    """With CKPTFS_FAULTS=all: 100 MB under 2 GB that 4 readers read."""
+    limit, size = (100_000_000, 250_000_000) if ALL else (10 * MIB, 20 * MIB)
+    node.configure(cache_bytes_max=limit)
+    contents = write_files(bucket, dict.fromkeys("abcdefgh", size))
+    wrong: list[str] = []
+
+    def read(path: str, names: str) -> None:
+        for name in names:
+            with open(f"{path}/{name}", "rb", buffering=0) as file:
+                for offset in range(0, size, MIB):
+                    if file.read(MIB) != contents[name][offset : offset + MIB]:
+                        wrong.append(f"{name} at {offset}")
+
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        pairs = ("ae", "bf", "cg", "dh")
+        readers = [threading.Thread(target=read, args=(path, names)) for names in pairs]
+        with sampled(node.cache_dir) as samples:
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+    assert wrong == []
+    besides = 64 << 10  # the daemon's log and the directories themselves
+    assert limit // 2 < max(samples) <= limit + besides
+    print(f"{len(samples)} samples, at most {max(samples)} bytes; the limit is {limit}")

@@ -1,0 +1,50 @@
+"""After a loss of power, whatever of the cache reached the disk: no wrong byte is read from it."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from unit.powerloss import Recorder, image
+from unit.rig import rig_in
+from unit.test_disk_faults import ALL, LIMIT, SIZES, Scenario
+
+from ckptfs._daemon import cachedir
+
+CRASHES = 250 if ALL else 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_loss_of_power_loses_no_more_than_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    boot = "first"
+    # Times say nothing here, so that all depends on what else tells one boot from another.
+    monkeypatch.setattr(cachedir, "stamp", lambda _: boot)
+    recorder = Recorder()
+    scenario = Scenario(tmp_path / "before", seed)
+    scenario.same_times = True
+    scenario.on_change = lambda: recorder.mark(dict(scenario.store._objects))
+    with recorder.watching():
+        scenario.on_change()
+        await scenario.session(steps=14)
+        await scenario.session(steps=6)
+    chance = random.Random(seed)
+    after = Scenario(tmp_path / "after", seed)
+    kept_bytes = 0
+    boot = "second"
+    for _ in range(CRASHES):
+        after.directory.mkdir()
+        after.store._objects = image(recorder.events, chance, after.directory / "cache")
+        async with rig_in(after.directory, cache_bytes_max=LIMIT) as rig:
+            after.check(rig)
+            for name in chance.sample(list(SIZES), len(SIZES)):
+                file = rig.open(after.store, name)
+                before_bytes = rig.fetcher.fetched_bytes
+                await after.read(rig, file, 0, SIZES[name])
+                kept_bytes += SIZES[name] - (rig.fetcher.fetched_bytes - before_bytes)
+                await rig.quiet()
+                after.check(rig)
+                rig.fetcher.close(file)
+        shutil.rmtree(after.directory)
+    assert kept_bytes > 0  # the cache was of use
