@@ -32,8 +32,10 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Store, pin_of
+from ckptfs._store.lending import lent_for
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import (
+    AccessDenied,
     Busy,
     LimitExceeded,
     NotAttached,
@@ -102,6 +104,7 @@ class Service:
         Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError and its
         kinds (StoreTimeout at the latest after `attach_deadline_s`), LimitExceeded.
         """
+        self._check_rights(uid, location)
         key = (uid, location.identity)
         lock = self._locks.setdefault(key, trio.Lock())
         try:
@@ -190,6 +193,17 @@ class Service:
             yield
         finally:
             self.let_go(attachment)
+
+    def _check_rights(self, uid: int, location: Location) -> None:
+        """Raise AccessDenied where the daemon would lend its own rights to another user."""
+        if is_ours(uid) or self._config.lend_daemon_rights:
+            return
+        if lent := lent_for(location):
+            raise AccessDenied(
+                f"{location.uri} would be read with the ckptfs daemon's own {lent}, which are not "
+                f"for uid {uid}; give credentials of your own (e.g. AWS_ACCESS_KEY_ID), or start a "
+                "daemon of your own (CKPTFS_SOCKET), or have lend_daemon_rights set"
+            )
 
     def _check_limit(self) -> None:
         if len(self._attachments) >= self._config.attachments_max:
@@ -354,6 +368,11 @@ class Service:
     @staticmethod
     def _may_see(uid: int, attachment: Attachment) -> bool:
         return uid in (0, attachment.uid)
+
+
+def is_ours(uid: int) -> bool:
+    """Whether it is root or the daemon's own user, for whom there are no limits of a user."""
+    return uid in (0, os.geteuid())
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

@@ -44,6 +44,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         passthrough: Let the kernel itself read files that are complete in the cache, where it can.
         allow_other: Let other users of the node use this daemon (needs root, or
             ``user_allow_other`` in fuse.conf).
+        lend_daemon_rights: With `allow_other`: whether other users may attach what is read with the
+            daemon's own rights (its AWS or Google credentials, its identity at HDFS, local files),
+            because the location brings no credentials. Whoever asks then reads as the daemon does.
         files_max: Most objects in one checkpoint.
         attachments_max: Most checkpoints that are attached at the same time.
     """
@@ -66,5 +69,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     read_ahead_kb: Bytes = 1024
     passthrough: bool = True
     allow_other: bool = False
+    lend_daemon_rights: bool = False
     files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
     attachments_max: Count = 1000

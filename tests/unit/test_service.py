@@ -26,7 +26,8 @@ from ckptfs.errors import (
 
 ME = os.geteuid()
 OTHER = 4242
-PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, {"secret_key": "S3CR3T"})
+SECRETS = {"access_key": "key", "secret_key": "S3CR3T"}
+PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, SECRETS)
 ELSEWHERE = Location("s3", "bucket/run/step-2", {"region": "eu"})
 
 
