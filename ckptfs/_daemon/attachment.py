@@ -1,6 +1,7 @@
 """An attached checkpoint: its snapshot, who holds it, and the state of its files."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,10 @@ class Attachment:
         self.gid = gid
         self.attached_s = time.time()
         self.tree = Tree(ordinal, manifest, int(self.attached_s * 1e9))
+        # Users of one place have a directory each.
         self.name = f"{location.name}-{location.digest}"
+        if uid != os.geteuid():
+            self.name += f"-{uid}"
         self.files: dict[int, RemoteFile] = {}
         self.directories: dict[int, int] = {}
         self.open_handles = 0

@@ -7,13 +7,18 @@ version if there is one; one that finds it in use joins the snapshot of the othe
 
 All state belongs to the event loop. `_locks` makes attaches of one place wait for each other; those
 that waited for one which found the store dark share its answer, instead of asking one by one.
+
+Limits hold for all users together. Of each, one user other than root and the daemon's own may take
+a quarter (`limit_for`), so that nobody is shut out by one of the others.
 """
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version as version_of
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import trio
@@ -48,6 +53,16 @@ log = logging.getLogger(__name__)
 
 _SKIPPED_IN_STATUS = 100
 """Skipped objects that a status lists per attachment; the count is always whole."""
+_PREFETCHES_MAX = 1024
+"""That run at the same time: each has up to eight files open."""
+_AT_STORE_MAX = 8
+"""Listings and checks for one of the other users at the same time, of the sixteen that there can be
+(``offload``): who attaches at stores that do not answer keeps nobody else waiting."""
+_ONE_USERS_SHARE = 4
+"""One of the other users may take the fourth part of what there is for all."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Service:
@@ -92,6 +107,8 @@ class Service:
         self._opened: dict[tuple[int, str], Location] = {}  # what their stores were opened for
         self._locks: dict[tuple[int, str], trio.Lock] = {}
         self._outages: dict[tuple[int, str], tuple[Location, StoreUnavailable]] = {}
+        self._prefetches: Counter[int] = Counter()  # by user
+        self._at_store: dict[int, trio.CapacityLimiter] = {}  # by user, for all but ours
         self._ordinal = 0
         self._clients = 0
         self._last_use_s = trio.current_time()
@@ -138,21 +155,21 @@ class Service:
             if location.secrets == self._opened[key].secrets:
                 return known
             store = self._open_store(location, self._config.store_timeout_s)
-            await self._offload.control(_prove_access, store, known.manifest)
+            await self._ask(uid, _prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
                 known.use_store(store)
                 self._opened[key] = location
                 return known
             known = self._attachments.get(key)
         if known is None:
-            self._check_limit()
+            self._check_limit(uid)
         lent = self._store_of(known, location)
         store = lent or self._open_store(location, self._config.store_timeout_s)
         shown = known.manifest.version if known is not None else ""
         self._ordinal += 1
         with self._holding(known):
-            manifest, fresh = await self._offload.control(
-                self._build, self._ordinal, location, store, uid, gid, shown
+            manifest, fresh = await self._ask(
+                uid, self._build, self._ordinal, location, store, uid, gid, shown
             )
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
         if known is not None and (known.in_use or known.manifest.version == manifest.version):
@@ -167,7 +184,8 @@ class Service:
         if known is not None:
             fresh.pinned = known.pinned
             self._remove(known)
-        self._check_limit()  # other places may have been attached meanwhile
+        # Other places may have been attached meanwhile.
+        self._check_limit(uid, len(fresh.manifest.files))
         self._attachments[key] = fresh
         self._opened[key] = location
         self.vfs.add(fresh)
@@ -205,12 +223,54 @@ class Service:
                 "daemon of your own (CKPTFS_SOCKET), or have lend_daemon_rights set"
             )
 
-    def _check_limit(self) -> None:
-        if len(self._attachments) >= self._config.attachments_max:
-            raise LimitExceeded(
-                f"{len(self._attachments)} checkpoints are attached, the most that attachments_max "
-                "allows; detach one, or raise it"
-            )
+    def _check_limit(self, uid: int, more_files: int = 0) -> None:
+        """Raise LimitExceeded where one more checkpoint, with so many files, is too much."""
+        attached = list(self._attachments.values())
+        own = [a for a in attached if a.uid == uid]
+        for those, who, share in ((own, uid, " for one user"), (attached, os.geteuid(), "")):
+            if len(those) >= limit_for(who, self._config.attachments_max):
+                raise LimitExceeded(
+                    f"{len(those)} checkpoints are attached, the most that attachments_max allows"
+                    f"{share}; detach one, or raise it"
+                )
+            files = sum(len(a.manifest.files) for a in those)
+            if files + more_files > limit_for(who, self._config.attached_files_max):
+                raise LimitExceeded(
+                    f"{files} files are attached, and {more_files} more are more than "
+                    f"attached_files_max allows{share}; detach a checkpoint, or raise it"
+                )
+
+    async def _ask(self, uid: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a small request to a store for that user. A call that nobody waits for any more still
+        counts, until its thread is free."""
+        if is_ours(uid):
+            return await self._offload.control(call, *args, **kwargs)
+        limiter = self._at_store.setdefault(uid, trio.CapacityLimiter(_AT_STORE_MAX))
+        borrower = object()
+        loop = trio.lowlevel.current_trio_token()
+        begun = False
+
+        def give_back() -> None:
+            if borrower in limiter.statistics().borrowers:
+                limiter.release_on_behalf_of(borrower)
+            if not limiter.statistics().borrowers and not limiter.statistics().tasks_waiting:
+                self._at_store.pop(uid, None)
+
+        def counted() -> T:
+            nonlocal begun
+            begun = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                with suppress(trio.RunFinishedError):
+                    loop.run_sync_soon(give_back)
+
+        await limiter.acquire_on_behalf_of(borrower)
+        try:
+            return await self._offload.control(counted)
+        finally:
+            if not begun:
+                give_back()
 
     def _build(
         self, ordinal: int, location: Location, store: Store, uid: int, gid: int, shown: str
@@ -226,10 +286,24 @@ class Service:
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
         """Begin to fetch the files that match, in the background; `rate`: bytes per second at
-        most."""
+        most. Raises LimitExceeded."""
+        uid = attachment.uid
+        most = limit_for(uid, _PREFETCHES_MAX)
+        if self._prefetches[uid] >= most or sum(self._prefetches.values()) >= _PREFETCHES_MAX:
+            raise LimitExceeded(
+                f"{attachment.location.uri}: {most} prefetches are running, the most that there "
+                f"can be for uid {uid}; wait for one to end"
+            )
         prefetch = Prefetch(attachment, globs, rate, self._fetcher, self._cache, self._offload)
-        self._nursery.start_soon(prefetch.run)
+        self._prefetches[uid] += 1
+        self._nursery.start_soon(self._run_prefetch, prefetch, uid)
         return prefetch
+
+    async def _run_prefetch(self, prefetch: Prefetch, uid: int) -> None:
+        try:
+            await prefetch.run()
+        finally:
+            self._prefetches -= Counter([uid])  # zeros go
 
     async def metadata_changed(self, location: Location, uid: int) -> None:
         """This user has changed the metadata of the checkpoint at `location` at the store."""
@@ -373,6 +447,11 @@ class Service:
 def is_ours(uid: int) -> bool:
     """Whether it is root or the daemon's own user, for whom there are no limits of a user."""
     return uid in (0, os.geteuid())
+
+
+def limit_for(uid: int, limit: int) -> int:
+    """How much of a limit that user may take."""
+    return limit if is_ours(uid) else max(1, limit // _ONE_USERS_SHARE)
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

@@ -111,6 +111,10 @@ async def test_users_and_places_do_not_share(bench: Bench, autojump_clock: MockC
     assert bench.lists() == 2
     elsewhere = await bench.attach(ELSEWHERE)
     assert elsewhere not in attachments
+    assert len(bench.shown()) == 3
+    for attachment in attachments:  # each goes by itself
+        bench.service.detach(attachment, force=True)
+    assert bench.shown() == [elsewhere.name]
 
 
 async def test_concurrent_attaches_list_once(bench: Bench, autojump_clock: MockClock) -> None:

@@ -433,7 +433,7 @@ async def test_prefetch_names_exactly_these_files(view: View) -> None:
         await view.xattrs.set(view.stat(attachment, path).inode, names.PREFETCH, b"", UID)
         found, globs = view.prefetched.pop()
         assert found is attachment
-        return sorted(file.path for file in chosen(attachment.shown(), globs).values())
+        return sorted(file.path for file in chosen(list(attachment.shown()), globs).values())
 
     assert await matched("") == sorted(paths)
     assert await matched("a[1]") == ["a[1]/x", "a[1]/y/z"]
