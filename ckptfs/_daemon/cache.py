@@ -57,7 +57,8 @@ from ckptfs._model.blocks import (
     blocks_of,
     runs,
 )
-from ckptfs.errors import ConfigError
+from ckptfs._model.manifest import printable
+from ckptfs.errors import ConfigError, LimitExceeded
 
 log = logging.getLogger(__name__)
 
@@ -254,12 +255,14 @@ class Cache:
         """The object of `key`. Each call needs a `close`.
 
         Small synchronous IO if it is on disk. A new object gets its folder with its first block.
+        Raises LimitExceeded where the process has no descriptors left for it.
         """
         digest = key.digest()
         entry = self._open.get(digest)
         if entry is None:
-            on_disk = self._closed.pop(digest, 0)
+            on_disk = self._closed.get(digest, 0)
             entry = self._open_folder(digest, key, on_disk > 0)
+            self._closed.pop(digest, None)
             self.used_bytes += entry.disk_bytes() - on_disk
             self._open[digest] = entry
         entry.users += 1
@@ -622,6 +625,11 @@ class Cache:
                 self._free_unrecorded(entry)
                 return entry
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise LimitExceeded(
+                        f"{printable(key.path)}: the ckptfs daemon has as many open files as its "
+                        "limit of descriptors (RLIMIT_NOFILE) allows; close some, or raise it"
+                    ) from None
                 log.warning("cache: removing %s: %s", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
         about = About(cachedir.FORMAT, key, "", settled=False)
