@@ -46,6 +46,20 @@ _START_WAIT_S = 60.0
 _REPLY_BYTES_MAX = 64 << 20
 _TRIES = 5
 """A daemon that is just ending hangs up on us; the next try finds or starts another."""
+_SECRETS = frozenset(
+    [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_CLIENT_SECRET",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "HF_TOKEN",
+    ]
+)
+"""Variables whose values go with a location (``_store.describe``), so a daemon that is started on
+demand does without."""
 _UCRED = struct.Struct("3i")
 
 R = TypeVar("R", bound=Reply)
@@ -288,16 +302,20 @@ def connect_or_start(config: Config, timeout_s: float | None = None) -> Connecti
         # Somebody else may have started it while we waited for the lock.
         with contextlib.suppress(NoDaemon):
             return connect(config, timeout_s)
-        start(config)
+        # These travel with each request, and are for who asks: not for whoever asks next.
+        start(config, dict.fromkeys(_SECRETS & os.environ.keys(), ""))
         return connect(config, timeout_s)
 
 
-def start(config: Config) -> None:
+def start(config: Config, environment: Mapping[str, str] | None = None) -> None:
     """Start a daemon in the background and wait until it serves.
+
+    `environment`: added to that of this process.
 
     Raises CannotMount, ConfigError or DaemonError.
     """
     environment = {
+        **(environment or {}),
         "CKPTFS_SOCKET": config.socket,
         "CKPTFS_MOUNT": config.mount,
         "CKPTFS_CACHE_DIR": config.cache_dir,

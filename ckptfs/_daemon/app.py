@@ -56,6 +56,9 @@ def main() -> None:
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
     config = msgspec.json.decode(settings, type=Config)
     _raise_descriptor_limit()
+    # Credentials in our memory are for no core file; 1 is the limit that also keeps the dump from a
+    # program that takes dumps (fs/coredump.c).
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     table, *logs = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store

@@ -1,6 +1,7 @@
 """An attached checkpoint: its snapshot, who holds it, and the state of its files."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,10 @@ class Attachment:
         self.gid = gid
         self.attached_s = attached_s or time.time()
         self.tree = Tree(ordinal, manifest, int(self.attached_s * 1e9))
+        # Users of one place have a directory each.
         self.name = f"{location.name}-{location.digest}"
+        if uid != os.geteuid():
+            self.name += f"-{uid}"
         self.files: dict[int, RemoteFile] = {}
         self.directories: dict[int, int] = {}
         self.open_handles = 0
@@ -213,6 +217,21 @@ def _told_apart(mtime_ns: int, serial: int) -> int:
     take one version for another, while `Store.confirm` compares seconds."""
     nudge = 1 + serial % 999
     return mtime_ns + (nudge if mtime_ns % 10**9 + nudge < 10**9 else -nudge)
+
+
+def new_attachment(
+    ordinal: int,
+    location: Location,
+    store: Store,
+    manifest: Manifest,
+    uid: int,
+    gid: int,
+    attached_s: float = 0.0,
+) -> Attachment:
+    """Blocking. An attachment, whose names are computed here."""
+    public = msgspec.structs.replace(location, secrets={})
+    digests = [object_key(public, file).digest() for file in manifest.files]
+    return Attachment(ordinal, public, store, manifest, digests, uid, gid, attached_s)
 
 
 def object_key(location: Location, file: ListedFile) -> ObjectKey:

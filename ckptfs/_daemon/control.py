@@ -3,19 +3,27 @@
 Every connection is identified by the kernel (SO_PEERCRED). Without `allow_other` only the daemon's
 own user and root are served. A connection holds the attachments it asked for until it is closed,
 and its prefetch ends with it: that a client is gone is noticed because nothing answers at length.
+
+Nobody is trusted to be quick, or to stop. A message has to be there, and its reply taken, within
+some seconds. Of the connections one user other than root and the daemon's own may have a quarter,
+and the requests of such a user are paced: each costs `_REQUEST_S`, a status several times what it
+took, and who has spent more than a second of that waits. Descriptors that are passed along are not
+taken: the kernel closes them.
 """
 
 import logging
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import trio
 
-from ckptfs._daemon.service import Service
+from ckptfs._daemon.service import Service, is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
@@ -45,6 +53,16 @@ log = logging.getLogger(__name__)
 _CONNECTIONS_MAX = 256
 _IDLE_S = 120.0
 """A connection with no request for so long is closed; clients need it for moments only."""
+_MESSAGE_S = 10.0
+"""Longest time from a message's first byte to its last. Clients send one at once."""
+_SEND_S = 30.0
+"""Longest time for a reply to be taken."""
+_REQUEST_S = 0.001
+"""What a request costs one of the other users: a thousand a second."""
+_STATUS_COST = 4
+"""A status costs so many times what it took: one user's are a fifth of the loop's time at most."""
+_BURST_S = 1.0
+"""What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
@@ -58,6 +76,14 @@ class _Held:
         self.prefetch: Prefetch | None = None
 
 
+class _User:
+    """What a user has and has spent: `paid_s` is the loop's time until which it is paid for."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.paid_s = -math.inf
+
+
 class Control:
     """Serves `service` on a listening unix socket."""
 
@@ -66,6 +92,7 @@ class Control:
         self._allow_other = config.allow_other
         self._mount = config.mount
         self._connections = 0
+        self._users: dict[int, _User] = {}
 
     async def serve(self, listening: socket.socket) -> None:
         """Answer connections until cancelled."""
@@ -75,14 +102,20 @@ class Control:
     async def _connection(self, stream: trio.SocketStream) -> None:
         held = _Held()
         self._service.client_came()
+        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, gid = _UCRED.unpack(raw)
+        user = self._users.setdefault(uid, _User())
         self._connections += 1
+        user.connections += 1
         try:
-            raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            _, uid, gid = _UCRED.unpack(raw)
-            self._admit(uid)
+            self._admit(uid, user.connections)
             async with aclosing(_lines(stream)) as lines:
                 async for line in lines:
-                    await stream.send_all(encode(await self._answer(line, uid, gid, held)))
+                    if not is_ours(uid):
+                        await _pace(user)
+                    reply = encode(await self._answer(line, uid, gid, held))
+                    with trio.fail_after(_SEND_S):
+                        await stream.send_all(reply)
         except CkptfsError as error:  # the connection itself is at fault: say so and hang up
             with trio.move_on_after(1):
                 await _send_if_there(stream, Failed(code=error.code, message=str(error)))
@@ -96,19 +129,23 @@ class Control:
             for attachment in held.attachments:
                 self._service.let_go(attachment)
             self._connections -= 1
+            user.connections -= 1
+            if not user.connections and user.paid_s <= trio.current_time():
+                del self._users[uid]
             self._service.client_left()
             with trio.CancelScope(shield=True):
                 await stream.aclose()
 
-    def _admit(self, uid: int) -> None:
-        if not self._allow_other and uid not in (0, os.geteuid()):
+    def _admit(self, uid: int, connections: int) -> None:
+        if not self._allow_other and not is_ours(uid):
             raise AccessDenied(
                 f"this ckptfs daemon serves uid {os.geteuid()} only; start your own (unset "
                 "CKPTFS_SOCKET), or have allow_other set in its configuration"
             )
-        if self._connections > _CONNECTIONS_MAX:
+        most = limit_for(uid, _CONNECTIONS_MAX)
+        if self._connections > _CONNECTIONS_MAX or connections > most:
             raise LimitExceeded(
-                f"more than {_CONNECTIONS_MAX} control connections; try again later"
+                f"more than {most} control connections to the ckptfs daemon; try again later"
             )
 
     async def _answer(self, line: bytes, uid: int, gid: int, held: _Held) -> Reply:
@@ -145,7 +182,11 @@ class Control:
             self._service.detach(attachment, force=request.force)
             return Done()
         if isinstance(request, Status):
-            return self._service.status(uid)
+            began_s = time.perf_counter()
+            status = self._service.status(uid)
+            if uid in self._users:
+                self._users[uid].paid_s += _STATUS_COST * (time.perf_counter() - began_s)
+            return status
         if isinstance(request, MetadataChanged):
             await self._service.metadata_changed(request.location, uid)
             return Done()
@@ -157,7 +198,7 @@ class Control:
             with trio.move_on_after(_PROGRESS_S):
                 await held.prefetch.ended.wait()
             return held.prefetch.state()
-        if uid not in (0, os.geteuid()):
+        if not is_ours(uid):
             raise AccessDenied("only the daemon's own user may stop it")
         self._service.stop(force=request.force)
         return Done()
@@ -172,18 +213,37 @@ class Control:
         return held.prefetch.state()
 
 
+async def _pace(user: _User) -> None:
+    """Wait until the user's earlier requests are paid for."""
+    start_s = max(user.paid_s, trio.current_time() - _BURST_S)
+    user.paid_s = start_s + _REQUEST_S
+    await trio.sleep_until(start_s)
+
+
 async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
-    """Requests, one per line. Raises ProtocolError for one that is too long, TooSlowError."""
+    """Requests, one per line. Raises ProtocolError for one that is too long or too slow,
+    TooSlowError for silence."""
     pending = bytearray()
+    looked_at = 0
+    began_s = math.inf  # when the first byte of an unfinished message came
     while True:
-        while 0 <= (end := pending.find(b"\n")) <= LINE_BYTES_MAX:
+        while 0 <= (end := pending.find(b"\n", looked_at)) <= LINE_BYTES_MAX:
             line = bytes(pending[:end])
             del pending[: end + 1]
+            looked_at, began_s = 0, math.inf
             yield line
         if len(pending) > LINE_BYTES_MAX:
             raise ProtocolError(f"a control message is longer than {LINE_BYTES_MAX} bytes")
-        with trio.fail_after(_IDLE_S):
-            data = await stream.receive_some(65536)
+        looked_at = len(pending)
+        now_s = trio.current_time()
+        began_s = min(began_s, now_s) if pending else math.inf
+        try:
+            with trio.fail_at(min(now_s + _IDLE_S, began_s + _MESSAGE_S)):
+                data = await stream.receive_some(65536)
+        except trio.TooSlowError:
+            if not pending:
+                raise
+            raise ProtocolError(f"a control message took longer than {_MESSAGE_S:g} s") from None
         if not data:
             return
         pending += data

@@ -225,11 +225,12 @@ class Fetcher:
     # -- files
 
     def open(self, file: RemoteFile) -> None:
-        """Make the file readable; each call needs a `close`."""
-        file.opens += 1
-        if file.opens > 1:
+        """Make the file readable; each call needs a `close`. Raises LimitExceeded."""
+        if file.opens:
+            file.opens += 1
             return
         entry = file.entry = self._cache.open(file.key)
+        file.opens = 1
         eager = file.store in self._read_whole
         file.readahead = Readahead(file.pin.size, self.window_bytes_max, file.parts, eager=eager)
         file.recognised = file.parts is not None

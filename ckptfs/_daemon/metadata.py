@@ -27,6 +27,8 @@ from ckptfs.errors import CkptfsError, MetadataError, StoreTimeout, StoreUnavail
 
 _FRESH_S = 1.0
 """As many attributes are read one after the other, one request has to do for all of them."""
+_BYTES_MAX = 4 << 20
+"""Longest file whose keys are shown: parsing holds up everybody, and takes 20 times its bytes."""
 _PAUSE_S = 5.0
 """How long a store that did not answer is not asked again."""
 
@@ -132,6 +134,11 @@ class MetadataKeeper:
         metadata.raw = raw
         metadata.values, metadata.shown = {}, None
         try:
+            if raw is not None and len(raw) > _BYTES_MAX:
+                raise MetadataError(
+                    f"{METADATA_NAME} in {attachment.location.uri} has {len(raw)} bytes, more than "
+                    f"{_BYTES_MAX}: its keys are no attributes"
+                )
             values = stored.parse(raw, attachment.location.uri)
             if isinstance(values, dict):
                 metadata.values = cast("dict[str, Any]", values)

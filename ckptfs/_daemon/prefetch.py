@@ -14,6 +14,7 @@ files that waited, one chunk.
 
 import fnmatch
 import logging
+import re
 from collections.abc import Iterator, Sequence
 
 import trio
@@ -38,16 +39,31 @@ _CHUNK_BYTES = 64 << 20
 connections, and a queue that readers can overtake."""
 _ERRORS_MAX = 100
 """Files that are named in the state with their errors; the count is always whole."""
+_COMPARISONS_MAX = 20_000_000
+"""Of globs with files: some ten seconds of a thread that nobody can stop."""
+_IS_PATTERN = re.compile(r"[*?[]")
 
 
 def chosen(files: Sequence[tuple[int, ListedFile]], globs: Sequence[str]) -> dict[int, ListedFile]:
-    """The files that match, by position, in the order of the globs, each once."""
-    return {
-        index: file
-        for glob in globs
-        for index, file in files
-        if fnmatch.fnmatchcase(file.path, glob)
-    }
+    """The files that match, by position, in the order of the globs, each once.
+
+    Raises LimitExceeded where that takes too long.
+    """
+    patterns = sum(1 for glob in globs if _IS_PATTERN.search(glob))
+    if patterns * len(files) > _COMPARISONS_MAX:
+        raise LimitExceeded(
+            f"{patterns} globs with {len(files)} files are more than {_COMPARISONS_MAX} "
+            "comparisons; give fewer globs, or names without wildcards"
+        )
+    by_path = {file.path: (index, file) for index, file in files}
+    found: dict[int, ListedFile] = {}
+    for glob in globs:
+        if _IS_PATTERN.search(glob):
+            matches = re.compile(fnmatch.translate(glob)).match  # fnmatch itself remembers 32,768
+            found |= {i: file for i, file in files if i not in found and matches(file.path)}
+        elif named := by_path.get(glob):
+            found.setdefault(*named)
+    return found
 
 
 class Prefetch:
@@ -118,7 +134,10 @@ class Prefetch:
         """Fetch; returns when it has ended, for whatever reason."""
         try:
             with self._scope:
-                await self._run()
+                try:
+                    await self._run()
+                except LimitExceeded as error:  # of the globs
+                    self._end_early(error)
             if self._scope.cancelled_caught and self._early is None:
                 self._early = NotAttached(f"{self._attachment.location.uri} was detached")
         finally:

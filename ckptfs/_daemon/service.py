@@ -7,19 +7,23 @@ version if there is one; one that finds it in use joins the snapshot of the othe
 
 All state belongs to the event loop. `_locks` makes attaches of one place wait for each other; those
 that waited for one which found the store dark share its answer, instead of asking one by one.
+
+Limits hold for all users together. Of each, one user other than root and the daemon's own may take
+a quarter (`limit_for`), so that nobody is shut out by one of the others.
 """
 
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version as version_of
+from typing import ParamSpec, TypeVar
 
-import msgspec
 import trio
 
-from ckptfs._daemon.attachment import Attachment, object_key
+from ckptfs._daemon.attachment import Attachment, new_attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handoff
@@ -28,12 +32,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import Prefetch
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.records import (
-    EtagLearned,
-    Event,
-    FileHidden,
-    FileShown,
     Made,
-    PinSet,
     PrefetchBegun,
     PrefetchEnded,
     StoreChanged,
@@ -41,6 +40,7 @@ from ckptfs._daemon.records import (
     recorder,
     unrecorded,
 )
+from ckptfs._daemon.restore import Last
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
@@ -48,8 +48,10 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._model.wire import AttachmentStatus, StatusReply
 from ckptfs._store.base import Store, pin_of
+from ckptfs._store.lending import lent_for
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import (
+    AccessDenied,
     Busy,
     CkptfsError,
     LimitExceeded,
@@ -63,6 +65,16 @@ log = logging.getLogger(__name__)
 
 _SKIPPED_IN_STATUS = 100
 """Skipped objects that a status lists per attachment; the count is always whole."""
+_PREFETCHES_MAX = 1024
+"""That run at the same time: each has up to eight files open."""
+_AT_STORE_MAX = 8
+"""Listings and checks for one of the other users at the same time, of the sixteen that there can be
+(``offload``): who attaches at stores that do not answer keeps nobody else waiting."""
+_ONE_USERS_SHARE = 4
+"""One of the other users may take the fourth part of what there is for all."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Service:
@@ -112,6 +124,8 @@ class Service:
         self._locks: dict[tuple[int, str], trio.Lock] = {}
         self._outages: dict[tuple[int, str], tuple[Location, StoreUnavailable]] = {}
         self._handoff = handoff
+        self._prefetches: Counter[int] = Counter()  # by user
+        self._at_store: dict[int, trio.CapacityLimiter] = {}  # by user, for all but ours
         self._clients = 0
         self._last_use_s = trio.current_time()
 
@@ -123,6 +137,7 @@ class Service:
         Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError and its
         kinds (StoreTimeout at the latest after `attach_deadline_s`), LimitExceeded.
         """
+        self._check_rights(uid, location)
         key = (uid, location.identity)
         lock = self._locks.setdefault(key, trio.Lock())
         try:
@@ -157,19 +172,20 @@ class Service:
             if location.secrets == self._opened[key].secrets:
                 return known
             store = self._open_store(location, self._config.store_timeout_s)
-            await self._offload.control(_prove_access, store, known.manifest)
+            await self._ask(uid, _prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
                 self._use_store(known, location, store)
                 return known
             known = self._attachments.get(key)
         if known is None:
-            self._check_limit()
+            self._check_limit(uid)
         lent = self._store_of(known, location)
         store = lent or self._open_store(location, self._config.store_timeout_s)
         shown = known.manifest.version if known is not None else ""
         with self._holding(known):
-            manifest, fresh = await self._offload.control(
-                self._build, self._handoff.next_ordinal(), location, store, uid, gid, shown
+            ordinal = self._handoff.next_ordinal()
+            manifest, fresh = await self._ask(
+                uid, self._build, ordinal, location, store, uid, gid, shown
             )
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
         if known is not None and (known.in_use or known.manifest.version == manifest.version):
@@ -183,7 +199,8 @@ class Service:
         pinned = known is not None and known.pinned
         if known is not None:
             self._remove(known)
-        self._check_limit()  # other places may have been attached meanwhile
+        # Other places may have been attached meanwhile.
+        self._check_limit(uid, len(fresh.manifest.files))
         fresh.record = recorder(self._handoff.journal, fresh.ordinal)
         fresh.record(Made(location, fresh.manifest, uid, gid, fresh.attached_s))
         fresh.pin(pinned)
@@ -222,12 +239,65 @@ class Service:
         finally:
             self.let_go(attachment)
 
-    def _check_limit(self) -> None:
-        if len(self._attachments) >= self._config.attachments_max:
-            raise LimitExceeded(
-                f"{len(self._attachments)} checkpoints are attached, the most that attachments_max "
-                "allows; detach one, or raise it"
+    def _check_rights(self, uid: int, location: Location) -> None:
+        """Raise AccessDenied where the daemon would lend its own rights to another user."""
+        if is_ours(uid) or self._config.lend_daemon_rights:
+            return
+        if lent := lent_for(location):
+            raise AccessDenied(
+                f"{location.uri} would be read with the ckptfs daemon's own {lent}, which are not "
+                f"for uid {uid}; give credentials of your own (e.g. AWS_ACCESS_KEY_ID), or start a "
+                "daemon of your own (CKPTFS_SOCKET), or have lend_daemon_rights set"
             )
+
+    def _check_limit(self, uid: int, more_files: int = 0) -> None:
+        """Raise LimitExceeded where one more checkpoint, with so many files, is too much."""
+        attached = list(self._attachments.values())
+        own = [a for a in attached if a.uid == uid]
+        for those, who, share in ((own, uid, " for one user"), (attached, os.geteuid(), "")):
+            if len(those) >= limit_for(who, self._config.attachments_max):
+                raise LimitExceeded(
+                    f"{len(those)} checkpoints are attached, the most that attachments_max allows"
+                    f"{share}; detach one, or raise it"
+                )
+            files = sum(len(a.manifest.files) for a in those)
+            if files + more_files > limit_for(who, self._config.attached_files_max):
+                raise LimitExceeded(
+                    f"{files} files are attached, and {more_files} more are more than "
+                    f"attached_files_max allows{share}; detach a checkpoint, or raise it"
+                )
+
+    async def _ask(self, uid: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a small request to a store for that user. A call that nobody waits for any more still
+        counts, until its thread is free."""
+        if is_ours(uid):
+            return await self._offload.control(call, *args, **kwargs)
+        limiter = self._at_store.setdefault(uid, trio.CapacityLimiter(_AT_STORE_MAX))
+        borrower = object()
+        loop = trio.lowlevel.current_trio_token()
+        begun = False
+
+        def give_back() -> None:
+            if borrower in limiter.statistics().borrowers:
+                limiter.release_on_behalf_of(borrower)
+            if not limiter.statistics().borrowers and not limiter.statistics().tasks_waiting:
+                self._at_store.pop(uid, None)
+
+        def counted() -> T:
+            nonlocal begun
+            begun = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                with suppress(trio.RunFinishedError):
+                    loop.run_sync_soon(give_back)
+
+        await limiter.acquire_on_behalf_of(borrower)
+        try:
+            return await self._offload.control(counted)
+        finally:
+            if not begun:
+                give_back()
 
     def _build(
         self, ordinal: int, location: Location, store: Store, uid: int, gid: int, shown: str
@@ -237,24 +307,42 @@ class Service:
         manifest = build_manifest(store.list(self._config.files_max))
         if manifest.version == shown:
             return manifest, None
-        return manifest, _attachment(ordinal, location, store, manifest, uid, gid)
+        return manifest, new_attachment(ordinal, location, store, manifest, uid, gid)
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
         """Begin to fetch the files that match, in the background; `rate`: bytes per second at
-        most."""
+        most. Raises LimitExceeded."""
+        uid = attachment.uid
+        most = limit_for(uid, _PREFETCHES_MAX)
+        if self._prefetches[uid] >= most or sum(self._prefetches.values()) >= _PREFETCHES_MAX:
+            raise LimitExceeded(
+                f"{attachment.location.uri}: {most} prefetches are running, the most that there "
+                f"can be for uid {uid}; wait for one to end"
+            )
         prefetch = Prefetch(attachment, globs, rate, self._fetcher, self._cache, self._offload)
-        self._nursery.start_soon(prefetch.run)
+        self._prefetches[uid] += 1
+        self._nursery.start_soon(self._run_prefetch, prefetch, uid)
         return prefetch
+
+    async def _run_prefetch(self, prefetch: Prefetch, uid: int) -> None:
+        try:
+            await prefetch.run()
+        finally:
+            self._prefetches -= Counter([uid])  # zeros go
 
     def prefetch_unheld(self, attachment: Attachment, globs: Sequence[str]) -> None:
         """The same; no connection waits for it, so the next daemon goes on with it."""
         begun = PrefetchBegun(time.monotonic_ns(), list(globs), 0)
+        self._go_on(attachment, begun)
         attachment.record(begun)
-        self._nursery.start_soon(self._prefetch_unheld, attachment, begun)
 
-    async def _prefetch_unheld(self, attachment: Attachment, begun: PrefetchBegun) -> None:
-        await self.prefetch(attachment, begun.globs, begun.rate).ended.wait()
-        attachment.record(PrefetchEnded(begun.number))
+    def _go_on(self, attachment: Attachment, begun: PrefetchBegun) -> None:
+        prefetch = self.prefetch(attachment, begun.globs, begun.rate)
+        self._nursery.start_soon(self._note_end, attachment, prefetch, begun.number)
+
+    async def _note_end(self, attachment: Attachment, prefetch: Prefetch, number: int) -> None:
+        await prefetch.ended.wait()
+        attachment.record(PrefetchEnded(number))
 
     # -- after another daemon
 
@@ -262,46 +350,19 @@ class Service:
         """Have all attachments that an earlier daemon had, as they were. To be called once, before
         anything else. Raises DaemonError."""
         for ordinal, events in recorded(self._handoff.journal).items():
+            last = Last(ordinal, events)
             try:
-                await self._restore(ordinal, events)
-            except CkptfsError as error:  # of its store
-                log.error("an attachment of the daemon before cannot be restored: %s", error)
+                store = self._open_store(last.location, self._config.store_timeout_s)
+            except CkptfsError as error:
+                log.error("%s: cannot be restored: %s", last.location.uri, error)
                 self._handoff.journal.forget(ordinal)
-
-    async def _restore(self, ordinal: int, events: list[Event]) -> None:
-        made = events[0]
-        assert isinstance(made, Made)
-        changes = [event.location for event in events if isinstance(event, StoreChanged)]
-        location = [made.location, *changes][-1]
-        store = self._open_store(location, self._config.store_timeout_s)
-        attachment = await self._offload.control(
-            _attachment,
-            ordinal,
-            location,
-            store,
-            made.manifest,
-            made.uid,
-            made.gid,
-            made.attached_s,
-        )
-        prefetches: dict[int, PrefetchBegun] = {}
-        for event in events:
-            if isinstance(event, PinSet):
-                attachment.pin(event.pinned)
-            elif isinstance(event, FileShown):
-                attachment.replace(event.file)
-            elif isinstance(event, FileHidden):
-                attachment.hide(event.path)
-            elif isinstance(event, EtagLearned):
-                attachment.file(event.index).pin_etag(event.etag)
-            elif isinstance(event, PrefetchBegun):
-                prefetches[event.number] = event
-            elif isinstance(event, PrefetchEnded):
-                prefetches.pop(event.number, None)
-        attachment.record = recorder(self._handoff.journal, ordinal)
-        self._add(attachment, location)
-        for begun in prefetches.values():
-            self._nursery.start_soon(self._prefetch_unheld, attachment, begun)
+                continue
+            attachment = await self._offload.control(last.attachment, store)
+            attachment.record = recorder(self._handoff.journal, ordinal)
+            self._add(attachment, last.location)
+            for begun in last.prefetches:
+                with suppress(LimitExceeded):
+                    self._go_on(attachment, begun)
 
     def restored(self) -> None:
         """To be called when the handles that are open have been restored, too."""
@@ -455,19 +516,14 @@ class Service:
         return uid in (0, attachment.uid)
 
 
-def _attachment(
-    ordinal: int,
-    location: Location,
-    store: Store,
-    manifest: Manifest,
-    uid: int,
-    gid: int,
-    attached_s: float = 0.0,
-) -> Attachment:
-    """Blocking. An attachment, whose names are computed."""
-    public = msgspec.structs.replace(location, secrets={})
-    digests = [object_key(public, file).digest() for file in manifest.files]
-    return Attachment(ordinal, public, store, manifest, digests, uid, gid, attached_s)
+def is_ours(uid: int) -> bool:
+    """Whether it is root or the daemon's own user, for whom there are no limits of a user."""
+    return uid in (0, os.geteuid())
+
+
+def limit_for(uid: int, limit: int) -> int:
+    """How much of a limit that user may take."""
+    return limit if is_ours(uid) else max(1, limit // _ONE_USERS_SHARE)
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

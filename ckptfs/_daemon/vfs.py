@@ -19,6 +19,7 @@ from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
+from ckptfs.errors import LimitExceeded
 
 if TYPE_CHECKING:
     from ckptfs._daemon.cached import CachedObject
@@ -207,7 +208,11 @@ class Vfs:
         if self.find(inode)[1].is_directory:
             raise IsDirectory(inode)
         handle = self._handles.reserve(inode, pid, is_directory=False)
-        self._add_file(handle, inode)
+        try:
+            self._add_file(handle, inode)
+        except BaseException:
+            self._handles.free(handle)
+            raise
         return handle
 
     def _add_file(self, handle: int, inode: int) -> None:
@@ -242,8 +247,8 @@ class Vfs:
 
     def restore(self, handle: Handle) -> None:
         """Open again what an earlier daemon had opened. What belongs to an attachment that has
-        ended stays stale."""
-        with contextlib.suppress(StaleInode):
+        ended stays stale, and what there are no descriptors for."""
+        with contextlib.suppress(StaleInode, LimitExceeded):
             if handle.is_directory:
                 self._add_directory(handle.number, handle.inode, handle.pid)
             else:

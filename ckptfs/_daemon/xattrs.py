@@ -31,6 +31,9 @@ _FORMAT_WAIT_S = 5.0
 """Longest wait for the header of a file that may be a zip archive."""
 _CLOSE_WAIT_S = 2.0
 """Longest wait for fetches of a file that nobody has open any more, before it is dropped."""
+_HEADER_BYTES_MAX = 8 << 20
+"""Longest header whose tensors are an attribute: some 80,000. Decoded it can take fifty times as
+much memory, and of the list 64 KiB are shown."""
 _STATED_BYTES_MAX = 1024
 """More than the names of what ckptfs states take in a list of names."""
 
@@ -217,12 +220,11 @@ class Xattrs:
         prefix = await self._head(attachment, node.index, prefix_bytes)
         if len(prefix) < prefix_bytes:
             return []
-        length = formats.safetensors_header_length(
-            prefix, node.size, formats.SAFETENSORS_HEADER_BYTES_MAX
-        )
+        length = formats.safetensors_header_length(prefix, node.size, _HEADER_BYTES_MAX)
         if not length:
             return []
-        return formats.safetensors_tensors(await self._head(attachment, node.index, length))
+        head = await self._head(attachment, node.index, length)
+        return await self._offload.compute(formats.safetensors_tensors, head)
 
     async def _head(self, attachment: Attachment, index: int, length: int) -> bytes:
         """The first bytes of a file, fewer than `length` if it is shorter."""
@@ -370,10 +372,12 @@ def _is(text: str) -> Value:
 
 
 def _files_below(node: Node) -> Iterator[int]:
-    if not node.is_directory:
-        yield node.index
-    for child in node.children.values():
-        yield from _files_below(child)
+    below = [node]  # no recursion: it can be two thousand directories deep
+    while below:
+        node = below.pop()
+        if not node.is_directory:
+            yield node.index
+        below += node.children.values()
 
 
 def _path_of(node: Node) -> str:

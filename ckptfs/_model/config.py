@@ -48,8 +48,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             daemon will do so again, and readers must not wait for ever.
         allow_other: Let other users of the node use this daemon (needs root, or
             ``user_allow_other`` in fuse.conf).
+        lend_daemon_rights: With `allow_other`: whether other users may attach what is read with the
+            daemon's own rights (its AWS or Google credentials, its identity at HDFS, local files),
+            because the location brings no credentials. Whoever asks then reads as the daemon does.
         files_max: Most objects in one checkpoint.
-        attachments_max: Most checkpoints that are attached at the same time.
+        attachments_max: Most checkpoints that are attached at the same time; a quarter of that for
+            one of the other users.
+        attached_files_max: Most objects in all of them together; a quarter of that for one of the
+            other users. One takes 0.7 kB of the daemon's memory.
     """
 
     socket: str
@@ -72,5 +78,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     restart: bool = True
     restarts_max: Count = 20
     allow_other: bool = False
+    lend_daemon_rights: bool = False
     files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
     attachments_max: Count = 1000
+    attached_files_max: Annotated[int, msgspec.Meta(ge=1)] = 4_000_000

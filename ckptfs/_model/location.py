@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -18,6 +18,12 @@ Kind = Literal["s3", "gcs", "azure", "hdfs", "local", "hf", "http", "az", "priva
 """Types of filesystems. `hf`, `http` and `az` are fsspec's; `private` is one that is not described:
 a private daemon has the filesystem itself."""
 Option = str | int | float | bool
+
+# Checked where a location arrives from another process. S3's keys have 1,024 bytes at most, and
+# session tokens some thousands.
+_Name = Annotated[str, msgspec.Meta(max_length=64)]
+_Text = Annotated[str, msgspec.Meta(max_length=16_384)]
+_FEW = msgspec.Meta(max_length=32)
 
 _SCHEMES: dict[Kind, str] = {  # not of http, whose paths are whole URLs
     "s3": "s3",
@@ -57,9 +63,9 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
     """
 
     kind: Kind
-    path: str
-    options: dict[str, Option] = {}
-    secrets: dict[str, str] = {}
+    path: Annotated[str, msgspec.Meta(max_length=8192)]
+    options: Annotated[dict[_Name, _Text | int | float | bool], _FEW] = {}
+    secrets: Annotated[dict[_Name, _Text], _FEW] = {}
 
     def __repr__(self) -> str:
         return f"Location({self.uri!r})"

@@ -9,11 +9,17 @@ from collections.abc import Iterable
 
 import msgspec
 
+from ckptfs.errors import LimitExceeded
+
 METADATA_NAME = ".metadata.json"
 """The file with the checkpoint's own metadata, Ray's name for it (``ray.train._checkpoint``). It is
 the one that may change while the checkpoint is attached, so it is in no version."""
 NAME_BYTES_MAX = 255
 """Bytes of one path component (NAME_MAX of Linux, limits.h)."""
+PATH_BYTES_MAX = 4095
+"""Bytes of a path (PATH_MAX without the NUL); S3's keys have 1,024."""
+DIRECTORIES_MAX = 1_000_000
+"""Most directories that the names of one checkpoint may imply: a name can be two thousand deep."""
 
 
 class ListedFile(msgspec.Struct, frozen=True, gc=False):
@@ -79,6 +85,8 @@ def fault_of_name(path: str) -> str | None:
         raw = path.encode()
     except UnicodeEncodeError:
         return "the name is not valid UTF-8"
+    if len(raw) > PATH_BYTES_MAX:
+        return f"the name is longer than {PATH_BYTES_MAX} bytes"
     if b"\0" in raw or b"\n" in raw:
         return "the name holds a NUL or newline"
     for component in raw.split(b"/"):
@@ -92,7 +100,10 @@ def fault_of_name(path: str) -> str | None:
 
 
 def build_manifest(listing: Listing) -> Manifest:
-    """Check every name of `listing`, add the implied directories, and fix the version."""
+    """Check every name of `listing`, add the implied directories, and fix the version.
+
+    Raises LimitExceeded where these are more than `DIRECTORIES_MAX`.
+    """
     skipped = list(listing.skipped)
     files: dict[str, ListedFile] = {}
     directories: set[str] = set()
@@ -103,6 +114,11 @@ def build_manifest(listing: Listing) -> Manifest:
         while parent not in good_parents:
             good_parents.add(parent)
             directories.add(parent)
+            if len(directories) > DIRECTORIES_MAX:
+                raise LimitExceeded(
+                    f"the checkpoint has more than {DIRECTORIES_MAX} directories, e.g. "
+                    f"{printable(parent)}; name a directory below it"
+                )
             parent = parent.rpartition("/")[0]
 
     hostile: dict[str, str] = {}

@@ -18,6 +18,7 @@ LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
+_Glob = Annotated[str, msgspec.Meta(max_length=4096)]
 
 Version = Annotated[int, msgspec.Meta(ge=1, le=1)]
 
@@ -36,7 +37,7 @@ class Attach(Message, frozen=True, tag="attach"):
 
     location: Location
     pinned: bool = False
-    prefetch: list[str] = []
+    prefetch: Annotated[list[_Glob], msgspec.Meta(max_length=GLOBS_MAX)] = []
 
 
 class Detach(Message, frozen=True, tag="detach"):
@@ -65,7 +66,7 @@ class StartPrefetch(Message, frozen=True, tag="prefetch"):
     time."""
 
     name: str
-    globs: Annotated[list[str], msgspec.Meta(min_length=1, max_length=GLOBS_MAX)]
+    globs: Annotated[list[_Glob], msgspec.Meta(min_length=1, max_length=GLOBS_MAX)]
     rate: Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)] = 0
 
 

@@ -55,6 +55,8 @@ _TRANSIENT_STATUS = frozenset([408, 429, 500, 502, 503, 504])
 _ANSWER_BYTES_MAX = 16 << 20
 """Of a page of a listing (1,000 objects, each with a name of at most 1 KiB, 3 when encoded), and
 of an object that is read as a whole."""
+_PAGE_TAGS_MAX = 250_000
+"""Of a page: 1,000 objects have some 20 each. Parsed, one takes 100 times its bytes."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]*"')  # RFC 9110, 8.8.3
 _ATTEMPTS = 2
@@ -99,6 +101,12 @@ class S3Store:
     def _page(self, query: dict[str, str]) -> ElementTree.Element:
         with self._client.request("GET", query=query) as response:
             text = response.read(_ANSWER_BYTES_MAX)
+        # A document type could define entities that grow in memory; UTF-16 would hide it.
+        if b"<!DOCTYPE" in text or b"\0" in text or text.count(b"<") > _PAGE_TAGS_MAX:
+            raise StoreError(
+                f"{self.name}: the store's listing is not valid XML, or too much of it; check the "
+                "endpoint"
+            )
         try:
             return ElementTree.fromstring(text)
         except ElementTree.ParseError as error:

@@ -34,6 +34,8 @@ _IDLE_S = 15.0
 _ERROR_BYTES_MAX = 64 << 10
 """Of an answer that is an error, of which only code and message are of interest."""
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
+_OWN_REGION = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What a location may say: it becomes a part of a host's name, and must not lead to another one."""
 _BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 """Buckets whose names can be in the host's: RFC 1123, and no dot, because a certificate's wildcard
 stands for one label."""
@@ -71,10 +73,12 @@ class S3Client:
         keys: Gives the keys to sign with.
         timeout_s: Longest silence, and longest connect.
 
-    Raises OSError: The certificates cannot be read.
+    Raises OSError: The certificates cannot be read; ValueError: The region cannot be one.
     """
 
     def __init__(self, bucket: str, options: S3Options, keys: Chain, timeout_s: float) -> None:
+        if options.region and not _OWN_REGION.fullmatch(options.region):
+            raise ValueError(f"{options.region!r} is no region")
         self._bucket = bucket
         self._keys = keys
         self._timeout_s = timeout_s

@@ -4,19 +4,24 @@ The other users are child processes that give up root after everything is import
 interpreter itself may lie where only root can read.
 """
 
+import contextlib
 import errno
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import Node
 
 import ckptfs
 from ckptfs import _client, xattrs
 from ckptfs._daemon import session
+from ckptfs._model.location import Location
+from ckptfs._store.describe import describe
 
 pytestmark = [
     pytest.mark.mount,
@@ -86,8 +91,22 @@ def test_each_user_sees_own_attachments_only(
     assert attachment["uid"] == ALICE
     path = attachment["path"]
 
+    inherited = [os.open(f"{path}{name}", os.O_RDONLY) for name in ("", "/config.json")]
+
     def bob_is_kept_out() -> None:
+        top, file = inherited  # as a program that once was root may have them
         attempts: list[Callable[[], object]] = [
+            lambda: os.getxattr(top, "user.ckptfs.meta.a"),
+            lambda: os.getxattr(file, "user.ckptfs.uri"),
+            lambda: os.setxattr(top, "user.ckptfs.meta.a", b"2"),
+            lambda: os.setxattr(file, "user.ckptfs.prefetch", b""),
+            lambda: os.removexattr(top, "user.ckptfs.meta.a"),
+            lambda: os.open("config.json", os.O_RDONLY, dir_fd=top),
+            lambda: os.stat("layers/0", dir_fd=top),
+            lambda: os.open(f"/proc/self/fd/{file}", os.O_RDONLY),
+            lambda: os.access(f"{path}/config.json", os.R_OK) or _denied(),
+            lambda: os.setxattr(path, "user.ckptfs.prefetch", b""),
+            lambda: os.scandir(f"{path}/layers"),
             lambda: os.listdir(path),
             lambda: os.listdir(shared_node.mount),
             lambda: os.stat(f"{path}/config.json"),
@@ -103,17 +122,87 @@ def test_each_user_sees_own_attachments_only(
         for attempt in attempts:
             with pytest.raises(PermissionError):
                 attempt()
-        assert os.listxattr(path) == []  # which the kernel allows
+        for place in (path, f"{path}/config.json", *inherited):  # which the kernel allows
+            with contextlib.suppress(PermissionError):
+                assert os.listxattr(place) == []
         with _client.connect() as connection:
             assert connection.status().attachments == []
-            with pytest.raises(ckptfs.NotAttached):
-                connection.detach(attachment["name"], force=True)
-            with pytest.raises(ckptfs.AccessDenied):
-                connection.stop(force=True)
+            name = attachment["name"]
+            for ask, refusal in (
+                (lambda: connection.detach(name, force=True), ckptfs.NotAttached),
+                (lambda: connection.detach("", location, force=True), ckptfs.NotAttached),
+                (lambda: connection.prefetch(name, ["*"], 0, print), ckptfs.NotAttached),
+                (lambda: connection.stop(force=True), ckptfs.AccessDenied),
+                (lambda: connection.attach(Location("local", "/root")), ckptfs.AccessDenied),
+                (lambda: connection.attach(without_keys), ckptfs.AccessDenied),
+                (lambda: connection.attach(with_wrong_keys), ckptfs.AccessDenied),
+            ):
+                with pytest.raises(refusal):
+                    ask()
+            connection.metadata_changed(location)  # says nothing of who has attached it
 
+    location = describe(checkpoint.filesystem, checkpoint.path)
+    without_keys = msgspec.structs.replace(location, secrets={})
+    wrong = {**location.secrets, "secret_key": "wrong"}
+    with_wrong_keys = msgspec.structs.replace(location, secrets=wrong)
     as_user(BOB, bob_is_kept_out)
+    for fd in inherited:
+        os.close(fd)
     assert len(shared_node.status()["attachments"]) == 1
     assert (small / ".metadata.json").read_text() == '{"a": 1}'
+
+
+def _denied() -> None:
+    raise PermissionError
+
+
+def test_users_of_one_place_are_apart(
+    shared_node: Node, small: Path, uri_of: Callable[[Path], str]
+) -> None:
+    checkpoint = ckptfs.Checkpoint(uri_of(small))
+
+    def one_attaches() -> None:
+        with checkpoint.as_directory() as path:
+            assert Path(path, "config.json").read_text() == '{"layers": 1}'
+
+    for uid in (ALICE, BOB, ALICE):
+        as_user(uid, one_attaches)
+    assert sorted(a["uid"] for a in shared_node.status()["attachments"]) == [ALICE, BOB]
+    for attachment in shared_node.status()["attachments"]:
+        shared_node.here("detach", "--force", attachment["path"])
+    assert shared_node.status()["attachments"] == []
+
+
+def test_one_user_shuts_nobody_out(
+    shared_node: Node, small: Path, uri_of: Callable[[Path], str]
+) -> None:
+    def bob_takes_all_connections() -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(64):
+                stack.enter_context(_client.connect()).status()
+            one_more = stack.enter_context(_client.connect())
+            with pytest.raises(ckptfs.LimitExceeded, match="64 control connections"):
+                one_more.status()
+            _say("full")
+            os.read(done, 1)
+
+    def _say(text: str) -> None:
+        os.write(told, text.encode())
+
+    def alice_is_served() -> None:
+        with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+            assert Path(path, "config.json").read_text() == '{"layers": 1}'
+
+    heard, told = os.pipe()
+    done, finish = os.pipe()
+    bob = threading.Thread(target=as_user, args=(BOB, bob_takes_all_connections))
+    bob.start()
+    assert os.read(heard, 9) == b"full"
+    as_user(ALICE, alice_is_served)
+    os.write(finish, b"x")
+    bob.join()
+    for fd in (heard, told, done, finish):
+        os.close(fd)
 
 
 def test_users_change_the_metadata_of_their_own(

@@ -408,12 +408,12 @@ async def test_other_users_are_served_only_if_configured(
     server: Server, autojump_clock: MockClock
 ) -> None:
     stranger = os.geteuid() + 4242
-    server.control._admit(os.geteuid())
-    server.control._admit(0)
+    server.control._admit(os.geteuid(), 1)
+    server.control._admit(0, 1)
     with pytest.raises(AccessDenied, match="allow_other"):
-        server.control._admit(stranger)
+        server.control._admit(stranger, 1)
     server.control._allow_other = True
-    server.control._admit(stranger)
+    server.control._admit(stranger, 1)
     reply = await server.control._answer(
         encode(Stop(force=True)), stranger, stranger, control_module._Held()
     )

@@ -1,5 +1,6 @@
 """Each byte is fetched once, is of the pinned version or not given at all, and no read hangs."""
 
+import errno
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
+    LimitExceeded,
     ObjectChanged,
     StoreError,
     StoreTimeout,
@@ -625,6 +627,47 @@ async def test_settled_bytes_are_not_lent_where_there_are_other_users(
         store.calls.clear()
         assert await rig.read(rig.open(store, "a"), 0, MIB) == DATA[:MIB]
         assert [c.operation for c in store.calls] == ["confirm"]
+
+
+async def test_nothing_is_lent_to_the_kernel_for_whom_the_store_refuses(
+    tmp_path: Path, store: FakeStore
+) -> None:
+    async with rig_in(tmp_path, allow_other=True) as rig:
+        file = rig.open(store, "a")
+        await rig.read(file, 0, SIZE)
+        await rig.quiet()
+        other = FakeStore({"a": DATA})
+        other.fail_always("confirm", AccessDenied("not for you"))
+        refused = rig.open(other, "a")
+        await rig.fetcher.before_lending(refused)
+        assert rig.fetcher.lend(refused) is None
+        assert rig.fetcher.read_now(refused, 0, 1) is None
+        assert rig.fetcher.lend(file) is not None
+        rig.cache.take_back(file.entry)
+
+
+async def test_without_descriptors_an_open_fails_and_the_cache_stays(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_in(tmp_path) as rig:
+        file = rig.open(store, "a")
+        await rig.read(file, 0, SIZE)
+        await rig.quiet()
+        rig.fetcher.close(file)
+        used_bytes = rig.cache.used_bytes
+        with monkeypatch.context() as patch:
+
+            def open_existing(*_: object) -> None:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            patch.setattr(cachedir, "open_existing", open_existing)
+            with pytest.raises(LimitExceeded, match="RLIMIT_NOFILE"):
+                rig.fetcher.open(file)
+        assert (file.opens, rig.cache.used_bytes) == (0, used_bytes)
+        store.calls.clear()
+        rig.fetcher.open(file)
+        assert await rig.read(file, 0, SIZE) == DATA
+        assert not store.reads()
 
 
 async def test_readahead_does_not_push_itself_out_of_a_small_cache(

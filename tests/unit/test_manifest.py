@@ -17,6 +17,7 @@ from ckptfs._model.manifest import (
     fault_of_name,
     printable,
 )
+from ckptfs.errors import LimitExceeded
 
 HOSTILE = {
     "..": "'..'",
@@ -205,3 +206,16 @@ def test_the_version_depends_on_every_path_size_and_time() -> None:
     for first, second in itertools.combinations(versions, 2):
         assert first != second
     assert all(len(v) == 32 and set(v) <= set("0123456789abcdef") for v in versions)
+
+
+def test_a_name_of_many_directories_is_left_out_or_the_end() -> None:
+    deep, deeper = "a/" * 2047 + "a", "a/" * 2048 + "a"
+    manifest = build_manifest(Listing([ListedFile(name, 1, 0) for name in (deep, deeper)], []))
+    assert [file.path for file in manifest.files] == [deep]
+    assert [skipped.reason for skipped in manifest.skipped] == [
+        "the name is longer than 4095 bytes"
+    ]
+    assert len(manifest.directories) == 2047
+    many = [ListedFile(f"{i}/{deep[:-100]}", 1, 0) for i in range(600)]
+    with pytest.raises(LimitExceeded, match="1000000 directories"):
+        build_manifest(Listing(many, []))

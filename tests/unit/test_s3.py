@@ -388,6 +388,27 @@ def test_a_listing_that_is_no_xml(server: Scripted, body: bytes) -> None:
         store.list(9)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<!DOCTYPE a [<!ENTITY b '"
+        + b"c" * 99
+        + b"'><!ENTITY d '"
+        + b"&b;" * 99
+        + b"'>]><a>&d;</a>",
+        "<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>".encode("utf-16"),
+        b"<a>" + b"<b/>" * 300_000 + b"</a>",
+        b"<a>" * 300_000,
+    ],
+    ids=["entities", "utf-16", "many", "deep"],
+)
+def test_a_listing_that_would_grow_in_memory(server: Scripted, body: bytes) -> None:
+    server.answers = [Answer(200, body)]
+    store = store_at(server.endpoint)
+    with pytest.raises(StoreError, match="too much of it"):
+        store.list(9)
+
+
 def test_what_makes_no_sense_in_a_listing(server: Scripted) -> None:
     text = b"".join(
         b"<Contents><Key>run/%s</Key><Size>%s</Size><ETag>%s</ETag>"

@@ -32,7 +32,8 @@ from ckptfs.errors import (
 
 ME = os.geteuid()
 OTHER = 4242
-PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, {"secret_key": "S3CR3T"})
+SECRETS = {"access_key": "key", "secret_key": "S3CR3T"}
+PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, SECRETS)
 ELSEWHERE = Location("s3", "bucket/run/step-2", {"region": "eu"})
 
 
@@ -122,6 +123,10 @@ async def test_users_and_places_do_not_share(bench: Bench, autojump_clock: MockC
     assert bench.lists() == 2
     elsewhere = await bench.attach(ELSEWHERE)
     assert elsewhere not in attachments
+    assert len(bench.shown()) == 3
+    for attachment in attachments:  # each goes by itself
+        bench.service.detach(attachment, force=True)
+    assert bench.shown() == [elsewhere.name]
 
 
 async def test_concurrent_attaches_list_once(bench: Bench, autojump_clock: MockClock) -> None:

@@ -433,7 +433,7 @@ async def test_prefetch_names_exactly_these_files(view: View) -> None:
         await view.xattrs.set(view.stat(attachment, path).inode, names.PREFETCH, b"", UID)
         found, globs = view.prefetched.pop()
         assert found is attachment
-        return sorted(file.path for file in chosen(attachment.shown(), globs).values())
+        return sorted(file.path for file in chosen(list(attachment.shown()), globs).values())
 
     assert await matched("") == sorted(paths)
     assert await matched("a[1]") == ["a[1]/x", "a[1]/y/z"]
@@ -1125,3 +1125,19 @@ def test_attributes_file_and_store_agree(
                 view.vfs.release(inode)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def test_the_deepest_tree_can_be_dropped_from_the_cache(
+    view: View, autojump_clock: MockClock
+) -> None:
+    path = "a/" * 2000 + "a"
+    attachment = view.attach(FakeStore({path: b"x"}))
+    await view.xattrs.set(attachment.tree.root.inode, "user.ckptfs.evict", b"", UID)
+
+
+async def test_metadata_that_is_too_long_has_no_keys(view: View, autojump_clock: MockClock) -> None:
+    raw = b'{"a": [' + b"[]," * (2 << 20) + b"1]}"
+    attachment = view.attach(FakeStore({".metadata.json": raw}))
+    assert "user.ckptfs.meta.a" not in await view.names(attachment.tree.root.inode)
+    error = await view.text(attachment.tree.root.inode, "user.ckptfs.error")
+    assert "more than 4194304" in error

@@ -1,0 +1,88 @@
+"""Credentials are in the daemon's memory, and nowhere else that anybody can look at."""
+
+import logging
+import os
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Node
+from s3server import S3Server
+
+import ckptfs
+from ckptfs import _client
+from ckptfs._model.location import Location
+from ckptfs._model.wire import Attach, encode
+from ckptfs._store.describe import describe
+from ckptfs._store.resolve import open_store
+
+pytestmark = pytest.mark.mount
+
+
+def test_secrets_stay_in_the_daemons_memory(
+    node: Node,
+    s3: S3Server,
+    small: Path,
+    uri_of: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planted = "PLANTED/SECRET+KEY"
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN"):
+        monkeypatch.setenv(name, planted)
+    (small / ".metadata.json").write_text('{"a": 1}')
+    secrets = [s3.secret_key.encode(), planted.encode()]
+    said: list[bytes] = []
+    checkpoint = ckptfs.Checkpoint(uri_of(small))
+    with checkpoint.as_directory() as path:
+        location = describe(checkpoint.filesystem, checkpoint.path)
+        keys = {**location.secrets, "secret_key": planted}
+        wrong = Location("s3", location.path, location.options, keys)
+        with _client.connect() as connection, pytest.raises(ckptfs.AccessDenied) as denied:
+            connection.attach(wrong)
+        said += [
+            "".join(traceback.format_exception(denied.value)).encode(),
+            repr(location).encode(),
+        ]
+        for place in (path, *map(str, Path(path).rglob("*"))):
+            said += [os.getxattr(place, name) for name in os.listxattr(place)]
+        said += [bytes(node.here(*command).stdout, "utf-8") for command in (["status", "--json"],)]
+        daemon = node.status()["pid"]
+        keeper = int(Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in (daemon, keeper):
+            said += [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+        limits = Path(f"/proc/{daemon}/limits").read_text()
+        assert re.search(r"core file size +1 +1 ", limits)  # so there is no core file
+    node.end()
+    said += [file.read_bytes() for file in node.folder.rglob("*") if file.is_file()]
+    assert len(said) > 30
+    assert not any(secret in text for secret in secrets for text in said)
+
+
+def test_secrets_are_in_no_log_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    secrets = {"access_key": "PLANTED", "secret_key": "PLANTED", "session_token": "PLANTED"}
+    options = {"region": "us-east-1", "endpoint_override": "127.0.0.1:1", "scheme": "http"}
+    said: list[str] = []
+    places = [
+        Location("s3", "bucket/run", options, secrets),
+        Location("s3", "bucket/run", {**options, "role_arn": "arn:x"}, secrets),
+        Location("s3", "bucket/run", {**options, "anonymous": "PLANTEDNOT"}, secrets),
+        Location("azure", "c/run", {"account_name": "a"}, {"account_key": "PLANTED"}),
+        Location("hf", "org/run", {"endpoint": "http://127.0.0.1:1"}, {"token": "PLANTED"}),
+        Location("hdfs", "/run", {}, secrets),
+    ]
+    for place in places:
+        try:
+            store = open_store(place, 0.5)
+        except ckptfs.CkptfsError as error:
+            said.append("".join(traceback.format_exception(error)))
+        else:
+            with pytest.raises(ckptfs.CkptfsError) as failed:
+                store.list(10)
+            said.append("".join(traceback.format_exception(failed.value)))
+            store.close()
+    said.append(caplog.text)
+    assert not [text for text in said if "PLANTED" in text.replace("PLANTEDNOT", "")]
+    assert b"PLANTED" in encode(Attach(location=places[0]))  # only the wire has them

@@ -1,0 +1,472 @@
+"""The control socket against clients that mean no good: slow, deaf, many, greedy, and at random.
+
+Clients here are the process itself; where that is not enough, they pass for one of the other users.
+"""
+
+import array
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+from unit.fakes import MIB, FakeStore, InlineOffload
+from unit.rig import rig_in
+from unit.test_control import Client, Server
+from unit.test_service import ELSEWHERE, PLACE, SETTINGS
+
+from ckptfs._daemon import control as control_module
+from ckptfs._daemon import service as service_module
+from ckptfs._model.location import Location
+from ckptfs._model.wire import (
+    LINE_BYTES_MAX,
+    Attach,
+    Attached,
+    Detach,
+    Failed,
+    MetadataChanged,
+    PrefetchProgress,
+    Request,
+    StartPrefetch,
+    Status,
+    StatusReply,
+    decode_reply,
+    encode,
+)
+from ckptfs.errors import LimitExceeded
+
+OTHER = os.geteuid() + 4242
+
+
+@asynccontextmanager
+async def server_in(folder: Path, socket_path: Path, **more: Any) -> AsyncIterator[Server]:
+    async with rig_in(folder, InlineOffload(), **(SETTINGS | more)) as rig:
+        server = Server(rig)
+        await server.listen(socket_path)
+        try:
+            yield server
+        finally:
+            for client in server.clients:
+                await client.stream.aclose()
+
+
+@pytest.fixture
+async def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    async with server_in(tmp_path, tmp_path_factory.mktemp("s") / "s") as server:
+        yield server
+
+
+@pytest.fixture
+def as_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects is taken for one of the other users, who are served."""
+    for module in (control_module, service_module):
+        monkeypatch.setattr(module, "is_ours", lambda uid: False)
+
+
+async def refusal(client: Client) -> Failed:
+    """Why the daemon hung up."""
+    reply = decode_reply(await client.line())
+    assert isinstance(reply, Failed)
+    assert await client.line() == b""
+    return reply
+
+
+async def is_well(server: Server) -> StatusReply:
+    """The daemon serves somebody new."""
+    client = await server.connect()
+    reply = await client.ask(Status())
+    assert isinstance(reply, StatusReply)
+    await client.stream.aclose()
+    return reply
+
+
+# -- time
+
+
+async def test_a_message_that_comes_byte_by_byte_is_not_waited_for(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    with suppress(trio.BrokenResourceError):
+        for byte in encode(Status()):
+            await client.stream.send_all(bytes([byte]))
+            await trio.sleep(9.9)
+    reply = await refusal(client)
+    assert (reply.code, "10 s" in reply.message) == ("protocol", True)
+    await is_well(server)
+
+
+async def test_who_takes_no_replies_is_hung_up_on(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    attached = await client.ask(Attach(location=PLACE))
+    assert isinstance(attached, Attached)
+
+    async def ask_on() -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while True:
+                await client.stream.send_all(encode(Status()) * 100)
+
+    server.rig.nursery.start_soon(ask_on)
+    await trio.sleep(29)
+    assert server.shown() == [attached.name]
+    await trio.sleep(120)
+    assert server.shown() == []  # the connection's end let go of it
+    await is_well(server)
+
+
+async def test_who_only_writes_no_more_gets_the_replies(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    await client.stream.send_all(encode(Attach(location=PLACE)) + encode(Status()))
+    client.stream.socket.shutdown(socket.SHUT_WR)
+    assert isinstance(decode_reply(await client.line()), Attached)
+    assert isinstance(decode_reply(await client.line()), StatusReply)
+    assert await client.line() == b""
+
+
+async def test_descriptors_that_are_passed_along_are_not_taken(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    client = await server.connect()
+    await client.ask(Status())
+    ours, theirs = os.pipe()
+    passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs] * 100))]
+    await client.stream.socket.sendmsg([encode(Status())], passed)
+    os.close(theirs)
+    assert isinstance(decode_reply(await client.line()), StatusReply)
+    assert os.read(ours, 1) == b""  # nobody else has the other end
+    os.close(ours)
+
+
+# -- limits
+
+
+async def test_one_user_has_a_quarter_of_the_connections(
+    server: Server,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    as_other: None,
+) -> None:
+    monkeypatch.setattr(control_module, "_CONNECTIONS_MAX", 8)
+    server.control._allow_other = True
+    for client in [await server.connect() for _ in range(2)]:
+        assert isinstance(await client.ask(Status()), StatusReply)
+    reply = await refusal(await server.connect())
+    assert (reply.code, "2 control connections" in reply.message) == ("limit", True)
+    server.control._admit(OTHER, 1)  # there is room for others
+    await server.clients[0].stream.aclose()
+    await trio.sleep(1)
+    await is_well(server)
+
+
+async def test_requests_of_one_of_the_other_users_are_paced(
+    server: Server, autojump_clock: MockClock, as_other: None
+) -> None:
+    server.control._allow_other = True
+    begun_s = trio.current_time()
+    request = encode(Detach(name="x"))
+
+    async def ask(client: Client) -> None:
+        for _ in range(500):
+            await client.ask(request)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(6):  # a new connection is no new user
+            nursery.start_soon(ask, await server.connect())
+    assert 1.9 < trio.current_time() - begun_s < 2.1  # 3,000, of which 1,000 at once
+
+
+async def test_requests_of_ours_are_not_paced(server: Server, autojump_clock: MockClock) -> None:
+    begun_s = trio.current_time()
+    client = await server.connect()
+    for _ in range(3000):
+        await client.ask(b'{"op":"detach","name":"x"}\n')
+    assert trio.current_time() == begun_s
+
+
+async def test_one_user_attaches_a_quarter(tmp_path: Path, autojump_clock: MockClock) -> None:
+    places = [Location("s3", f"bucket/{i}", {"anonymous": True}) for i in range(9)]
+    async with server_in(tmp_path, tmp_path / "s", attachments_max=8) as server:
+        for place in places[:2]:
+            await server.attach(place, OTHER)
+        with pytest.raises(LimitExceeded, match=r"2 checkpoints.*attachments_max allows for one"):
+            await server.attach(places[2], OTHER)
+        assert await server.attach(places[0], OTHER)  # what is attached is at hand
+        for place in places[:6]:
+            await server.attach(place)
+        with pytest.raises(LimitExceeded, match=r"8 checkpoints.*attachments_max allows;"):
+            await server.attach(places[6])
+
+
+async def test_files_of_all_attachments_are_limited(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    places = [Location("s3", f"bucket/{i}", {"anonymous": True}) for i in range(9)]
+    more = {"attached_files_max": 8, "attachments_max": 100}  # each has two
+    async with server_in(tmp_path, tmp_path / "s", **more) as server:
+        await server.attach(places[0], OTHER)
+        with pytest.raises(LimitExceeded, match="attached_files_max allows for one user"):
+            await server.attach(places[1], OTHER)
+        for place in places[:3]:
+            await server.attach(place)
+        with pytest.raises(LimitExceeded, match="attached_files_max allows;"):
+            await server.attach(places[3])
+        assert len(server.shown()) == 4
+
+
+async def test_one_user_has_a_quarter_of_the_prefetches(
+    server: Server, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_PREFETCHES_MAX", 4)
+    server.stores[PLACE.path] = FakeStore({"a": bytes(20 * MIB)})
+    theirs, ours = await server.attach(uid=OTHER), await server.attach()
+    running = server.service.prefetch(theirs, ["*"], MIB)
+    with pytest.raises(LimitExceeded, match="1 prefetches"):
+        server.service.prefetch(theirs, ["*"])
+    for _ in range(3):
+        server.service.prefetch(ours, ["*"], MIB)
+    with pytest.raises(LimitExceeded, match="4 prefetches"):
+        server.service.prefetch(ours, ["*"])
+    running.cancel()
+    await running.ended.wait()
+    await trio.sleep(0.1)
+    assert server.service.prefetch(theirs, ["*"])
+
+
+async def test_too_many_globs_are_said_to_be_too_many(
+    server: Server, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptfs._daemon.prefetch._COMPARISONS_MAX", 4)
+    attachment = await server.attach()
+    prefetch = server.service.prefetch(attachment, ["*a", "*b", "*c"])
+    await prefetch.ended.wait()
+    assert (prefetch.state().early_code, prefetch.state().files) == ("limit", 0)
+    prefetch = server.service.prefetch(attachment, ["a/b", "*c", "none"] * 2)
+    await prefetch.ended.wait()
+    assert (prefetch.state().early_code, prefetch.state().files) == ("", 2)
+
+
+class Threads(InlineOffload):
+    """Counts what is under way at stores at the same time; each takes a second."""
+
+    under_way = most = 0
+
+    async def control(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await trio.sleep(1)
+        self.under_way -= 1
+        return function(*args, **kwargs)
+
+
+async def test_one_users_dark_stores_leave_threads_to_others(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    places = [Location("s3", f"bucket/{i}", {"anonymous": True}) for i in range(40)]
+    threads = Threads()
+    async with rig_in(tmp_path, threads, **(SETTINGS | {"attachments_max": 1000})) as rig:
+        server = Server(rig)
+        async with trio.open_nursery() as nursery:
+            for place in places:
+                nursery.start_soon(server.attach, place, OTHER)
+        assert threads.most == 8
+        with trio.move_on_after(0.5):  # given up before it is begun
+            await server.attach(Location("s3", "bucket/x", {"anonymous": True}), OTHER)
+        assert not server.service._at_store
+
+
+# -- single messages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"location": {"kind": "s3", "path": "x" * 8193}},
+        {"location": {"kind": "s3", "path": "x", "options": {str(i): 1 for i in range(33)}}},
+        {"location": {"kind": "s3", "path": "x", "options": {"x" * 65: 1}}},
+        {"location": {"kind": "s3", "path": "x", "options": {"region": "x" * 16_385}}},
+        {"location": {"kind": "s3", "path": "x", "secrets": {"access_key": "x" * 16_385}}},
+        {"location": {"kind": "s3", "path": "x", "options": {"region": [1]}}},
+        {"location": {"kind": "s3", "path": "x", "options": {"region": {}}}},
+        {"prefetch": ["x"] * 10_001},
+        {"prefetch": ["x" * 4097]},
+        {"prefetch": None},
+        {"pinned": 1},
+        {"v": 0},
+        {"v": 10**400},
+        {"uid": 0},
+    ],
+    ids=lambda change: ascii(change)[:50],
+)
+async def test_what_is_too_large_or_unknown_is_refused(
+    server: Server, autojump_clock: MockClock, change: dict[str, Any]
+) -> None:
+    line = json.loads(encode(Attach(location=PLACE))) | change
+    client = await server.connect()
+    await client.stream.send_all(json.dumps(line).encode() + b"\n")
+    assert (await refusal(client)).code == "protocol"
+    assert not server.opened
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"op":"attach","location":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+        b'{"op":"status","x":' + b"[" * 500_000,
+        b'{"op":"prefetch","name":"x","globs":["*"],"rate":' + b"9" * 100_000 + b"}",
+        b'{"op":"prefetch","name":"x","globs":["*"],"rate":1e999}',
+        b'{"op":"prefetch","name":"x","globs":["*"],"rate":-1}',
+        b'{"op":"prefetch","name":"x","globs":["*"],"rate":NaN}',
+        b'{"op":"detach","name":"\xff\xfe"}',
+        b'{"op":"detach","name":"\\ud800"}',
+        b'{"op":"status"}{"op":"status"}',
+        b'{"op":"status","op":"stop","force":tru}',
+        b"\0" * 1000,
+        b"\xef\xbb\xbf" + b'{"op":"status"}',
+    ],
+    ids=lambda line: ascii(line[:50]),
+)
+async def test_hostile_json_is_refused(
+    server: Server, autojump_clock: MockClock, line: bytes
+) -> None:
+    client = await server.connect()
+    await client.stream.send_all(line + b"\n")
+    assert (await refusal(client)).code == "protocol"
+    assert not server.service.stopped.is_set()
+    await is_well(server)
+
+
+# -- at random
+
+REQUESTS: list[Request] = [
+    Attach(location=PLACE, prefetch=["*"]),
+    Attach(location=PLACE, pinned=True),
+    Attach(location=ELSEWHERE),
+    Detach(name=f"{PLACE.name}-{PLACE.digest}"),
+    Detach(location=PLACE, force=True),
+    Detach(location=ELSEWHERE),
+    Status(),
+    MetadataChanged(location=PLACE),
+    StartPrefetch(name=f"{PLACE.name}-{PLACE.digest}", globs=["*", "["], rate=1000),
+    PrefetchProgress(),
+]
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    2**63,
+    10**30,
+    1e300,
+    "",
+    "\0",
+    "x" * 5000,
+    [],
+    [[[]]],
+    {},
+    {"": 0},
+]
+FIELDS = ["op", "v", "location", "name", "force", "globs", "rate", "prefetch", "pinned", "new"]
+VALID = st.sampled_from(REQUESTS).map(encode)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A valid message with something changed, in its JSON or in its bytes."""
+    line = draw(VALID)
+    how = draw(st.sampled_from(["field", "drop", "twice", "location", "bytes", "cut", "spaces"]))
+    fields = json.loads(line)
+    if how == "field":
+        fields[draw(st.sampled_from(FIELDS))] = draw(st.sampled_from(JUNK))
+    elif how == "drop":
+        fields.pop(draw(st.sampled_from(sorted(fields))))
+    elif how == "location" and fields.get("location"):
+        part = draw(st.sampled_from(["kind", "path", "options", "secrets", "new"]))
+        fields["location"][part] = draw(st.sampled_from([*JUNK, "gcs", "local", "private", "../x"]))
+    elif how == "twice":
+        return line.replace(b'"v":1', b'"v":1,"v":1,"force":false,"force":true')
+    elif how == "bytes":
+        at = draw(st.integers(0, len(line) - 1))
+        return line[:at] + draw(st.binary(max_size=3)) + line[at + 1 :]
+    elif how == "cut":
+        return line[: draw(st.integers(0, len(line)))]
+    elif how == "spaces":
+        return b" " * draw(st.sampled_from([1, 70_000, LINE_BYTES_MAX])) + line
+    return json.dumps(fields).encode() + b"\n"
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # which connection
+        st.sampled_from(["send", "send", "send", "shut", "close", "wait"]),
+        st.one_of(VALID, mutated()),
+        st.sampled_from([0.0, 0.1, 5.0, 30.0]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60)
+@given(STEPS, st.booleans())
+def test_whatever_clients_do_the_daemon_goes_on(
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[tuple[int, str, bytes, float]],
+    is_other: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("f")
+
+    async def drain(client: Client) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while line := await client.line():
+                decode_reply(line)
+
+    async def main() -> None:
+        async with server_in(folder, folder / "s") as server:
+            server.control._allow_other = True
+            clients: dict[int, Client] = {}
+            for which, action, message, pause_s in steps:
+                if which not in clients:
+                    clients[which] = await server.connect()
+                    server.rig.nursery.start_soon(drain, clients[which])
+                client = clients[which]
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+                    if action == "send":
+                        with trio.move_on_after(100):
+                            await client.stream.send_all(message)
+                    elif action == "shut":
+                        client.stream.socket.shutdown(socket.SHUT_WR)
+                    elif action == "close":
+                        await clients.pop(which).stream.aclose()
+                await trio.sleep(pause_s)
+            await is_well(server)
+            assert {a.name for a in server.service.status(0).attachments} == set(server.shown())
+            for client in server.clients:
+                await client.stream.aclose()
+            await trio.sleep(1000)
+            left = (await is_well(server)).attachments
+            assert all(a.pinned and not a.holders for a in left)
+            await trio.sleep(1000)
+            service, control = server.service, server.control
+            assert (service._clients, control._connections, control._users) == (0, 0, {})
+            assert not service._locks
+            assert not service._at_store
+            assert not service._outages
+            assert not sum(service._prefetches.values())
+            assert all(not a.clients for a in service._attachments.values())
+            assert not service.stopped.is_set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if is_other:
+            for module in (control_module, service_module):
+                patch.setattr(module, "is_ours", lambda uid: False)
+        clock = MockClock(autojump_threshold=0)
+        trio.run(main, clock=clock)

@@ -1,0 +1,107 @@
+"""What a daemon has of its own (credentials, identity, its user's rights) is not lent unasked."""
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trio.testing import MockClock
+from unit.fakes import InlineOffload
+from unit.rig import rig_in
+from unit.test_service import SETTINGS, Bench
+
+from ckptfs._model.location import Kind, Location
+from ckptfs._store.descriptions import DESCRIPTIONS
+from ckptfs._store.lending import lent_for
+from ckptfs._store.resolve import open_store
+from ckptfs.errors import AccessDenied, LocationError
+
+OTHER = os.geteuid() + 4242
+
+BRINGS_ALL: list[tuple[Kind, dict[str, Any], dict[str, str]]] = [
+    ("s3", {"anonymous": True}, {}),
+    ("s3", {}, {"access_key": "k", "secret_key": "s"}),
+    ("s3", {"role_arn": "arn:r"}, {"access_key": "k", "secret_key": "s"}),
+    ("gcs", {"anonymous": True}, {}),
+    ("azure", {"account_name": "a"}, {"account_key": "k"}),
+    ("azure", {"account_name": "a"}, {"sas_token": "t"}),
+    ("azure", {"client_id": "c", "tenant_id": "t"}, {"client_secret": "s"}),
+    ("hf", {}, {"token": "t"}),
+    ("http", {}, {}),
+]
+TAKES_SOME: list[tuple[Kind, dict[str, Any], dict[str, str]]] = [
+    ("s3", {}, {}),
+    ("s3", {"anonymous": False}, {}),
+    ("s3", {}, {"access_key": "", "secret_key": "s"}),
+    ("s3", {}, {"secret_key": "s", "session_token": "t"}),
+    ("s3", {"role_arn": "arn:r"}, {}),
+    ("s3", {"tls_ca_file_path": "/root/x"}, {"access_key": "k", "secret_key": "s"}),
+    ("gcs", {}, {}),
+    ("gcs", {"anonymous": True, "target_service_account": "a"}, {}),
+    ("azure", {"account_name": "a"}, {}),
+    ("azure", {"account_name": "a", "client_id": "c"}, {"account_key": "k"}),
+    ("azure", {"account_name": "a", "client_id": "c"}, {}),
+    ("azure", {"account_name": "a"}, {"client_secret": "s"}),
+    ("hf", {}, {}),
+    ("hf", {}, {"token": ""}),
+    ("az", {"account_name": "a"}, {"account_key": "k"}),
+    ("az", {"anon": True}, {}),
+    ("hdfs", {"host": "h", "user": "root"}, {}),
+    ("local", {}, {}),
+    ("private", {}, {}),
+]
+
+
+def test_every_kind_is_decided() -> None:
+    assert {kind for kind, _, _ in TAKES_SOME} == {*DESCRIPTIONS, "private"} - {"http"}
+    assert all(not lent_for(Location(kind, "p", *rest)) for kind, *rest in BRINGS_ALL)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    settings = SETTINGS | {"attachments_max": 100}
+    async with rig_in(tmp_path, InlineOffload(), **settings) as rig:
+        yield Bench(rig)
+
+
+@pytest.mark.parametrize(("kind", "options", "secrets"), TAKES_SOME)
+async def test_what_is_the_daemons_own_is_not_lent(
+    bench: Bench,
+    autojump_clock: MockClock,
+    kind: Kind,
+    options: dict[str, Any],
+    secrets: dict[str, str],
+) -> None:
+    place = Location(kind, "bucket/run", options, secrets)
+    with pytest.raises(AccessDenied, match="lend_daemon_rights") as refused:
+        await bench.attach(place, OTHER)
+    assert "\n" not in str(refused.value)
+    assert not bench.opened  # nobody was asked
+    for uid in {0, os.geteuid()}:
+        await bench.attach(place, uid)
+
+
+@pytest.mark.parametrize(("kind", "options", "secrets"), BRINGS_ALL)
+async def test_who_brings_credentials_needs_none(
+    bench: Bench,
+    autojump_clock: MockClock,
+    kind: Kind,
+    options: dict[str, Any],
+    secrets: dict[str, str],
+) -> None:
+    await bench.attach(Location(kind, "bucket/run", options, secrets), OTHER)
+
+
+async def test_lending_can_be_configured(tmp_path: Path, autojump_clock: MockClock) -> None:
+    settings = SETTINGS | {"lend_daemon_rights": True}
+    async with rig_in(tmp_path, InlineOffload(), **settings) as rig:
+        await Bench(rig).attach(Location("local", "/tmp/x"), OTHER)
+
+
+@pytest.mark.parametrize("region", ["evil.host/", "x.evil.host:80#", "a b", "r" * 65, "ü"])
+def test_a_region_leads_to_no_other_host(region: str) -> None:
+    """Of two users with other servers behind the same name, one would get what the other cached."""
+    place = Location("s3", "bucket/run", {"region": region}, {"access_key": "k"})
+    with pytest.raises(LocationError, match="no region"):
+        open_store(place, 1.0)
