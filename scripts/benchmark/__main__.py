@@ -14,6 +14,7 @@ from rich.console import Console
 from s3server import S3Server
 
 from benchmark import attaching, cold, results, warm
+from benchmark.cursors import cursors
 from benchmark.contenders import CKPTFS
 from benchmark.host import ROOT, begin_report
 from benchmark.report import show_case, update_readme
@@ -26,6 +27,7 @@ CASES = {
     "tensor": cold.tensor,
     "capped": cold.capped,
     "eight": cold.eight,
+    "cursors": cursors,
     "warm": warm.warm,
     "warm-plain": warm.warm_plain,
     "random": warm.random,
