@@ -14,8 +14,8 @@ from rich.console import Console
 from s3server import S3Server
 
 from benchmark import attaching, cold, results, warm
-from benchmark.cursors import cursors
 from benchmark.contenders import CKPTFS
+from benchmark.cursors import cursors
 from benchmark.host import ROOT, begin_report
 from benchmark.report import show_case, update_readme
 from benchmark.run import FAILURES, Run, calibrate
