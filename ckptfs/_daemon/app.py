@@ -1,8 +1,11 @@
 """The daemon process: puts the parts together and runs them.
 
-Started by the keeper only, which passes the FUSE session, the listening socket and a pipe to say
-"ready" on as descriptors, and on standard input the configuration, one line of JSON; to a private
-daemon also the pickled filesystem, behind that line.
+Started by the keeper only, which passes the FUSE session, the listening socket, the memory of
+`handoff` and a pipe to say "ready" on as descriptors, and on standard input the configuration, one
+line of JSON; to a private daemon also the pickled filesystem, behind that line.
+
+A daemon after another one restores what that had before it takes the kernel's requests. It says
+"ready" when it serves, and from then on its heart beats as long as the event loop turns.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from ckptfs._daemon import fuse, passthrough
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
@@ -39,8 +43,9 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 def main() -> None:
     """Run the daemon until it is stopped, is idle, or its mount is gone."""
     parser = argparse.ArgumentParser()
-    for name in ("--fuse-fd", "--listen-fd", "--ready-fd", "--keeper-pid", "--passthrough"):
-        parser.add_argument(name, type=int, required=True)
+    for name in ("fuse-fd", "listen-fd", "ready-fd", "keeper-pid", "passthrough", "after-another"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
     _end_with(args.keeper_pid)
     logging.basicConfig(
@@ -51,8 +56,10 @@ def main() -> None:
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
     config = msgspec.json.decode(settings, type=Config)
     _raise_descriptor_limit()
+    table, *logs = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store
+        handoff = Handoff(Fds(table, (logs[0], logs[1])))
         cache = Cache(
             Path(config.cache_dir),
             config.cache_bytes_max,
@@ -68,11 +75,17 @@ def main() -> None:
     why = passthrough.why_not(
         args.fuse_fd, config.passthrough, bool(args.passthrough), cache.lock_fd
     )
-    trio.run(_run, config, cache, opener, args.fuse_fd, args.listen_fd, args.ready_fd, why)
-    cache.shut()
+    fds = args.fuse_fd, args.listen_fd, args.ready_fd
+    status = 1
+    try:
+        run = functools.partial(_run, config, cache, opener, handoff, *fds, why)
+        status = trio.run(functools.partial(run, after_another=bool(args.after_another)))
+        cache.shut()
+    except BaseException:
+        log.critical("the daemon cannot go on", exc_info=True)
     logging.shutdown()
     # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
-    os._exit(0)
+    os._exit(status)
 
 
 def _private_opener(pickled: bytes) -> OpenStore:
@@ -85,11 +98,16 @@ async def _run(
     config: Config,
     cache: Cache,
     opener: OpenStore,
+    handoff: Handoff,
     fuse_fd: int,
     listen_fd: int,
     ready_fd: int,
     why_passthrough: str,
-) -> None:
+    *,
+    after_another: bool,
+) -> int:
+    """Serve; returns the exit status."""
+
     def forget_name(name: str) -> None:
         forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
         nursery.start_soon(offload.control, forget)
@@ -98,24 +116,36 @@ async def _run(
         offload = Offload(config.connections_max)
         fetcher = Fetcher(config, cache, offload, nursery)
         service = Service(
-            config, cache, fetcher, offload, nursery, forget_name, opener, why_passthrough
+            config, cache, fetcher, offload, nursery, forget_name, opener, handoff, why_passthrough
         )
         lent = passthrough.Passthrough(fuse_fd, service.vfs, on=why_passthrough == passthrough.ON)
         operations = fuse.Operations(service)
         libfuse = await fuse.take_session(operations)
-        relay = Relay(fuse_fd, libfuse, service.vfs, lent, fuse.errno_of)
+        relay = Relay(fuse_fd, libfuse, service.vfs, lent, handoff.handles, fuse.errno_of)
         operations.before_reply = relay.deliver
+        if after_another:
+            await service.restore()
+            relay.take_over()
+            service.restored()
         control = Control(service, config)
         nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
         nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
         nursery.start_soon(_serve_fuse, service, relay)
+        nursery.start_soon(_beat, handoff)
         os.write(ready_fd, b"{}\n")
         os.close(ready_fd)
         log.info("serving on %s", config.mount)
         await service.stopped.wait()
         log.info("ending")
         nursery.cancel_scope.cancel()
+    return RESTART_STATUS if service.restarts else 0
+
+
+async def _beat(handoff: Handoff) -> None:
+    while True:
+        handoff.beat()
+        await trio.sleep(BEAT_S)
 
 
 async def _stop_on_signal(service: Service) -> None:

@@ -11,6 +11,7 @@ import trio
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import RemoteFile, State, stamped
+from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
@@ -68,6 +69,7 @@ class Attachment:
         pinned: It stays until it is detached.
         attached_s: When, seconds since the epoch.
         idle_since_s: When its last holder went (event loop time).
+        record: Writes down what the next daemon has to know.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Attachment:
         digests: list[str],
         uid: int,
         gid: int,
+        attached_s: float = 0.0,
     ) -> None:
         self.ordinal = ordinal
         self.location = location
@@ -94,7 +97,7 @@ class Attachment:
         self.own_error = ""
         self.uid = uid
         self.gid = gid
-        self.attached_s = time.time()
+        self.attached_s = attached_s or time.time()
         self.tree = Tree(ordinal, manifest, int(self.attached_s * 1e9))
         self.name = f"{location.name}-{location.digest}"
         self.files: dict[int, RemoteFile] = {}
@@ -104,6 +107,7 @@ class Attachment:
         self.background: set[trio.CancelScope] = set()
         self.pinned = False
         self.idle_since_s = 0.0
+        self.record: Record = unrecorded
 
     @property
     def in_use(self) -> bool:
@@ -122,7 +126,11 @@ class Attachment:
 
     def file(self, index: int) -> RemoteFile:
         """The state of the file at that position of `listed`, kept from now on."""
-        return self.files.setdefault(index, self.peek(index))
+        if known := self.files.get(index):
+            return known
+        file = self.files[index] = self.peek(index)
+        file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
+        return file
 
     def peek(self, index: int) -> RemoteFile:
         """The state of a file; that of one never opened is not kept."""
@@ -139,6 +147,12 @@ class Attachment:
         for file in self.files.values():
             file.store = store
 
+    def pin(self, pinned: bool) -> None:
+        """Have it stay until it is detached, or no longer."""
+        if pinned != self.pinned:
+            self.pinned = pinned
+            self.record(PinSet(pinned))
+
     def shown(self) -> Iterator[tuple[int, ListedFile]]:
         """The files that it shows now, with their positions in `listed`."""
         return ((i, file) for i, file in enumerate(self.listed) if i not in self.replaced)
@@ -150,7 +164,8 @@ class Attachment:
 
     def replace(self, file: ListedFile) -> Node:
         """Show this version of a file of the root from now on. Open files stay what they are."""
-        self.hide(file.path)
+        self.record(FileShown(file))
+        self._hide(file.path)
         index = len(self.listed)
         if file.mtime_ns:
             file = msgspec.structs.replace(file, mtime_ns=_told_apart(file.mtime_ns, index))
@@ -161,6 +176,11 @@ class Attachment:
 
     def hide(self, path: str) -> None:
         """Show that file of the root, if there is one, no more. Open files stay what they are."""
+        if path.encode() in self.tree.root.children:
+            self.record(FileHidden(path))
+            self._hide(path)
+
+    def _hide(self, path: str) -> None:
         node = self.tree.remove(path)
         if node is not None:
             self.replaced.add(node.index)

@@ -181,6 +181,7 @@ class Cache:
         self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
         self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
         self._buffer = memoryview(mmap.mmap(-1, _READ_BYTES_MAX))
+        self._lent_before: set[str] = set()  # being opened: the kernel reads them all the time
         self._trash_serial = 0
         self._nowait = os.RWF_NOWAIT
         self.lock_fd = self._claim()
@@ -465,12 +466,31 @@ class Cache:
         """
         if not entry.verified:
             return False
+        self._note_verified(entry)
         entry.users += 1
         entry.lent += 1
         return True
 
+    def lend_again(self, digest: str) -> CachedObject | None:
+        """What an earlier daemon has lent still is, whatever state it is in; None: it is no longer
+        in the cache. To be called before anybody opens the object. Each success needs a
+        `take_back`."""
+        entry = self._open.get(digest)
+        if entry is None:
+            try:
+                key = cachedir.read_about(self._folder(digest)).key
+            except (OSError, ValueError):
+                return None
+            self._lent_before.add(digest)
+            entry = self.open(key)
+            self._lent_before.discard(digest)
+        else:
+            entry.users += 1
+        entry.lent += 1
+        return entry
+
     def take_back(self, entry: CachedObject) -> None:
-        """Undo one `lend`."""
+        """Undo one `lend` or `lend_again`."""
         entry.lent -= 1
         self.close(entry)
 
@@ -619,7 +639,8 @@ class Cache:
                 entry = CachedObject(digest, about, files, sums)
                 if 0 not in sums and about.verified == cachedir.stamp(files):
                     entry.state[:] = bytes([VERIFIED]) * len(sums)
-                self._free_unrecorded(entry)
+                if digest not in self._lent_before:
+                    self._free_unrecorded(entry)
                 return entry
             except (OSError, ValueError) as error:
                 log.warning("cache: removing %s: %s", folder, error)

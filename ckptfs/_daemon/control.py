@@ -129,7 +129,7 @@ class Control:
             )
             held.attachments.append(attachment)
             if request.prefetch:
-                self._service.prefetch(attachment, request.prefetch)
+                self._service.prefetch_unheld(attachment, request.prefetch)
             manifest = attachment.manifest
             return Attached(
                 mount=self._mount,

@@ -125,6 +125,14 @@ class RemoteFile:
         self.parts: Parts | None = None
         self.recognised = False
         self._entry: CachedObject | None = None
+        self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have
+
+    def pin_etag(self, etag: str) -> None:
+        """The pinned version turned out to have this ETag."""
+        if etag != self.pin.etag:
+            self.pin = msgspec.structs.replace(self.pin, etag=etag)
+            if self.on_etag is not None:
+                self.on_etag(etag)
 
     @property
     def entry(self) -> CachedObject:
@@ -229,7 +237,7 @@ class Fetcher:
                 self._cache.learn(entry, file.pin.etag)
         elif not self._allow_other:
             if entry.about.settled and not file.pin.etag:
-                file.pin = msgspec.structs.replace(file.pin, etag=entry.about.etag)
+                file.pin_etag(entry.about.etag)
             if file.pin.etag:
                 self._cache.learn(entry, file.pin.etag)
                 file.trusted = True
@@ -572,7 +580,8 @@ class Fetcher:
         """The first check of a file: from here on its version is pinned with its ETag."""
         async with file.check_lock:
             if not file.trusted:
-                file.pin = await self._check_at_store(file)
+                confirmed = await self._check_at_store(file)
+                file.pin_etag(confirmed.etag)
                 self._cache.learn(entry, file.pin.etag)
                 file.trusted = True
 

@@ -3,7 +3,7 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 """The FUSE adapter: pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing.
 
-Reads do not come here: see `relay`.
+Neither reads nor releases come here: see `relay`.
 """
 
 import contextlib
@@ -144,22 +144,14 @@ class Operations(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, name, _entry(found), position):
                     return
 
-    async def releasedir(self, fh: FileHandleT) -> None:
-        with self._replying():
-            self._vfs.releasedir(fh)
-
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         with self._replying():
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
             await self._metadata.before_open(*self._vfs.find(inode))
-            handle = self._vfs.open(inode)
+            handle = self._vfs.open(inode, ctx.pid)
             await self._vfs.before_lending(handle)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
-
-    async def release(self, fh: FileHandleT) -> None:
-        with self._replying():
-            self._vfs.release(fh)
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         space = self._vfs.statfs()

@@ -1,12 +1,17 @@
 """The keeper: owns the mount and the control socket, and runs the daemon on them.
 
 It stays small (no pyarrow, no pyfuse3, no trio) and never touches its own mount by path: a request
-that no daemon answers would hang it. It ends the mount when the daemon ends, and the kernel ends
-the daemon when the keeper ends, so that neither leaves a mount on which processes hang.
+that no daemon answers would hang it.
+
+A daemon that dies, or whose heart has stopped, is followed by another one, which finds in the
+memory of `handoff` what the kernel and the users expect, so that they notice a pause only. Where
+the kernel cannot repeat what the dead one had taken (Linux < 6.9), where that is turned off, and
+when it dies again and again, the keeper ends the mount instead. The kernel ends the daemon when the
+keeper ends. So nothing leaves a mount on which processes hang.
 
 Start, in this order: the lock (one keeper per socket), what a dead predecessor left, the mount and
-its FUSE_INIT, the socket, the daemon. With ``--background`` the start is reported as one JSON line
-on standard output: the socket, or an error's code and message.
+its FUSE_INIT, the socket, the memory, the daemon. With ``--background`` the start is reported as
+one JSON line on standard output: the socket, or an error's code and message.
 
 With ``--private`` (also in the background) it runs a daemon for one process: socket, mount and
 cache are in a scratch directory, and standard input, a pickled filesystem (see
@@ -31,7 +36,7 @@ from typing import Any
 import msgspec
 
 from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
-from ckptfs._daemon import session
+from ckptfs._daemon import handoff, session
 from ckptfs._filelock import locked
 from ckptfs._model.config import Config
 from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
@@ -40,8 +45,18 @@ _LOCK_WAIT_S = 10.0
 """How long a predecessor may take to end."""
 _READY_WAIT_S = 30.0
 """How long the daemon may take to come up: importing pyarrow from a slow disk."""
+_END_WAIT_S = 5.0
+"""How long the daemon may take to end."""
 _PRIVATE_IDLE_S = 10.0
 """A private daemon serves one process and its children: nobody else comes."""
+_HEART_STOPPED_BEATS = 10
+"""So many looks in a row, one each `BEAT_S`, at a heart that does not beat: the daemon is stuck.
+Looks are counted, and not seconds, so that a machine that was asleep has no stuck daemon."""
+_DEATHS_WITHIN_S = 600.0
+_SHORT_LIFE_S = 1.0
+_PAUSE_S = 0.1
+_PAUSE_S_MAX = 5.0
+"""A daemon that did not live for long is followed by the next one after a pause; it doubles."""
 _LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
 _VARIABLES = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
@@ -107,7 +122,9 @@ class Keeper:
         self._undo = contextlib.ExitStack()
         self._daemon: subprocess.Popen[bytes] | None = None
         self._fuse_fd = -1
-        self._passthrough = False
+        self._features = session.Features(passthrough=False, resend=False)
+        self._memory: handoff.Fds | None = None
+        self._is_ending = False
         self._listening: socket.socket | None = None
 
     def __enter__(self) -> "Keeper":
@@ -124,20 +141,70 @@ class Keeper:
         self._undo.callback(os.close, self._fuse_fd)
         self._undo.callback(session.unmount, self._mount)
         depth = _stack_depth(Path(self._config.cache_dir)) if self._config.passthrough else 0
-        self._passthrough = session.answer_init(self._fuse_fd, depth)
+        self._features = session.answer_init(self._fuse_fd, depth)
         if os.geteuid() == 0:
             session.set_read_ahead(self._mount, self._config.read_ahead_kb)
         self._listening = self._listen()
+        self._memory = handoff.create()
+        for fd in self._memory.all():
+            self._undo.callback(os.close, fd)
+        self._undo.callback(self._end_daemon)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._pass_on)
-        self._start_daemon()
+        self._start_daemon(after_another=False)
 
     def run(self) -> None:
-        """Wait for the daemon's end."""
+        """Have a daemon run until one has ended by itself, or too many have died."""
+        deaths: list[float] = []
+        pause_s = 0.0
+        while not self._is_ending:
+            began_s = time.monotonic()
+            how = self._wait()
+            if not how or self._is_ending:
+                return
+            now_s = time.monotonic()
+            if how != _RESTARTS:
+                deaths = [at_s for at_s in deaths if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
+                why_not = self._why_not_restart(len(deaths))
+                if why_not:
+                    _say(f"the daemon {how}: ending the mount, because {why_not}")
+                    return
+            lived = now_s - began_s > _SHORT_LIFE_S
+            pause_s = 0.0 if lived else min(2 * pause_s or _PAUSE_S, _PAUSE_S_MAX)
+            _say(f"the daemon {how}: starting the next one")
+            time.sleep(pause_s)
+            try:
+                self._start_daemon(after_another=True)
+            except CkptfsError as error:
+                _say(f"the next daemon did not come up: {error}")
+                self._end_daemon(at_once=True)
+
+    def _wait(self) -> str:
+        """Wait for the daemon's end. Returns how it ended; "": as it should."""
         assert self._daemon is not None
-        code = self._daemon.wait()
-        if code:
-            print(f"keeper: the daemon ended with {code}: ending the mount", file=sys.stderr)
+        assert self._memory is not None
+        beats, silent = -1, 0
+        while True:
+            try:
+                code = self._daemon.wait(handoff.BEAT_S)
+                return _how_it_ended(code)
+            except subprocess.TimeoutExpired:
+                pass
+            now = handoff.beats(self._memory)
+            silent = 0 if now != beats else silent + 1
+            beats = now
+            if silent == _HEART_STOPPED_BEATS:
+                self._end_daemon(at_once=True)
+                return f"was stuck for {silent * handoff.BEAT_S:g} s"
+
+    def _why_not_restart(self, deaths: int) -> str:
+        if not self._config.restart:
+            return "restart = false in the configuration"
+        if not self._features.resend:
+            return f"the kernel ({os.uname().release}) cannot repeat its requests; Linux 6.9 can"
+        if deaths > self._config.restarts_max:
+            return f"it died {deaths} times in {_DEATHS_WITHIN_S / 60:g} minutes (restarts_max)"
+        return ""
 
     # -- parts of the start
 
@@ -188,47 +255,68 @@ class Keeper:
         self._undo.callback(lambda: self._socket_path.unlink(missing_ok=True))
         return listening
 
-    def _start_daemon(self) -> None:
+    def _start_daemon(self, *, after_another: bool) -> None:
         assert self._listening is not None
+        assert self._memory is not None
         ready, theirs = os.pipe()
         options = {
             "--fuse-fd": self._fuse_fd,
             "--listen-fd": self._listening.fileno(),
             "--ready-fd": theirs,
             "--keeper-pid": os.getpid(),
-            "--passthrough": int(self._passthrough),
+            "--passthrough": int(self._features.passthrough),
+            "--after-another": int(after_another),
         }
         command = [sys.executable, "-m", "ckptfs._daemon.app"]
+        command += [str(word) for option in options.items() for word in option]
         self._daemon = subprocess.Popen(
-            command + [str(word) for option in options.items() for word in option],
+            [*command, "--handoff-fds", *map(str, self._memory.all())],
             stdin=subprocess.PIPE,
-            pass_fds=(self._fuse_fd, self._listening.fileno(), theirs),
+            pass_fds=(self._fuse_fd, self._listening.fileno(), theirs, *self._memory.all()),
         )
-        self._undo.callback(self._end_daemon)
         os.close(theirs)
         assert self._daemon.stdin is not None
-        self._daemon.stdin.write(msgspec.json.encode(self._config) + b"\n" + self._pickled)
-        self._daemon.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # then it has no report, either
+            self._daemon.stdin.write(msgspec.json.encode(self._config) + b"\n" + self._pickled)
+            self._daemon.stdin.close()
         line = _read_line(ready, _READY_WAIT_S)
         os.close(ready)
         _raise_reported(line, "the daemon did not come up; see its log")
 
-    def _end_daemon(self) -> None:
-        assert self._daemon is not None
-        if self._daemon.poll() is None:
+    def _end_daemon(self, *, at_once: bool = False) -> None:
+        if self._daemon is None or self._daemon.poll() is not None:
+            return
+        if not at_once:
             self._daemon.terminate()
-            try:
-                self._daemon.wait(5)
-            except subprocess.TimeoutExpired:
-                self._daemon.kill()
-                self._daemon.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._daemon.wait(_END_WAIT_S)
+                return
+        self._daemon.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a dead disk may keep it
+            self._daemon.wait(_END_WAIT_S)
 
     def _pass_on(self, number: int, _: object) -> None:
         """A signal to end: let the daemon end first. `run` then returns."""
+        self._is_ending = True
         if self._daemon is None:
             sys.exit(128 + number)
         if self._daemon.poll() is None:
             self._daemon.send_signal(signal.SIGTERM)
+
+
+_RESTARTS = "has asked for a restart"
+
+
+def _how_it_ended(status: int) -> str:
+    if not status:
+        return ""
+    if status == handoff.RESTART_STATUS:
+        return _RESTARTS
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
 
 
 # -- the start's report

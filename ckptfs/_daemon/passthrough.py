@@ -45,7 +45,15 @@ class Lender(Protocol):
         ...
 
     def take_back(self, inode: int) -> None:
-        """Undo `lend`."""
+        """Undo `lend` or `lend_again`."""
+        ...
+
+    def digest_of_lent(self, inode: int) -> str:
+        """What `lend_again` needs to know."""
+        ...
+
+    def lend_again(self, inode: int, digest: str) -> None:
+        """What an earlier daemon has lent still is."""
         ...
 
 
@@ -97,14 +105,22 @@ class Passthrough:
         self._on = on
         self._open: dict[int, _OpenInode] = {}
 
-    def opened(self, inode: int) -> int:
-        """An open is about to succeed. The backing id to answer with; 0: open it in the ordinary
-        way."""
+    def restore(self, inode: int, backing_id: int, digest: str) -> None:
+        """An earlier daemon has opened the inode so, and the kernel goes by that."""
+        known = self._open.setdefault(inode, _OpenInode(backing_id))
+        known.opens += 1
+        if backing_id:
+            self._lender.lend_again(inode, digest)
+
+    def opened(self, inode: int) -> tuple[int, str]:
+        """An open is about to succeed. The backing id to answer with, and the digest that `restore`
+        will need; 0: open it in the ordinary way."""
         known = self._open.get(inode)
         if known is None:
             known = self._open[inode] = _OpenInode(self._lend(inode) if self._on else 0)
         known.opens += 1
-        return known.backing_id
+        digest = self._lender.digest_of_lent(inode) if known.backing_id else ""
+        return known.backing_id, digest
 
     def released(self, inode: int) -> None:
         """The kernel has let go of one handle."""

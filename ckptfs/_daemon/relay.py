@@ -17,6 +17,18 @@ the socket, because nobody else would make room: `deliver` empties it before eac
 (`fuse.Operations` calls it), and listings, the only replies that could be larger than a socket's
 buffer, are made shorter than that; the kernel asks for the rest.
 
+**After another daemon.** The relay writes down (`Handles`) which handles the kernel has got. When a
+daemon dies, the kernel keeps what it has asked for, and `take_over` has it ask again
+(FUSE_NOTIFY_RESEND, Linux >= 6.9), with the same numbers and one bit more. A request that was
+carried out already, but not answered, then comes a second time:
+
+- an open has a handle that nobody knows: it is closed before the new one is opened;
+- a release finds nothing to close, and an attribute that is to be removed is gone: no error;
+- everything else can be done twice.
+
+An opener that was killed meanwhile does not ask again; what it had opened is closed after
+`_ASKED_AGAIN_WITHIN_S`.
+
 Reads that wait are bounded by the kernel: `session` sets how many it sends ahead of the programs,
 and beyond those each is a thread that sleeps. When a reply finds no request (ENOENT), somebody has
 aborted it; that is no error.
@@ -36,17 +48,24 @@ import trio
 
 from ckptfs._daemon import session
 from ckptfs._daemon.cache import Views
+from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.passthrough import Passthrough
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import Vfs
 
 log = logging.getLogger(__name__)
 
-_FORGET, _GETATTR, _OPEN, _READ, _RELEASE, _FLUSH, _OPENDIR = 2, 3, 14, 15, 18, 25, 27
+_FORGET, _GETATTR, _OPEN, _READ, _RELEASE = 2, 3, 14, 15, 18
+_REMOVEXATTR, _FLUSH, _OPENDIR, _RELEASEDIR = 24, 25, 27, 29
 _INTERRUPT, _BATCH_FORGET, _READDIRPLUS = 36, 42, 44
+_ASKED_AGAIN = 1 << 63
+"""FUSE_UNIQUE_RESEND: in the number of a request that the kernel sends again."""
+_ASKED_AGAIN_WITHIN_S = 5.0
+"""Such requests come before all others."""
 _READ_IN = struct.Struct("<QQI")  # struct fuse_read_in: fh, offset, size, ... (also of listings)
 _ATTR_OUT = struct.Struct("<QI4x6Q10I")  # struct fuse_attr_out: validity (s, ns), struct fuse_attr
 _READ_REQUEST = struct.Struct("<4xIQ24xQQI")  # with its header: opcode, unique; fh, offset, size
+_RELEASE_IN = struct.Struct("<Q")  # struct fuse_release_in: fh, ...
 _OPEN_OUT = struct.Struct("<QIi")  # struct fuse_open_out: fh, open_flags, backing_id
 _KEEP_CACHE, _CACHE_DIR, _PASSTHROUGH = 1 << 1, 1 << 3, 1 << 7  # FOPEN_*
 
@@ -73,6 +92,7 @@ class Relay:
         libfuse: Our end of the socket pair whose other end libfuse serves, not blocking.
         vfs: Answers reads.
         passthrough: Knows which files the kernel reads itself.
+        handles: Where the next daemon finds which handles are open.
         errno_of: What an exception of `vfs` is for a program.
     """
 
@@ -82,14 +102,18 @@ class Relay:
         libfuse: socket.socket,
         vfs: Vfs,
         passthrough: Passthrough,
+        handles: Handles,
         errno_of: Callable[[Exception], int],
     ) -> None:
         self._fd = fuse_fd
         self._libfuse = libfuse
         self._vfs = vfs
         self._passthrough = passthrough
+        self._handles = handles
         self._errno_of = errno_of
         self._opening: dict[int, tuple[int, int]] = {}  # request -> opcode, inode
+        self._removing: set[int] = set()  # requests that may have been carried out already
+        self._doubtful: dict[int, Handle] = {}  # request -> what a daemon before had opened for it
         self._reply = bytearray(_LISTING_BYTES_MAX + 4096)
 
     async def run(self) -> None:
@@ -97,8 +121,42 @@ class Relay:
         with self._libfuse:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._replies)
+                if self._doubtful:
+                    nursery.start_soon(self._forget_doubtful)
                 await self._requests(nursery)
                 nursery.cancel_scope.cancel()
+
+    # -- after another daemon
+
+    def take_over(self) -> None:
+        """Before `run`: go on with what an earlier daemon has served. The files that the kernel
+        reads come first: nobody may have touched the cache's files of these before."""
+        known = list(self._handles.open_handles())
+        for handle in known:
+            if not handle.is_directory:
+                self._passthrough.restore(handle.inode, handle.backing_id, handle.digest)
+        for handle in known:
+            self._vfs.restore(handle)
+            if handle.request:
+                self._doubtful[handle.request] = handle
+        header = session.OUT_HEADER
+        self._write([header.pack(header.size, session.NOTIFY_RESEND_CODE, 0)])
+
+    async def _forget_doubtful(self) -> None:
+        await trio.sleep(_ASKED_AGAIN_WITHIN_S)
+        for handle in self._doubtful.values():
+            if handle.pid and not _exists(handle.pid):
+                self._release(handle.inode, handle.number)
+            else:
+                self._handles.replied(handle.number)  # that was all which was missing
+        self._doubtful.clear()
+
+    def _before_again(self, opcode: int, unique: int) -> None:
+        if opcode in (_OPEN, _OPENDIR):
+            if handle := self._doubtful.pop(unique & ~_ASKED_AGAIN, None):
+                self._release(handle.inode, handle.number)
+        elif opcode == _REMOVEXATTR:
+            self._removing.add(unique)
 
     # -- from the kernel
 
@@ -147,20 +205,30 @@ class Relay:
         if opcode == _GETATTR and inode == MOUNT_ROOT:
             self._answer(unique, [self._attributes_of_root()])
             return
+        if opcode in (_RELEASE, _RELEASEDIR):
+            self._release(inode, *_RELEASE_IN.unpack_from(message, session.IN_HEADER.size))
+            self._answer(unique, [])
+            return
+        if unique & _ASKED_AGAIN:
+            self._before_again(opcode, unique)
         if opcode in (_OPEN, _OPENDIR):
             self._opening[unique] = opcode, inode
         elif opcode == _READDIRPLUS:
             place = message, session.IN_HEADER.size
             handle, offset, size = _READ_IN.unpack_from(*place)
             _READ_IN.pack_into(*place, handle, offset, min(size, _LISTING_BYTES_MAX))
-        elif opcode == _RELEASE:
-            self._passthrough.released(inode)
         while True:
             try:
                 self._libfuse.send(message)
                 return
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._libfuse)
+
+    def _release(self, inode: int, handle: int) -> None:
+        if self._vfs.release(handle):
+            # Last: a daemon that dies in between leaves a backing id that nobody needs, not a
+            # handle without one.
+            self._passthrough.released(inode)
 
     def _read(
         self, unique: int, handle: int, offset: int, length: int, nursery: trio.Nursery
@@ -214,18 +282,33 @@ class Relay:
             _, error, unique = session.OUT_HEADER.unpack_from(reply)
             opening = self._opening.pop(unique, None)
             if opening is not None and not error:
-                self._complete_open(*opening)
-            self._write([reply[:length]])
+                self._reply_to_open(unique, *opening, reply[:length])
+            elif unique in self._removing:
+                self._removing.remove(unique)
+                if error == -errno.ENODATA:
+                    self._answer(unique, [])
+                else:
+                    self._write([reply[:length]])
+            else:
+                self._write([reply[:length]])
 
-    def _complete_open(self, opcode: int, inode: int) -> None:
-        """Add to the reply to an open what libfuse does not know."""
+    def _reply_to_open(self, unique: int, opcode: int, inode: int, reply: memoryview) -> None:
+        """Pass it on with what libfuse does not know."""
         place = self._reply, session.OUT_HEADER.size
         handle, flags, _ = _OPEN_OUT.unpack_from(*place)
+        backing_id, digest = 0, ""
         if opcode == _OPENDIR:
             if self._vfs.is_listing_lasting(inode):
                 _OPEN_OUT.pack_into(*place, handle, flags | _CACHE_DIR | _KEEP_CACHE, 0)
-        elif backing_id := self._passthrough.opened(inode):
-            _OPEN_OUT.pack_into(*place, handle, _PASSTHROUGH, backing_id)
+        else:
+            backing_id, digest = self._passthrough.opened(inode)
+            if backing_id:
+                _OPEN_OUT.pack_into(*place, handle, _PASSTHROUGH, backing_id)
+        self._handles.replying(handle, unique & ~_ASKED_AGAIN, backing_id, digest)
+        if self._write([reply]):
+            self._handles.replied(handle)
+        else:  # whoever asked is gone
+            self._release(inode, handle)
 
     # -- to the kernel
 
@@ -236,12 +319,15 @@ class Relay:
     def _fail(self, unique: int, code: int) -> None:
         self._write([session.OUT_HEADER.pack(session.OUT_HEADER.size, -code, unique)])
 
-    def _write(self, parts: "list[bytes | memoryview]") -> None:
+    def _write(self, parts: "list[bytes | memoryview]") -> bool:
+        """Whether the kernel has taken it."""
         try:
             os.writev(self._fd, parts)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 log.error("cannot answer a request: %s", error)
+            return False
+        return True
 
     def forget_name(self, parent: int, name: bytes) -> None:
         """Blocking: not in the event loop, because the kernel may wait for an answer of ours first.
@@ -250,3 +336,7 @@ class Relay:
         length = session.OUT_HEADER.size + len(body)
         header = session.OUT_HEADER.pack(length, session.NOTIFY_INVAL_ENTRY_CODE, 0)
         self._write([header, body])
+
+
+def _exists(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")

@@ -11,6 +11,7 @@ that waited for one which found the store dark share its answer, instead of aski
 
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
@@ -21,10 +22,25 @@ import trio
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import Prefetch
 from ckptfs._daemon.recognise import Recogniser
+from ckptfs._daemon.records import (
+    EtagLearned,
+    Event,
+    FileHidden,
+    FileShown,
+    Made,
+    PinSet,
+    PrefetchBegun,
+    PrefetchEnded,
+    StoreChanged,
+    recorded,
+    recorder,
+    unrecorded,
+)
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
@@ -35,6 +51,7 @@ from ckptfs._store.base import Store, pin_of
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import (
     Busy,
+    CkptfsError,
     LimitExceeded,
     NotAttached,
     ObjectChanged,
@@ -59,6 +76,7 @@ class Service:
         nursery: Runs the timers.
         forget_name: Tells the kernel that an attachment's directory is gone.
         open_store: Makes the stores.
+        handoff: Where it is written down for the next daemon.
         passthrough: For `status`: "on", or why not.
     """
 
@@ -71,6 +89,7 @@ class Service:
         nursery: trio.Nursery,
         forget_name: Callable[[str], None],
         open_store: OpenStore,
+        handoff: Handoff,
         passthrough: str = "off",
     ) -> None:
         self._passthrough = passthrough
@@ -82,15 +101,17 @@ class Service:
         self._forget_name = forget_name
         self._open_store = open_store
         recogniser = Recogniser(fetcher, offload, nursery)
-        self.vfs = Vfs(fetcher, recogniser, cache, os.geteuid(), os.getegid(), self.released)
+        owner = os.geteuid(), os.getegid()
+        self.vfs = Vfs(fetcher, recogniser, cache, handoff.handles, *owner, self.released)
         self.metadata = MetadataKeeper(offload, config.read_deadline_s)
-        self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch)
+        self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch_unheld)
         self.stopped = trio.Event()
+        self.restarts = False
         self._attachments: dict[tuple[int, str], Attachment] = {}
         self._opened: dict[tuple[int, str], Location] = {}  # what their stores were opened for
         self._locks: dict[tuple[int, str], trio.Lock] = {}
         self._outages: dict[tuple[int, str], tuple[Location, StoreUnavailable]] = {}
-        self._ordinal = 0
+        self._handoff = handoff
         self._clients = 0
         self._last_use_s = trio.current_time()
 
@@ -124,7 +145,8 @@ class Service:
             if not lock.statistics().tasks_waiting and not lock.locked():
                 self._locks.pop(key, None)
                 self._outages.pop(key, None)
-        attachment.pinned |= pinned
+        if pinned:
+            attachment.pin(True)
         return attachment
 
     async def _attach(
@@ -137,8 +159,7 @@ class Service:
             store = self._open_store(location, self._config.store_timeout_s)
             await self._offload.control(_prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
-                known.use_store(store)
-                self._opened[key] = location
+                self._use_store(known, location, store)
                 return known
             known = self._attachments.get(key)
         if known is None:
@@ -146,32 +167,42 @@ class Service:
         lent = self._store_of(known, location)
         store = lent or self._open_store(location, self._config.store_timeout_s)
         shown = known.manifest.version if known is not None else ""
-        self._ordinal += 1
         with self._holding(known):
             manifest, fresh = await self._offload.control(
-                self._build, self._ordinal, location, store, uid, gid, shown
+                self._build, self._handoff.next_ordinal(), location, store, uid, gid, shown
             )
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
         if known is not None and (known.in_use or known.manifest.version == manifest.version):
-            known.use_store(store)
-            self._opened[key] = location
+            self._use_store(known, location, store)
             self.metadata.listed_again(known, manifest)
             return known
         if fresh is None:  # what was shown was detached by force
             return await self._attach(key, location, uid, gid)
         if lent is not None:  # it ends with `known`
             fresh.use_store(self._open_store(location, self._config.store_timeout_s))
+        pinned = known is not None and known.pinned
         if known is not None:
-            fresh.pinned = known.pinned
             self._remove(known)
         self._check_limit()  # other places may have been attached meanwhile
-        self._attachments[key] = fresh
-        self._opened[key] = location
-        self.vfs.add(fresh)
+        fresh.record = recorder(self._handoff.journal, fresh.ordinal)
+        fresh.record(Made(location, fresh.manifest, uid, gid, fresh.attached_s))
+        fresh.pin(pinned)
+        self._add(fresh, location)
         log.info("attached %s: %d files", fresh.location.uri, len(fresh.manifest.files))
         for skipped in fresh.manifest.skipped[:_SKIPPED_IN_STATUS]:
             log.warning("%s: left out %s: %s", fresh.location.uri, skipped.name, skipped.reason)
         return fresh
+
+    def _add(self, attachment: Attachment, location: Location) -> None:
+        self._attachments[attachment.key] = attachment
+        self._opened[attachment.key] = location
+        self.vfs.add(attachment)
+
+    def _use_store(self, attachment: Attachment, location: Location, store: Store) -> None:
+        if location != self._opened[attachment.key]:
+            attachment.record(StoreChanged(location))
+        attachment.use_store(store)
+        self._opened[attachment.key] = location
 
     def _store_of(self, known: Attachment | None, location: Location) -> Store | None:
         """The store of `known`, which has connections, if it is the one that would be opened for
@@ -206,9 +237,7 @@ class Service:
         manifest = build_manifest(store.list(self._config.files_max))
         if manifest.version == shown:
             return manifest, None
-        public = msgspec.structs.replace(location, secrets={})
-        digests = [object_key(public, file).digest() for file in manifest.files]
-        return manifest, Attachment(ordinal, public, store, manifest, digests, uid, gid)
+        return manifest, _attachment(ordinal, location, store, manifest, uid, gid)
 
     def prefetch(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
         """Begin to fetch the files that match, in the background; `rate`: bytes per second at
@@ -216,6 +245,68 @@ class Service:
         prefetch = Prefetch(attachment, globs, rate, self._fetcher, self._cache, self._offload)
         self._nursery.start_soon(prefetch.run)
         return prefetch
+
+    def prefetch_unheld(self, attachment: Attachment, globs: Sequence[str]) -> None:
+        """The same; no connection waits for it, so the next daemon goes on with it."""
+        begun = PrefetchBegun(time.monotonic_ns(), list(globs), 0)
+        attachment.record(begun)
+        self._nursery.start_soon(self._prefetch_unheld, attachment, begun)
+
+    async def _prefetch_unheld(self, attachment: Attachment, begun: PrefetchBegun) -> None:
+        await self.prefetch(attachment, begun.globs, begun.rate).ended.wait()
+        attachment.record(PrefetchEnded(begun.number))
+
+    # -- after another daemon
+
+    async def restore(self) -> None:
+        """Have all attachments that an earlier daemon had, as they were. To be called once, before
+        anything else. Raises DaemonError."""
+        for ordinal, events in recorded(self._handoff.journal).items():
+            try:
+                await self._restore(ordinal, events)
+            except CkptfsError as error:  # of its store
+                log.error("an attachment of the daemon before cannot be restored: %s", error)
+                self._handoff.journal.forget(ordinal)
+
+    async def _restore(self, ordinal: int, events: list[Event]) -> None:
+        made = events[0]
+        assert isinstance(made, Made)
+        changes = [event.location for event in events if isinstance(event, StoreChanged)]
+        location = [made.location, *changes][-1]
+        store = self._open_store(location, self._config.store_timeout_s)
+        attachment = await self._offload.control(
+            _attachment,
+            ordinal,
+            location,
+            store,
+            made.manifest,
+            made.uid,
+            made.gid,
+            made.attached_s,
+        )
+        prefetches: dict[int, PrefetchBegun] = {}
+        for event in events:
+            if isinstance(event, PinSet):
+                attachment.pin(event.pinned)
+            elif isinstance(event, FileShown):
+                attachment.replace(event.file)
+            elif isinstance(event, FileHidden):
+                attachment.hide(event.path)
+            elif isinstance(event, EtagLearned):
+                attachment.file(event.index).pin_etag(event.etag)
+            elif isinstance(event, PrefetchBegun):
+                prefetches[event.number] = event
+            elif isinstance(event, PrefetchEnded):
+                prefetches.pop(event.number, None)
+        attachment.record = recorder(self._handoff.journal, ordinal)
+        self._add(attachment, location)
+        for begun in prefetches.values():
+            self._nursery.start_soon(self._prefetch_unheld, attachment, begun)
+
+    def restored(self) -> None:
+        """To be called when the handles that are open have been restored, too."""
+        for attachment in self._attachments.values():
+            self.released(attachment)
 
     async def metadata_changed(self, location: Location, uid: int) -> None:
         """This user has changed the metadata of the checkpoint at `location` at the store."""
@@ -247,7 +338,8 @@ class Service:
 
     def detach(self, attachment: Attachment, *, force: bool) -> None:
         """End a pinned attachment, or with `force` any. Raises Busy while processes hold it."""
-        was_pinned, attachment.pinned = attachment.pinned, False
+        was_pinned = attachment.pinned
+        attachment.pin(False)
         if not attachment.held or force:
             self._remove(attachment)
         elif not was_pinned:
@@ -275,6 +367,8 @@ class Service:
         del self._attachments[attachment.key]
         del self._opened[attachment.key]
         attachment.store.close()
+        attachment.record = unrecorded
+        self._handoff.journal.forget(attachment.ordinal)
         self._forget_name(attachment.name)
         self._last_use_s = trio.current_time()
         log.info("detached %s", attachment.location.uri)
@@ -308,6 +402,11 @@ class Service:
                 f"{len(used)} checkpoints are in use (first: {used[0].location.uri}); end their "
                 "users, or use --force (their reads will fail)"
             )
+        self.stopped.set()
+
+    def restart(self) -> None:
+        """Ask the daemon to end, and to be followed by another one that goes on with everything."""
+        self.restarts = True
         self.stopped.set()
 
     # -- status
@@ -354,6 +453,21 @@ class Service:
     @staticmethod
     def _may_see(uid: int, attachment: Attachment) -> bool:
         return uid in (0, attachment.uid)
+
+
+def _attachment(
+    ordinal: int,
+    location: Location,
+    store: Store,
+    manifest: Manifest,
+    uid: int,
+    gid: int,
+    attached_s: float = 0.0,
+) -> Attachment:
+    """Blocking. An attachment, whose names are computed."""
+    public = msgspec.structs.replace(location, secrets={})
+    digests = [object_key(public, file).digest() for file in manifest.files]
+    return Attachment(ordinal, public, store, manifest, digests, uid, gid, attached_s)
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptfs.errors import CannotMount
 
@@ -30,6 +31,8 @@ OUT_HEADER = struct.Struct("<IiQ")
 NOTIFY_INVAL_ENTRY = struct.Struct("<QII")
 """struct fuse_notify_inval_entry_out: parent, length of the name, flags."""
 NOTIFY_INVAL_ENTRY_CODE = 3
+NOTIFY_RESEND_CODE = 7
+"""FUSE_NOTIFY_RESEND, Linux >= 6.9: send again what was read and not answered."""
 _INIT_IN = struct.Struct("<IIII12I")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 _FUSE_INIT = 26
@@ -44,6 +47,7 @@ _CACHE_SYMLINKS = 1 << 23
 _EXPLICIT_INVAL_DATA = 1 << 25
 _INIT_EXT = 1 << 30
 _PASSTHROUGH = 1 << 37
+_HAS_RESEND = 1 << 39
 _WANTED = (
     _ASYNC_READ
     | _DO_READDIRPLUS
@@ -53,6 +57,7 @@ _WANTED = (
     | _CACHE_SYMLINKS
     | _EXPLICIT_INVAL_DATA
     | _INIT_EXT
+    | _HAS_RESEND
 )
 _PAGES_MAX = 256  # 1 MiB requests: the most that an unprivileged limit of the kernel allows
 MAX_WRITE = 128 << 10
@@ -162,7 +167,14 @@ def set_read_ahead(mountpoint: Path, kib: int) -> bool:
     return True
 
 
-def answer_init(fd: int, stack_depth: int = 0) -> bool:
+class Features(NamedTuple):
+    """What the kernel has agreed to."""
+
+    passthrough: bool
+    resend: bool
+
+
+def answer_init(fd: int, stack_depth: int = 0) -> Features:
     """Read the kernel's FUSE_INIT from a fresh session and answer it. Raises CannotMount.
 
     Args:
@@ -170,8 +182,6 @@ def answer_init(fd: int, stack_depth: int = 0) -> bool:
         stack_depth: How deep the cache's file system may be stacked, plus 1, for passthrough; 0: no
             passthrough.
 
-    Returns:
-        Whether the kernel agreed to passthrough.
     """
     message = os.read(fd, 64 << 10)
     _, opcode, unique, *_ = IN_HEADER.unpack_from(message)
@@ -199,7 +209,7 @@ def answer_init(fd: int, stack_depth: int = 0) -> bool:
         0,
     )
     os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
-    return passthrough
+    return Features(passthrough, bool(chosen & _HAS_RESEND))
 
 
 def made_init() -> bytes:

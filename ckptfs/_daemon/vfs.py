@@ -8,12 +8,14 @@ Modes let the owner write, because setting an attribute needs that permission; a
 a file or directory is refused (`fuse.Operations`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache, CachedObject, Views
 from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
@@ -68,6 +70,7 @@ class Vfs:
         fetcher: Reads the files.
         recogniser: Told of accesses to files whose parts are not known.
         cache: Asked for what is cached.
+        handles: Numbers what is opened, and keeps it for the next daemon.
         uid: Owner of the mount point; so is `gid`.
         released: Called when a handle of an attachment was closed.
     """
@@ -77,6 +80,7 @@ class Vfs:
         fetcher: Fetcher,
         recogniser: Recogniser,
         cache: Cache,
+        handles: Handles,
         uid: int,
         gid: int,
         released: Callable[[Attachment], None],
@@ -84,14 +88,14 @@ class Vfs:
         self._fetcher = fetcher
         self._recogniser = recogniser
         self._cache = cache
+        self._handles = handles
         self._owner = (uid, gid)
         self._released = released
         self._by_ordinal: dict[int, Attachment] = {}
         self._by_name: dict[bytes, Attachment] = {}
-        self._open: dict[int, RemoteFile] = {}  # open files by inode, which is also their handle
-        self._lent: dict[int, CachedObject] = {}  # those that the kernel reads itself
+        self._open: dict[int, tuple[RemoteFile, int]] = {}  # file and inode by handle
+        self._lent: dict[int, CachedObject] = {}  # those that the kernel reads itself, by inode
         self._directories: dict[int, tuple[int, list[tuple[bytes, Stat]] | None]] = {}
-        self._serial = 0
 
     # -- attachments
 
@@ -104,9 +108,9 @@ class Vfs:
         """Stop to show an attachment. Handles that are still open in it become stale."""
         del self._by_ordinal[attachment.ordinal]
         del self._by_name[attachment.name.encode()]
-        for inode, file in list(self._open.items()):
+        for handle, (file, inode) in list(self._open.items()):
             if ordinal_of(inode) == attachment.ordinal:
-                del self._open[inode]
+                del self._open[handle]
                 while file.opens:
                     self._fetcher.close(file)
 
@@ -155,24 +159,25 @@ class Vfs:
 
     def opendir(self, inode: int, pid: int) -> int:
         """Open a directory; returns its handle. An open root is a lease on the attachment."""
-        self._serial += 1
-        if inode == MOUNT_ROOT:
-            self._directories[self._serial] = inode, None
-            return self._serial
-        attachment, node = self.find(inode)
-        if not node.is_directory:
+        if inode != MOUNT_ROOT and not self.find(inode)[1].is_directory:
             raise NotDirectory(inode)
-        handle = attachment.ordinal << 32 | self._serial & 0xFFFFFFFF
+        handle = self._handles.reserve(inode, pid, is_directory=True)
+        self._add_directory(handle, inode, pid)
+        return handle
+
+    def _add_directory(self, handle: int, inode: int, pid: int) -> None:
         self._directories[handle] = inode, None
+        if inode == MOUNT_ROOT:
+            return
+        attachment, node = self.find(inode)
         if node is attachment.tree.root:
             attachment.directories[handle] = pid
         else:
             attachment.open_handles += 1
-        return handle
 
     def readdir(self, handle: int, start: int) -> Iterator[tuple[bytes, Stat, int]]:
         """Entries from position `start` on: name, attributes and the position after it."""
-        inode, entries = self._directories[handle]
+        inode, entries = self._directories.get(handle, (0, None))
         if entries is None or start == 0:
             if inode == MOUNT_ROOT:
                 entries = [(n, _stat(a, a.tree.root)) for n, a in self._by_name.items()]
@@ -183,9 +188,8 @@ class Vfs:
         for position in range(start, len(entries)):
             yield *entries[position], position + 1
 
-    def releasedir(self, handle: int) -> None:
-        """Close a directory."""
-        inode, _ = self._directories.pop(handle)
+    def _close_directory(self, handle: int) -> None:
+        inode, _ = self._directories.pop(handle, (0, None))
         attachment = self._by_ordinal.get(ordinal_of(inode))
         if attachment is None:
             return
@@ -195,30 +199,54 @@ class Vfs:
 
     # -- files
 
-    def open(self, inode: int) -> int:
-        """Open a file for reading; returns its handle, which is its inode number."""
-        attachment, node = self.find(inode)
-        if node.is_directory:
+    def open(self, inode: int, pid: int = 0) -> int:
+        """Open a file for reading; returns its handle. `pid`: of who opens it; 0: nobody knows."""
+        if self.find(inode)[1].is_directory:
             raise IsDirectory(inode)
+        handle = self._handles.reserve(inode, pid, is_directory=False)
+        self._add_file(handle, inode)
+        return handle
+
+    def _add_file(self, handle: int, inode: int) -> None:
+        attachment, node = self.find(inode)
         file = attachment.file(node.index)
         self._fetcher.open(file)
-        self._open[inode] = file
+        self._open[handle] = file, inode
         attachment.open_handles += 1
-        return inode
 
-    def release(self, handle: int) -> None:
-        """Close a file."""
-        attachment = self._by_ordinal.get(ordinal_of(handle))
-        file = self._open.get(handle)
+    def _close_file(self, handle: int) -> None:
+        file, inode = self._open.pop(handle, (None, 0))
+        attachment = self._by_ordinal.get(ordinal_of(inode))
         if attachment is None or file is None:
             return
         if not file.recognised and file.pin.size:
             self._recogniser.look_at_head(file)
         self._fetcher.close(file)
-        if not file.opens:
-            del self._open[handle]
         attachment.open_handles -= 1
         self._released(attachment)
+
+    # -- both
+
+    def release(self, handle: int) -> bool:
+        """Close a file or directory. False: it is closed already, or never was open."""
+        if not self._handles.free(handle):
+            return False
+        if handle in self._directories:
+            self._close_directory(handle)
+        else:
+            self._close_file(handle)
+        return True
+
+    def restore(self, handle: Handle) -> None:
+        """Open again what an earlier daemon had opened. What belongs to an attachment that has
+        ended stays stale."""
+        with contextlib.suppress(StaleInode):
+            if handle.is_directory:
+                self._add_directory(handle.number, handle.inode, handle.pid)
+            else:
+                self._add_file(handle.number, handle.inode)
+
+    # -- reading
 
     def read_now(self, handle: int, offset: int, length: int) -> Views | None:
         """Take in a read of an open file: its bytes, if they are there without waiting, fewer than
@@ -226,40 +254,44 @@ class Vfs:
 
         Raises StaleInode.
         """
-        file, length = self._within(handle, offset, length)
+        file, inode, length = self._within(handle, offset, length)
         if not length:
             return []
         file.served_bytes += length
         if not file.recognised:
-            self._recogniser.look(*self.find(handle))
+            self._recogniser.look(*self.find(inode))
         self._fetcher.access(file, offset, length)
         if not file.handed_on and file.readahead and file.readahead.is_asked_whole:
             file.handed_on = True
-            self._recogniser.begin_next(*self.find(handle))
+            self._recogniser.begin_next(*self.find(inode))
         return self._fetcher.read_now(file, offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> Views:
         """The same, waiting for the bytes. Raises also what `Fetcher.read` raises."""
-        file, length = self._within(handle, offset, length)
+        file, _, length = self._within(handle, offset, length)
         return await self._fetcher.read(file, offset, length) if length else []
 
-    def _within(self, handle: int, offset: int, length: int) -> tuple[RemoteFile, int]:
-        """An open file, and how many of the bytes lie in it."""
-        file = self._open.get(handle)
-        if file is None:
+    def _within(self, handle: int, offset: int, length: int) -> tuple[RemoteFile, int, int]:
+        """An open file, its inode, and how many of the bytes lie in it."""
+        opened = self._open.get(handle)
+        if opened is None:
             raise StaleInode(handle)
-        return file, max(0, min(length, file.pin.size - offset))
+        file, inode = opened
+        return file, inode, max(0, min(length, file.pin.size - offset))
+
+    # -- lending
 
     async def before_lending(self, handle: int) -> None:
         """Have the version of an open file checked, if that is all that `lend` would miss."""
-        if file := self._open.get(handle):
-            await self._fetcher.before_lending(file)
+        if opened := self._open.get(handle):
+            await self._fetcher.before_lending(opened[0])
 
     def lend(self, inode: int) -> int:
         """See passthrough.Lender. A file that the kernel most likely has in its page cache is not
         lent, because an open by passthrough drops it from there."""
-        file = self._open.get(inode)
-        if file is None or 1 / 2 <= file.served_bytes / (file.pin.size or 1) <= 3 / 2:
+        attachment, node = self.find(inode)
+        file = attachment.file(node.index)
+        if not file.opens or 1 / 2 <= file.served_bytes / (file.pin.size or 1) <= 3 / 2:
             return -1
         entry = self._fetcher.lend(file)
         if entry is None:
@@ -270,7 +302,19 @@ class Vfs:
 
     def take_back(self, inode: int) -> None:
         """See passthrough.Lender."""
-        self._cache.take_back(self._lent.pop(inode))
+        if entry := self._lent.pop(inode, None):
+            self._cache.take_back(entry)
+
+    def digest_of_lent(self, inode: int) -> str:
+        """What the cache calls the object that `lend` has lent; "": none."""
+        entry = self._lent.get(inode)
+        return entry.digest if entry else ""
+
+    def lend_again(self, inode: int, digest: str) -> None:
+        """The kernel still reads that object of the cache for `inode`, as an earlier daemon has
+        told it to. Needs a `take_back`."""
+        if inode not in self._lent and (entry := self._cache.lend_again(digest)):
+            self._lent[inode] = entry
 
     def statfs(self) -> Space:
         """What all attachments hold together."""

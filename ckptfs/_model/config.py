@@ -42,6 +42,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         read_ahead_kb: The kernel's own readahead for the mount, in KiB (needs root). 1024 was
             measured half again as fast as the default of 128.
         passthrough: Let the kernel itself read files that are complete in the cache, where it can.
+        restart: Start the daemon anew when it dies or is stuck, where the kernel can repeat what it
+            was asked (Linux >= 6.9); otherwise the mount ends then.
+        restarts_max: Most such restarts in ten minutes, then the mount ends: whatever kills the
+            daemon will do so again, and readers must not wait for ever.
         allow_other: Let other users of the node use this daemon (needs root, or
             ``user_allow_other`` in fuse.conf).
         files_max: Most objects in one checkpoint.
@@ -65,6 +69,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     window_bytes_max: Bytes = 64 * MIB
     read_ahead_kb: Bytes = 1024
     passthrough: bool = True
+    restart: bool = True
+    restarts_max: Count = 20
     allow_other: bool = False
     files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
     attachments_max: Count = 1000

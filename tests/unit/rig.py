@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 from unit.fakes import MIB, FakeStore, InlineOffload, config_of, pattern
 
+from ckptfs._daemon import handoff
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
@@ -117,7 +118,10 @@ class View:
         self.released: list[Attachment] = []
         self.prefetched: list[tuple[Attachment, list[str]]] = []
         recogniser = Recogniser(rig.fetcher, rig.offload, rig.nursery)
-        self.vfs = Vfs(rig.fetcher, recogniser, rig.cache, 1, 2, self.released.append)
+        self.fds = handoff.create()
+        self.handoff = handoff.Handoff(self.fds)
+        handles = self.handoff.handles
+        self.vfs = Vfs(rig.fetcher, recogniser, rig.cache, handles, 1, 2, self.released.append)
         self.metadata = MetadataKeeper(rig.offload, rig.config.read_deadline_s)
         self.xattrs = Xattrs(
             self.vfs,
@@ -150,7 +154,7 @@ class View:
         """The entries of a directory from a position on."""
         handle = self.vfs.opendir(inode, 1)
         found = list(self.vfs.readdir(handle, start))
-        self.vfs.releasedir(handle)
+        self.vfs.release(handle)
         return found
 
     async def read(self, inode: int, offset: int, length: int) -> bytes:

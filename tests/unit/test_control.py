@@ -399,7 +399,7 @@ async def test_stop_is_answered(server: Server, autojump_clock: MockClock) -> No
     refused = await client.ask(Stop())
     assert isinstance(refused, Failed)
     assert refused.code == "busy"
-    server.service.vfs.releasedir(handle)
+    server.service.vfs.release(handle)
     assert await client.ask(Stop()) == Done()
     assert server.service.stopped.is_set()
 

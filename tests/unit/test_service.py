@@ -73,7 +73,7 @@ class Bench:
         """Names in the mount point."""
         handle = self.service.vfs.opendir(MOUNT_ROOT, 1)
         found = [name.decode() for name, _, _ in self.service.vfs.readdir(handle, 0)]
-        self.service.vfs.releasedir(handle)
+        self.service.vfs.release(handle)
         return found
 
 
@@ -221,9 +221,9 @@ async def test_every_use_begins_the_time_anew(bench: Bench, autojump_clock: Mock
     handle = bench.service.vfs.opendir(root, 1)
     await trio.sleep(100)
     assert bench.shown() == [attachment.name]
-    bench.service.vfs.releasedir(handle)
+    bench.service.vfs.release(handle)
     await trio.sleep(8)
-    bench.service.vfs.releasedir(bench.service.vfs.opendir(root, 1))  # for a moment only
+    bench.service.vfs.release(bench.service.vfs.opendir(root, 1))  # for a moment only
     await trio.sleep(8)
     file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
     await trio.sleep(8)
@@ -357,7 +357,7 @@ async def test_detach_of_a_pinned_one_in_use_lets_it_end_with_its_users(
     bench.service.detach(attachment, force=False)
     await trio.sleep(1000)
     assert bench.shown() == [attachment.name]
-    bench.service.vfs.releasedir(handle)
+    bench.service.vfs.release(handle)
     await trio.sleep(11)
     assert bench.shown() == []
 
@@ -516,7 +516,7 @@ async def test_stop_is_refused_while_something_is_open(
     with pytest.raises(Busy):
         bench.service.stop(force=False)
     assert not bench.service.stopped.is_set()
-    bench.service.vfs.releasedir(handle)
+    bench.service.vfs.release(handle)
     file = bench.service.vfs.open(attachment.tree.root.children[b"c"].inode)
     with pytest.raises(Busy):
         bench.service.stop(force=False)

@@ -115,7 +115,7 @@ async def test_readdir_of_the_mount_point_is_stable_until_it_is_rewound(
     view.vfs.remove(first)
     assert [n for n, _, _ in view.vfs.readdir(handle, 1)] == [second.name.encode()]
     assert [n for n, _, _ in view.vfs.readdir(handle, 0)] == [second.name.encode()]
-    view.vfs.releasedir(handle)
+    view.vfs.release(handle)
 
 
 async def test_statfs_sums_up(view: View, store: FakeStore) -> None:
@@ -142,13 +142,13 @@ async def test_an_open_directory_or_file_holds_the_attachment(view: View, store:
     assert view.vfs.open(inode) == view.vfs.open(inode) == inode
     assert attachment.open_handles == 3
     assert attachment.held
-    view.vfs.releasedir(below)
+    view.vfs.release(below)
     view.vfs.release(inode)
     view.vfs.release(inode)
     assert attachment.open_handles == 0
     for handle in handles:
         assert attachment.held
-        view.vfs.releasedir(handle)
+        view.vfs.release(handle)
     assert not attachment.held
     assert view.released == [attachment] * 6
 
@@ -157,7 +157,7 @@ async def test_the_mount_point_holds_nothing(view: View, store: FakeStore) -> No
     attachment = view.attach(store)
     handle = view.vfs.opendir(MOUNT_ROOT, 1)
     assert not attachment.held
-    view.vfs.releasedir(handle)
+    view.vfs.release(handle)
     assert not view.released
 
 
@@ -190,8 +190,8 @@ async def test_after_the_end_everything_is_stale(view: View, store: FakeStore) -
         view.vfs.lookup(MOUNT_ROOT, attachment.name.encode())
     view.vfs.release(inode)  # the kernel closes what it had opened
     view.vfs.release(inode)
-    view.vfs.releasedir(handle)
-    view.vfs.releasedir(unread)
+    view.vfs.release(handle)
+    view.vfs.release(unread)
     assert not view.released
     again = view.attach(store)
     assert again.tree.root.inode != root

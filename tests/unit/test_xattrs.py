@@ -225,7 +225,7 @@ async def test_who_holds_it_is_told(view: View, store: FakeStore) -> None:
     assert told["since"] == pytest.approx(attachment.attached_s, abs=0.001)
     attachment.pinned = True
     for handle in handles:
-        view.vfs.releasedir(handle)
+        view.vfs.release(handle)
     told = json.loads(await view.text(root, names.ATTACHED))
     assert (told["holders"], told["pinned"]) == ([], True)
 

@@ -1,0 +1,116 @@
+"""What is written to the journal of `handoff` about an attachment: what it is, then what changes.
+
+Only what cannot be learned anew is recorded: the snapshot itself, whose credentials read it, the
+order in which versions of the metadata file were shown (inode numbers follow from it), ETags that
+the listing did not have, the pin, and prefetches that outlive who asked for them.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from ckptfs._daemon.handoff import Journal
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import ListedFile, Manifest
+from ckptfs.errors import DaemonError
+
+
+class Made(msgspec.Struct, frozen=True, tag="made"):
+    """An attachment, as it begins. `location` has the credentials."""
+
+    location: Location
+    manifest: Manifest
+    uid: int
+    gid: int
+    attached_s: float
+
+
+class StoreChanged(msgspec.Struct, frozen=True, tag="store"):
+    """It reads with other credentials from now on."""
+
+    location: Location
+
+
+class PinSet(msgspec.Struct, frozen=True, tag="pin"):
+    """It stays without a holder, or no longer."""
+
+    pinned: bool
+
+
+class EtagLearned(msgspec.Struct, frozen=True, tag="etag"):
+    """The pinned version of the file at `index` of those it lists has this ETag."""
+
+    index: int
+    etag: str
+
+
+class FileShown(msgspec.Struct, frozen=True, tag="shown"):
+    """It shows that version of a file of its root."""
+
+    file: ListedFile
+
+
+class FileHidden(msgspec.Struct, frozen=True, tag="hidden"):
+    """It shows that file of its root no more."""
+
+    path: str
+
+
+class PrefetchBegun(msgspec.Struct, frozen=True, tag="prefetch"):
+    """A prefetch of nobody's connection; `number` is its own."""
+
+    number: int
+    globs: list[str]
+    rate: int
+
+
+class PrefetchEnded(msgspec.Struct, frozen=True, tag="prefetched"):
+    """That prefetch has ended."""
+
+    number: int
+
+
+Event = (
+    Made
+    | StoreChanged
+    | PinSet
+    | EtagLearned
+    | FileShown
+    | FileHidden
+    | PrefetchBegun
+    | PrefetchEnded
+)
+Record = Callable[[Event], None]
+"""Writes an event of one attachment down."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encoded(event: Event) -> bytes:
+    """`event` for `Journal.append`."""
+    return _encoder.encode(event)
+
+
+def unrecorded(event: Event) -> None:
+    """A `Record` for an attachment that has no journal, or has ended."""
+    del event
+
+
+def recorder(journal: Journal, ordinal: int) -> Record:
+    """The `Record` of an attachment."""
+    return lambda event: journal.append(ordinal, encoded(event))
+
+
+def recorded(journal: Journal) -> dict[int, list[Event]]:
+    """The events of all attachments, by ordinal. Raises DaemonError for what is none."""
+    found: dict[int, list[Event]] = {}
+    try:
+        for ordinal, data in journal.frames():
+            found.setdefault(ordinal, []).append(_decoder.decode(data))
+    except msgspec.DecodeError as error:
+        raise DaemonError(
+            f"this ckptfs cannot read what the daemon before it has left: {error}; "
+            "ckptfs umount --force, and mount again"
+        ) from None
+    return found
