@@ -40,8 +40,7 @@ STORE_ERRORS = {
 ATTACH_ERRORS = {
     **{kind: {"store-timeout", "store-unavailable"} for kind in STORE_ERRORS},
     "denied": {"access-denied"},
-    # A portal that answers everything with a page also says that the checkpoint's key is there.
-    "garbage": {"store", "store-timeout", "store-unavailable", "is-file"},
+    "garbage": {"store", "store-timeout", "store-unavailable"},
     "cut": {"store", "store-timeout", "store-unavailable"},
 }
 READS = {"read", "fault", "tensors"}
