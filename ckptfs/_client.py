@@ -255,8 +255,16 @@ def leased(
     From then on the kernel gives the lease back for us, however this process ends. Yields the path.
     The arguments are those of `attached`.
     """
-    with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
-        lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for left in reversed(range(_TRIES)):
+        with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
+            try:
+                lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                break
+            except FileNotFoundError:
+                # The connection held it until here. If the daemon has died with that, the next one
+                # may have found it in nobody's use.
+                if not left:
+                    raise
     try:
         yield path
     finally:
