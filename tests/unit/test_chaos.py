@@ -161,6 +161,8 @@ def test_bytes_of_two_versions_are_seen(contents: Contents, told: Told) -> None:
     at = len(file.head)
     old, new = (contents.expected(file, version, at, 64) for version in (0, 1))
     assert old != new
+    told.watch.check(first, 0, contents.expected(file, 1, 0, len(file.head)))  # says nothing
+    assert first.version is None
     told.watch.check(first, at, old)
     for handle in (first, second):
         with pytest.raises(OperationFailed):
