@@ -191,7 +191,7 @@ class Reader:
         do("listxattr", os.listxattr, path, lease=lease, file=file)
         self.attribute(lease, file.name, self.chance.choice(STATED))
         if file.tensors and self.chance.random() < 0.3:
-            self.attribute(lease, file.name, "tensors", expected=(errno.ENODATA,))
+            self.attribute(lease, file.name, "tensors", (errno.ENODATA,), file)
         absent = f"{path}.absent"
         do("absent", os.stat, absent, lease=lease, expected=(errno.ENOENT, errno.ENOTDIR))
         fd = do("write", os.open, path, os.O_RDWR, lease=lease, expected=(errno.EROFS,))
@@ -227,7 +227,12 @@ class Reader:
         self.watch.do(name, os.setxattr, *arguments, lease=lease, file=file, expected=expected)
 
     def attribute(
-        self, lease: Lease, name: str, attribute: str, expected: tuple[int, ...] = ()
+        self,
+        lease: Lease,
+        name: str,
+        attribute: str,
+        expected: tuple[int, ...] = (),
+        file: File | None = None,
     ) -> bytes:
         """An attribute's value; b"" for an errno that is expected."""
         kind = attribute if attribute == "tensors" else attribute.partition(".")[0]
@@ -236,6 +241,7 @@ class Reader:
         found = self.watch.do(
             *(operation, os.getxattr, path, f"user.ckptfs.{attribute}"),
             lease=lease,
+            file=file,
             expected=expected,
         )
         return found or b""

@@ -42,6 +42,8 @@ def show(outcome: Outcome, console: Console) -> None:
         longest_s = f"{outcome.longest_s.get(name, 0.0):.2f}"
         table.add_row(name, str(times), longest_s, ", ".join(errors))
     console.print(table)
+    if outcome.undisturbed_s:
+        console.print(f"longest while nothing was wrong: {outcome.undisturbed_s:.2f} s")
     table = Table(box=None, title="what it took", title_justify="left")
     for column in ("", "", "first", "most", "last"):
         table.add_column(column, justify="right" if column else "left")

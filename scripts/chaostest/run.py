@@ -57,7 +57,18 @@ class Stopped(Exception):
 
 @dataclass
 class Outcome:
-    """What a run has come to. Times in seconds, sizes in bytes."""
+    """What a run has come to. Times in seconds, sizes in bytes.
+
+    Attributes:
+        actions: How often each was done; `sequence`: in which order, by lane.
+        requests_met: How many requests have met each fault of the store.
+        errors_allowed: "operation: error", and how often it was seen where it may be.
+        longest_s: Longest of each operation; `undisturbed_s`: of all while nothing was wrong, if it
+            was longer than a second.
+        samples: By process ("daemon", "keeper") and moment ("first" and "last" at rest, "most"):
+            memory, descriptors, threads.
+        left_out: Actions that this machine or a short run cannot have.
+    """
 
     seed: int
     settings: dict[str, Any]
@@ -69,6 +80,7 @@ class Outcome:
     bytes_verified: int = 0
     errors_allowed: Counter[str] = field(default_factory=Counter[str])
     longest_s: dict[str, float] = field(default_factory=dict[str, float])
+    undisturbed_s: float = 0.0
     daemons: int = 0
     samples: dict[str, dict[str, list[int]]] = field(default_factory=dict[str, Any])
     breaches: list[Breach] = field(default_factory=list[Breach])
@@ -377,6 +389,8 @@ class Chaos:
         elif kind == "slow":
             begin_s, end_s = told["start_s"], told["end_s"]
             limit_s = self.verdict.limit_s(told["operation"], told["length"], begin_s, end_s)
+            if not self.timeline.overlapping(begin_s, end_s):
+                outcome.undisturbed_s = max(outcome.undisturbed_s, end_s - begin_s)
             if end_s - begin_s > limit_s:
                 text = f"{told['operation']} took {end_s - begin_s:.1f} s of {limit_s:.1f} s"
                 self.breach("slow", text, told)

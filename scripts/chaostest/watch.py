@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-SLOW_S = 5.0
+SLOW_S = 1.0
 """What takes longer is told, and judged."""
 
 
