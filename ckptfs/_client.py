@@ -269,8 +269,7 @@ def leased(
     From then on the kernel gives the lease back for us, however this process ends. Yields the path.
     The arguments are those of `attached`.
     """
-    with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
-        lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path, lease = _take_lease(location, prefetch, timeout_s, to)
     try:
         yield path
     finally:
@@ -280,6 +279,27 @@ def leased(
         # the store anew.
         with contextlib.suppress(OSError):
             os.statvfs(os.path.dirname(path))
+
+
+def _take_lease(
+    location: Location,
+    prefetch: Sequence[str],
+    timeout_s: float | None,
+    to: Callable[[Config, float | None], Connection] | None,
+) -> tuple[str, int]:
+    """Attach and open the directory, which the connection holds until then.
+
+    If the daemon dies meanwhile, and the connection with it, the next one may find the attachment
+    in nobody's use: then it is attached anew.
+    """
+    for left in reversed(range(_TRIES)):
+        with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
+            try:
+                return path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not left:
+                    raise
+    raise AssertionError
 
 
 def tell_metadata_changed(location: Location) -> None:

@@ -108,12 +108,18 @@ class S3Store:
                 "endpoint"
             )
         try:
-            return ElementTree.fromstring(text)
+            page = ElementTree.fromstring(text)
         except ElementTree.ParseError as error:
             raise StoreError(
                 f"{self.name}: the store's listing is not valid XML ({error}); if an object's name "
                 "has a control character, rename or remove that object"
             ) from None
+        if _tag(page) != "ListBucketResult":  # a web page can be XML, too, and has no objects
+            raise StoreError(
+                f"{self.name}: the store answered with <{printable(_tag(page))}> instead of a "
+                "listing; check the endpoint"
+            )
+        return page
 
     def _take_in(self, item: dict[str, str], listing: Listing, encoded: bool) -> None:
         key = item.get("Key", "")
@@ -141,15 +147,20 @@ class S3Store:
         if current is None:
             self._answers_are_whole = True
             return pin
+        self._check_etag(pin, current.etag)
         if current.size != pin.size:
             raise changed(self.name, pin, f"{pin.size} bytes became {current.size}")
         # The listing has fractions of seconds, Last-Modified has not.
         if not pin.etag and pin.mtime_ns and current.mtime_ns // 10**9 != pin.mtime_ns // 10**9:
             raise changed(self.name, pin, "it was written again")
-        self._check_etag(pin, current.etag)
         return msgspec.structs.replace(pin, etag=current.etag)
 
     def _check_etag(self, pin: Pin, etag: str) -> None:
+        if pin.etag and not etag:  # no version at all: this was something between us and the store
+            raise StoreError(
+                f"{printable(pin.path)} in {self.name}: the store answered without an ETag, which "
+                "its listing had; check the endpoint"
+            )
         if pin.etag and etag != pin.etag:
             raise changed(self.name, pin, f"ETag {pin.etag} became {etag or 'none'}")
 

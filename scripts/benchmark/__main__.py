@@ -15,6 +15,7 @@ from s3server import S3Server
 
 from benchmark import attaching, cold, results, warm
 from benchmark.contenders import CKPTFS
+from benchmark.cursors import cursors
 from benchmark.host import ROOT, begin_report
 from benchmark.report import show_case, update_readme
 from benchmark.run import FAILURES, Run, calibrate
@@ -26,6 +27,7 @@ CASES = {
     "tensor": cold.tensor,
     "capped": cold.capped,
     "eight": cold.eight,
+    "cursors": cursors,
     "warm": warm.warm,
     "warm-plain": warm.warm_plain,
     "random": warm.random,

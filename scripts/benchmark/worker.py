@@ -27,7 +27,7 @@ from benchmark.direct import DIRECT
 from benchmark.stores import BUCKET, MIB, PAGE_WORDS, SMALL_FILES, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from benchmark.direct import Job, Result
 
@@ -96,6 +96,60 @@ def read_file(path: str) -> int:
     return check
 
 
+def interleaved(directory: str, job: Job) -> Result:
+    """Read one file at `places` in turn, each with an equal part of it."""
+    path = Path(directory, job["file"])
+    part = -(-path.stat().st_size // job["places"] // READ_BYTES) * READ_BYTES
+    starts = range(0, part * job["places"], part)
+    offsets = (start + done for done in range(0, part, READ_BYTES) for start in starts)
+    with path.open("rb", buffering=0) as file:
+        return {"check": read_at(file.fileno(), offsets)}
+
+
+def shared(directory: str, job: Job) -> Result:
+    """Read one file by `processes` that inherit a descriptor, each every so many-th MiB."""
+    count = job["processes"]
+    with ExitStack() as stack:
+        file = stack.enter_context(open(f"{directory}/{job['file']}", "rb", buffering=0))
+        size = os.fstat(file.fileno()).st_size
+        pipes = [os.pipe() for _ in range(count)]
+        for index, (_, theirs) in enumerate(pipes):
+            if not os.fork():
+                try:
+                    offsets = range(index * READ_BYTES, size, count * READ_BYTES)
+                    os.write(theirs, str(read_at(file.fileno(), offsets)).encode())
+                finally:
+                    os._exit(0)  # nothing, or what it has read, is in the pipe
+            os.close(theirs)
+        said = [stack.enter_context(open(ours, "rb")).read() for ours, _ in pipes]
+        for _ in pipes:
+            os.wait()
+    return {"check": sum(map(int, said))}
+
+
+def strided(directory: str, job: Job) -> Result:
+    """Read the first MiB of each `stride_bytes` of one file."""
+    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        return {"check": read_at(file.fileno(), range(0, size, job["stride_bytes"]))}
+
+
+def read_at(fd: int, offsets: Iterable[int]) -> int:
+    """Read a MiB, or what there is, at each offset; the sum of the first word of each page."""
+    check = 0
+    buffer = bytearray(READ_BYTES)
+    words = np.frombuffer(buffer, np.int64)
+    for offset in offsets:
+        done = 0
+        while done < READ_BYTES:
+            count = os.preadv(fd, [memoryview(buffer)[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        check += int(words[: done // 8 : PAGE_WORDS].sum())
+    return check
+
+
 def whole(directory: str, job: Job) -> Result:
     """Read all shards from start to end."""
     return {"check": sum(read_file(f"{directory}/{shard}") for shard in job["shards"])}
@@ -160,7 +214,10 @@ def nothing(directory: str, job: Job) -> Result:
 
 TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
-    for task in (sequential, whole, mapped, random, load, tensor, files, tree, nothing)
+    for task in (
+        *(sequential, interleaved, shared, strided, whole, mapped, random),
+        *(load, tensor, files, tree, nothing),
+    )
 }
 
 

@@ -288,7 +288,8 @@ PIN = Pin("a", 10, 0, '"v1"')
         (ranged(2, b"2345", 10, cut=3), StoreUnavailable),
         (Answer(200, b"0123456789", ETag='"v1"'), StoreError),  # it knows no ranges
         (Answer(200, b"2345", ETag='"v1"', Content_Range="bytes 2-5/10"), None),
-        (Answer(206, b"2345", Content_Range="bytes 2-5/10"), ObjectChanged),  # has no ETag now
+        (Answer(206, b"2345", Content_Range="bytes 2-5/10"), StoreError),  # nobody's version
+        (Answer(200, b"<html>login</html>"), StoreError),  # a web page on the way
         (error(412, "PreconditionFailed"), ObjectChanged),
         (error(404, "NoSuchKey"), ObjectChanged),
         (error(404, "NoSuchBucket"), CheckpointNotFound),
@@ -407,6 +408,12 @@ def test_a_listing_that_would_grow_in_memory(server: Scripted, body: bytes) -> N
     store = store_at(server.endpoint)
     with pytest.raises(StoreError, match="too much of it"):
         store.list(9)
+
+
+def test_a_web_page_is_no_empty_listing(server: Scripted) -> None:
+    server.answers = [Answer(200, b"<html><body>Please log in.</body></html>")]
+    with pytest.raises(StoreError, match="answered with <html> instead of a listing"):
+        store_at(server.endpoint).list(9)
 
 
 def test_what_makes_no_sense_in_a_listing(server: Scripted) -> None:

@@ -1,0 +1,1 @@
+"""What `scripts/chaos` runs: a mount, readers that know every byte, and all that goes wrong."""

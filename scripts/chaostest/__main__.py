@@ -1,0 +1,79 @@
+"""The command: `scripts/chaos [--minutes M] [--seed N]`; see `--help`.
+
+Readers in several processes verify every byte of a real mount while the store, the network, the
+disk, the daemon and its keeper fail in all ways that there are, by chance. It prints what was done
+and what SEMANTICS.md rules out of what was seen, then the same as one line of JSON on standard
+output. Exit status 1: something was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from chaostest.board import SLOTS
+from chaostest.report import as_json, show
+from chaostest.run import Chaos
+
+LONG_FROM_MINUTES = 1.0
+"""From here on a run also has the actions that take long, as a store that is away for longer than
+the read deadline."""
+
+
+def main() -> int:
+    options = parse()
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        print("chaos: there is no /dev/fuse here, or it is not for you", file=sys.stderr)
+        return 2
+    # Ended by a signal, it cleans up as well.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    console = Console(highlight=False, stderr=True, width=None if sys.stderr.isatty() else 100)
+    console.print(f"chaos: seed {options.seed}")
+    logs = Path(tempfile.mkdtemp(prefix="ckc-logs-"))
+    is_long = options.actions is None and options.minutes >= LONG_FROM_MINUTES
+    keep = True
+    try:
+        with Chaos(options.seed, readers=options.readers, long=is_long, logs=logs) as chaos:
+            outcome = chaos.run(seconds=options.minutes * 60, actions_max=options.actions)
+        (logs / "result.json").write_text(json.dumps(as_json(outcome), indent=1))
+        show(outcome, console)
+        print(json.dumps(as_json(outcome)), flush=True)
+        keep = bool(outcome.breaches) or options.keep_logs
+        return 1 if outcome.breaches else 0
+    except KeyboardInterrupt:
+        keep = False
+        return 128 + signal.SIGINT
+    finally:
+        if keep:
+            console.print(f"chaos: again with --seed {options.seed}; its logs are in {logs}")
+        else:
+            shutil.rmtree(logs)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long (default: 5)")
+    parser.add_argument("--seed", type=int, default=None, help="what happens, and in which order")
+    parser.add_argument("--readers", type=int, default=4, help="processes that read (default: 4)")
+    parser.add_argument("--actions", type=int, help="end after so many of each of the two lanes")
+    parser.add_argument("--keep-logs", action="store_true", help="also where nothing was wrong")
+    options = parser.parse_args()
+    if not 1 <= options.readers < SLOTS:
+        parser.error(f"--readers takes 1 to {SLOTS - 1}")
+    if options.seed is None:
+        options.seed = random.SystemRandom().randrange(1 << 31)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What goes wrong, and what else happens, each as a function that does it once and undoes it.
+
+Two lanes run beside each other, one for the store and one for the node, each with its own stream of
+chance: which actions come in which order depends on the seed only, not on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from chaostest import verdict
+from chaostest.content import MIB
+from chaostest.node import DAEMON, KEEPER
+from chaostest.proxy import FAULTS
+from ckptfs.errors import Busy, CkptfsError, NotAttached
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
+
+    from chaostest.run import Chaos
+
+PAGE_BYTES = 4096
+SUCCESSOR_WAIT_S = 30.0
+"""Longest wait for the daemon after the one that was killed."""
+
+Action: TypeAlias = "Callable[[Chaos, random.Random], None]"
+
+
+# -- the store
+
+
+def store_fault(kind: str) -> Action:
+    """The store, or the way to it, has a fault for a while."""
+
+    def action(chaos: Chaos, chance: random.Random) -> None:
+        length_s = chance.uniform(0.2, 2.0)
+        share = chance.choice((0.2, 0.5, 1.0, 1.0))
+        delay_s = chance.uniform(0.05, 0.8)
+        if chaos.long and chance.random() < 0.15:
+            length_s = chaos.node.config.read_deadline_s * chance.uniform(1.1, 2.0)
+        with chaos.timeline.during(kind):
+            chaos.proxy.ask({"fault": kind, "share": share, "delay_s": delay_s})
+            try:
+                chaos.wait(length_s)
+            finally:
+                chaos.proxy.ask({})
+
+    return action
+
+
+# -- daemon and keeper
+
+
+def kill_daemon(chaos: Chaos, chance: random.Random) -> None:
+    """`kill -9`, at times as soon as its successor is there."""
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        with chaos.timeline.during(verdict.KILLED):
+            chaos.kill(DAEMON, signal.SIGKILL)
+            wait_for_daemon(chaos)
+        chaos.wait(chance.uniform(0, 0.5))
+
+
+def terminate_daemon_by_segv(chaos: Chaos, chance: random.Random) -> None:
+    """It ends by a signal of the kind that a bug in a library makes."""
+    with chaos.timeline.during(verdict.KILLED):
+        chaos.kill(DAEMON, signal.SIGSEGV)
+        wait_for_daemon(chaos)
+
+
+def stop_daemon(chaos: Chaos, chance: random.Random) -> None:
+    """SIGSTOP, and it goes on before anybody gives it up."""
+    length_s = chance.uniform(0.2, 3.0)
+    with chaos.timeline.during(verdict.STOPPED):
+        pids = chaos.kill(DAEMON, signal.SIGSTOP)
+        try:
+            chaos.wait(length_s)
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+
+def stop_daemon_for_good(chaos: Chaos, chance: random.Random) -> None:
+    """SIGSTOP, until the keeper has given it up."""
+    with chaos.timeline.during(verdict.STOPPED):
+        if pids := chaos.kill(DAEMON, signal.SIGSTOP):
+            deadline_s = time.monotonic() + SUCCESSOR_WAIT_S
+            while Path(f"/proc/{pids[0]}").exists():
+                chaos.wait(0.1)
+                if time.monotonic() > deadline_s:
+                    os.kill(pids[0], signal.SIGKILL)
+                    chaos.breach("stuck", f"nobody has ended it within {SUCCESSOR_WAIT_S:g} s")
+                    break
+            wait_for_daemon(chaos)
+
+
+def kill_keeper(chaos: Chaos, chance: random.Random) -> None:
+    """The mount is dead then, until somebody attaches again."""
+    with chaos.timeline.during(verdict.ENDED):
+        chaos.kill(KEEPER, signal.SIGKILL)
+        deadline_s = time.monotonic() + SUCCESSOR_WAIT_S
+        while chaos.node.processes(DAEMON) == [] or not chaos.daemon_answers():
+            chaos.wait(0.1)
+            if time.monotonic() > deadline_s:
+                chaos.breach("gone", f"no daemon {SUCCESSOR_WAIT_S:g} s after its keeper")
+                return
+
+
+def wait_for_daemon(chaos: Chaos) -> None:
+    """Wait until a daemon answers again."""
+    deadline_s = time.monotonic() + SUCCESSOR_WAIT_S
+    while not chaos.daemon_answers():
+        if time.monotonic() > deadline_s:
+            chaos.breach("gone", f"no daemon answers {SUCCESSOR_WAIT_S:g} s after one was killed")
+            return
+        chaos.wait(0.05)
+
+
+def kill_reader(chaos: Chaos, chance: random.Random) -> None:
+    """A job is killed, with all that it holds."""
+    chaos.kill_reader(chance)
+
+
+# -- attachments
+
+
+def pin(chaos: Chaos, chance: random.Random) -> None:
+    """Attach for good, and detach politely: who uses it does not notice."""
+    checkpoint = chance.choice(list(chaos.uris))
+    location = chaos.location(checkpoint)
+    with contextlib.suppress(CkptfsError, OSError), chaos.node.control() as control:
+        name = control.attach(location, pinned=True).name
+        chaos.wait(chance.uniform(0, 1.0))
+        with contextlib.suppress(NotAttached, Busy):
+            control.detach(name)
+
+
+def detach_by_force(chaos: Chaos, chance: random.Random) -> None:
+    """An administrator ends an attachment, whoever uses it."""
+    checkpoint = chance.choice(list(chaos.uris))
+    location = chaos.location(checkpoint)
+    with (
+        chaos.timeline.during(verdict.DETACHED, checkpoint),
+        contextlib.suppress(CkptfsError, OSError),
+        chaos.node.control() as control,
+    ):
+        control.detach("", location, force=True)
+
+
+def prefetch(chaos: Chaos, chance: random.Random) -> None:
+    """`ckptfs prefetch`, which ends by itself or is killed."""
+    uri = chaos.uris[chance.choice(list(chaos.uris))]
+    command = [str(Path(sys.executable).with_name("ckptfs")), "prefetch", uri, "*", "--quiet"]
+    if chance.random() < 0.5:
+        command[-1:] = ["--limit-rate", "20M"]
+    wait_s = chance.uniform(0.3, 3.0)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        chaos.wait(wait_s, until=lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
+
+
+# -- objects
+
+
+def overwrite(chaos: Chaos, chance: random.Random) -> None:
+    """Some objects get a new version."""
+    for file in chance.sample(chaos.contents.files, chance.randint(1, 3)):
+        chaos.publish(file)
+
+
+def change_metadata(chaos: Chaos, chance: random.Random) -> None:
+    """Others than ckptfs change the metadata of a checkpoint."""
+    chaos.write_note()
+
+
+# -- cache and disk
+
+
+def damage(chaos: Chaos, chance: random.Random) -> None:
+    """Bits flip on the disk. The kernel's copy in memory goes, too: it is the disk that is bad.
+
+    Not where the kernel reads the cache by itself: those blocks nobody checks, as promised.
+    """
+    files = sorted(chaos.node.cache.glob("objects/*/*/data"))
+    for path in chance.sample(files, min(len(files), chance.randint(1, 4))):
+        if chaos.passthrough or chance.random() < 0.2:
+            path = path.with_name(chance.choice(("map", "about.json")))
+        with contextlib.suppress(OSError):  # it was just evicted
+            flip(path, chance)
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    """Flip a bit of a file, past the page cache where its size allows it."""
+    place, bit = chance.random(), 1 << chance.randrange(8)
+    direct = path.name == "data" and path.stat().st_size >= PAGE_BYTES
+    fd = os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+    try:
+        size = os.fstat(fd).st_size
+        if not direct:
+            if size:
+                at = int(place * size)
+                os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ bit]), at)
+            return
+        at = os.lseek(fd, int(place * size) // PAGE_BYTES * PAGE_BYTES, os.SEEK_DATA)
+        at = at // PAGE_BYTES * PAGE_BYTES
+        with mmap.mmap(-1, PAGE_BYTES) as page:  # O_DIRECT wants whole pages
+            if os.preadv(fd, [page], at) == PAGE_BYTES:
+                page[int(place * PAGE_BYTES)] ^= bit
+                os.pwritev(fd, [page], at)
+    finally:
+        os.close(fd)
+
+
+def forget(chaos: Chaos, chance: random.Random) -> None:
+    """The kernel forgets what it has of the cache: blocks come from the disk, checked."""
+    for path in chaos.node.cache.glob("objects/*/*/data"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def remove_cached(chaos: Chaos, chance: random.Random) -> None:
+    """Somebody cleans up in the cache's folder."""
+    files = sorted(chaos.node.cache.glob("objects/*/*/*"))
+    for path in chance.sample(files, min(len(files), 3)):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def fill_disk(chaos: Chaos, chance: random.Random) -> None:
+    """Others take the rest of the disk, for a while."""
+    left, length_s = chance.choice((0, 0, MIB // 2, 5 * MIB)), chance.uniform(0.3, 3.0)
+    ballast = chaos.node.cache / "ballast"
+    try:
+        with ballast.open("wb") as file:
+            for part in (8 * MIB, MIB, PAGE_BYTES):
+                with contextlib.suppress(OSError):
+                    while os.fstatvfs(file.fileno()).f_bavail * PAGE_BYTES >= left + part:
+                        size = os.fstat(file.fileno()).st_size
+                        os.posix_fallocate(file.fileno(), size, part)
+        chaos.wait(length_s)
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
+STORE = {kind: store_fault(kind) for kind in FAULTS}
+NODE: dict[str, tuple[int, Action]] = {
+    "kill daemon": (6, kill_daemon),
+    "crash daemon": (2, terminate_daemon_by_segv),
+    "stop daemon": (3, stop_daemon),
+    "daemon stuck": (1, stop_daemon_for_good),
+    "kill keeper": (1, kill_keeper),
+    "kill reader": (4, kill_reader),
+    "pin": (3, pin),
+    "detach by force": (3, detach_by_force),
+    "prefetch": (3, prefetch),
+    "overwrite": (8, overwrite),
+    "change metadata": (3, change_metadata),
+    "damage": (6, damage),
+    "forget": (4, forget),
+    "remove cached": (2, remove_cached),
+    "fill disk": (3, fill_disk),
+}
+"""With weights: how often each comes."""
+
+SLOW = {"daemon stuck"}
+"""Actions that take more than 10 s each: not in a short run."""

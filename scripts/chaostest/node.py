@@ -1,0 +1,167 @@
+"""The node of a run: its folders, a small disk for the cache, the daemon, and what these take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ckptfs import _client
+from ckptfs._config import load_config
+from ckptfs.errors import CkptfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ckptfs._model.config import Config
+
+DISK_BYTES = 192 << 20
+CONTROL_TIMEOUT_S = 40.0
+KEEPER, DAEMON = b"ckptfs._daemon.keeper", b"ckptfs._daemon.app"
+
+
+class Sample(NamedTuple):
+    """What a process takes: resident memory in bytes, open descriptors, threads."""
+
+    pid: int
+    memory_bytes: int
+    descriptors: int
+    threads: int
+
+
+class Node:
+    """As a context manager: at the end nothing of it is left, whoever hangs in it."""
+
+    def __init__(self, settings: dict[str, Any], *, small_disk: bool) -> None:
+        self._settings = settings
+        self._small_disk = small_disk
+        self._cleanup = ExitStack()
+        self.has_small_disk = False
+
+    def __enter__(self) -> Node:
+        with ExitStack() as stack:
+            # Short: a socket's path has a limit.
+            self.folder = Path(tempfile.mkdtemp(prefix="ckc-"))
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self.cache = self.folder / "cache"
+            self.cache.mkdir(mode=0o700)
+            self.mount = self.folder / "mnt"
+            if self._small_disk:
+                self._make_disk(stack)
+            lines = [f"{key} = {json.dumps(value)}\n" for key, value in self._settings.items()]
+            (self.folder / "config.toml").write_text("".join(lines))
+            self.environment = {
+                "CKPTFS_CONFIG": str(self.folder / "config.toml"),
+                "CKPTFS_SOCKET": str(self.folder / "sock"),
+                "CKPTFS_MOUNT": str(self.mount),
+                "CKPTFS_CACHE_DIR": str(self.cache),
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+            self.config: Config = load_config(os.environ | self.environment)
+            stack.callback(self.end)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    def _make_disk(self, stack: ExitStack) -> None:
+        """Put the cache on an ext4 of its own, if this machine lets us."""
+        image = self.folder / "disk"
+        with image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        commands = [
+            ["mkfs.ext4", "-q", "-m", "0", image],
+            ["mount", "-o", "loop", image, self.cache],
+        ]
+        for command in commands:
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=30)
+            except (OSError, subprocess.SubprocessError):
+                return
+        stack.callback(subprocess.run, ["umount", "-l", self.cache], check=False)
+        shutil.rmtree(self.cache / "lost+found")
+        self.cache.chmod(0o700)
+        self.has_small_disk = True
+
+    # -- the daemon
+
+    @contextlib.contextmanager
+    def control(self) -> Iterator[_client.Connection]:
+        """A connection to the daemon, which must run. Raises CkptfsError and OSError."""
+        with _client.connect_to(self.config.socket, CONTROL_TIMEOUT_S) as connection:
+            yield connection
+
+    def start(self) -> None:
+        """Start it, or find that it runs."""
+        _client.connect_or_start(self.config, CONTROL_TIMEOUT_S).close()
+
+    def status(self) -> dict[str, Any]:
+        """As `ckptfs status --json`."""
+        with self.control() as connection:
+            return msgspec.to_builtins(connection.status())
+
+    def processes(self, module: bytes) -> list[int]:
+        """The node's processes that run `module`."""
+        mine = f"CKPTFS_SOCKET={self.config.socket}".encode()
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    if module in words and mine in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
+
+    def sample(self, module: bytes) -> Sample | None:
+        """What the daemon or the keeper takes; None if there is not exactly one."""
+        pids = self.processes(module)
+        if len(pids) != 1:
+            return None
+        folder = Path(f"/proc/{pids[0]}")
+        try:
+            fields = dict(
+                line.split(":", 1) for line in (folder / "status").read_text().splitlines()
+            )
+            descriptors = len(os.listdir(folder / "fd"))
+            memory_bytes = int(fields["VmRSS"].split()[0]) << 10
+            return Sample(pids[0], memory_bytes, descriptors, int(fields["Threads"]))
+        except (OSError, KeyError):
+            return None
+
+    def log(self) -> str:
+        """What keeper and daemon have logged."""
+        found = [self.cache / "daemon.log.1", self.cache / "daemon.log"]
+        return "".join(path.read_text(errors="replace") for path in found if path.exists())
+
+    def end(self) -> None:
+        """End the daemon and the mount: by asking, and where that does not help by force."""
+        for pid in self.processes(DAEMON) + self.processes(KEEPER):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(CkptfsError, OSError):
+            with _client.connect_to(self.config.socket, 10.0) as connection:
+                connection.stop(force=True)
+            _client.wait_ended(self.config, 10.0)
+        for module in (KEEPER, DAEMON):
+            for pid in self.processes(module):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 10
+        while (self.processes(KEEPER) or self.processes(DAEMON)) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        for _ in range(8):
+            if f" {self.mount} " not in Path("/proc/self/mountinfo").read_text():
+                break
+            way = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+            subprocess.run([*way, self.mount], check=False, capture_output=True)

@@ -1,0 +1,238 @@
+"""What a reader may see while something goes wrong, and what it may not: SEMANTICS.md as code.
+
+A window is the time in which something was wrong, or a moment (a kill). What a reader tells is
+judged by the windows that overlap the operation, and by what has happened to its lease since it was
+taken. Nothing that was wrong before the operation began excuses it, but for what SEMANTICS.md says
+stays: a version that has changed, a lease that was ended.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SLACK_S = 0.3
+"""Between two clocks being read: a process may be off its CPU for as long."""
+
+MEMORY_S = 6.0
+"""After an error the metadata's store is not asked again for 5 s (`_daemon/metadata.py`)."""
+
+STORE_ERRORS = {
+    "refused": {"ETIMEDOUT"},
+    "dark": {"ETIMEDOUT"},
+    "reset": {"ETIMEDOUT"},
+    "slow": {"ETIMEDOUT"},
+    "trickle": {"ETIMEDOUT"},
+    "cut": {"ETIMEDOUT"},
+    "unavailable": {"ETIMEDOUT"},
+    "denied": {"EACCES"},
+    "garbage": {"EIO", "ETIMEDOUT"},
+}
+"""By what the store does, what a read may end with."""
+
+ATTACH_ERRORS = {
+    **{kind: {"store-timeout", "store-unavailable"} for kind in STORE_ERRORS},
+    "denied": {"access-denied"},
+    "garbage": {"store", "store-timeout", "store-unavailable"},
+    "cut": {"store", "store-timeout", "store-unavailable"},
+}
+READS = {"read", "fault", "tensors"}
+METADATA = {"metadata", "set metadata", "update metadata"}
+ATTACHES = {"attach", "let go"}
+
+KILLED, STOPPED, ENDED, DETACHED = "daemon killed", "daemon stopped", "keeper killed", "detached"
+"""The mount has ended after ENDED: everything in it fails until somebody attaches again."""
+
+ENDED_ERRORS = {"ENOTCONN", "ECONNABORTED", "ENOENT", "ESTALE"}
+DETACHED_ERRORS = {"ESTALE", "ENOENT"}
+PAUSE_S = 25.0
+"""Longest that a daemon may need to be noticed as stuck (10 s) and followed, on a busy machine."""
+
+
+@dataclass
+class Window:
+    """`checkpoint`: the only one that it is about; "": all."""
+
+    kind: str
+    begin_s: float
+    end_s: float = math.inf
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """Something that SEMANTICS.md rules out."""
+
+    kind: str
+    at_s: float
+    text: str
+    told: dict[str, Any]
+
+
+class Timeline:
+    """What was wrong when. All times are of the monotonic clock; safe for threads."""
+
+    def __init__(self) -> None:
+        self.windows: list[Window] = []
+        self._published: dict[int, list[float]] = {}  # by file, when its versions 1, 2, … came
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def during(self, kind: str, checkpoint: str = "") -> Iterator[Window]:
+        """Something is wrong while the context lasts."""
+        window = Window(kind, time.monotonic(), checkpoint=checkpoint)
+        with self._lock:
+            self.windows.append(window)
+        try:
+            yield window
+        finally:
+            window.end_s = time.monotonic()
+
+    def publishing(self, index: int) -> None:
+        """The next version of a file is about to be at the store."""
+        with self._lock:
+            self._published.setdefault(index, []).append(time.monotonic())
+
+    def published(self, index: int) -> list[float]:
+        with self._lock:
+            return list(self._published.get(index, []))
+
+    def overlapping(
+        self, begin_s: float, end_s: float, checkpoint: str | None = None
+    ) -> list[Window]:
+        """The windows that overlap a time; of those about one checkpoint only the given one's."""
+        with self._lock:
+            return [
+                window
+                for window in self.windows
+                if window.begin_s <= end_s + SLACK_S
+                and window.end_s >= begin_s - SLACK_S
+                and window.checkpoint in ("", checkpoint)
+            ]
+
+
+class Verdict:
+    """Judges. `restarts`: a daemon that dies is followed by another one."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        *,
+        read_deadline_s: float,
+        attach_deadline_s: float,
+        restarts: bool,
+    ) -> None:
+        self._timeline = timeline
+        self._read_deadline_s = read_deadline_s
+        self._attach_deadline_s = attach_deadline_s
+        self._restarts = restarts
+
+    # -- errors
+
+    def of_failure(self, told: dict[str, Any]) -> str:
+        """Why an operation may not have failed so; "": it may."""
+        begin_s, end_s = told["start_s"], told["end_s"]
+        error, operation = told["error"], told["operation"]
+        took_s = end_s - begin_s
+        is_early = took_s < self._read_deadline_s - SLACK_S
+        if operation in READS and error == "ETIMEDOUT" and is_early:
+            return f"timed out after {took_s:.1f} s of {self._read_deadline_s:g} s"
+        allowed = self._allowed(told)
+        if error in allowed:
+            return ""
+        kinds = sorted({w.kind for w in self._timeline.overlapping(begin_s, end_s)}) or ["nothing"]
+        return f"{error} in {operation} while {', '.join(kinds)}: {told['text']}"
+
+    def _allowed(self, told: dict[str, Any]) -> set[str]:
+        begin_s, end_s, operation = told["start_s"], told["end_s"], told["operation"]
+        checkpoint = told.get("checkpoint")
+        now = self._timeline.overlapping(begin_s, end_s, checkpoint)
+        since = self._timeline.overlapping(told.get("lease_s", begin_s), end_s, checkpoint)
+        allowed: set[str] = set()
+        for window in since:
+            if self._ends_mount(window):
+                allowed |= ENDED_ERRORS | {"not-attached"}
+            elif window.kind == DETACHED:
+                allowed |= DETACHED_ERRORS
+        if operation in READS:
+            allowed |= {e for window in now for e in STORE_ERRORS.get(window.kind, ())}
+            if "file" in told and self._has_changed(told):
+                allowed.add("ESTALE")
+            if operation == "fault" and allowed:
+                allowed.add("SIGBUS")
+        elif operation in METADATA:
+            lately = self._timeline.overlapping(begin_s - MEMORY_S, end_s, checkpoint)
+            if any(window.kind in STORE_ERRORS for window in lately):
+                allowed |= {"EIO", "ETIMEDOUT", "EACCES"}
+                allowed |= {"store", "store-unavailable", "store-timeout", "access-denied"}
+                if any(window.kind == "garbage" for window in lately):
+                    allowed |= {"metadata", "metadata-not-dict"}
+        elif operation in ATTACHES:
+            allowed |= {e for window in now for e in ATTACH_ERRORS.get(window.kind, ())}
+            if any(window.kind in (KILLED, STOPPED, ENDED) for window in now):
+                allowed |= {"daemon"}  # it may be killed again and again while it is asked
+        return allowed
+
+    def _ends_mount(self, window: Window) -> bool:
+        return window.kind == ENDED or (window.kind == KILLED and not self._restarts)
+
+    def _has_changed(self, told: dict[str, Any]) -> bool:
+        """Whether the file is another version at the store than the one that the lease shows."""
+        published = self._timeline.published(told["file"])
+        if (version := told.get("version")) is not None:
+            return len(published) > version and published[version] <= told["end_s"]
+        listed_s = (told.get("attached_s") or told["lease_s"]) - self._attach_deadline_s
+        return any(listed_s <= at_s <= told["end_s"] for at_s in published)
+
+    # -- bytes and versions
+
+    def of_wrong(self, told: dict[str, Any]) -> str:
+        """Why other bytes than expected are wrong; "": they need not be. When a lease was ended,
+        what its path leads to may be a newer attachment."""
+        if told["scope"] == "lease":
+            since = self._timeline.overlapping(
+                told["lease_s"], told["told_s"], told.get("checkpoint")
+            )
+            if any(self._ends_mount(window) or window.kind == DETACHED for window in since):
+                return ""
+        return told["text"]
+
+    def of_pin(self, told: dict[str, Any]) -> str:
+        """Why a version cannot be the one that was there when the checkpoint was attached."""
+        version, attached_s = told["version"], told["attached_s"]
+        published = self._timeline.published(told["file"])
+        if version and published[version - 1] > attached_s + SLACK_S:
+            return f"version {version} came {published[version - 1] - attached_s:.2f} s after it"
+        if len(published) > version:
+            old_s = attached_s - self._attach_deadline_s - published[version]
+            if old_s > SLACK_S:
+                return f"version {version} was replaced at least {old_s:.2f} s before that"
+        return ""
+
+    def of_old_note(self, told: dict[str, Any]) -> str:
+        """Why metadata must not be as old; "": the store could not be asked."""
+        begin_s = told["written_s"] - MEMORY_S
+        windows = self._timeline.overlapping(begin_s, told["told_s"], told.get("checkpoint"))
+        return "" if any(w.kind in STORE_ERRORS for w in windows) else told["text"]
+
+    # -- times
+
+    def limit_s(self, operation: str, length: int, begin_s: float, end_s: float) -> float:
+        """How long an operation may take. A read may take the deadline twice (the kernel's own
+        readahead fails first), and a large one consists of several."""
+        if operation in ATTACHES:
+            limit_s = self._attach_deadline_s + 40  # 10 s of the client; and it may start a daemon
+        elif operation == "update metadata":
+            limit_s = 120.0  # it asks the store itself, by the rules of its client
+        else:
+            limit_s = self._read_deadline_s * (2 + length // (256 << 10)) + 3
+        windows = self._timeline.overlapping(begin_s, end_s)
+        pauses = [w for w in windows if w.kind in (KILLED, STOPPED, ENDED)]
+        return limit_s + PAUSE_S * len(pauses)
