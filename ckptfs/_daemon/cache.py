@@ -81,8 +81,6 @@ from ckptfs._model.blocks import (
     blocks_of,
     runs,
 )
-from ckptfs._model.manifest import printable
-from ckptfs.errors import LimitExceeded
 
 log = logging.getLogger(__name__)
 
@@ -574,12 +572,6 @@ class Cache:
             try:
                 files, about, sums = cachedir.open_existing(self._root.folder(digest), key)
             except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    self._ledger.put(digest, on_disk)
-                    raise LimitExceeded(
-                        f"{printable(key.path)}: the ckptfs daemon has as many open files as its "
-                        "limit of descriptors (RLIMIT_NOFILE) allows; close some, or raise it"
-                    ) from None
                 dead_bytes = on_disk
                 if not isinstance(error, OSError) or error.errno in _NO_FOLDER:
                     log.warning("cache: removing %s: %s", digest, error)

@@ -225,7 +225,7 @@ class Fetcher:
     # -- files
 
     def open(self, file: RemoteFile) -> None:
-        """Make the file readable; each call needs a `close`. Raises LimitExceeded."""
+        """Make the file readable; each call needs a `close`."""
         if file.opens:
             file.opens += 1
             return

@@ -19,7 +19,6 @@ from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
-from ckptfs.errors import LimitExceeded
 
 if TYPE_CHECKING:
     from ckptfs._daemon.cached import CachedObject
@@ -247,8 +246,8 @@ class Vfs:
 
     def restore(self, handle: Handle) -> None:
         """Open again what an earlier daemon had opened. What belongs to an attachment that has
-        ended stays stale, and what there are no descriptors for."""
-        with contextlib.suppress(StaleInode, LimitExceeded):
+        ended stays stale."""
+        with contextlib.suppress(StaleInode):
             if handle.is_directory:
                 self._add_directory(handle.number, handle.inode, handle.pid)
             else:

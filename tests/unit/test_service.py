@@ -552,6 +552,11 @@ async def test_stop_by_force_asks_nobody(bench: Bench, autojump_clock: MockClock
 # -- after another daemon
 
 
+PLACE_OF_OTHERS = msgspec.structs.replace(
+    ELSEWHERE, secrets={"access_key": "theirs", "secret_key": "S3CR3T"}
+)
+
+
 async def next_daemon(bench: Bench) -> Bench:
     """A service that finds what `bench` has left when it was killed."""
     after = Bench(bench.rig, bench.fds)
@@ -564,10 +569,10 @@ async def next_daemon(bench: Bench) -> Bench:
 
 
 async def test_the_next_daemon_has_every_attachment(bench: Bench) -> None:
-    gone = await bench.attach(ELSEWHERE)
+    gone = await bench.attach(PLACE_OF_OTHERS)
     bench.service.detach(gone, force=True)
     pinned = await bench.attach(pinned=True)
-    other = await bench.attach(ELSEWHERE, OTHER)
+    other = await bench.attach(PLACE_OF_OTHERS, OTHER)
     inode = other.tree.root.children[b"c"].inode
     held = bench.service.vfs.opendir(other.tree.root.inode, 77)
     file = bench.service.vfs.open(inode, 77)

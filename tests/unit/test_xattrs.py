@@ -168,15 +168,15 @@ async def test_attributes_of_a_file_follow_it(view: View, store: FakeStore) -> N
     assert set(await view.names(inode)) == lazy
     assert not attachment.files  # asking opens nothing
     assert not [call for call in store.calls if call.operation != "list"]
-    view.vfs.open(inode)
-    await view.read(inode, 0, 1)
+    file = view.vfs.open(inode)
+    await view.read(file, 0, 1)
     etag = store.etag("shards/01.bin").strip('"')
     assert await view.text(inode, names.VERSION) == await view.text(inode, names.ETAG) == etag
     await view.quiet()
     assert await view.text(inode, names.CACHED) == await view.text(inode, names.SIZE) == str(MIB)
     assert await view.text(inode, names.STATE) == "cached"
     assert set(await view.names(inode)) == lazy | {names.ETAG}
-    view.vfs.release(inode)
+    view.vfs.release(file)
     assert await view.text(inode, names.STATE) == "cached"
     root = root_of(attachment)
     assert await view.text(root, names.CACHED) == str(MIB)
@@ -189,8 +189,7 @@ async def test_attributes_of_a_file_follow_it(view: View, store: FakeStore) -> N
 async def test_a_store_without_times_or_etags_states_none(view: View) -> None:
     store = FakeStore({"a": b"abc"}, mtime_ns=0, with_etags=False)
     inode = view.stat(view.attach(store), "a").inode
-    view.vfs.open(inode)
-    assert await view.read(inode, 0, 9) == b"abc"
+    assert await view.read(view.vfs.open(inode), 0, 9) == b"abc"
     assert await view.text(inode, names.VERSION) == "3-0"
     for absent in (names.ETAG, names.MTIME):
         assert absent not in await view.names(inode)
@@ -233,21 +232,22 @@ async def test_who_holds_it_is_told(view: View, store: FakeStore) -> None:
 async def test_an_error_is_told_on_the_file_and_on_the_root(view: View, store: FakeStore) -> None:
     attachment = view.attach(store)
     root = root_of(attachment)
-    inode = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
-    await view.read(inode, 0, 1)
+    inode = view.stat(attachment, "shards/00.bin").inode
+    file = view.vfs.open(inode)
+    await view.read(file, 0, 1)
     store.fail("read_into", AccessDenied("shards/00.bin: expired"))
     with pytest.raises(AccessDenied):
-        await view.read(inode, 3 * MIB, 1)
+        await view.read(file, 3 * MIB, 1)
     for place in (inode, root):
         assert await view.text(place, names.STATE) == "failing"
         assert (await view.text(place, names.ERROR)).endswith("Z shards/00.bin: expired")
         assert names.ERROR in await view.names(place)
     store.overwrite("shards/00.bin", b"other")
     with pytest.raises(ObjectChanged):
-        await view.read(inode, 3 * MIB, 1)
+        await view.read(file, 3 * MIB, 1)
     for place in (inode, root):
         assert await view.text(place, names.STATE) == "changed"
-    assert await view.read(inode, 5, 10) == CONTENT["shards/00.bin"][5:15]
+    assert await view.read(file, 5, 10) == CONTENT["shards/00.bin"][5:15]
 
 
 async def test_state_is_fetching_while_something_is_under_way(
@@ -257,9 +257,9 @@ async def test_state_is_fetching_while_something_is_under_way(
     offload.latency_s = {"data": 1.0}
     async with view_in(tmp_path, offload=offload) as view:
         attachment = view.attach(store)
-        inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
+        inode = view.stat(attachment, "shards/01.bin").inode
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(view.read, inode, 0, 1)
+            nursery.start_soon(view.read, view.vfs.open(inode), 0, 1)
             await trio.sleep(0.5)
             assert await view.text(inode, names.STATE) == "fetching"
             assert await view.text(root_of(attachment), names.STATE) == "fetching"
@@ -480,15 +480,16 @@ async def test_evict_drops_what_is_below(view: View, store: FakeStore) -> None:
 
 async def test_what_is_open_cannot_be_evicted(view: View, store: FakeStore) -> None:
     attachment = view.attach(store)
-    inode = view.vfs.open(view.stat(attachment, "shards/01.bin").inode)
-    assert await view.read(inode, 0, 5) == CONTENT["shards/01.bin"][:5]
+    inode = view.stat(attachment, "shards/01.bin").inode
+    file = view.vfs.open(inode)
+    assert await view.read(file, 0, 5) == CONTENT["shards/01.bin"][:5]
     await view.quiet()
     for place in (inode, root_of(attachment)):
         with pytest.raises(Busy, match=r"shards/01\.bin is open"):
             await view.xattrs.set(place, names.EVICT, b"", UID)
     assert "shards/01.bin is open" in await view.text(root_of(attachment), names.ERROR)
     assert await view.text(inode, names.CACHED) == str(MIB)
-    view.vfs.release(inode)
+    view.vfs.release(file)
     await view.xattrs.set(inode, names.EVICT, b"", UID)
     assert await view.text(inode, names.CACHED) == "0"
 
