@@ -32,6 +32,7 @@ from ckptfs._model.wire import (
     PrefetchProgress,
     Reply,
     Request,
+    Restart,
     StartPrefetch,
     Status,
     StatusReply,
@@ -77,14 +78,26 @@ class Connection:
     def __init__(self, path: str, timeout_s: float, mount: str = "") -> None:
         self._path = path
         self._mount = mount
+        self._timeout_s = timeout_s
+        self._connect()
+
+    def _connect(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout_s)
+        self._socket.settimeout(self._timeout_s)
         try:
-            self._socket.connect(path)
+            self._socket.connect(self._path)
             self._check_server()
         except BaseException:
             self._socket.close()
             raise
+
+    def _reconnect(self) -> None:
+        """The daemon has died: go on with the next one. Raises DaemonError if there is none."""
+        self._socket.close()
+        try:
+            self._connect()
+        except OSError:
+            raise DaemonError(f"the ckptfs daemon at {self._path} has ended; see its log") from None
 
     def _check_server(self) -> None:
         """Credentials go to a daemon of our own or of root's, not to whoever owns the path."""
@@ -118,15 +131,15 @@ class Connection:
 
     def detach(self, name: str, location: Location | None = None, *, force: bool = False) -> None:
         """End an attachment. Raises NotAttached or Busy."""
-        self._request(Detach(name=name, location=location, force=force), Done)
+        self._persist(Detach(name=name, location=location, force=force), Done)
 
     def status(self) -> StatusReply:
         """The daemon's state."""
-        return self._request(Status(), StatusReply)
+        return self._persist(Status(), StatusReply)
 
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""
-        self._request(MetadataChanged(location=location), Done)
+        self._persist(MetadataChanged(location=location), Done)
 
     def prefetch(
         self, name: str, globs: Sequence[str], rate: int, progress: Callable[[int, int], None]
@@ -140,16 +153,17 @@ class Connection:
             progress: Called several times a second with the bytes that are there and the bytes of
                 all these files.
 
-        Raises NotAttached, and DaemonError if the daemon ends.
+        A daemon that dies meanwhile is followed by another one, which begins anew and finds what is
+        cached. Raises NotAttached, and DaemonError if the daemon ends.
         """
-        state = self._request(StartPrefetch(name=name, globs=list(globs), rate=rate), Prefetching)
+        start = StartPrefetch(name=name, globs=list(globs), rate=rate)
+        state = self._persist(start, Prefetching)
         while not state.ended:
             try:
                 state = self._request(PrefetchProgress(), Prefetching)
             except ConnectionResetError:
-                raise DaemonError(
-                    f"the ckptfs daemon at {self._path} ended before the prefetch; see its log"
-                ) from None
+                self._reconnect()
+                state = self._persist(start, Prefetching)
             progress(state.cached + state.fetched, state.bytes)
         return state
 
@@ -158,9 +172,22 @@ class Connection:
         with contextlib.suppress(ConnectionResetError):  # it may end before it has answered
             self._request(Stop(force=force), Done)
 
+    def restart(self) -> None:
+        """Ask the daemon to end, and to be followed by another one."""
+        with contextlib.suppress(ConnectionResetError):
+            self._request(Restart(), Done)
+
     def path_of(self, attached: Attached) -> str:
         """Where the attachment is, as this process sees it."""
         return os.path.join(self._mount or attached.mount, attached.name)
+
+    def _persist(self, request: Request, expected: type[R]) -> R:
+        """Ask what can be asked twice: also the next daemon, if this one dies."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(ConnectionResetError):
+                return self._request(request, expected)
+            self._reconnect()
+        return self._request(request, expected)
 
     def _request(self, request: Request, expected: type[R]) -> R:
         try:

@@ -15,16 +15,22 @@ _PAUSE_S = 0.01
 
 
 @contextlib.contextmanager
-def locked(path: str, timeout_s: float) -> Generator[None]:
-    """Hold the lock `path`, made if it is missing, and remove it at the end.
+def locked(path: str, timeout_s: float) -> Generator[int]:
+    """Hold the lock `path`, made if it is missing, and remove it at the end. Yields its descriptor.
 
     Raises:
         TimeoutError: Somebody else held it all the time.
         OSError: The file cannot be made.
     """
-    fd = _acquire(path, time.monotonic() + timeout_s)
+    with held_lock(path, _acquire(path, time.monotonic() + timeout_s)) as fd:
+        yield fd
+
+
+@contextlib.contextmanager
+def held_lock(path: str, fd: int) -> Generator[int]:
+    """Have the lock `path` removed at the end, which is held by the descriptor `fd`."""
     try:
-        yield
+        yield fd
     finally:
         if _leads_to(path, fd):
             os.unlink(path)  # before the lock is given back

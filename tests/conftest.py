@@ -131,6 +131,7 @@ class Node:
         """Write the configuration file. Takes effect with the next daemon."""
         settings = {
             "linger_s": 0.2,
+            "spare": False,
             "read_deadline_s": 20.0,
             "cache_free_share_min": 0.0,
         } | settings

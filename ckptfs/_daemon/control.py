@@ -37,6 +37,7 @@ from ckptfs._model.wire import (
     PrefetchProgress,
     Reply,
     Request,
+    Restart,
     StartPrefetch,
     Status,
     decode_request,
@@ -200,6 +201,9 @@ class Control:
             return held.prefetch.state()
         if not is_ours(uid):
             raise AccessDenied("only the daemon's own user may stop it")
+        if isinstance(request, Restart):
+            self._service.restart()
+            return Done()
         self._service.stop(force=request.force)
         return Done()
 

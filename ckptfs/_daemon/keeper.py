@@ -23,35 +23,32 @@ import contextlib
 import importlib.util
 import json
 import os
-import select
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
 from ckptfs._daemon import handoff, session
-from ckptfs._filelock import locked
+from ckptfs._daemon.process import (
+    ASKED_FOR_NEXT,
+    READY_WAIT_S,
+    DaemonProcess,
+    Heart,
+    read_line,
+)
+from ckptfs._filelock import held_lock, locked
 from ckptfs._model.config import Config
-from ckptfs.errors import BY_CODE, CannotMount, CkptfsError, ConfigError, DaemonError
+from ckptfs.errors import CannotMount, CkptfsError, ConfigError, DaemonError
 
 _LOCK_WAIT_S = 10.0
 """How long a predecessor may take to end."""
-_READY_WAIT_S = 30.0
-"""How long the daemon may take to come up: importing pyarrow from a slow disk."""
-_END_WAIT_S = 5.0
-"""How long the daemon may take to end."""
 _PRIVATE_IDLE_S = 10.0
 """A private daemon serves one process and its children: nobody else comes."""
-_HEART_STOPPED_BEATS = 10
-"""So many looks in a row, one each `BEAT_S`, at a heart that does not beat: the daemon is stuck.
-Looks are counted, and not seconds, so that a machine that was asleep has no stuck daemon."""
 _DEATHS_WITHIN_S = 600.0
 _SHORT_LIFE_S = 1.0
 _PAUSE_S = 0.1
@@ -59,6 +56,7 @@ _PAUSE_S_MAX = 5.0
 """A daemon that did not live for long is followed by the next one after a pause; it doubles."""
 _LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
+_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 _VARIABLES = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
 
 
@@ -67,7 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ckptfs mount")
     parser.add_argument("--background", action="store_true")
     parser.add_argument("--private", action="store_true")
+    parser.add_argument("--resume", type=int, default=-1)
     args = parser.parse_args()
+    if args.resume >= 0:
+        _resume(args.resume)
+        return
     report = _Report(1 if args.background or args.private else -1)
     try:
         with contextlib.ExitStack() as stack:
@@ -110,22 +112,47 @@ def _run(private: bool, report: _Report, stack: contextlib.ExitStack) -> None:
         keeper.run()
 
 
+def _resume(state_fd: int) -> None:
+    """The keeper's program was replaced by this one: see `Keeper.resume`."""
+    with open(state_fd, "rb") as state:
+        state.seek(0)
+        held = msgspec.json.decode(state.read(), type=_Held)
+    with Keeper(held.config) as keeper:
+        keeper.resume(held)
+        keeper.run()
+
+
+class _Held(msgspec.Struct):
+    """What a mount consists of. It outlives the program that the keeper runs: see
+    `Keeper._replace_program`."""
+
+    config: Config
+    lock_fd: int = -1
+    made_mount: bool = False
+    fuse_fd: int = -1
+    passthrough: bool = False
+    resend: bool = False
+    listen_fd: int = -1
+    memory: handoff.Fds = handoff.Fds(-1, (-1, -1))
+
+    def fds(self) -> tuple[int, ...]:
+        """All descriptors."""
+        return self.lock_fd, self.fuse_fd, self.listen_fd, *self.memory.all()
+
+
 class Keeper:
     """The life of one mount. Use it as a context: leaving it takes everything away again."""
 
     def __init__(self, config: Config, pickled: bytes = b"") -> None:
-        self._config = config
+        self._held = _Held(config)
         self._pickled = pickled
         # As the kernel will name it. Not resolved itself: a dead mount may be on it.
         self._mount = Path(os.path.realpath(os.path.dirname(config.mount)), Path(config.mount).name)
         self._socket_path = Path(config.socket)
         self._undo = contextlib.ExitStack()
-        self._daemon: subprocess.Popen[bytes] | None = None
-        self._fuse_fd = -1
-        self._features = session.Features(passthrough=False, resend=False)
-        self._memory: handoff.Fds | None = None
+        self._daemon: DaemonProcess | None = None
+        self._spare: DaemonProcess | None = None
         self._is_ending = False
-        self._listening: socket.socket | None = None
 
     def __enter__(self) -> "Keeper":
         return self
@@ -135,23 +162,41 @@ class Keeper:
 
     def start(self) -> None:
         """Mount, listen, and bring the daemon up. Raises CannotMount, ConfigError, DaemonError."""
+        held, config = self._held, self._held.config
         self._take_lock()
         self._clear_leftovers()
-        self._fuse_fd = session.mount(self._mount, allow_other=self._config.allow_other)
-        self._undo.callback(os.close, self._fuse_fd)
-        self._undo.callback(session.unmount, self._mount)
-        depth = _stack_depth(Path(self._config.cache_dir)) if self._config.passthrough else 0
-        self._features = session.answer_init(self._fuse_fd, depth)
+        held.fuse_fd = session.mount(self._mount, allow_other=config.allow_other)
+        self._undo.callback(self._end_mount)
+        depth = _stack_depth(Path(config.cache_dir)) if config.passthrough else 0
+        held.passthrough, held.resend = session.answer_init(held.fuse_fd, depth)
         if os.geteuid() == 0:
-            session.set_read_ahead(self._mount, self._config.read_ahead_kb)
-        self._listening = self._listen()
-        self._memory = handoff.create()
-        for fd in self._memory.all():
-            self._undo.callback(os.close, fd)
-        self._undo.callback(self._end_daemon)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
+            session.set_read_ahead(self._mount, config.read_ahead_kb)
+        self._listen()
+        self._undo.callback(self._end_socket)
+        held.memory = handoff.create()
+        self._undo.callback(self._end_daemons)
+        self._catch_signals()
         self._start_daemon(after_another=False)
+
+    def resume(self, held: _Held) -> None:
+        """Go on with what the keeper's former program had, instead of `start`."""
+        self._held = held
+        for fd in held.fds():
+            os.set_inheritable(fd, False)
+        self._undo.enter_context(held_lock(f"{self._socket_path}.lock", held.lock_fd))
+        for undo in (self._end_directory, self._end_mount, self._end_socket, self._end_daemons):
+            self._undo.callback(undo)
+        self._catch_signals()
+        with contextlib.suppress(ConfigError):  # then the old settings have to do
+            new = load_config()
+            held.config = msgspec.structs.replace(
+                new,
+                socket=held.config.socket,
+                mount=held.config.mount,
+                cache_dir=held.config.cache_dir,
+                allow_other=held.config.allow_other,
+            )
+        self._start_next()
 
     def run(self) -> None:
         """Have a daemon run until one has ended by itself, or too many have died."""
@@ -163,7 +208,9 @@ class Keeper:
             if not how or self._is_ending:
                 return
             now_s = time.monotonic()
-            if how != _RESTARTS:
+            if how == ASKED_FOR_NEXT:
+                self._replace_program()
+            else:
                 deaths = [at_s for at_s in deaths if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
                 why_not = self._why_not_restart(len(deaths))
                 if why_not:
@@ -173,44 +220,65 @@ class Keeper:
             pause_s = 0.0 if lived else min(2 * pause_s or _PAUSE_S, _PAUSE_S_MAX)
             _say(f"the daemon {how}: starting the next one")
             time.sleep(pause_s)
-            try:
-                self._start_daemon(after_another=True)
-            except CkptfsError as error:
-                _say(f"the next daemon did not come up: {error}")
-                self._end_daemon(at_once=True)
+            self._start_next()
 
     def _wait(self) -> str:
         """Wait for the daemon's end. Returns how it ended; "": as it should."""
         assert self._daemon is not None
-        assert self._memory is not None
-        beats, silent = -1, 0
+        heart = Heart(self._held.memory)
         while True:
-            try:
-                code = self._daemon.wait(handoff.BEAT_S)
-                return _how_it_ended(code)
-            except subprocess.TimeoutExpired:
-                pass
-            now = handoff.beats(self._memory)
-            silent = 0 if now != beats else silent + 1
-            beats = now
-            if silent == _HEART_STOPPED_BEATS:
-                self._end_daemon(at_once=True)
-                return f"was stuck for {silent * handoff.BEAT_S:g} s"
+            how = self._daemon.wait(handoff.BEAT_S)
+            if how is not None:
+                return how
+            if heart.look():
+                self._daemon.end(at_once=True)
+                return "was stuck"
+            if self._spare is None and self._has_spare():
+                self._spare = self._new_process(after_another=True)
+
+    def _has_spare(self) -> bool:
+        config = self._held.config
+        return config.spare and not self._pickled and not self._why_not_restart(0)
 
     def _why_not_restart(self, deaths: int) -> str:
-        if not self._config.restart:
+        if not self._held.config.restart:
             return "restart = false in the configuration"
-        if not self._features.resend:
+        if not self._held.resend:
             return f"the kernel ({os.uname().release}) cannot repeat its requests; Linux 6.9 can"
-        if deaths > self._config.restarts_max:
+        if deaths > self._held.config.restarts_max:
             return f"it died {deaths} times in {_DEATHS_WITHIN_S / 60:g} minutes (restarts_max)"
         return ""
 
-    # -- parts of the start
+    def _replace_program(self) -> None:
+        """Go on as the program that is installed now: an upgrade is one of the keeper, too. What
+        has been pickled is no program's but the caller's, who has the old one in memory."""
+        if self._pickled or self._why_not_restart(0):
+            return
+        state = os.memfd_create("ckptfs-keeper", 0)
+        os.write(state, msgspec.json.encode(self._held))
+        if self._spare is not None:
+            self._spare.end(at_once=True)
+            self._spare = None
+        for fd in self._held.fds():
+            os.set_inheritable(fd, True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is a handler again
+        sys.stderr.flush()
+        command = [sys.executable, "-m", "ckptfs._daemon.keeper", "--resume", str(state)]
+        try:
+            os.execv(sys.executable, command)
+        except OSError as error:
+            _say(f"the keeper cannot be replaced: {error}")
+            os.close(state)
+            for fd in self._held.fds():
+                os.set_inheritable(fd, False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    # -- parts of the start, and of the end
 
     def _take_lock(self) -> None:
         try:
-            self._undo.enter_context(locked(f"{self._socket_path}.lock", _LOCK_WAIT_S))
+            lock = locked(f"{self._socket_path}.lock", _LOCK_WAIT_S)
+            self._held.lock_fd = self._undo.enter_context(lock)
         except TimeoutError:
             raise DaemonError(
                 f"a ckptfs daemon is already running on {self._socket_path}; ckptfs umount ends it"
@@ -225,7 +293,7 @@ class Keeper:
                 break
             session.unmount(self._mount)
         self._socket_path.unlink(missing_ok=True)
-        created = not self._mount.exists()
+        self._held.made_mount = not self._mount.exists()
         try:
             self._mount.mkdir(mode=0o700, exist_ok=True)
             occupied = any(self._mount.iterdir())
@@ -238,108 +306,77 @@ class Keeper:
             raise ConfigError(
                 f"mount point {self._mount} is not empty; set CKPTFS_MOUNT to another"
             )
-        if created:
-            self._undo.callback(_remove_directory, self._mount)
+        self._undo.callback(self._end_directory)
 
-    def _listen(self) -> socket.socket:
+    def _end_directory(self) -> None:
+        if self._held.made_mount:
+            with contextlib.suppress(OSError):
+                self._mount.rmdir()
+
+    def _end_mount(self) -> None:
+        session.unmount(self._mount)
+        os.close(self._held.fuse_fd)
+
+    def _listen(self) -> None:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        mask = os.umask(0o111 if self._config.allow_other else 0o177)
+        mask = os.umask(0o111 if self._held.config.allow_other else 0o177)
         try:
             listening.bind(str(self._socket_path))
         except OSError as error:
+            listening.close()
             raise ConfigError(f"socket {self._socket_path}: {error.strerror or error}") from None
         finally:
             os.umask(mask)
         listening.listen(_BACKLOG)
-        self._undo.callback(listening.close)
-        self._undo.callback(lambda: self._socket_path.unlink(missing_ok=True))
-        return listening
+        self._held.listen_fd = listening.detach()
+
+    def _end_socket(self) -> None:
+        self._socket_path.unlink(missing_ok=True)
+        os.close(self._held.listen_fd)
+
+    def _new_process(self, *, after_another: bool) -> DaemonProcess:
+        held = self._held
+        features = session.Features(held.passthrough, held.resend)
+        fds = held.fuse_fd, held.listen_fd, held.memory
+        return DaemonProcess(*fds, features, after_another=after_another)
 
     def _start_daemon(self, *, after_another: bool) -> None:
-        assert self._listening is not None
-        assert self._memory is not None
-        ready, theirs = os.pipe()
-        options = {
-            "--fuse-fd": self._fuse_fd,
-            "--listen-fd": self._listening.fileno(),
-            "--ready-fd": theirs,
-            "--keeper-pid": os.getpid(),
-            "--passthrough": int(self._features.passthrough),
-            "--after-another": int(after_another),
-        }
-        command = [sys.executable, "-m", "ckptfs._daemon.app"]
-        command += [str(word) for option in options.items() for word in option]
-        self._daemon = subprocess.Popen(
-            [*command, "--handoff-fds", *map(str, self._memory.all())],
-            stdin=subprocess.PIPE,
-            pass_fds=(self._fuse_fd, self._listening.fileno(), theirs, *self._memory.all()),
-        )
-        os.close(theirs)
-        assert self._daemon.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then it has no report, either
-            self._daemon.stdin.write(msgspec.json.encode(self._config) + b"\n" + self._pickled)
-            self._daemon.stdin.close()
-        line = _read_line(ready, _READY_WAIT_S)
-        os.close(ready)
-        _raise_reported(line, "the daemon did not come up; see its log")
+        self._daemon, self._spare = self._spare, None
+        if self._daemon is None or self._daemon.wait(0) is not None:
+            self._daemon = self._new_process(after_another=after_another)
+        self._daemon.activate(self._held.config, self._pickled)
 
-    def _end_daemon(self, *, at_once: bool = False) -> None:
-        if self._daemon is None or self._daemon.poll() is not None:
-            return
-        if not at_once:
-            self._daemon.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._daemon.wait(_END_WAIT_S)
-                return
-        self._daemon.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a dead disk may keep it
-            self._daemon.wait(_END_WAIT_S)
+    def _start_next(self) -> None:
+        try:
+            self._start_daemon(after_another=True)
+        except CkptfsError as error:
+            _say(f"the next daemon did not come up: {error}")
+            if self._daemon is not None:
+                self._daemon.end(at_once=True)
+
+    def _end_daemons(self) -> None:
+        if self._spare is not None:
+            self._spare.end(at_once=True)
+        if self._daemon is not None:
+            self._daemon.end()
+        for fd in self._held.memory.all():
+            os.close(fd)
+
+    def _catch_signals(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _pass_on(self, number: int, _: object) -> None:
         """A signal to end: let the daemon end first. `run` then returns."""
         self._is_ending = True
         if self._daemon is None:
             sys.exit(128 + number)
-        if self._daemon.poll() is None:
-            self._daemon.send_signal(signal.SIGTERM)
-
-
-_RESTARTS = "has asked for a restart"
-
-
-def _how_it_ended(status: int) -> str:
-    if not status:
-        return ""
-    if status == handoff.RESTART_STATUS:
-        return _RESTARTS
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        self._daemon.terminate()
 
 
 def _say(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
-
-
-# -- the start's report
-
-
-def _read_line(fd: int, timeout_s: float) -> bytes:
-    """The first line that arrives, or b"" at end of file or when the time is over."""
-    line = b""
-    deadline = time.monotonic() + timeout_s
-    while not line.endswith(b"\n"):
-        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
-            return b""
-        data = os.read(fd, 65536)
-        if not data:
-            return b""
-        line += data
-    return line
-
-
-def _raise_reported(line: bytes, otherwise: str) -> None:
-    told: Any = json.loads(line) if line else {"code": DaemonError.code, "message": otherwise}
-    if told:
-        raise BY_CODE.get(told["code"], DaemonError)(told["message"])
 
 
 # -- becoming a process of one's own
@@ -413,7 +450,7 @@ def _detach(config: Config) -> int:
     sys.stdout.flush()
     if os.fork():
         os.close(theirs)
-        line = _read_line(ours, _LOCK_WAIT_S + _READY_WAIT_S)
+        line = read_line(ours, _LOCK_WAIT_S + READY_WAIT_S)
         error = DaemonError(f"the keeper did not come up; see {log_path(config)}")
         if line:
             os.write(1, line)
@@ -432,11 +469,6 @@ def _detach(config: Config) -> int:
         os.dup2(opened, fd)
         os.close(opened)
     return theirs
-
-
-def _remove_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.rmdir()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         passthrough: Let the kernel itself read files that are complete in the cache, where it can.
         restart: Start the daemon anew when it dies or is stuck, where the kernel can repeat what it
             was asked (Linux >= 6.9); otherwise the mount ends then.
+        spare: Keep a second process of the daemon ready (some 25 MB of memory), so that it takes
+            over in a moment instead of half a second.
         restarts_max: Most such restarts in ten minutes, then the mount ends: whatever kills the
             daemon will do so again, and readers must not wait for ever.
         allow_other: Let other users of the node use this daemon (needs root, or
@@ -76,6 +78,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     read_ahead_kb: Bytes = 1024
     passthrough: bool = True
     restart: bool = True
+    spare: bool = True
     restarts_max: Count = 20
     allow_other: bool = False
     lend_daemon_rights: bool = False

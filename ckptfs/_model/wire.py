@@ -75,13 +75,20 @@ class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):
     ended."""
 
 
+class Restart(Message, frozen=True, tag="restart"):
+    """End the daemon, and have it followed by another, also of another version, that goes on with
+    everything. The program of its keeper is replaced, too."""
+
+
 class Stop(Message, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
     force: bool = False
 
 
-Request = Attach | Detach | Status | MetadataChanged | StartPrefetch | PrefetchProgress | Stop
+Request = (
+    Attach | Detach | Status | MetadataChanged | StartPrefetch | PrefetchProgress | Restart | Stop
+)
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -98,7 +105,7 @@ class Attached(Message, frozen=True, tag="attached"):
 
 
 class Done(Message, frozen=True, tag="done"):
-    """Reply to `Detach`, `MetadataChanged` and `Stop`."""
+    """Reply to `Detach`, `MetadataChanged`, `Restart` and `Stop`."""
 
 
 class Failed(Message, frozen=True, tag="failed"):

@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command("mount")(daemon.mount)
 app.command("umount")(daemon.umount)
+app.command("restart")(daemon.restart)
 app.command("status")(daemon.status)
 app.command("attach")(checkpoints.attach)
 app.command("detach")(checkpoints.detach)

@@ -1,7 +1,9 @@
-"""``mount``, ``umount`` and ``status``: the daemon itself."""
+"""``mount``, ``umount``, ``restart`` and ``status``: the daemon itself."""
 
+import contextlib
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -13,6 +15,7 @@ from ckptfs.cli import output
 from ckptfs.errors import DaemonError
 
 _END_WAIT_S = 20.0
+_PAUSE_S = 0.05
 
 
 def mount(
@@ -42,6 +45,23 @@ def umount(
         raise DaemonError(
             f"the daemon has not ended within {_END_WAIT_S:g} s; see {log_path(config)}"
         )
+
+
+def restart() -> None:
+    """Replace the daemon, e.g. by an upgraded one; who reads notices a pause only."""
+    config = load_config()
+    with _client.connect(config) as connection:
+        before = connection.status().pid
+        connection.restart()
+    deadline_s = time.monotonic() + _END_WAIT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(ConnectionError), _client.connect(config) as connection:
+            if connection.status().pid != before:
+                return
+        time.sleep(_PAUSE_S)
+    raise DaemonError(
+        f"the next daemon does not answer within {_END_WAIT_S:g} s; see {log_path(config)}"
+    )
 
 
 def status(as_json: output.JsonOption = False) -> None:

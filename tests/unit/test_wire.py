@@ -22,6 +22,7 @@ from ckptfs._model.wire import (
     PrefetchProgress,
     Reply,
     Request,
+    Restart,
     StartPrefetch,
     Status,
     StatusReply,
@@ -42,6 +43,7 @@ REQUESTS: list[Request] = [
     Status(),
     StartPrefetch(name="a", globs=["*"], rate=5),
     PrefetchProgress(),
+    Restart(),
     Stop(),
     Stop(force=True),
 ]
