@@ -148,9 +148,14 @@ class Service:
         shown = known.manifest.version if known is not None else ""
         self._ordinal += 1
         with self._holding(known):
-            manifest, fresh = await self._offload.control(
-                self._build, self._ordinal, location, store, uid, gid, shown
-            )
+            try:
+                manifest, fresh = await self._offload.control(
+                    self._build, self._ordinal, location, store, uid, gid, shown
+                )
+            except BaseException:
+                if lent is None:
+                    store.close()
+                raise
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
         if known is not None and (known.in_use or known.manifest.version == manifest.version):
             known.use_store(store)

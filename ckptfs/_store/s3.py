@@ -27,7 +27,14 @@ import msgspec
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
 from ckptfs._store.deadline import left_s
-from ckptfs._store.s3client import BrokenConnection, S3Client, S3Error, SilentServer, read_into
+from ckptfs._store.s3client import (
+    BrokenConnection,
+    S3Client,
+    S3Error,
+    SilentServer,
+    read_all,
+    read_into,
+)
 from ckptfs.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -104,7 +111,7 @@ class S3Store:
 
     def _page(self, query: dict[str, str]) -> ElementTree.Element:
         with self._client.request("GET", query=query) as response:
-            text = response.read(_ANSWER_BYTES_MAX)
+            text = read_all(response, _ANSWER_BYTES_MAX)
         try:
             return ElementTree.fromstring(text)
         except ElementTree.ParseError as error:
@@ -208,7 +215,7 @@ class S3Store:
 
     def _get(self, path: str) -> bytes:
         with self._client.request("GET", self._key(path)) as response:
-            data = response.read(_ANSWER_BYTES_MAX + 1)
+            data = read_all(response, _ANSWER_BYTES_MAX + 1)
         if len(data) > _ANSWER_BYTES_MAX:
             raise StoreError(f"{self._name_of(path)} has more than {_ANSWER_BYTES_MAX} bytes")
         return data

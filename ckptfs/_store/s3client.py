@@ -269,6 +269,7 @@ class S3Client:
             response.close()
         if response.length or not response.isclosed() or response.will_close:
             connection.close()  # the answer was not read to its end, or is the last one
+            response.close()  # which the connection does not do where it is the last one
             return
         with self._lock:
             self._idle.append((time.monotonic(), connection))
@@ -278,13 +279,28 @@ class S3Client:
             dropped.close()
 
 
+def read_all(response: http.client.HTTPResponse, bytes_max: int) -> bytes:
+    """The answer's body, or its first `bytes_max` bytes. To be called in the context of the
+    request. Raises BrokenConnection where it ends early, which `HTTPResponse.read` does not say."""
+    data = response.read(bytes_max)
+    if response.length and len(data) < bytes_max:
+        raise BrokenConnection(f"the answer ended {response.length} bytes early")
+    return data
+
+
 class _Answer(http.client.HTTPResponse):
     """One whose reads end, see the module's text."""
 
     def __init__(self, timeout_s: float, sock: socket.socket, *args: Any, **more: Any) -> None:
         super().__init__(sock, *args, **more)
-        incoming = _Incoming(self.fp.detach(), sock, timeout_s)
-        self.fp = io.BufferedReader(cast("io.RawIOBase", incoming))
+        self._incoming = _Incoming(self.fp.detach(), sock, timeout_s)
+        self.fp = io.BufferedReader(cast("io.RawIOBase", self._incoming))
+
+    def begin(self) -> None:
+        """Read the head. What is missing of one that is cut would be taken to be absent."""
+        super().begin()
+        if self._incoming.has_ended:
+            raise http.client.IncompleteRead(b"")
 
 
 class _Incoming(io.RawIOBase):
@@ -298,6 +314,7 @@ class _Incoming(io.RawIOBase):
         self._deadline_s = deadline.deadline_s()
         self._counted_s = time.monotonic()  # since when `_count` bytes came
         self._count = 0
+        self.has_ended = False
 
     def readable(self) -> bool:
         return True
@@ -307,6 +324,7 @@ class _Incoming(io.RawIOBase):
             self._sock.settimeout(_left_s())
         count: int = self._raw.readinto(buffer)
         self._count += count
+        self.has_ended = not count
         now_s = time.monotonic()
         if count and now_s - self._counted_s > 2 * self._timeout_s:
             if self._count < _PROGRESS_BYTES:
