@@ -11,12 +11,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STOP_DEADLINE_S = 5.0
 STEP_S = 0.1

@@ -7,11 +7,11 @@ is back, the same operation succeeds with no more ado.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +40,7 @@ from ckptfs.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from ckptfs._daemon.attachment import Attachment
@@ -90,12 +91,11 @@ def location_of(server: FaultServer, host: str) -> Location:
 
 
 def fill(server: FaultServer) -> None:
+    bucket = f"bucket-{server.port}"
     for top in ("run", "other"):
         for name, data in DATA.items():
-            server.objects[f"bucket-{server.port}/{top}/{name}"] = Object(data, 1_500_000_000)
-        server.objects[f"bucket-{server.port}/{top}/{METADATA_NAME}"] = Object(
-            METADATA, 1_500_000_000
-        )
+            server.objects[f"{bucket}/{top}/{name}"] = Object(data, 1_500_000_000)
+        server.objects[f"{bucket}/{top}/{METADATA_NAME}"] = Object(METADATA, 1_500_000_000)
 
 
 class Resolver:
@@ -419,9 +419,7 @@ async def test_a_store_that_asks_to_be_left_alone_is(
 
         store.read_into = read_into  # type: ignore[method-assign]
         assert await rig.read(file, 0, 10) == DATA["first"][:10]
-        assert all(
-            7 <= later - sooner <= 9 for sooner, later in zip(times, times[1:], strict=False)
-        )
+        assert all(7 <= later - sooner <= 9 for sooner, later in itertools.pairwise(times))
         assert len(store.confirms()) == 2  # the first check and the last: none in the pauses
 
 
