@@ -50,9 +50,14 @@ class StoreError(CkptfsError, OSError):
 
 
 class StoreUnavailable(StoreError):
-    """The store cannot be reached, or is overloaded. Trying again later can help."""
+    """The store cannot be reached, or is overloaded. Trying again later can help.
+
+    Attributes:
+        retry_after_s: How long the store asks to be left alone; 0: it did not say.
+    """
 
     code = "store-unavailable"
+    retry_after_s: float = 0.0
 
 
 class StoreTimeout(StoreUnavailable, TimeoutError):

@@ -22,17 +22,20 @@ blocks of an earlier attachment be used. It is not needed where the listing had 
 size and mtime settle it (see ``cache.SETTLED_S``); with `allow_other` it always is.
 
 **Errors.** What can pass (`StoreUnavailable`) is tried again with growing, jittered pauses until
-the deadline, the place given back meanwhile; what cannot (`ObjectChanged`, `AccessDenied`) ends the
-span at once, and with it the reads that wait. The next read tries anew: nothing remembers a failure
-but the attributes. A reader that joined an older span's failure tries once more within its own
-deadline.
+the deadline, the place given back meanwhile; a store that asks for a longer pause gets it. What
+cannot (`ObjectChanged`, `AccessDenied`) ends the span at once, and with it the reads that wait. The
+next read tries anew: nothing remembers a failure but the attributes. A reader that joined an older
+span's failure tries once more within its own deadline.
 
 **A dark store** must not keep the others waiting: from its first error that can pass until it has
-delivered a span, its spans go last and leave places free, and its checks have their own threads.
+delivered a span, its spans go last and leave places free, also those that are in the queue by then,
+and its checks have their own threads. When it is back, its spans get their priority back, and who
+pauses because of it tries at once.
 
 **Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
 takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
-its thread, and the buffer with it, which nobody else may have while that thread may write into it.
+its thread (see `offload`), and the buffer with it, which nobody else may have while that thread may
+write into it.
 """
 
 import contextlib
@@ -78,6 +81,8 @@ State = Literal["lazy", "fetching", "cached", "changed", "failing"]
 _PAUSE_S = 0.1
 _PAUSE_S_MAX = 5.0
 """First and longest pause before another try; each is twice the last, times 0.5 to 1."""
+_RETRY_AFTER_SPREAD = 1.25
+"""Who is asked to come again later comes then or up to a quarter later: not all at once."""
 _LEND_WAIT_S = 1.0
 """Longest that an open waits for the version check without which the kernel must not read the file
 by itself: a few round trips."""
@@ -180,6 +185,7 @@ class _Span:
         self.entry = entry
         self.blocks = blocks
         self.length = blocks_length(blocks, entry.size)
+        self.priority = priority  # the ticket's, if the store is not dark
         self.ticket = Ticket(priority, capacity_of(self.length))
         self.scope = trio.CancelScope()
         self.buffer: Buffer[CachedObject] | None = None
@@ -215,8 +221,9 @@ class Fetcher:
         self._room = trio.Lock()
         self._flights: dict[tuple[str, int], _Span] = {}
         self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
-        # Stores whose last answer was none. Weak: a detached store's credentials must not stay.
-        self._dark: weakref.WeakSet[Store] = weakref.WeakSet()
+        # Stores whose last answer was none; the event: it has delivered again. Weak: a detached
+        # store's credentials must not stay.
+        self._dark: weakref.WeakKeyDictionary[Store, trio.Event] = weakref.WeakKeyDictionary()
         # Stores whose last large file was read as a whole: most likely the next one will be, too.
         self._read_whole: weakref.WeakSet[Store] = weakref.WeakSet()
         self.fetched_bytes = 0
@@ -437,6 +444,7 @@ class Fetcher:
                 missing.append(index)
             else:
                 spans[span] = None
+                span.priority = min(span.priority, priority)
                 if span.file.store not in self._dark:
                     self._slots.raise_priority(span.ticket, priority)
         length_max = self._span_blocks_max
@@ -464,7 +472,7 @@ class Fetcher:
                 if not span.dropped:
                     self._note(file, span.error)
             else:
-                self._dark.discard(file.store)
+                self._brighten(file.store)
                 with trio.CancelScope(shield=True):  # a thread uses the buffer, and `entry`
                     await self._store(span)
         except CkptfsError as error:
@@ -487,8 +495,9 @@ class Fetcher:
     async def _attempt(self, span: _Span) -> None:
         try:
             await self._fetch(span)
-        except StoreUnavailable:
-            await self._confirm(span.file)  # an object that became shorter can look like an outage
+        except StoreUnavailable as error:
+            if not error.retry_after_s:  # an object that became shorter can look like an outage
+                await self._confirm(span.file)
             raise
 
     async def _fetch(self, span: _Span) -> None:
@@ -573,8 +582,17 @@ class Fetcher:
     # -- versions and errors
 
     async def _check_at_store(self, file: RemoteFile) -> Pin:
-        run = self._offload.dark if file.store in self._dark else self._offload.control
-        return await run(file.store.confirm, file.pin)
+        store, pin = file.store, file.pin
+
+        def confirm_unless_dark() -> Pin | None:
+            return None if store in self._dark else store.confirm(pin)
+
+        if store not in self._dark:
+            confirmed = await self._offload.control(confirm_unless_dark)
+            if confirmed is not None:
+                return confirmed
+            # It became dark while this check was in the queue, where it must not hold up others.
+        return await self._offload.dark(store.confirm, pin)
 
     async def _learn(self, file: RemoteFile, entry: CachedObject) -> None:
         """The first check of a file: from here on its version is pinned with its ETag."""
@@ -623,14 +641,36 @@ class Fetcher:
                 file.failing = file.changed = False
                 return
             except StoreUnavailable as error:
-                self._dark.add(file.store)
+                is_back = self._darken(file.store)
                 file.cause = str(error)
                 self._note(file, error)
+                asked_s = error.retry_after_s * random.uniform(1, _RETRY_AFTER_SPREAD)
             except CkptfsError as error:
                 self._note(file, error)
                 raise
-            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            await trio.sleep(asked_s)
+            with trio.move_on_after(max(0.0, pause_s * random.uniform(0.5, 1) - asked_s)):
+                await is_back.wait()
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+
+    def _darken(self, store: Store) -> trio.Event:
+        """It has not answered; returns what is set when it delivers again."""
+        is_back = self._dark.get(store)
+        if is_back is None:
+            is_back = self._dark[store] = trio.Event()
+            for span in set(self._flights.values()):
+                if span.file.store is store and not span.ticket.granted.is_set():
+                    span.ticket.priority = Priority.DARK
+        return is_back
+
+    def _brighten(self, store: Store) -> None:
+        """It has delivered."""
+        is_back = self._dark.pop(store, None)
+        if is_back is not None:
+            is_back.set()
+            for span in set(self._flights.values()):
+                if span.file.store is store and not span.ticket.granted.is_set():
+                    self._slots.raise_priority(span.ticket, span.priority)
 
     def _note(self, file: RemoteFile, error: CkptfsError) -> None:
         """Keep the error where the attributes find it, and log it where it is new."""

@@ -10,6 +10,7 @@ After a change that failed nobody knows which version the store has: what is kno
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Generator
 from typing import Any, cast
@@ -23,7 +24,16 @@ from ckptfs._daemon.vfs import StaleInode, is_metadata
 from ckptfs._model.manifest import METADATA_NAME, ListedFile, Manifest
 from ckptfs._store import metadata as stored
 from ckptfs._store.base import Store
-from ckptfs.errors import CkptfsError, MetadataError, StoreTimeout, StoreUnavailable
+from ckptfs.errors import (
+    AccessDenied,
+    CkptfsError,
+    MetadataError,
+    StoreError,
+    StoreTimeout,
+    StoreUnavailable,
+)
+
+log = logging.getLogger(__name__)
 
 _FRESH_S = 1.0
 """As many attributes are read one after the other, one request has to do for all of them."""
@@ -48,10 +58,11 @@ class MetadataKeeper:
         Raises AccessDenied, StoreError: The store's answer, also noted at the attachment.
         """
         metadata = attachment.metadata
-        async with metadata.lock:
-            if trio.current_time() - metadata.read_s > _FRESH_S:
-                await self._read(attachment)
-            return metadata.values
+        with self._deadline(attachment):
+            async with metadata.lock:
+                if trio.current_time() - metadata.read_s > _FRESH_S:
+                    await self._read(attachment)
+                return metadata.values
 
     async def refresh(self, attachment: Attachment) -> None:
         """Read what the store has now. Errors are noted at the attachment."""
@@ -96,18 +107,17 @@ class MetadataKeeper:
         Raises MetadataError, AccessDenied, StoreError, and what `how` raises.
         """
         metadata = attachment.metadata
-        async with metadata.lock:
-            metadata.read_s = -math.inf  # old, whatever happens
-            with self._noting(attachment), self._deadline(attachment):
+        with self._deadline(attachment):
+            async with metadata.lock:
+                metadata.read_s = -math.inf  # old, whatever happens
                 raw, found = await self._offload.control(_change, attachment.store, how)
-            self._take(attachment, raw, found, is_new=True)
+                self._take(attachment, raw, found, is_new=True)
 
     async def _read(self, attachment: Attachment) -> None:
         metadata = attachment.metadata
         if metadata.error is not None and trio.current_time() - metadata.failed_s < _PAUSE_S:
             raise metadata.error
-        with self._noting(attachment), self._deadline(attachment):
-            raw, found = await self._offload.control(_read, attachment.store)
+        raw, found = await self._offload.control(_read, attachment.store)
         self._take(attachment, raw, found)
 
     def _take(
@@ -147,24 +157,24 @@ class MetadataKeeper:
 
     @contextlib.contextmanager
     def _deadline(self, attachment: Attachment) -> Generator[None]:
+        """For all of it, also for waiting until others have ended theirs; errors are noted."""
+        metadata = attachment.metadata
         try:
-            with trio.fail_after(self._deadline_s):
-                yield
-        except trio.TooSlowError:
-            raise StoreTimeout(
-                f"{METADATA_NAME} in {attachment.location.uri}: no answer within "
-                f"{self._deadline_s:g} s; try again"
-            ) from None
-
-    @contextlib.contextmanager
-    def _noting(self, attachment: Attachment) -> Generator[None]:
-        try:
-            yield
+            try:
+                with trio.fail_after(self._deadline_s):
+                    yield
+            except trio.TooSlowError:
+                raise StoreTimeout(
+                    f"{METADATA_NAME} in {attachment.location.uri}: no answer within "
+                    f"{self._deadline_s:g} s; try again"
+                ) from None
         except CkptfsError as error:
-            attachment.note(error)
-            if isinstance(error, StoreUnavailable):
-                attachment.metadata.error = error
-                attachment.metadata.failed_s = trio.current_time()
+            if error is not metadata.error:  # that is an old one
+                attachment.note(error)
+                if isinstance(error, StoreError | AccessDenied):
+                    log.warning("%s", error)
+                if isinstance(error, StoreUnavailable):
+                    metadata.error, metadata.failed_s = error, trio.current_time()
             raise
 
 

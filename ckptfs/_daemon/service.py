@@ -184,9 +184,14 @@ class Service:
         shown = known.manifest.version if known is not None else ""
         with self._holding(known):
             ordinal = self._handoff.next_ordinal()
-            manifest, fresh = await self._ask(
-                uid, self._build, ordinal, location, store, uid, gid, shown
-            )
+            try:
+                manifest, fresh = await self._ask(
+                    uid, self._build, ordinal, location, store, uid, gid, shown
+                )
+            except BaseException:
+                if lent is None:
+                    store.close()
+                raise
         known = self._attachments.get(key)  # it may have ended meanwhile, or found a holder
         if known is not None and (known.in_use or known.manifest.version == manifest.version):
             self._use_store(known, location, store)

@@ -11,10 +11,12 @@ from ckptfs._config import runtime_dir
 from ckptfs._filelock import locked
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.base import Store
+from ckptfs._store.deadline import left_s
 from ckptfs.errors import MetadataError, MetadataNotDict, StoreTimeout
 
 _LOCK_WAIT_S = 60.0
-"""Longest wait for another process that changes the metadata of the same checkpoint."""
+"""Longest wait for another process that changes the metadata of the same checkpoint. Who has a
+deadline waits no longer: a change must not come when nobody expects it any more."""
 
 
 def read(store: Store) -> Any:
@@ -102,10 +104,9 @@ def _serialised(name: str) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(locked(str(lock), _LOCK_WAIT_S))
+            stack.enter_context(locked(str(lock), min(_LOCK_WAIT_S, left_s())))
         except TimeoutError:
             raise StoreTimeout(
-                f"{name}: another process has been changing its metadata for {_LOCK_WAIT_S:g} s; "
-                "try again"
+                f"{name}: another process has been changing its metadata all the time; try again"
             ) from None
         yield

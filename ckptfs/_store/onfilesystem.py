@@ -13,6 +13,7 @@ from ckptfs._model.location import Kind, Location
 from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
+from ckptfs._store.bounded import BoundedStore
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem, fsspec_of, unwrapped, wrapped
 from ckptfs._store.fsspec import FsspecStore
@@ -45,7 +46,9 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
 def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     inner = fsspec_of(filesystem)
-    return ArrowStore(filesystem, path, name) if inner is None else FsspecStore(inner, path, name)
+    if inner is None:
+        return BoundedStore(ArrowStore(filesystem, path, name))
+    return BoundedStore(FsspecStore(inner, path, name))
 
 
 def name_of(filesystem: FileSystem, path: str) -> str:

@@ -11,7 +11,9 @@ was seen, each read has to be confirmed.
 """
 
 import functools
+import random
 import re
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -24,7 +26,15 @@ import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
-from ckptfs._store.s3client import BrokenConnection, S3Client, S3Error, SilentServer, read_into
+from ckptfs._store.deadline import left_s
+from ckptfs._store.s3client import (
+    BrokenConnection,
+    S3Client,
+    S3Error,
+    SilentServer,
+    read_all,
+    read_into,
+)
 from ckptfs.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -60,7 +70,10 @@ _PAGE_TAGS_MAX = 250_000
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]*"')  # RFC 9110, 8.8.3
 _ATTEMPTS = 2
-"""Of requests that nobody repeats (`fetch` does so for reads, and knows the deadline)."""
+"""Of requests that nobody repeats (`fetch` does so for reads)."""
+_PAUSE_S = 0.2
+_PAUSE_S_MAX = 10.0
+"""Between them: the shortest, times 0.5 to 1, and the longest that a server may ask for."""
 
 T = TypeVar("T")
 
@@ -100,7 +113,7 @@ class S3Store:
 
     def _page(self, query: dict[str, str]) -> ElementTree.Element:
         with self._client.request("GET", query=query) as response:
-            text = response.read(_ANSWER_BYTES_MAX)
+            text = read_all(response, _ANSWER_BYTES_MAX)
         # A document type could define entities that grow in memory; UTF-16 would hide it.
         if b"<!DOCTYPE" in text or b"\0" in text or text.count(b"<") > _PAGE_TAGS_MAX:
             raise StoreError(
@@ -170,10 +183,16 @@ class S3Store:
     def _head(self, key: str, condition: dict[str, str]) -> ListedFile | None:
         """What a HEAD says; None: 304. The path is left out."""
         expected = frozenset([200, 304] if condition else [200])
-        with self._client.request("HEAD", key, headers=condition, expected=expected) as response:
-            if response.status == 304:
-                return None
-            headers = response.headers
+        try:
+            with self._client.request("HEAD", key, headers=condition, expected=expected) as answer:
+                if answer.status == 304:
+                    return None
+                headers = answer.headers
+        except S3Error as error:
+            if error.status != 400:
+                raise
+            likely = "HEAD gives no reason, this one is likely"
+            raise S3Error(400, error.code or "ExpiredToken", likely) from None
         size = _number(headers.get("content-length", ""))
         return ListedFile("", size, _mtime_ns(headers), _etag(headers.get("etag", "")))
 
@@ -192,7 +211,11 @@ class S3Store:
         with self._client.request("GET", key, headers=headers, expected=expected) as response:
             self._check_etag(pin, _etag(response.headers.get("etag", "")))
             found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-            start, stop, size = map(int, found.groups()) if found else (0, -1, response.length or 0)
+            start, stop, size = map(int, found.groups()) if found else (0, -1, response.length)
+            if size is None:
+                raise StoreError(
+                    f"{self._name_of(pin.path)}: the store does not say what its answer is of"
+                )
             if size != pin.size:
                 raise changed(self.name, pin, f"{pin.size} bytes became {size}")
             if (start, stop if found else size - 1) != (offset, last):
@@ -211,7 +234,7 @@ class S3Store:
 
     def _get(self, path: str) -> bytes:
         with self._client.request("GET", self._key(path)) as response:
-            data = response.read(_ANSWER_BYTES_MAX + 1)
+            data = read_all(response, _ANSWER_BYTES_MAX + 1)
         if len(data) > _ANSWER_BYTES_MAX:
             raise StoreError(f"{self._name_of(path)} has more than {_ANSWER_BYTES_MAX} bytes")
         return data
@@ -280,6 +303,10 @@ def _repeat(attempt: Callable[[], T], what: str) -> T:
             translated = translate_error(error, what)
             if not left or not isinstance(translated, StoreUnavailable):
                 raise translated from error
+            pause_s = max(_PAUSE_S, translated.retry_after_s)
+            if pause_s > min(_PAUSE_S_MAX, left_s()):
+                raise translated from error
+            time.sleep(pause_s * random.uniform(0.5, 1) if pause_s == _PAUSE_S else pause_s)
     raise AssertionError
 
 
@@ -293,7 +320,9 @@ def translate_error(error: S3Error | BrokenConnection, what: str) -> CkptfsError
     if error.code == "NoSuchBucket":
         return CheckpointNotFound(f"{what}: there is no such bucket; check its name")
     if error.code in _TRANSIENT or error.status in _TRANSIENT_STATUS:
-        return StoreUnavailable(f"{what}: the store is busy or broken ({cause}); try again later")
+        busy = StoreUnavailable(f"{what}: the store is busy or broken ({cause}); try again later")
+        busy.retry_after_s = error.retry_after_s
+        return busy
     if error.code in _DENIED or error.status in (401, 403):
         return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
     return StoreError(f"{what}: {cause}")

@@ -6,22 +6,31 @@ kernel's copy, where pyarrow's S3 client takes 1.1 s (measured side by side, pla
 requests can be conditional, which pyarrow's cannot.
 
 A connection serves one request at a time, and is kept for the next one if its answer was read to
-the end. All methods block, and may be called from any thread. A silence of `timeout_s` ends a
-request, however long the whole of it takes.
+the end. All methods block, and may be called from any thread.
+
+**A request ends** with its answer, or with an error: when `timeout_s` pass in silence, when less
+comes than `_PROGRESS_BYTES` in twice that time, and in any case when the caller's deadline is over
+(see `deadline`). What has no limit of its own is the resolver: getaddrinfo(3) gives up when
+resolv.conf(5) says so.
 """
 
 import functools
 import http.client
+import io
 import re
 import select
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any, cast
 from xml.etree import ElementTree
 
+from ckptfs._store import deadline
 from ckptfs._store.awskeys import Chain
 from ckptfs._store.s3options import S3Options
 from ckptfs._store.sigv4 import encoded, encoded_query, signed
@@ -31,6 +40,12 @@ _IDLE_MAX = 32
 """Connections kept: as many as `connections_max` and the version checks use at the same time."""
 _IDLE_S = 15.0
 """How long one is kept: S3 ends those that are idle for longer than 20 s or so."""
+_PROGRESS_BYTES = 4 << 10
+"""Less than that in twice the longest silence (6 s) is as good as nothing: at such a speed all of
+the default's 16 connections together bring no block of 1 MiB within the default read deadline."""
+_ADDRESSES_MAX = 3
+"""Of one host, among which a connect shares its time: S3 has eight, and they rarely fail apart."""
+_RETRY_AFTER_S_MAX = 3600.0
 _ERROR_BYTES_MAX = 64 << 10
 """Of an answer that is an error, of which only code and message are of interest."""
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
@@ -48,12 +63,14 @@ class S3Error(Exception):
         status: Of HTTP.
         code: S3's name for it; "" where the server gave none (as always with HEAD).
         message: What the server said.
+        retry_after_s: How long the server asks to be left alone; 0: it did not say.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(f"{code or f'HTTP status {status}'}{': ' if message else ''}{message}")
         self.status = status
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class BrokenConnection(Exception):
@@ -71,7 +88,7 @@ class S3Client:
         bucket: Its name.
         options: Which server.
         keys: Gives the keys to sign with.
-        timeout_s: Longest silence, and longest connect.
+        timeout_s: Longest silence, and longest connect (with TLS, and a handshake as long again).
 
     Raises OSError: The certificates cannot be read; ValueError: The region cannot be one.
     """
@@ -166,6 +183,7 @@ class S3Client:
                 now = datetime.now(timezone.utc)
                 all_headers = signed(method, path, text, all_headers, body, keys, self._region, now)
             try:
+                connection.sock.settimeout(self._patience_s())
                 connection.request(method, target, body or None, all_headers)
                 return connection, connection.getresponse()
             except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError):
@@ -208,12 +226,45 @@ class S3Client:
                     dropped.append(connection)
         for connection in dropped:
             connection.close()
-        return (self._connection(host), False) if found is None else (found, True)
+        return (self._connected(host), False) if found is None else (found, True)
 
-    def _connection(self, host: str) -> http.client.HTTPConnection:
-        if self._tls is None:
-            return http.client.HTTPConnection(host, timeout=self._timeout_s)
-        return http.client.HTTPSConnection(host, timeout=self._timeout_s, context=self._tls)
+    def _connected(self, host: str) -> http.client.HTTPConnection:
+        kind = http.client.HTTPConnection if self._tls is None else http.client.HTTPSConnection
+        connection = kind(host)
+        sock = self._connect(connection.host, connection.port)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                sock.settimeout(self._patience_s())
+                sock = self._tls.wrap_socket(sock, server_hostname=connection.host)
+        except BaseException:
+            sock.close()
+            raise
+        connection.sock = sock
+        connection.response_class = functools.partial(_Answer, self._timeout_s)  # type: ignore[assignment]
+        return connection
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:_ADDRESSES_MAX]
+        except UnicodeError:
+            raise OSError(f"{host!r} is no name of a host") from None
+        failure = OSError("the host has no address")
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(self._patience_s() / len(found))
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure
+
+    def _patience_s(self) -> float:
+        """Longest wait for the next thing to happen, > 0. Raises TimeoutError."""
+        return min(self._timeout_s, _left_s())
 
     def _give_back(
         self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
@@ -222,6 +273,7 @@ class S3Client:
             response.close()
         if response.length or not response.isclosed() or response.will_close:
             connection.close()  # the answer was not read to its end, or is the last one
+            response.close()  # which the connection does not do where it is the last one
             return
         with self._lock:
             self._idle.append((time.monotonic(), connection))
@@ -229,6 +281,73 @@ class S3Client:
             dropped = self._idle.pop(0)[1] if is_full else None
         if dropped is not None:
             dropped.close()
+
+
+def read_all(response: http.client.HTTPResponse, bytes_max: int) -> bytes:
+    """The answer's body, or its first `bytes_max` bytes. To be called in the context of the
+    request. Raises BrokenConnection where it ends early, which `HTTPResponse.read` does not say."""
+    data = response.read(bytes_max)
+    if response.length and len(data) < bytes_max:
+        raise BrokenConnection(f"the answer ended {response.length} bytes early")
+    return data
+
+
+class _Answer(http.client.HTTPResponse):
+    """One whose reads end, see the module's text."""
+
+    def __init__(self, timeout_s: float, sock: socket.socket, *args: Any, **more: Any) -> None:
+        super().__init__(sock, *args, **more)
+        self._incoming = _Incoming(self.fp.detach(), sock, timeout_s)
+        self.fp = io.BufferedReader(cast("io.RawIOBase", self._incoming))
+
+    def begin(self) -> None:
+        """Read the head. What is missing of one that is cut would be taken to be absent."""
+        super().begin()
+        if self._incoming.has_ended:
+            raise http.client.IncompleteRead(b"")
+
+
+class _Incoming(io.RawIOBase):
+    """The bytes that come from the server for one answer; `raw` reads them from `sock`, whose own
+    timeout is that of silence."""
+
+    def __init__(self, raw: Any, sock: socket.socket, timeout_s: float) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._timeout_s = timeout_s
+        self._deadline_s = deadline.deadline_s()
+        self._counted_s = time.monotonic()  # since when `_count` bytes came
+        self._count = 0
+        self.has_ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        if self._deadline_s - time.monotonic() < self._timeout_s:
+            self._sock.settimeout(_left_s())
+        count: int = self._raw.readinto(buffer)
+        self._count += count
+        self.has_ended = not count
+        now_s = time.monotonic()
+        if count and now_s - self._counted_s > 2 * self._timeout_s:
+            if self._count < _PROGRESS_BYTES:
+                raise TimeoutError(
+                    f"no more than {self._count} bytes in {now_s - self._counted_s:.1f} s"
+                )
+            self._counted_s, self._count = now_s, 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _left_s() -> float:
+    left_s = deadline.left_s()
+    if left_s <= 0:
+        raise TimeoutError("the time for the request is over")
+    return left_s
 
 
 def read_into(response: http.client.HTTPResponse, buffer: memoryview) -> int:
@@ -270,7 +389,19 @@ def _error_of(response: http.client.HTTPResponse) -> S3Error:
             name = child.tag.rpartition("}")[2]
             if name in found:
                 found[name] = (child.text or "").strip()
-    return S3Error(response.status, found["Code"], found["Message"])
+    return S3Error(response.status, found["Code"], found["Message"], _retry_after_s(response))
+
+
+def _retry_after_s(response: http.client.HTTPResponse) -> float:
+    """RFC 9110, 10.2.3: seconds, or a date."""
+    text = response.headers.get("retry-after", "").strip()
+    if re.fullmatch("[0-9]{1,9}", text):
+        return min(float(text), _RETRY_AFTER_S_MAX)
+    try:
+        left_s = (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds()
+    except (ValueError, TypeError):  # the latter: a date of no time zone
+        return 0.0
+    return min(max(left_s, 0.0), _RETRY_AFTER_S_MAX)
 
 
 def _is_quiet(connection: http.client.HTTPConnection) -> bool:

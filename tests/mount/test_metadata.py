@@ -514,6 +514,7 @@ def behind(interposer: type[Forwarder], s3: S3Server, folder: Path) -> "Iterator
 
 
 def test_a_store_that_refuses_is_eacces(node: Node, s3: S3Server, small: Path) -> None:
+    node.expected_in_log.append(".metadata.json in s3://")
     (small / FILE).write_text('{"n": 1}')
     with behind(Interposer, s3, small) as (interposer, path):
         interposer.refuses = True
@@ -532,6 +533,7 @@ def test_a_store_that_refuses_is_eacces(node: Node, s3: S3Server, small: Path) -
 def test_an_answer_that_is_lost_leaves_one_whole_version(
     node: Node, s3: S3Server, small: Path
 ) -> None:
+    node.expected_in_log.append(".metadata.json in s3://")
     old, new = {"n": 1, "k": "x" * 5000}, {"n": 2, "k": "x" * 5000}
     (small / FILE).write_text(json.dumps(old))
     with behind(Interposer, s3, small) as (interposer, path):
@@ -547,6 +549,7 @@ def test_an_answer_that_is_lost_leaves_one_whole_version(
 
 
 def test_a_dark_store_ends_at_the_deadline(node: Node, s3: S3Server, small: Path) -> None:
+    node.expected_in_log.append(".metadata.json in s3://")
     node.configure(read_deadline_s=1, store_timeout_s=0.5)
     old = {"n": 1, "k": "x" * 5000}
     (small / FILE).write_text(json.dumps(old))

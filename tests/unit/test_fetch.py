@@ -397,7 +397,7 @@ async def test_transfers_that_come_back_late_write_nothing(
 
 
 async def _threads_ended(offload: Offload) -> None:
-    while offload._data.borrowed_tokens:  # noqa: ASYNC110 - nobody else knows when they end
+    while offload.threads():  # noqa: ASYNC110 - nobody else knows when they end
         await trio.sleep(0.002)
 
 

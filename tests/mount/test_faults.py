@@ -1,0 +1,55 @@
+"""Faults of the network through the real mount: the errno, the attribute, the log, and the end."""
+
+import errno
+import os
+import time
+from urllib.parse import quote
+
+import pytest
+from conftest import Node
+from faultserver import FaultServer, Object
+from unit.fakes import pattern
+
+import ckptfs
+
+pytestmark = pytest.mark.mount
+
+DATA = pattern(300_000)
+DEADLINE_S = 2.0
+FAULTS = {
+    "black hole": (errno.ETIMEDOUT, "did not answer"),
+    "trickling body": (errno.ETIMEDOUT, "did not answer"),
+    "cut in the body": (errno.ETIMEDOUT, "the answer ended after"),
+    "503, again in an hour": (errno.ETIMEDOUT, "SlowDown"),
+    "wrong range": (errno.EIO, "does it know ranges"),
+    "403 expired": (errno.EACCES, "ExpiredToken"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_network_through_the_mount(node: Node, fault: str) -> None:
+    code, cause = FAULTS[fault]
+    node.configure(read_deadline_s=DEADLINE_S, store_timeout_s=0.5)
+    node.expected_in_log.append("weights")
+    with FaultServer() as server:
+        server.objects["bucket/run/weights"] = Object(DATA, 1_500_000_000)
+        endpoint = quote(server.endpoint, safe="")
+        uri = f"s3://k:s@bucket/run?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+        with ckptfs.Checkpoint(uri).as_directory() as path:
+            file = f"{path}/weights"
+            server.fault = fault
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                began = time.monotonic()
+                with pytest.raises(OSError, check=lambda error: error.errno == code):
+                    os.pread(fd, 100, 0)
+                # The kernel's readahead fails first, and then it asks again: see SEMANTICS.md.
+                assert time.monotonic() - began < 2 * (DEADLINE_S + 1)
+                for place in (file, path):
+                    assert cause in os.getxattr(place, "user.ckptfs.error").decode()
+                assert os.getxattr(file, "user.ckptfs.state") == b"failing"
+                assert cause in node.log()
+                server.heal()
+                assert os.pread(fd, len(DATA), 0) == DATA
+            finally:
+                os.close(fd)
