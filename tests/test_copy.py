@@ -165,7 +165,7 @@ def test_copy_mode_needs_no_daemon(node: Node, checkpoint_dir: Path, uri_of: Uri
 def test_a_machine_that_cannot_mount_copies_with_a_warning(
     node: Node, checkpoint_dir: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(_: object) -> None:
+    def start(*_: object) -> None:
         raise ckptfs.CannotMount("cannot mount: /dev/fuse is missing")
 
     monkeypatch.setattr("ckptfs._client.start", start)

@@ -108,7 +108,7 @@ def kill_keeper(chaos: Chaos, chance: random.Random) -> None:
     with chaos.timeline.during(verdict.ENDED):
         chaos.kill(KEEPER, signal.SIGKILL)
         deadline_s = time.monotonic() + SUCCESSOR_WAIT_S
-        while chaos.node.processes(DAEMON) == [] or not chaos.daemon_answers():
+        while chaos.node.serving(DAEMON) == [] or not chaos.daemon_answers():
             chaos.wait(0.1)
             if time.monotonic() > deadline_s:
                 chaos.breach("gone", f"no daemon {SUCCESSOR_WAIT_S:g} s after its keeper")

@@ -123,9 +123,22 @@ class Node:
                         found.append(int(entry.name))
         return found
 
+    def serving(self, module: bytes) -> list[int]:
+        """The same, without a spare daemon: that has not locked the cache."""
+        pids = self.processes(module)
+        return [pid for pid in pids if module != DAEMON or self._has_cache(pid)]
+
+    def _has_cache(self, pid: int) -> bool:
+        found: set[str] = set()
+        with contextlib.suppress(OSError):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(os.readlink(fd).removesuffix(" (deleted)"))
+        return f"{self.cache}/lock" in found
+
     def sample(self, module: bytes) -> Sample | None:
         """What the daemon or the keeper takes; None if there is not exactly one."""
-        pids = self.processes(module)
+        pids = self.serving(module)
         if len(pids) != 1:
             return None
         folder = Path(f"/proc/{pids[0]}")

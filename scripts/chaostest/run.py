@@ -103,6 +103,7 @@ class Chaos:
         self.logs = logs
         self.contents = Contents(seed)
         self.passthrough = chance.random() < 0.4
+        spare = chance.random() < 0.7
         settings = {
             "linger_s": chance.choice((0.0, 0.3, 2.0)),
             "idle_exit_s": 20.0,
@@ -116,6 +117,7 @@ class Chaos:
             "span_bytes_max": chance.choice((1, 4, 8)) * MIB,
             "window_bytes_max": chance.choice((8, 32)) * MIB,
             "passthrough": self.passthrough,
+            "spare": spare,
         }
         self.restarts = "restart" in Config.__struct_fields__
         if self.restarts:
@@ -243,7 +245,7 @@ class Chaos:
 
     def kill(self, module: bytes, number: int) -> list[int]:
         """Send a signal to the daemon or the keeper; returns to whom."""
-        pids = self.node.processes(module)
+        pids = self.node.serving(module)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

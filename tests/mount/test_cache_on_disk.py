@@ -108,7 +108,7 @@ def test_an_object_written_again_in_the_same_second_is_not_served_from_the_cache
 def test_a_killed_daemons_cache_is_used(
     node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
-    node.expected_in_log.append("the daemon ended with -9")
+    node.expected_in_log.append("was killed by signal 9: starting the next one")
     contents = write_files(bucket, {"model": 20 * MIB + 7})
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
         assert Path(path, "model").read_bytes() == contents["model"]

@@ -113,12 +113,12 @@ async def read_of(vfs: Vfs, handle: int, offset: int, length: int) -> bytes:
 class View:
     """A `Vfs` with attachments of fake stores, and their extended attributes."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, fds: handoff.Fds | None = None) -> None:
         self.rig = rig
         self.released: list[Attachment] = []
         self.prefetched: list[tuple[Attachment, list[str]]] = []
         recogniser = Recogniser(rig.fetcher, rig.offload, rig.nursery)
-        self.fds = handoff.create()
+        self.fds = fds or handoff.create()
         self.handoff = handoff.Handoff(self.fds)
         handles = self.handoff.handles
         self.vfs = Vfs(rig.fetcher, recogniser, rig.cache, handles, 1, 2, self.released.append)

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs.errors import AccessDenied
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 3, 14, 15, 18, 25, 27
-INTERRUPT, BATCH_FORGET, READDIRPLUS = 36, 42, 44
+REMOVEXATTR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 24, 36, 42, 44
 KEEP_CACHE, CACHE_DIR, PASSTHROUGH = 2, 8, 128
 SIZE = 2 * MIB + 77
 CONTENT = pattern(SIZE)
@@ -312,6 +313,117 @@ async def test_a_failed_open_is_none(ends: Ends, ioctl: Ioctl) -> None:
     await _kernel_releases(ends)
     assert await _kernel_opens(ends, 3) == open_out(0, PASSTHROUGH, 1)
     await _kernel_releases(ends)
+
+
+# -- after another daemon
+
+
+async def _next(ends: Ends) -> Ends:
+    """The relay of the next daemon, on the same memory and with the same attachment."""
+    old = ends.view
+    view = View(old.rig, old.fds)
+    attachment = old.attachments[0]
+    old.vfs.remove(attachment)  # it is dead
+    attachment.open_handles = 0
+    view.attachments.append(attachment)
+    view.vfs.add(attachment)
+    after = Ends(view)
+    after.relay.take_over()
+    return after
+
+
+async def test_what_was_carried_out_and_is_asked_again(ends: Ends) -> None:
+    again = 1 << 63
+    attachment = ends.view.attachments[0]
+    inode = ends.view.stat(attachment, "a.bin").inode
+    handles = ends.view.handoff.handles
+    known, unheard, gone = _open(ends), _open(ends), _open(ends)
+    handles.replying(known, 1)
+    handles.replied(known)
+    handles.replying(unheard, 2)  # killed before, or after, the kernel got the reply
+    assert handles.free(gone)  # killed before it could answer to the release
+    after = await _next(ends)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(after.relay.run)
+        assert await after.answer() == struct.pack("<IiQ", 16, 7, 0)  # FUSE_NOTIFY_RESEND
+        after.ask(read_request(5 | again, known, 3, 10))
+        assert await after.answer() == reply(5 | again, CONTENT[3:13])
+        assert after.view.attachments[0].open_handles == 2
+        after.ask(request(OPEN, 2 | again, inode, b"\0" * 8))
+        await after.asked()
+        opened = _open(after)
+        after.say(reply(2 | again, open_out(opened)))
+        assert await after.answer() == reply(2 | again, open_out(opened))
+        assert after.view.attachments[0].open_handles == 2
+        assert {handle.number for handle in after.view.handoff.handles.open_handles()} == {
+            known,
+            opened,
+        }
+        for handle in (gone, unheard):
+            after.ask(request(RELEASE, 7 | again, inode, struct.pack("<QIIQ", handle, 0, 0, 0)))
+            assert await after.answer() == reply(7 | again)
+        assert after.view.attachments[0].open_handles == 2
+        for error, told in ((errno.ENODATA, 0), (errno.EROFS, errno.EROFS), (0, 0)):
+            after.ask(request(REMOVEXATTR, 8 | again, inode, b"user.ckptfs.meta.a\0"))
+            await after.asked()
+            after.say(reply(8 | again, error=error))
+            assert await after.answer() == reply(8 | again, error=told)
+        after.ask(request(REMOVEXATTR, 9, inode, b"user.ckptfs.meta.a\0"))
+        await after.asked()
+        after.say(reply(9, error=errno.ENODATA))
+        assert await after.answer() == reply(9, error=errno.ENODATA)
+        nursery.cancel_scope.cancel()
+    after.close()
+
+
+async def test_what_an_opener_that_was_killed_had_opened_is_closed(
+    tmp_path: Path, store: FakeStore, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with relay_in(tmp_path, store) as ends:
+        inode = ends.view.stat(ends.view.attachments[0], "a.bin").inode
+        handles = ends.view.handoff.handles
+        with subprocess.Popen(["true"]) as dead:
+            dead.wait()
+        dead_ones, living = (
+            ends.view.vfs.open(inode, dead.pid),
+            ends.view.vfs.open(inode, os.getpid()),
+        )
+        for handle in (dead_ones, living):
+            handles.replying(handle, 1 + handle % 2)
+        after = await _next(ends)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(after.relay.run)
+            assert after.view.attachments[0].open_handles == 2
+            await trio.sleep(6)
+            [kept] = after.view.handoff.handles.open_handles()
+            assert (kept.number, kept.request) == (living, 0)
+            assert after.view.attachments[0].open_handles == 1
+            nursery.cancel_scope.cancel()
+        after.close()
+
+
+async def test_the_next_daemon_leaves_what_the_kernel_reads(ends: Ends, ioctl: Ioctl) -> None:
+    await _kernel_opens(ends, 1)
+    await _cache_whole(ends)
+    await _kernel_releases(ends)
+    assert await _kernel_opens(ends, 2) == open_out(0, PASSTHROUGH, 1)
+    [handle] = ends.kernel_handles
+    ends.view.vfs.take_back(ends.view.stat(ends.view.attachments[0], "a.bin").inode)  # it is dead
+    after = await _next(ends)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(after.relay.run)
+        await after.answer()
+        file = after.view.attachments[0].file(0)
+        assert file.entry.lent == 1
+        assert await _kernel_opens(after, 3) == open_out(0, PASSTHROUGH, 1)
+        await _kernel_releases(after)
+        assert file.entry.lent == 1
+        after.kernel_handles.append(handle)
+        await _kernel_releases(after)
+        assert not after.view.vfs._lent
+        assert not ioctl.registered
+        nursery.cancel_scope.cancel()
+    after.close()
 
 
 @pytest.mark.parametrize(
