@@ -50,10 +50,12 @@ _LOCK_WAIT_S = 10.0
 _PRIVATE_IDLE_S = 10.0
 """A private daemon serves one process and its children: nobody else comes."""
 _DEATHS_WITHIN_S = 600.0
-_SHORT_LIFE_S = 1.0
-_PAUSE_S = 0.1
-_PAUSE_S_MAX = 5.0
-"""A daemon that did not live for long is followed by the next one after a pause; it doubles."""
+_SHORT_LIFE_S = 0.5
+_SHORT_LIVES_MAX = 3
+_PAUSE_S = 1.0
+"""After so many short lives in a row the next daemon has to wait: what kills them may pass."""
+_BEFORE_SPARE_S = 0.25
+"""Let who has waited for the daemon have the processor first."""
 _LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
 _SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
@@ -201,7 +203,7 @@ class Keeper:
     def run(self) -> None:
         """Have a daemon run until one has ended by itself, or too many have died."""
         deaths: list[float] = []
-        pause_s = 0.0
+        short_lives = 0
         while not self._is_ending:
             began_s = time.monotonic()
             how = self._wait()
@@ -216,25 +218,26 @@ class Keeper:
                 if why_not:
                     _say(f"the daemon {how}: ending the mount, because {why_not}")
                     return
-            lived = now_s - began_s > _SHORT_LIFE_S
-            pause_s = 0.0 if lived else min(2 * pause_s or _PAUSE_S, _PAUSE_S_MAX)
+            short_lives = short_lives + 1 if now_s - began_s < _SHORT_LIFE_S else 0
             _say(f"the daemon {how}: starting the next one")
-            time.sleep(pause_s)
+            time.sleep(_PAUSE_S if short_lives > _SHORT_LIVES_MAX else 0)
             self._start_next()
 
     def _wait(self) -> str:
         """Wait for the daemon's end. Returns how it ended; "": as it should."""
         assert self._daemon is not None
         heart = Heart(self._held.memory)
+        wait_s = _BEFORE_SPARE_S
         while True:
-            how = self._daemon.wait(handoff.BEAT_S)
+            how = self._daemon.wait(wait_s)
             if how is not None:
                 return how
-            if heart.look():
-                self._daemon.end(at_once=True)
-                return "was stuck"
             if self._spare is None and self._has_spare():
                 self._spare = self._new_process(after_another=True)
+            if wait_s == handoff.BEAT_S and heart.look():
+                self._daemon.end(at_once=True)
+                return "was stuck"
+            wait_s = handoff.BEAT_S
 
     def _has_spare(self) -> bool:
         config = self._held.config
