@@ -56,9 +56,6 @@ def main() -> None:
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
     config = msgspec.json.decode(settings, type=Config)
     _raise_descriptor_limit()
-    # Credentials in our memory are for no core file; 1 is the limit that also keeps the dump from a
-    # program that takes dumps (fs/coredump.c).
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     table, *logs = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store
@@ -127,6 +124,7 @@ async def _run(
         relay = Relay(fuse_fd, libfuse, service.vfs, lent, handoff.handles, fuse.errno_of)
         operations.before_reply = relay.deliver
         if after_another:
+            handoff.restarted()
             await service.restore()
             relay.take_over()
             service.restored()

@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable, Generator
@@ -205,10 +206,10 @@ def _process_of(thread: int) -> int:
     """The process that a thread belongs to: FUSE tells the thread's id. See proc(5)."""
     try:
         with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
-            head = file.read(512)  # it is one of the first lines
+            found = re.search(rb"\nTgid:\s*(\d+)", file.read(4096))  # it is one of the first lines
     except OSError:  # it is gone, or in a namespace that we do not see
         return thread
-    return int(head.partition(b"\nTgid:")[2].split(maxsplit=1)[0])
+    return int(found[1]) if found else thread
 
 
 def _entry(found: Stat) -> pyfuse3.EntryAttributes:

@@ -47,6 +47,7 @@ _U64 = struct.Struct("<Q")
 _AT_MAGIC, _AT_BEAT, _AT_ORDINAL, _AT_TOP, _AT_LOG = 0, 8, 16, 24, 32
 _AT_END = 40, 48
 """Lengths of the two logs."""
+_AT_RESTARTS = 56
 _SLOT = struct.Struct("<BBxxIIiQQ16s")
 """State, whether it is a directory, process, generation, backing id, inode, request, digest."""
 _FREE, _RESERVED, _REPLYING, _OPEN = range(4)
@@ -111,6 +112,15 @@ class Handoff:
     def beat(self) -> None:
         """Say that the event loop is alive."""
         self._set(_AT_BEAT, self._get(_AT_BEAT) + 1)
+
+    def restarted(self) -> None:
+        """Count that a daemon has followed another one."""
+        self._set(_AT_RESTARTS, self.restarts + 1)
+
+    @property
+    def restarts(self) -> int:
+        """How many daemons there were before this one."""
+        return self._get(_AT_RESTARTS)
 
     def next_ordinal(self) -> int:
         """A number for an attachment that no other one ever had in this mount, from 1 on."""

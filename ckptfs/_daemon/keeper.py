@@ -23,6 +23,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -97,6 +98,9 @@ class _Report:
 
 
 def _run(private: bool, report: _Report, stack: contextlib.ExitStack) -> None:
+    # Credentials in our memory, and the daemon's, are for no core file; 1 is the limit that also
+    # keeps the dump from a program that takes dumps (fs/coredump.c).
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     config = load_config()
     if importlib.util.find_spec("pyfuse3") is None or importlib.util.find_spec("trio") is None:
         raise CannotMount("cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'")

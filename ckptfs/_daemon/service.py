@@ -489,6 +489,7 @@ class Service:
             fetched_bytes=self._fetcher.fetched_bytes,
             fetched_spans=self._fetcher.fetched_spans,
             passthrough=self._passthrough,
+            restarts=self._handoff.restarts,
             attachments=[
                 self._status_of(a) for a in self._attachments.values() if self._may_see(uid, a)
             ],

@@ -98,7 +98,7 @@ class Vfs:
         self._by_name: dict[bytes, Attachment] = {}
         self._open: dict[int, tuple[RemoteFile, int]] = {}  # file and inode by handle
         self._lent: dict[int, CachedObject] = {}  # those that the kernel reads itself, by inode
-        self._directories: dict[int, tuple[int, list[tuple[bytes, Stat]] | None]] = {}
+        self._directories: dict[int, tuple[int, list[bytes] | None]] = {}  # inode and names
 
     # -- attachments
 
@@ -179,17 +179,16 @@ class Vfs:
             attachment.open_handles += 1
 
     def readdir(self, handle: int, start: int) -> Iterator[tuple[bytes, Stat, int]]:
-        """Entries from position `start` on: name, attributes and the position after it."""
-        inode, entries = self._directories.get(handle, (0, None))
-        if entries is None or start == 0:
-            if inode == MOUNT_ROOT:
-                entries = [(n, _stat(a, a.tree.root)) for n, a in self._by_name.items()]
-            else:
-                attachment, node = self.find(inode)
-                entries = [(n, _stat(attachment, child)) for n, child in node.children.items()]
-            self._directories[handle] = inode, entries
-        for position in range(start, len(entries)):
-            yield *entries[position], position + 1
+        """Entries from position `start` on: name, attributes and the position after it. Names are
+        those of when it was read from the start; one that is gone since is left out."""
+        inode, names = self._directories.get(handle, (0, None))
+        within = self._by_name if inode == MOUNT_ROOT else self.find(inode)[1].children
+        if names is None or start == 0:
+            names = list(within)
+            self._directories[handle] = inode, names
+        for position in range(start, len(names)):
+            if names[position] in within:
+                yield names[position], self.lookup(inode, names[position]), position + 1
 
     def _close_directory(self, handle: int) -> None:
         inode, _ = self._directories.pop(handle, (0, None))

@@ -170,6 +170,7 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class StatusReply(Message, frozen=True, tag="status-reply"):
     """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started.
+    `restarts`: how many daemons have served the mount before this one.
     `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself."""
 
     version: str
@@ -181,6 +182,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     fetched_bytes: int
     fetched_spans: int
     passthrough: str
+    restarts: int
     attachments: list[AttachmentStatus]
 
 

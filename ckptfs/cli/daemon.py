@@ -72,7 +72,8 @@ def status(as_json: output.JsonOption = False) -> None:
         output.print_json(reply)
         return
     limit = f" of at most {output.size(reply.cache_bytes_max)}" if reply.cache_bytes_max else ""
-    print(f"ckptfs {reply.version}, pid {reply.pid}, mounted on {reply.mount}")
+    restarts = f", restarted {reply.restarts} times" if reply.restarts else ""
+    print(f"ckptfs {reply.version}, pid {reply.pid}{restarts}, mounted on {reply.mount}")
     print(f"cache {reply.cache_dir}: {output.size(reply.cache_bytes)}{limit}")
     print(f"fetched {output.size(reply.fetched_bytes)} in {reply.fetched_spans} requests")
     print(f"passthrough {reply.passthrough}")

@@ -195,12 +195,20 @@ def damage(chaos: Chaos, chance: random.Random) -> None:
 
     Not where the kernel reads the cache by itself: those blocks nobody checks, as promised.
     """
-    files = sorted(chaos.node.cache.glob("objects/*/*/data"))
+    files = in_cache(chaos, "data")
     for path in chance.sample(files, min(len(files), chance.randint(1, 4))):
         if chaos.passthrough or chance.random() < 0.2:
             path = path.with_name(chance.choice(("map", "about.json")))
         with contextlib.suppress(OSError):  # it was just evicted
             flip(path, chance)
+
+
+def in_cache(chaos: Chaos, name: str) -> list[Path]:
+    """The objects' files of that name; none if a folder goes while they are looked for."""
+    try:
+        return sorted(chaos.node.cache.glob(f"objects/*/*/{name}"))
+    except FileNotFoundError:
+        return []
 
 
 def flip(path: Path, chance: random.Random) -> None:
@@ -227,7 +235,7 @@ def flip(path: Path, chance: random.Random) -> None:
 
 def forget(chaos: Chaos, chance: random.Random) -> None:
     """The kernel forgets what it has of the cache: blocks come from the disk, checked."""
-    for path in chaos.node.cache.glob("objects/*/*/data"):
+    for path in in_cache(chaos, "data"):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -236,7 +244,7 @@ def forget(chaos: Chaos, chance: random.Random) -> None:
 
 def remove_cached(chaos: Chaos, chance: random.Random) -> None:
     """Somebody cleans up in the cache's folder."""
-    files = sorted(chaos.node.cache.glob("objects/*/*/*"))
+    files = in_cache(chaos, "*")
     for path in chance.sample(files, min(len(files), 3)):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -334,6 +334,8 @@ def test_a_restart_replaces_daemon_and_keeper(
             assert node.here("restart").stdout == ""
             after = node.status()["pid"]
             assert after != before
+            assert node.status()["restarts"] == 1
+            assert "restarted 1 times" in node.here("status").stdout
             assert not os.path.exists(f"/proc/{before}")
             assert keepers(node) == [keeping]  # of the same number, which now runs another program
             command = Path(f"/proc/{keeping}/cmdline").read_bytes()

@@ -80,6 +80,8 @@ def test_ordinals_and_heartbeats_go_on(fds: Fds) -> None:
     second = Handoff(fds)
     assert second.next_ordinal() == 3
     second.beat()
+    second.restarted()
+    assert Handoff(fds).restarts == 1
     assert handoff.beats(fds) == 2
 
 

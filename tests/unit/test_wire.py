@@ -60,6 +60,7 @@ REPLIES: list[Reply] = [
         cache_bytes_max=0,
         fetched_bytes=1,
         passthrough="on",
+        restarts=3,
         fetched_spans=2,
         attachments=[
             AttachmentStatus(
