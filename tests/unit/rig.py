@@ -4,6 +4,7 @@
 metadata and bytes of attachments of fake stores.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -180,5 +181,9 @@ async def view_in(directory: Path, **settings: object) -> AsyncIterator[View]:
     """A view whose cache is in `directory`; all of it ends with the block."""
     async with rig_in(directory, **settings) as rig:
         view = View(rig)
-        yield view
-        await view.quiet()
+        try:
+            yield view
+            await view.quiet()
+        finally:
+            for fd in view.fds.all():
+                os.close(fd)

@@ -23,6 +23,8 @@ from faultserver import ANSWERS, CONNECTIONS, FaultServer, Object
 from unit.fakes import FakeStore, pattern
 from unit.rig import Rig, rig_in
 
+from ckptfs._daemon import handoff
+from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.service import Service
 from ckptfs._model.location import Location
@@ -229,7 +231,14 @@ class Daemon:
         self.rig = rig
         self.location = location
         self.service = Service(
-            rig.config, rig.cache, rig.fetcher, rig.offload, rig.nursery, repr, open_store
+            rig.config,
+            rig.cache,
+            rig.fetcher,
+            rig.offload,
+            rig.nursery,
+            repr,
+            open_store,
+            Handoff(handoff.create()),
         )
 
     async def begin(self) -> None:
