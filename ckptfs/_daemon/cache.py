@@ -281,12 +281,10 @@ class Cache:
         if not self._nowait:
             return False
         try:
-            # A short read is not the end of the file: see RWF_NOWAIT, preadv(2).
-            while count := disk.read_cached(entry.files.data, view, offset, self._nowait):
-                if count == len(view):
-                    return True
-                view = view[count:]
-                offset += count
+            # A short read is not the end of the file (see RWF_NOWAIT, preadv(2)): the kernel may
+            # have begun to read the rest, which is not checked then.
+            if disk.read_cached(entry.files.data, view, offset, self._nowait) == len(view):
+                return True
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 self._nowait = 0  # a file system without it: every read takes a thread
