@@ -23,7 +23,7 @@ ATTACHMENT_FIELDS = {
 }
 STATUS_FIELDS = {
     *("version", "pid", "mount", "cache_dir", "cache_bytes", "cache_bytes_max"),
-    *("fetched_bytes", "fetched_spans", "passthrough", "attachments"),
+    *("fetched_bytes", "fetched_spans", "passthrough", "restarts", "attachments"),
 }
 
 
