@@ -349,7 +349,10 @@ class Keeper:
 
     def _start_daemon(self, *, after_another: bool) -> None:
         self._daemon, self._spare = self._spare, None
-        if self._daemon is None or self._daemon.wait(0) is not None:
+        if self._daemon is not None and self._daemon.wait(0) is not None:
+            self._daemon.end(at_once=True)  # the spare one has died: give its pipe back
+            self._daemon = None
+        if self._daemon is None:
             self._daemon = self._new_process(after_another=after_another)
         self._daemon.activate(self._held.config, self._pickled)
 

@@ -1,7 +1,7 @@
 """A daemon's process, as its keeper has it.
 
-It is made in two steps, because most of its start is importing: from `spawn` on it does that, and
-then waits for its configuration, which `activate` gives it. So a spare one takes over in a moment.
+It starts in two steps, because most of its start is importing: that it does by itself, and then it
+waits for its configuration, which `activate` gives it. So a spare one takes over in a moment.
 """
 
 import contextlib
@@ -51,7 +51,6 @@ class DaemonProcess:
         *,
         after_another: bool,
     ) -> None:
-        self._memory = memory
         self._ready, theirs = os.pipe()
         options = {
             "--fuse-fd": fuse_fd,
@@ -83,8 +82,8 @@ class DaemonProcess:
             given.write(msgspec.json.encode(config) + b"\n" + pickled)
             given.close()
         line = read_line(self._ready, READY_WAIT_S)
-        os.close(self._ready)
-        raise_reported(line, "the daemon did not come up; see its log")
+        self._close_ready()
+        _raise_reported(line, "the daemon did not come up; see its log")
 
     def wait(self, timeout_s: float) -> str | None:
         """Wait for its end: how that was, "" if as it should; None: the time is over."""
@@ -105,12 +104,18 @@ class DaemonProcess:
 
     def end(self, *, at_once: bool = False) -> None:
         """Have it ended; `at_once`: not asking it."""
+        self._close_ready()
         if not at_once:
             self.terminate()
             if self.wait(_END_WAIT_S) is not None:
                 return
         self._process.kill()
         self.wait(_END_WAIT_S)  # a dead disk may keep it for longer
+
+    def _close_ready(self) -> None:
+        if self._ready >= 0:
+            os.close(self._ready)
+            self._ready = -1
 
 
 class Heart:
@@ -143,7 +148,7 @@ def read_line(fd: int, timeout_s: float) -> bytes:
     return line
 
 
-def raise_reported(line: bytes, otherwise: str) -> None:
+def _raise_reported(line: bytes, otherwise: str) -> None:
     """Raise the error that a report names; without a report, DaemonError with the text
     `otherwise`."""
     told: Any = json.loads(line) if line else {"code": DaemonError.code, "message": otherwise}

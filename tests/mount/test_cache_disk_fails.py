@@ -92,19 +92,7 @@ def test_a_disk_that_becomes_read_only(
     node: Node, bucket: Path, uri_of: UriOf, passthrough: bool
 ) -> None:
     node.configure(cache_bytes_max=20 * MIB, passthrough=passthrough)
-    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
-    with (
-        disk_of(node) as disk,
-        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
-        Path(path, "b").open("rb") as held,
-    ):
-        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
-        assert Path(path, "a").read_bytes() == contents["a"]
-        node.wait_quiet()
-        disk.become_read_only()
-        for seed in range(2):
-            read_everywhere(path, contents, seed)
-        assert held.read() == contents["b"][3 * MIB :]
+    _read_on_after(lambda disk: disk.become_read_only(), node, bucket, uri_of)
 
 
 @pytest.mark.parametrize("passthrough", [True, False], ids=["passthrough", "ordinary"])
@@ -112,6 +100,12 @@ def test_a_disk_that_breaks_down(
     node: Node, bucket: Path, uri_of: UriOf, passthrough: bool
 ) -> None:
     node.configure(cache_bytes_max=20 * MIB, passthrough=passthrough)
+    _read_on_after(lambda disk: disk.break_down(), node, bucket, uri_of)
+
+
+def _read_on_after(
+    fault: Callable[[Disk], object], node: Node, bucket: Path, uri_of: UriOf
+) -> None:
     contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
     with (
         disk_of(node) as disk,
@@ -121,7 +115,7 @@ def test_a_disk_that_breaks_down(
         assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
         assert Path(path, "a").read_bytes() == contents["a"]
         node.wait_quiet()
-        disk.break_down()
+        fault(disk)
         for seed in range(2):
             read_everywhere(path, contents, seed)
         assert held.read() == contents["b"][3 * MIB :]
