@@ -23,7 +23,7 @@ from unit.test_control import Client, Server
 from unit.test_service import ELSEWHERE, PLACE, SETTINGS
 
 from ckptfs._daemon import control as control_module
-from ckptfs._daemon import service as service_module
+from ckptfs._daemon import limits as limits_module
 from ckptfs._model.location import Location
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
@@ -66,7 +66,7 @@ async def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> As
 @pytest.fixture
 def as_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever connects is taken for one of the other users, who are served."""
-    for module in (control_module, service_module):
+    for module in (control_module, limits_module):
         monkeypatch.setattr(module, "is_ours", lambda uid: False)
 
 
@@ -227,7 +227,7 @@ async def test_files_of_all_attachments_are_limited(
 async def test_one_user_has_a_quarter_of_the_prefetches(
     server: Server, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "_PREFETCHES_MAX", 4)
+    monkeypatch.setattr("ckptfs._daemon.prefetches._PREFETCHES_MAX", 4)
     server.stores[PLACE.path] = FakeStore({"a": bytes(20 * MIB)})
     theirs, ours = await server.attach(uid=OTHER), await server.attach()
     running = server.service.prefetch(theirs, ["*"], MIB)
@@ -282,7 +282,7 @@ async def test_one_users_dark_stores_leave_threads_to_others(
         assert threads.most == 8
         with trio.move_on_after(0.5):  # given up before it is begun
             await server.attach(Location("s3", "bucket/x", {"anonymous": True}), OTHER)
-        assert not server.service._at_store
+        assert not server.service._store_calls._under_way
 
 
 # -- single messages
@@ -457,16 +457,16 @@ def test_whatever_clients_do_the_daemon_goes_on(
             await trio.sleep(1000)
             service, control = server.service, server.control
             assert (service._clients, control._connections, control._users) == (0, 0, {})
-            assert not service._locks
-            assert not service._at_store
-            assert not service._outages
-            assert not sum(service._prefetches.values())
-            assert all(not a.clients for a in service._attachments.values())
+            assert not service._attaching._locks
+            assert not service._store_calls._under_way
+            assert not service._attaching._outages
+            assert not sum(service._prefetches._running.values())
+            assert all(not a.clients for a in service.attachments)
             assert not service.stopped.is_set()
 
     with pytest.MonkeyPatch.context() as patch:
         if is_other:
-            for module in (control_module, service_module):
+            for module in (control_module, limits_module):
                 patch.setattr(module, "is_ours", lambda uid: False)
         clock = MockClock(autojump_threshold=0)
         trio.run(main, clock=clock)

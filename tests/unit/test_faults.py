@@ -353,7 +353,7 @@ async def test_each_fault_of_the_network_in_each_operation_of_the_daemon(
                     except CkptfsError as error:
                         wrong.append(f"{fault} × {operation}, healed: {error!r}")
                 await rig.quiet()
-                for attachment in list(daemon.service._attachments.values()):
+                for attachment in daemon.service.attachments:
                     daemon.service.detach(attachment, force=True)
 
     ready: list[str] = []

@@ -206,10 +206,10 @@ async def test_the_limit_holds_for_attaches_at_the_same_time(
     assert len(refused) == 2
 
 
-async def test_the_number_of_objects_is_limited(bench: Bench, autojump_clock: MockClock) -> None:
-    bench.service._config = msgspec.structs.replace(bench.rig.config, files_max=1)
-    with pytest.raises(LimitExceeded, match="files_max"):
-        await bench.attach()
+async def test_the_number_of_objects_is_limited(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with rig_in(tmp_path, InlineOffload(), **SETTINGS, files_max=1) as rig:
+        with pytest.raises(LimitExceeded, match="files_max"):
+            await Bench(rig).attach()
 
 
 # -- the end of an attachment
@@ -518,11 +518,11 @@ async def test_idle_means_no_client_and_no_attachment_for_a_while(
     assert ended.is_set()
 
 
-async def test_a_daemon_may_stay_for_ever(bench: Bench, autojump_clock: MockClock) -> None:
-    bench.service._config = msgspec.structs.replace(bench.rig.config, idle_exit_s=0)
-    with trio.move_on_after(10_000) as scope:
-        await bench.service.wait_idle()
-    assert scope.cancelled_caught
+async def test_a_daemon_may_stay_for_ever(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with rig_in(tmp_path, InlineOffload(), **(SETTINGS | {"idle_exit_s": 0})) as rig:
+        with trio.move_on_after(10_000) as scope:
+            await Bench(rig).service.wait_idle()
+        assert scope.cancelled_caught
 
 
 async def test_stop_is_refused_while_something_is_open(
@@ -623,7 +623,7 @@ async def test_the_next_daemon_knows_what_has_changed_since(bench: Bench) -> Non
     assert (same.inode, same.size, same.mtime_ns) == (shown.inode, shown.size, shown.mtime_ns)
     assert found.file(0).pin.etag == '"learned"'
     assert not found.pinned
-    assert after.service._opened[found.key] == newer
+    assert after.service.attachments.opened_for(found) == newer
     assert "secret" not in repr(found.location)
 
 
@@ -645,7 +645,7 @@ async def test_the_next_daemon_goes_on_with_prefetches(
     attachment = await bench.attach(pinned=True)
     bench.service.prefetch_unheld(attachment, ["c"])
     await trio.sleep(1)
-    bench.service._remove(attachment)
+    bench.service.attachments.remove(attachment)
     bench.handoff.journal.append(
         1, records.encoded(records.Made(PLACE, attachment.manifest, ME, ME, 1.0))
     )
@@ -655,7 +655,7 @@ async def test_the_next_daemon_goes_on_with_prefetches(
     bench.offload.latency_s = {}
     after = await next_daemon(bench)
     await trio.sleep(5)
-    [found] = after.service._attachments.values()
+    [found] = after.service.attachments
     cached = [path for path in ("a/b", "c") if after.store(PLACE).reads(path)]
     assert cached == ["c"]
     kinds = [type(event).__name__ for event in records.recorded(bench.handoff.journal)[1]]

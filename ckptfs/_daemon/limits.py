@@ -1,0 +1,116 @@
+"""What each user of the node may do, and how much of everything is theirs.
+
+Limits hold for all users together. Of each, one user other than root and the daemon's own may take
+a quarter (`limit_for`), so that nobody is shut out by one of the others.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import ParamSpec, TypeVar
+
+import trio
+
+from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.offload import Offload
+from ckptfs._model.config import Config
+from ckptfs._model.location import Location
+from ckptfs._store.lending import lent_for
+from ckptfs.errors import AccessDenied, LimitExceeded
+
+_AT_STORE_MAX = 8
+"""Listings and checks for one of the other users at the same time, of the sixteen that there can be
+(``offload``): who attaches at stores that do not answer keeps nobody else waiting."""
+_ONE_USERS_SHARE = 4
+"""One of the other users may take the fourth part of what there is for all."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_ours(uid: int) -> bool:
+    """Whether it is root or the daemon's own user, for whom there are no limits of a user."""
+    return uid in (0, os.geteuid())
+
+
+def limit_for(uid: int, limit: int) -> int:
+    """How much of a limit that user may take."""
+    return limit if is_ours(uid) else max(1, limit // _ONE_USERS_SHARE)
+
+
+def may_see(uid: int, attachment: Attachment) -> bool:
+    """Whether that user may know of the attachment."""
+    return uid in (0, attachment.uid)
+
+
+def check_rights(uid: int, location: Location, config: Config) -> None:
+    """Raise AccessDenied where the daemon would lend its own rights to another user."""
+    if is_ours(uid) or config.lend_daemon_rights:
+        return
+    if lent := lent_for(location):
+        raise AccessDenied(
+            f"{location.uri} would be read with the ckptfs daemon's own {lent}, which are not "
+            f"for uid {uid}; give credentials of your own (e.g. AWS_ACCESS_KEY_ID), or start a "
+            "daemon of your own (CKPTFS_SOCKET), or have lend_daemon_rights set"
+        )
+
+
+def check_attached(
+    uid: int, attached: Iterable[Attachment], config: Config, more_files: int = 0
+) -> None:
+    """Raise LimitExceeded where one more checkpoint, with so many files, is too much for that user
+    or for all of them."""
+    attached = list(attached)
+    own = [a for a in attached if a.uid == uid]
+    for those, who, share in ((own, uid, " for one user"), (attached, os.geteuid(), "")):
+        if len(those) >= limit_for(who, config.attachments_max):
+            raise LimitExceeded(
+                f"{len(those)} checkpoints are attached, the most that attachments_max allows"
+                f"{share}; detach one, or raise it"
+            )
+        files = sum(len(a.manifest.files) for a in those)
+        if files + more_files > limit_for(who, config.attached_files_max):
+            raise LimitExceeded(
+                f"{files} files are attached, and {more_files} more are more than "
+                f"attached_files_max allows{share}; detach a checkpoint, or raise it"
+            )
+
+
+class StoreCalls:
+    """Small requests to stores, of which each of the other users has `_AT_STORE_MAX` under way."""
+
+    def __init__(self, offload: Offload) -> None:
+        self._offload = offload
+        self._under_way: dict[int, trio.CapacityLimiter] = {}  # by user, for all but ours
+
+    async def run(self, uid: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a request for that user. A call that nobody waits for any more still counts, until
+        its thread is free."""
+        if is_ours(uid):
+            return await self._offload.control(call, *args, **kwargs)
+        limiter = self._under_way.setdefault(uid, trio.CapacityLimiter(_AT_STORE_MAX))
+        borrower = object()
+        loop = trio.lowlevel.current_trio_token()
+        begun = False
+
+        def give_back() -> None:
+            if borrower in limiter.statistics().borrowers:
+                limiter.release_on_behalf_of(borrower)
+            if not limiter.statistics().borrowers and not limiter.statistics().tasks_waiting:
+                self._under_way.pop(uid, None)
+
+        def counted() -> T:
+            nonlocal begun
+            begun = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                with suppress(trio.RunFinishedError):
+                    loop.run_sync_soon(give_back)
+
+        await limiter.acquire_on_behalf_of(borrower)
+        try:
+            return await self._offload.control(counted)
+        finally:
+            if not begun:
+                give_back()
