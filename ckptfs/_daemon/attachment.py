@@ -13,6 +13,7 @@ from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import RemoteFile, State, stamped
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
+from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
@@ -71,6 +72,7 @@ class Attachment:
         attached_s: When, seconds since the epoch.
         idle_since_s: When its last holder went (event loop time).
         record: Writes down what the next daemon has to know.
+        trace: How it is read; None until it is shown.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Attachment:
         self.pinned = False
         self.idle_since_s = 0.0
         self.record: Record = unrecorded
+        self.trace: Trace | None = None
 
     @property
     def in_use(self) -> bool:
@@ -127,6 +130,11 @@ class Attachment:
     def key(self) -> tuple[int, str]:
         """Equal for attachments that can be shared: the same user and the same place."""
         return self.uid, self.location.identity
+
+    def about(self) -> About:
+        """What its trace says of it."""
+        at = self.location.uri, self.manifest.version, self.attached_s
+        return About(*at, self.file_count, self.size)
 
     def file(self, index: int) -> RemoteFile:
         """The state of the file at that position of `listed`, kept from now on."""

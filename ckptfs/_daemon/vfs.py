@@ -303,6 +303,8 @@ class Vfs:
         if entry is None:
             return -1
         file.served_bytes = 0
+        if attachment.trace is not None:
+            attachment.trace.lent += 1
         self._lent[inode] = entry
         return entry.files.data
 
