@@ -11,8 +11,8 @@ import trio
 
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.fetch import RemoteFile, State, stamped
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
+from ckptfs._daemon.remote import RemoteFile, State, stamped
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache, Views
-from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
 
