@@ -11,8 +11,8 @@ import trio
 
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.fetch import RemoteFile, State, stamped
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
+from ckptfs._daemon.remote import RemoteFile, State, stamped
 from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
@@ -142,6 +142,8 @@ class Attachment:
             return known
         file = self.files[index] = self.peek(index)
         file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
+        if self.trace is not None:
+            file.trace = self.trace.of(index)
         return file
 
     def peek(self, index: int) -> RemoteFile:

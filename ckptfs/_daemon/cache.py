@@ -9,8 +9,8 @@ in a worker thread, take everything they need as arguments or from fields that d
 the object is open, and leave the state alone. Whoever hands an object to a worker thread holds an
 `open` of it.
 
-**Life of a block.** ABSENT; `fetch` reads it into a buffer, sees to it that nobody else fetches
-it, and makes it readable with `keep`: IN_MEMORY. Then `write` (blocking) puts its bytes on the
+**Life of a block.** ABSENT; `spans` fetches it into a buffer, sees to it that nobody else does,
+and makes it readable with `keep`: IN_MEMORY. Then `write` (blocking) puts its bytes on the
 disk, and after them its checksum into the map, and `publish` makes it VERIFIED; the buffer stays
 until its memory is needed. Whether these bytes also reached the disk is what the checksum finds
 out: a block that was there when the object is opened is STORED, and is checked by `load` when it is
@@ -29,7 +29,7 @@ version, is retired: the kernel keeps the old files, everybody else starts anew.
 *before* a write, and the bytes that go are counted until `make_room` (blocking) has removed them.
 Whole objects that nobody has open go first, least recently used first; then the oldest blocks of
 open objects. Where that is not enough, the bytes are not stored: a buffer is all that has them, and
-readers advance without a disk. One reservation at a time: `fetch` holds a lock from `reserve` to
+readers advance without a disk. One reservation at a time: `storing` holds a lock from `reserve` to
 `settle`.
 
 **A disk that fails** is never a reader's error. What cannot be read is fetched; what cannot be
@@ -46,6 +46,7 @@ import mmap
 import os
 import time
 from array import array
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -171,6 +172,15 @@ class Cache:
             self._ledger.used_bytes += entry.disk_bytes()
         entry.users += 1
         return entry
+
+    @contextlib.contextmanager
+    def held(self, entry: CachedObject) -> Generator[None]:
+        """Keep an object open while it is used, whoever closes it meanwhile."""
+        entry.users += 1
+        try:
+            yield
+        finally:
+            self.close(entry)
 
     def close(self, entry: CachedObject) -> None:
         """Undo one `open`."""

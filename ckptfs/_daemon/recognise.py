@@ -23,8 +23,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority
 from ckptfs._daemon.tree import Node
 from ckptfs._model import dcp, formats

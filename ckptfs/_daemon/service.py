@@ -124,7 +124,7 @@ class Service:
             accesses=trace.accesses,
             fetches=trace.fetches,
             left_out=trace.left_out,
-            lent=trace.lent,
+            lent=sorted(trace.lent),
             restarts=self._handoff.restarts,
         )
 

@@ -50,11 +50,13 @@ _serial = count()
 
 
 class Ticket:
-    """A request for one place and `length` bytes. `priority` may be raised while it waits."""
+    """A request for one place and `length` bytes. `priority` may be raised while it waits; it is
+    DARK as long as `store` is, and then again `wanted`."""
 
-    def __init__(self, priority: Priority, length: int) -> None:
-        self.priority = priority
+    def __init__(self, priority: Priority, length: int, store: object = None) -> None:
+        self.priority = self.wanted = priority
         self.length = length
+        self.store = store
         self.serial = next(_serial)
         self.granted = trio.Event()
         self.granted_s = 0.0
@@ -115,6 +117,19 @@ class Slots:
         if priority < ticket.priority:
             ticket.priority = priority
             self._grant()
+
+    def darken(self, store: object) -> None:
+        """Let what waits for that store go last."""
+        for ticket in self._waiting:
+            if ticket.store is store:
+                ticket.priority = Priority.DARK
+
+    def brighten(self, store: object) -> None:
+        """Give what waits for that store its priority back."""
+        for ticket in self._waiting:
+            if ticket.store is store:
+                ticket.priority = ticket.wanted
+        self._grant()
 
     def _grant(self) -> None:
         while (ticket := self._next()) is not None:

@@ -55,7 +55,7 @@ class Trace:
         accesses: In the order of their first reads.
         fetches: In the order of their ends.
         left_out: How many reads and fetches were not recorded.
-        lent: How many times a file was lent to the kernel, which reads it unseen.
+        lent: Which files were lent to the kernel, which reads them unseen.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Trace:
         self.accesses: list[Access] = []
         self.fetches: list[Fetch] = []
         self.left_out = 0
-        self.lent = 0
+        self.lent: set[int] = set()
         self._latest: dict[tuple[int, int], deque[Access]] = {}  # by file and process
         self._commands: dict[int, str] = {}  # by process
         self._files: list[TracedFile] | None = None  # once it has ended
@@ -120,13 +120,11 @@ class Trace:
         purpose: Purpose,
         tries: int,
         error: str,
-        wanted_s: float,
-        began_s: float,
-        ended_s: float,
+        times_s: tuple[float, float, float],
     ) -> None:
         """A span has ended; the arguments are those of ``Fetch``, times by ``perf_counter``."""
         if self._admit(len(self.fetches)):
-            times = (at_s - self._zero_s for at_s in (wanted_s, began_s, ended_s))
+            times = (at_s - self._zero_s for at_s in times_s)
             error = error[:_ERROR_LENGTH_MAX]
             self.fetches.append(Fetch(file, start, stop, purpose, tries, error, *times))
 
@@ -140,6 +138,10 @@ class Trace:
         """Whether its attachment has."""
         return self._files is not None
 
+    def of(self, index: int) -> "FileTrace":
+        """The part about the file at that position of `listed`."""
+        return FileTrace(self, index)
+
     @property
     def entries(self) -> int:
         """How many it has."""
@@ -149,7 +151,7 @@ class Trace:
         """The files that its entries name."""
         if self._files is not None:
             return self._files
-        used = {a.file for a in self.accesses} | {f.file for f in self.fetches}
+        used = {a.file for a in self.accesses} | {f.file for f in self.fetches} | self.lent
         return [TracedFile(i, self._listed[i].path, self._listed[i].size) for i in sorted(used)]
 
     def processes(self) -> list[TracedProcess]:
@@ -161,6 +163,37 @@ class Trace:
         self._files = self.files()
         self._listed = ()
         self._latest.clear()
+
+
+class FileTrace:
+    """The part of `trace` that is about the file at position `index`."""
+
+    __slots__ = ("_index", "_trace")
+
+    def __init__(self, trace: Trace, index: int) -> None:
+        self._trace = trace
+        self._index = index
+
+    def read(self, pid: int, start: int, stop: int, began_s: float, ended_s: float) -> None:
+        """See `Trace.read`."""
+        self._trace.read(self._index, pid, start, stop, began_s, ended_s)
+
+    def lent(self) -> None:
+        """From now on the kernel reads the file unseen."""
+        if len(self._trace.lent) < ENTRIES_MAX:
+            self._trace.lent.add(self._index)
+
+    def fetched(
+        self,
+        start: int,
+        stop: int,
+        purpose: Purpose,
+        tries: int,
+        error: str,
+        times_s: tuple[float, float, float],
+    ) -> None:
+        """See `Trace.fetched`."""
+        self._trace.fetched(self._index, start, stop, purpose, tries, error, times_s)
 
 
 class Traces:

@@ -172,7 +172,8 @@ class Trace(Message, frozen=True, tag="trace-reply"):
         uri, version, attached, file_count, size: As in `AttachmentStatus`.
         files, processes: What `accesses` and `fetches` name.
         left_out: How many reads and fetches there was no room for.
-        lent: How many opens were answered with a file that the kernel reads by itself, unseen.
+        lent: Positions of files that were complete in the cache when they were opened, so that the
+            kernel has read them by itself, unseen.
         restarts: How many daemons have served the mount before this one, which knows of nothing
             that was before it.
     """
@@ -189,7 +190,7 @@ class Trace(Message, frozen=True, tag="trace-reply"):
     accesses: list[Access]
     fetches: list[Fetch]
     left_out: int
-    lent: int
+    lent: list[int]
     restarts: int
 
 

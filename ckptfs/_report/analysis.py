@@ -19,11 +19,13 @@ class FileUse:
         accesses, fetches: Of this file, in time's order.
         read: Which bytes were handed to the kernel.
         fetched: Which bytes came from the store.
-        waste: Which of these were not read.
+        is_lent: The kernel has read it by itself, too, so that `read` is not all of it.
+        waste: Which of `fetched` were not read; unknown, and empty, where `is_lent`.
     """
 
     path: str
     size: int
+    is_lent: bool = False
     accesses: list[Access] = field(default_factory=list[Access])
     fetches: list[Fetch] = field(default_factory=list[Fetch])
     read: Ranges = field(default_factory=Ranges)
@@ -94,20 +96,25 @@ class Summary:
 
 
 def summarise(
-    files: Mapping[int, tuple[str, int]], accesses: Sequence[Access], fetches: Sequence[Fetch]
+    files: Mapping[int, tuple[str, int]],
+    accesses: Sequence[Access],
+    fetches: Sequence[Fetch],
+    lent: Iterable[int] = (),
 ) -> Summary:
     """Put a trace in figures.
 
     Args:
         files: Path and size of those that the others name, by position in the manifest.
         accesses: The reads.
+        lent: Positions of files that the kernel has read by itself, too.
         fetches: The fetches. An access or fetch of another file is left out.
     """
     used: dict[int, FileUse] = {}
+    unseen = set(lent)
 
     def use_of(index: int) -> FileUse:
         if index not in used:
-            used[index] = FileUse(*files[index])
+            used[index] = FileUse(*files[index], is_lent=index in unseen)
         return used[index]
 
     accesses = [a for a in accesses if a.file in files]
@@ -119,7 +126,7 @@ def summarise(
     for use in used.values():
         use.read = ranges.union((a.start, a.stop) for a in use.accesses)
         use.fetched = ranges.union((f.start, f.stop) for f in use.fetches if not f.error)
-        use.waste = ranges.without(use.fetched, use.read)
+        use.waste = [] if use.is_lent else ranges.without(use.fetched, use.read)
     return Summary(
         files=sorted(used.values(), key=lambda use: use.began_s),
         processes=_processes(accesses),

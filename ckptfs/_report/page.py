@@ -291,6 +291,7 @@ def _maps(files: Sequence[FileUse], tensors: Sequence[TensorUse]) -> str:
     legend = [
         ("read", "read"),
         ("waste", "fetched and not read"),
+        ("prefetch", "fetched, and maybe read by the kernel unseen"),
         ("line", "neither"),
     ]
     rows = "".join(f"{_name(use.path)}{_map(use, borders.get(use.path, []))}" for use in files)
@@ -304,7 +305,8 @@ def _maps(files: Sequence[FileUse], tensors: Sequence[TensorUse]) -> str:
 def _map(use: FileUse, borders: Sequence[int]) -> str:
     scale = _WIDTH / (use.size or 1)
     parts = [f'<rect y="3" width="{_WIDTH}" height="12" fill="var(--line)"/>']
-    for found, colour in ((use.read, "read"), (use.waste, "waste")):
+    unseen = ranges.without(use.fetched, use.read) if use.is_lent else []
+    for found, colour in ((use.read, "read"), (use.waste, "waste"), (unseen, "prefetch")):
         parts += _joined(
             (_Bar(a * scale, b * scale, colour, _range(a, b)) for a, b in found), top=5
         )
@@ -438,7 +440,8 @@ def _grid_lines(height: int) -> str:
 
 
 def _time_axis(seconds: float) -> str:
-    ticks = "".join(f"<span>{_seconds(seconds * i / _TICKS)}</span>" for i in range(_TICKS + 1))
+    digits = max(0, 2 - math.floor(math.log10(seconds))) if seconds > 0 else 0
+    ticks = "".join(f"<span>{seconds * i / _TICKS:.{digits}f} s</span>" for i in range(_TICKS + 1))
     return f"<div class=axis>{ticks}</div>"
 
 

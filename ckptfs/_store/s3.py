@@ -70,7 +70,7 @@ _PAGE_TAGS_MAX = 250_000
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]*"')  # RFC 9110, 8.8.3
 _ATTEMPTS = 2
-"""Of requests that nobody repeats (`fetch` does so for reads)."""
+"""Of requests that nobody repeats (`outages` does so for reads)."""
 _PAUSE_S = 0.2
 _PAUSE_S_MAX = 10.0
 """Between them: the shortest, times 0.5 to 1, and the longest that a server may ask for."""

@@ -39,13 +39,14 @@ def report(
         output.print_json(trace)
         return
     files = {file.index: (file.path, file.size) for file in trace.files}
-    summary = analysis.summarise(files, trace.accesses, trace.fetches)
+    summary = analysis.summarise(files, trace.accesses, trace.fetches, trace.lent)
     tensors = [
         found
         for use in summary.files[:_REPORTED_FILES_MAX]
         if top and use.path.endswith(".safetensors") and use.read
         for found in analysis.tensor_uses(use, _tensors(os.path.join(top, use.path)))
     ]
+    tensors.sort(key=lambda found: found.first_s)
     about = page.About(
         uri=printable(trace.uri),
         version=trace.version,
@@ -69,8 +70,8 @@ def _notes(trace: Trace) -> list[str]:
     notes: list[str] = []
     if trace.lent:
         notes.append(
-            f"{trace.lent} opens were answered with a file that was complete in the cache, which "
-            "the kernel reads by itself: these reads are not shown."
+            f"{len(trace.lent)} of the files were complete in the cache when they were opened: the "
+            "kernel has read these by itself then, unseen."
         )
     if trace.left_out:
         notes.append(

@@ -16,10 +16,11 @@ from ckptfs._daemon import handoff
 from ckptfs._daemon.attachment import Attachment, object_key
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.fetch import Fetcher, RemoteFile
+from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.recognise import Recogniser
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import Stat, Vfs
 from ckptfs._daemon.xattrs import Xattrs

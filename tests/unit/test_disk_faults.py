@@ -12,7 +12,7 @@ from unit.diskfaults import FAULTS, MOMENTS, OPERATIONS, Fault, Plan, can, plann
 from unit.fakes import MIB, FakeStore, pattern
 from unit.rig import Rig, rig_in
 
-from ckptfs._daemon.fetch import RemoteFile
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs.errors import ConfigError
 
 if TYPE_CHECKING:

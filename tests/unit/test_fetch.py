@@ -19,8 +19,8 @@ from ckptfs._daemon import cachedir, disk
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import ABSENT, IN_MEMORY, VERIFIED
 from ckptfs._daemon.cachedir import Files
-from ckptfs._daemon.fetch import RemoteFile
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,

@@ -217,8 +217,8 @@ def test_every_byte_is_right(tmp_path_factory: pytest.TempPathFactory, plan: Pla
                     for path, steps in plan.actors:
                         nursery.start_soon(run.act, path, steps)
                 await view.quiet()
-            assert not rig.fetcher._flights
-            assert rig.fetcher._slots._bytes == 0
+            assert not rig.fetcher._spans._flights
+            assert rig.fetcher._spans._slots._bytes == 0
             assert not rig.cache._open
             assert rig.cache.buffers.total_bytes == 0
             run._check_limits()

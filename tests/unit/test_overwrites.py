@@ -15,8 +15,8 @@ from unit.fakes import MIB, FakeStore, pattern
 from unit.rig import Rig, rig_in
 
 from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.fetch import RemoteFile
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs._model.location import Location
 from ckptfs._store.base import Pin, Store, pin_of
 from ckptfs._store.resolve import open_store

@@ -20,10 +20,13 @@ ONE_BY_ONE = {"connections_max": 1, "span_bytes_max": MIB}
 
 @asynccontextmanager
 async def bench_in(
-    directory: Path, files: dict[str, int], **settings: object
+    directory: Path,
+    files: dict[str, int],
+    offload: InlineOffload | None = None,
+    **settings: object,
 ) -> AsyncIterator[Bench]:
     """A service; the store at `PLACE` holds files of these sizes."""
-    async with rig_in(directory, InlineOffload(), **settings) as rig:
+    async with rig_in(directory, offload or InlineOffload(), **settings) as rig:
         bench = Bench(rig)
         contents = {
             path: pattern(size, number) for number, (path, size) in enumerate(files.items())
@@ -314,10 +317,9 @@ async def test_a_reader_is_as_fast_beside_it(tmp_path: Path, autojump_clock: Moc
         directory = tmp_path / str(beside)
         directory.mkdir()
         settings = {"span_bytes_max": MIB, "in_flight_bytes_max": 8 * MIB}
-        async with bench_in(directory, {"a": 40 * MIB, "b": 40 * MIB}, **settings) as bench:
+        link = SharedLink()
+        async with bench_in(directory, {"a": 40 * MIB, "b": 40 * MIB}, link, **settings) as bench:
             attachment = await bench.attach()
-            link = SharedLink()
-            bench.rig.fetcher._offload = link
             if beside:
                 bench.service.prefetch(attachment, ["a"])
                 await trio.sleep(0.1)

@@ -1,0 +1,283 @@
+"""Spans: runs of absent blocks, each fetched by one request, for whoever wants them.
+
+While a span is under way each of its blocks is in `_flights`, and whoever wants one waits for that
+span: no byte is fetched twice. Its life:
+
+1. wait for a place (`Slots`: demand before readahead, bounded places and bytes), and take a buffer;
+2. a worker thread reads the range into it (`transfers`); the place is given back;
+3. where the store's answer itself does not name the version, a check that began after the read
+   does (`versions`);
+4. the blocks are readable, and the waiting readers go on;
+5. make room in the cache, and write them to the disk (`storing`); then the bytes of the buffer
+   count no longer as in flight. A disk that is slower than the store holds these, and so slows the
+   next spans down.
+
+Bytes of another version are never visible, and never on the disk: they end with the span.
+
+**Errors** that can pass are tried again until the span's deadline (`outages`), the place given back
+meanwhile; others end the span at once, and with it the reads that wait.
+
+**Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
+takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
+its thread, and the buffer with it.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable
+
+import trio
+
+from ckptfs._daemon.buffers import capacity_of
+from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cached import CachedObject
+from ckptfs._daemon.outages import Outages
+from ckptfs._daemon.remote import RemoteFile
+from ckptfs._daemon.slots import Priority, Slots, Ticket
+from ckptfs._daemon.storing import Storing
+from ckptfs._daemon.transfers import Transferred, Transfers
+from ckptfs._daemon.versions import Versions
+from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, runs
+from ckptfs._model.config import Config
+from ckptfs._model.trace import Purpose
+from ckptfs.errors import CkptfsError, StoreError, StoreTimeout, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_PURPOSES: dict[Priority, Purpose] = {
+    Priority.DEMAND: "demand",
+    Priority.READAHEAD: "readahead",
+    Priority.PREFETCH: "prefetch",
+}
+
+
+class Span:
+    """One span of `entry`, the blocks of `file`.
+
+    Attributes:
+        done: Its blocks can be read, or it has failed; then `error` says why.
+        ended: And they are stored, if they can be.
+        tries: How many requests it has taken.
+        wanted_s: When it was made, by ``time.perf_counter``; `begun_s`: when its last request was
+            sent; `arrived_s`: when that had an answer.
+    """
+
+    def __init__(
+        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
+    ) -> None:
+        self.file = file
+        self.entry = entry
+        self.blocks = blocks
+        self.length = blocks_length(blocks, entry.size)
+        self.ticket = Ticket(priority, capacity_of(self.length), file.store)
+        self.scope = trio.CancelScope()
+        self.done = trio.Event()
+        self.ended = trio.Event()
+        self.dropped = False
+        self.transferred: Transferred | None = None
+        self.error: CkptfsError | None = None
+        self.tries = 0
+        self.wanted_s = self.begun_s = self.arrived_s = time.perf_counter()
+
+    def start_clock(self, deadline_s: float) -> None:
+        """Count from the first dealing with the store: waiting for a place is no fault of it."""
+        if self.scope.deadline == math.inf:
+            self.scope.deadline = trio.current_time() + deadline_s
+
+
+class Spans:
+    """All that are under way. They run in `nursery`.
+
+    Attributes:
+        fetched_bytes: That came from stores, since the daemon was started.
+        fetched_spans: In how many spans.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        slots: Slots,
+        outages: Outages,
+        versions: Versions,
+        transfers: Transfers,
+        storing: Storing,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._cache = cache
+        self._slots = slots
+        self._outages = outages
+        self._versions = versions
+        self._transfers = transfers
+        self._storing = storing
+        self._nursery = nursery
+        self._deadline_s = config.read_deadline_s
+        self._blocks_max = max(1, config.span_bytes_max // BLOCK_BYTES)
+        self._flights: dict[tuple[str, int], Span] = {}
+        self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
+        self.fetched_bytes = 0
+        self.fetched_spans = 0
+
+    # -- asking for them
+
+    def under_way(self, entry: CachedObject, blocks: Iterable[int]) -> set[Span]:
+        """Those that will bring some of `blocks`."""
+        found = {self._flights.get((entry.digest, index)) for index in blocks}
+        return {span for span in found if span is not None}
+
+    def want(
+        self, file: RemoteFile, entry: CachedObject, blocks: Iterable[int], priority: Priority
+    ) -> list[Span]:
+        """The spans that will bring `blocks`: those under way, and new ones for the rest."""
+        digest = entry.digest
+        spans: dict[Span, None] = {}
+        missing: list[int] = []
+        for index in blocks:
+            span = self._flights.get((digest, index))
+            if span is None:
+                missing.append(index)
+            elif span not in spans:
+                spans[span] = None
+                self._join(span, priority)
+        length_max = self._blocks_max
+        if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
+            length_max = max(1, length_max // 2)
+        for run in runs(missing, length_max):
+            spans[self._start(file, entry, run, priority)] = None
+        return list(spans)
+
+    def _join(self, span: Span, priority: Priority) -> None:
+        span.ticket.wanted = min(span.ticket.wanted, priority)
+        if not self._outages.is_dark(span.file.store):
+            self._slots.raise_priority(span.ticket, priority)
+
+    def _start(
+        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
+    ) -> Span:
+        span = Span(file, entry, blocks, priority)
+        self._flights.update(dict.fromkeys(((entry.digest, i) for i in blocks), span))
+        file.flights += 1
+        entry.users += 1  # the file may be closed before the span ends, or even starts
+        self._nursery.start_soon(self._run, span)
+        return span
+
+    @contextlib.contextmanager
+    def prefetching(self, entry: CachedObject, blocks: range) -> Generator[None]:
+        """A prefetch asks for `blocks` in this context. If it is cancelled, the spans end that
+        neither a reader nor another prefetch has asked for."""
+        asked = Counter((entry.digest, index) for index in blocks)
+        self._prefetched += asked
+        is_cancelled = False
+        try:
+            yield
+        except trio.Cancelled:
+            is_cancelled = True
+            raise
+        finally:
+            self._prefetched -= asked  # zeros go
+            if is_cancelled:
+                self._drop(entry, blocks)
+
+    def _drop(self, entry: CachedObject, blocks: range) -> None:
+        for span in self.under_way(entry, blocks):
+            if span.ticket.priority is not Priority.PREFETCH:
+                continue
+            if not any((entry.digest, i) in self._prefetched for i in span.blocks):
+                span.dropped = True
+                span.scope.cancel()
+
+    # -- their life
+
+    async def _run(self, span: Span) -> None:
+        file, entry = span.file, span.entry
+        try:
+            with span.scope:
+                await self._outages.persist(file, lambda: self._attempt(span))
+            if span.scope.cancelled_caught:
+                self._out_of_time(span)
+            elif span.transferred is not None:
+                self._outages.delivered(file.store)
+                with trio.CancelScope(shield=True):  # a thread uses the buffer, and `entry`
+                    await self._storing.store(entry, span.blocks, span.transferred.buffer)
+        except CkptfsError as error:
+            span.error = error
+        except Exception:  # it must not take the daemon with it
+            log.exception("unexpected error while fetching %s", file.pin.path)
+            span.error = StoreError(f"{file.name}: internal error; see the log")
+            file.note(span.error)
+        finally:
+            self._end(span)
+
+    def _out_of_time(self, span: Span) -> None:
+        file = span.file
+        span.error = StoreTimeout(
+            f"{file.name}: not fetched within {self._deadline_s:g} s; last: "
+            f"{file.cause or 'no answer'}"
+        )
+        if not span.dropped:
+            file.note(span.error)
+
+    def _end(self, span: Span) -> None:
+        span.file.flights -= 1
+        for index in span.blocks:
+            del self._flights[span.entry.digest, index]
+        if span.transferred is not None:
+            self._cache.buffers.keep(span.transferred.buffer)
+            self._slots.release_bytes(span.transferred.ticket)
+        self._cache.close(span.entry)
+        self._trace(span)
+        span.done.set()
+        span.ended.set()
+
+    async def _attempt(self, span: Span) -> None:
+        try:
+            await self._fetch(span)
+        except StoreUnavailable as error:
+            if not error.retry_after_s:  # an object that became shorter can look like an outage
+                await self._versions.confirm(span.file)
+            raise
+
+    async def _fetch(self, span: Span) -> None:
+        """Steps 1 to 4, once."""
+        file, entry, ticket = span.file, span.entry, span.ticket
+        if not file.trusted:
+            span.start_clock(self._deadline_s)
+            await self._versions.learn(file, entry)
+        ticket.priority = Priority.DARK if self._outages.is_dark(file.store) else ticket.wanted
+        await self._slots.acquire(ticket)
+        span.start_clock(self._deadline_s)
+        span.tries += 1
+        span.begun_s = time.perf_counter()
+        offset = span.blocks.start * BLOCK_BYTES
+        got = await self._transfers.read(file.store, file.pin, offset, span.length, ticket)
+        try:
+            if not got.is_confirmed:
+                await self._versions.confirm(file)
+            self._versions.check_cached(file, entry, "meanwhile")
+        except BaseException:
+            self._transfers.give_up(got)
+            raise
+        self.fetched_bytes += span.length
+        self.fetched_spans += 1
+        self._cache.keep(entry, span.blocks, got.buffer)
+        span.transferred = got
+        span.arrived_s = time.perf_counter()
+        span.done.set()
+
+    @staticmethod
+    def _trace(span: Span) -> None:
+        if span.file.trace is not None and span.tries:
+            if span.error is not None:
+                span.arrived_s = time.perf_counter()
+            start = span.blocks.start * BLOCK_BYTES
+            span.file.trace.fetched(
+                start,
+                start + span.length,
+                _PURPOSES[span.ticket.wanted],
+                span.tries,
+                "" if span.error is None else str(span.error),
+                (span.wanted_s, span.begun_s, span.arrived_s),
+            )
