@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import trio
 
+from ckptfs._daemon.activity import Activities
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.handoff import Journal
 from ckptfs._daemon.limits import may_see
@@ -38,6 +39,7 @@ class Attachments:
 
     Attributes:
         vfs: What `make_vfs` has made.
+        activities: What happens in them.
         last_end_s: When one ended last (event loop time).
     """
 
@@ -50,6 +52,7 @@ class Attachments:
         forget_name: Callable[[str], None],
     ) -> None:
         self.vfs = make_vfs(self.released)
+        self.activities = Activities()
         self._linger_s = linger_s
         self._nursery = nursery
         self._journal = journal
@@ -81,6 +84,7 @@ class Attachments:
         """Show it; its store was opened for `location`."""
         self._by_key[attachment.key] = attachment
         self._opened[attachment.key] = location
+        attachment.activity.begin(self.activities)
         self.vfs.add(attachment)
 
     def remove(self, attachment: Attachment) -> None:
@@ -88,6 +92,7 @@ class Attachments:
         for scope in attachment.background:
             scope.cancel()
         self.vfs.remove(attachment)
+        attachment.activity.end()
         del self._by_key[attachment.key]
         del self._opened[attachment.key]
         attachment.store.close()
