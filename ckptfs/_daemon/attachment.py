@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
@@ -63,6 +64,7 @@ class Attachment:
         format: As ``user.ckptfs.format`` says; "" until somebody asks.
         layouts: The parts of files as a ``.metadata`` beside them says, by position of that
             ``.metadata`` and the file's name; None while it is being read.
+        activity: What happens in it.
         own_error: Time and text of the last error that is no file's, or "".
         directories: Open directory handles of its root, with the process that opened each.
         open_handles: How many other handles are open in it.
@@ -97,6 +99,7 @@ class Attachment:
         self.format = ""
         self.metadata = Metadata()
         self.layouts: dict[int, dict[bytes, Parts] | None] = {}
+        self.activity = Activity()
         self.own_error = ""
         self.uid = uid
         self.gid = gid
@@ -151,7 +154,8 @@ class Attachment:
         if known := self.files.get(index):
             return known
         listed = self.listed[index]
-        return RemoteFile(self.store, object_key(self.location, listed), pin_of(listed))
+        key = object_key(self.location, listed)
+        return RemoteFile(self.store, key, pin_of(listed), self.activity)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""

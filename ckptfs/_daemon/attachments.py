@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import trio
 
+from ckptfs._daemon.activity import Activities
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.handoff import Journal
 from ckptfs._daemon.limits import may_see
@@ -40,6 +41,7 @@ class Attachments:
     Attributes:
         vfs: What `make_vfs` has made.
         traces: How they were read.
+        activities: What happens in them.
         last_end_s: When one ended last (event loop time).
     """
 
@@ -53,6 +55,7 @@ class Attachments:
     ) -> None:
         self.vfs = make_vfs(self.released)
         self.traces = Traces()
+        self.activities = Activities()
         self._linger_s = linger_s
         self._nursery = nursery
         self._journal = journal
@@ -85,6 +88,7 @@ class Attachments:
         self._by_key[attachment.key] = attachment
         self._opened[attachment.key] = location
         attachment.trace = self.traces.begin(attachment.key, attachment.about(), attachment.listed)
+        attachment.activity.begin(self.activities)
         self.vfs.add(attachment)
 
     def remove(self, attachment: Attachment) -> None:
@@ -93,6 +97,7 @@ class Attachments:
             scope.cancel()
         self.vfs.remove(attachment)
         self.traces.end(attachment.key)
+        attachment.activity.end()
         del self._by_key[attachment.key]
         del self._opened[attachment.key]
         attachment.store.close()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ckptfs._daemon import processes
 from ckptfs._model.manifest import ListedFile
 from ckptfs._model.trace import Access, Fetch, Purpose, TracedFile, TracedProcess
 
@@ -108,8 +109,8 @@ class Trace:
         self.accesses.append(access)
         if latest is None:
             latest = self._latest[file, pid] = deque(maxlen=_CURSORS)
-            if pid not in self._commands and len(self._commands) < _PROCESSES_MAX:
-                self._commands[pid] = _command_of(pid)
+            if pid and pid not in self._commands and len(self._commands) < _PROCESSES_MAX:
+                self._commands[pid] = processes.command(pid)
         latest.appendleft(access)
 
     def fetched(
@@ -243,11 +244,3 @@ class Traces:
     def _drop(self, key: Key) -> None:
         if (old := self._ended.pop(key, None)) is not None:
             self._left += old.entries
-
-
-def _command_of(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return file.read(64).rstrip(b"\n").decode(errors="replace")
-    except OSError:
-        return ""
