@@ -27,6 +27,7 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    GetTrace,
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
@@ -37,6 +38,7 @@ from ckptfs._model.wire import (
     Status,
     StatusReply,
     Stop,
+    Trace,
     decode_reply,
     encode,
 )
@@ -137,6 +139,10 @@ class Connection:
         """The daemon's state."""
         return self._persist(Status(), StatusReply)
 
+    def trace(self, name: str, location: Location | None = None) -> Trace:
+        """How a checkpoint was read. Raises NotAttached."""
+        return self._persist(GetTrace(name=name, location=location), Trace)
+
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""
         self._persist(MetadataChanged(location=location), Done)
@@ -177,7 +183,7 @@ class Connection:
         with contextlib.suppress(ConnectionResetError):
             self._request(Restart(), Done)
 
-    def path_of(self, attached: Attached) -> str:
+    def path_of(self, attached: Attached | Trace) -> str:
         """Where the attachment is, as this process sees it."""
         return os.path.join(self._mount or attached.mount, attached.name)
 

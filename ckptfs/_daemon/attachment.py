@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
 from ckptfs._daemon.remote import RemoteFile, State, stamped
+from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
@@ -62,6 +64,7 @@ class Attachment:
         format: As ``user.ckptfs.format`` says; "" until somebody asks.
         layouts: The parts of files as a ``.metadata`` beside them says, by position of that
             ``.metadata`` and the file's name; None while it is being read.
+        activity: What happens in it.
         own_error: Time and text of the last error that is no file's, or "".
         directories: Open directory handles of its root, with the process that opened each.
         open_handles: How many other handles are open in it.
@@ -71,6 +74,7 @@ class Attachment:
         attached_s: When, seconds since the epoch.
         idle_since_s: When its last holder went (event loop time).
         record: Writes down what the next daemon has to know.
+        trace: How it is read; None until it is shown.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Attachment:
         self.format = ""
         self.metadata = Metadata()
         self.layouts: dict[int, dict[bytes, Parts] | None] = {}
+        self.activity = Activity()
         self.own_error = ""
         self.uid = uid
         self.gid = gid
@@ -112,6 +117,7 @@ class Attachment:
         self.pinned = False
         self.idle_since_s = 0.0
         self.record: Record = unrecorded
+        self.trace: Trace | None = None
 
     @property
     def in_use(self) -> bool:
@@ -128,12 +134,19 @@ class Attachment:
         """Equal for attachments that can be shared: the same user and the same place."""
         return self.uid, self.location.identity
 
+    def about(self) -> About:
+        """What its trace says of it."""
+        at = self.location.uri, self.manifest.version, self.attached_s
+        return About(*at, self.file_count, self.size)
+
     def file(self, index: int) -> RemoteFile:
         """The state of the file at that position of `listed`, kept from now on."""
         if known := self.files.get(index):
             return known
         file = self.files[index] = self.peek(index)
         file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
+        if self.trace is not None:
+            file.trace = self.trace.of(index)
         return file
 
     def peek(self, index: int) -> RemoteFile:
@@ -141,7 +154,8 @@ class Attachment:
         if known := self.files.get(index):
             return known
         listed = self.listed[index]
-        return RemoteFile(self.store, object_key(self.location, listed), pin_of(listed))
+        key = object_key(self.location, listed)
+        return RemoteFile(self.store, key, pin_of(listed), self.activity)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""

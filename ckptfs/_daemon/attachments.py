@@ -10,10 +10,12 @@ from contextlib import contextmanager
 
 import trio
 
+from ckptfs._daemon.activity import Activities
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.handoff import Journal
 from ckptfs._daemon.limits import may_see
 from ckptfs._daemon.records import StoreChanged, unrecorded
+from ckptfs._daemon.trace import Traces
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._model.location import Location
 from ckptfs._store.base import Store
@@ -38,6 +40,8 @@ class Attachments:
 
     Attributes:
         vfs: What `make_vfs` has made.
+        traces: How they were read.
+        activities: What happens in them.
         last_end_s: When one ended last (event loop time).
     """
 
@@ -50,6 +54,8 @@ class Attachments:
         forget_name: Callable[[str], None],
     ) -> None:
         self.vfs = make_vfs(self.released)
+        self.traces = Traces()
+        self.activities = Activities()
         self._linger_s = linger_s
         self._nursery = nursery
         self._journal = journal
@@ -81,6 +87,8 @@ class Attachments:
         """Show it; its store was opened for `location`."""
         self._by_key[attachment.key] = attachment
         self._opened[attachment.key] = location
+        attachment.trace = self.traces.begin(attachment.key, attachment.about(), attachment.listed)
+        attachment.activity.begin(self.activities)
         self.vfs.add(attachment)
 
     def remove(self, attachment: Attachment) -> None:
@@ -88,6 +96,8 @@ class Attachments:
         for scope in attachment.background:
             scope.cancel()
         self.vfs.remove(attachment)
+        self.traces.end(attachment.key)
+        attachment.activity.end()
         del self._by_key[attachment.key]
         del self._opened[attachment.key]
         attachment.store.close()

@@ -134,6 +134,12 @@ class Cache:
         """The limit; 0: none."""
         return self._ledger.bytes_max
 
+    @property
+    def evicted(self) -> tuple[int, int]:
+        """Bytes that went because there was no room, also of objects that are in use; and how many
+        objects went as a whole."""
+        return self._ledger.evicted_bytes, self._ledger.evicted_objects
+
     def capacity_bytes(self) -> int:
         """How many bytes it could hold now, if nothing else were in it."""
         return self._ledger.capacity_bytes()
@@ -472,6 +478,7 @@ class Cache:
                 victim.memory.pop(index, None)
                 result.blocks.append((victim, index))
                 planned_bytes += pages(block_length(index, victim.size))
+                self._ledger.evicted_bytes += pages(block_length(index, victim.size))
         if planned_bytes < goal:
             result.refuse()
         result.goal_bytes = goal

@@ -33,6 +33,7 @@ from ckptfs._model.wire import (
     Detach,
     Done,
     Failed,
+    GetTrace,
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
@@ -192,6 +193,8 @@ class Control:
         if isinstance(request, MetadataChanged):
             await self._service.metadata_changed(request.location, uid)
             return Done()
+        if isinstance(request, GetTrace):
+            return self._service.trace(uid, request.name, request.location)
         if isinstance(request, StartPrefetch):
             return self._prefetch(request, uid, held)
         if isinstance(request, PrefetchProgress):

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.cache import Cache, Views
 from ckptfs._daemon.cached import ABSENT, DYING, ON_DISK, CachedObject
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.remote import RemoteFile
-from ckptfs._daemon.slots import Priority, Slots
+from ckptfs._daemon.slots import Priority, Slots, SlotsInUse
 from ckptfs._daemon.spans import Spans
 from ckptfs._daemon.storing import Storing
 from ckptfs._daemon.transfers import Transfers
@@ -51,7 +52,7 @@ class Fetcher:
         # A window that fills the cache would push out what was not read yet.
         share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
         self.window_bytes_max = min(config.window_bytes_max, share)
-        slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
+        slots = self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
         self._storing = Storing(cache, offload)
@@ -70,6 +71,10 @@ class Fetcher:
     def fetched_spans(self) -> int:
         """In how many spans they came."""
         return self._spans.fetched_spans
+
+    def slots(self) -> SlotsInUse:
+        """What is in flight, and how much waits for a place."""
+        return self._slots.in_use()
 
     # -- files
 
@@ -156,8 +161,15 @@ class Fetcher:
             file.note(error)
         raise error
 
-    def access(self, file: RemoteFile, offset: int, length: int) -> None:
-        """Take in an access: start what it needs, then what will be wanted next.
+    def lacks(self, file: RemoteFile, offset: int, length: int) -> bool:
+        """Whether some of these bytes are not on this node."""
+        return bool(file.entry.absent(blocks_of(offset, length)))
+
+    def access(
+        self, file: RemoteFile, offset: int, length: int, usage: Usage | None = None
+    ) -> None:
+        """Take in an access: start what it needs, then what will be wanted next. `usage`: of who
+        reads.
 
         Ends the validity of what `read_now` returned.
         """
@@ -165,12 +177,12 @@ class Fetcher:
             return
         entry = file.entry
         if needed := entry.absent(blocks_of(offset, length)):
-            self._spans.want(file, entry, needed, Priority.DEMAND)
+            self._spans.want(file, entry, needed, Priority.DEMAND, usage)
         ahead = file.readahead.access(offset, length)
         if file.readahead.is_read_whole:
             self._read_whole.add(file.store)
         if ahead and (wanted := entry.absent(ahead)):
-            self._spans.want(file, entry, wanted, Priority.READAHEAD)
+            self._spans.want(file, entry, wanted, Priority.READAHEAD, usage)
 
     async def fetch(
         self, file: RemoteFile, blocks: range, priority: Priority = Priority.PREFETCH

@@ -11,7 +11,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import socket
 import stat
 from collections.abc import Callable, Generator
@@ -23,6 +22,7 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext, XAttr
 
 from ckptfs import errors
 from ckptfs._daemon import session, vfs, xattrs
+from ckptfs._daemon.processes import process_of
 from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.tree import MOUNT_ROOT
@@ -137,7 +137,7 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with self._replying():
-            return self._vfs.opendir(inode, _process_of(ctx.pid))
+            return self._vfs.opendir(inode, process_of(ctx.pid))
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         with self._replying():
@@ -150,7 +150,7 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EROFS)
             await self._metadata.before_open(*self._vfs.find(inode))
-            handle = self._vfs.open(inode, ctx.pid)
+            handle = self._vfs.open(inode, process_of(ctx.pid))
             await self._vfs.before_lending(handle)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
@@ -200,16 +200,6 @@ def _text(name: bytes) -> str:
         return name.decode()
     except UnicodeDecodeError:
         raise xattrs.NotSupported(repr(name)) from None
-
-
-def _process_of(thread: int) -> int:
-    """The process that a thread belongs to: FUSE tells the thread's id. See proc(5)."""
-    try:
-        with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
-            found = re.search(rb"\nTgid:\s*(\d+)", file.read(4096))  # it is one of the first lines
-    except OSError:  # it is gone, or in a namespace that we do not see
-        return thread
-    return int(found[1]) if found else thread
 
 
 def _entry(found: Stat) -> pyfuse3.EntryAttributes:

@@ -29,6 +29,8 @@ class Ledger:
     Attributes:
         used_bytes: Of all objects, and of what is to be deleted; whoever opens, writes or reserves
             changes it.
+        evicted_bytes: That had to go because there was no room, so far; also of objects that are
+            open. `evicted_objects`: how many went as a whole.
 
     Raises:
         ConfigError: The directory cannot be used, or another daemon uses it.
@@ -51,6 +53,7 @@ class Ledger:
         self.root = CacheRoot(directory)
         self._is_indexed = False
         self.used_bytes = 0
+        self.evicted_bytes = self.evicted_objects = 0
         try:
             self._recover()
         except ConfigError:
@@ -198,6 +201,8 @@ class Ledger:
             else:
                 folders.append((path, size))
                 planned_bytes += size
+                self.evicted_objects += 1
+                self.evicted_bytes += size
         return goal, folders
 
     def _begin_anew(self) -> bool:

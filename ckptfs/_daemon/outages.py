@@ -78,3 +78,4 @@ class Outages:
             with trio.move_on_after(max(0.0, pause_s * random.uniform(0.5, 1) - asked_s)):
                 await is_back.wait()
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+            file.activity.retried()

@@ -42,6 +42,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable
 
 import trio
@@ -234,15 +235,17 @@ class Relay:
         self, unique: int, handle: int, offset: int, length: int, nursery: trio.Nursery
     ) -> bool:
         """Answer at once, or start a task for it: False."""
+        began_ns = time.perf_counter_ns()
         try:
             views = self._vfs.read_now(handle, offset, length)
         except Exception as error:
             self._fail(unique, self._errno_of(error))
+            self._vfs.note_read(handle, offset, 0, began_ns, error)
             return True
         if views is None:
-            nursery.start_soon(self._read_later, unique, handle, offset, length)
+            nursery.start_soon(self._read_later, unique, handle, offset, length, began_ns)
             return False
-        self._answer(unique, views)
+        self._vfs.note_read(handle, offset, self._answer(unique, views), began_ns)
         return True
 
     def _attributes_of_root(self) -> memoryview:
@@ -254,13 +257,17 @@ class Relay:
         owned = stat.S_IFDIR | found.mode, found.nlink, found.uid, found.gid
         return memoryview(_ATTR_OUT.pack(0, 0, MOUNT_ROOT, 0, 0, *times, *owned, 0, 1 << 20, 0))
 
-    async def _read_later(self, unique: int, handle: int, offset: int, length: int) -> None:
+    async def _read_later(
+        self, unique: int, handle: int, offset: int, length: int, began_ns: int
+    ) -> None:
         try:
             views = await self._vfs.read(handle, offset, length)
         except Exception as error:
             self._fail(unique, self._errno_of(error))
+            self._vfs.note_read(handle, offset, 0, began_ns, error)
         else:
-            self._answer(unique, views)
+            length = self._answer(unique, views)
+            self._vfs.note_read(handle, offset, length, began_ns, waited=True)
 
     # -- from libfuse
 
@@ -304,6 +311,7 @@ class Relay:
             backing_id, digest = self._passthrough.opened(inode)
             if backing_id:
                 _OPEN_OUT.pack_into(*place, handle, _PASSTHROUGH, backing_id)
+                self._vfs.note_kernel_open(handle)
         self._handles.replying(handle, unique & ~_ASKED_AGAIN, backing_id, digest)
         if self._write([reply]):
             self._handles.replied(handle)
@@ -312,9 +320,12 @@ class Relay:
 
     # -- to the kernel
 
-    def _answer(self, unique: int, views: Views) -> None:
-        length = session.OUT_HEADER.size + sum(map(len, views))
-        self._write([session.OUT_HEADER.pack(length, 0, unique), *views])
+    def _answer(self, unique: int, views: Views) -> int:
+        """Returns how many bytes these are."""
+        length = sum(map(len, views))
+        header = session.OUT_HEADER
+        self._write([header.pack(header.size + length, 0, unique), *views])
+        return length
 
     def _fail(self, unique: int, code: int) -> None:
         self._write([session.OUT_HEADER.pack(session.OUT_HEADER.size, -code, unique)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import trio
 
+from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cached import CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._model.manifest import printable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptfs._daemon.readahead import Readahead
+    from ckptfs._daemon.trace import FileTrace
     from ckptfs._model.formats import Parts
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class RemoteFile:
     """One file of one attachment. It has blocks to read (`entry`) while it is open.
 
     Attributes:
+        activity: What happens in its checkpoint.
         pin: The pinned version.
         trusted: Whether `pin` was confirmed by the store since it was attached.
         changed: The object is another version by now.
@@ -56,9 +59,13 @@ class RemoteFile:
             known. Both stay when it is closed: the kernel may have kept what it read.
         handed_on: The file after it was begun because of it.
         recognised: Nothing more is to be learned about its parts (see `recognise`).
+        trace: How it is read; None for one that nobody reads through the mount.
     """
 
-    def __init__(self, store: Store, key: ObjectKey, pin: Pin) -> None:
+    def __init__(
+        self, store: Store, key: ObjectKey, pin: Pin, activity: Activity | None = None
+    ) -> None:
+        self.activity = activity or Activity()
         self.store = store
         self.key = key
         self.pin = pin
@@ -77,6 +84,7 @@ class RemoteFile:
         self.head = b""
         self.parts: Parts | None = None
         self.recognised = False
+        self.trace: FileTrace | None = None
         self._entry: CachedObject | None = None
         self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have
 
@@ -111,6 +119,7 @@ class RemoteFile:
 
     def note(self, error: CkptfsError) -> None:
         """Keep the error where the attributes find it, and log it where it is new."""
+        self.activity.failed(error)
         if isinstance(error, ObjectChanged):
             self.changed = True
         if str(error) != self.error.partition(" ")[2]:

@@ -25,6 +25,7 @@ from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.wire import Trace
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import Busy, CkptfsError, LimitExceeded
 
@@ -101,6 +102,31 @@ class Service:
             same_place = attachment.location.identity == location.identity
             if same_place and may_see(uid, attachment):
                 await self.metadata.refresh(attachment)
+
+    def trace(self, uid: int, name: str, location: Location | None) -> Trace:
+        """How a checkpoint was read: one that is attached, or was. Raises NotAttached."""
+        traces = self.attachments.traces
+        trace = traces.find((uid, location.identity)) if location is not None else None
+        attachment = None
+        if trace is None or not trace.has_ended:
+            attachment = self.find(uid, name, location)
+            trace = traces.find(attachment.key) or traces.running(attachment.key)
+        return Trace(
+            mount=self._config.mount,
+            name="" if attachment is None or trace.has_ended else attachment.name,
+            uri=trace.about.uri,
+            version=trace.about.version,
+            attached=trace.about.attached_s,
+            file_count=trace.about.file_count,
+            size=trace.about.size,
+            files=trace.files(),
+            processes=trace.processes(),
+            accesses=trace.accesses,
+            fetches=trace.fetches,
+            left_out=trace.left_out,
+            lent=sorted(trace.lent),
+            restarts=self._handoff.restarts,
+        )
 
     # -- after another daemon
 

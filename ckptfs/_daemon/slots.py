@@ -18,6 +18,7 @@ prefetch that yields.
 import math
 from enum import IntEnum
 from itertools import count
+from typing import NamedTuple
 
 import trio
 
@@ -62,6 +63,14 @@ class Ticket:
         self.granted_s = 0.0
 
 
+class SlotsInUse(NamedTuple):
+    """How many transfers run, with how many bytes in flight; how many wait for a place."""
+
+    running: int
+    bytes: int
+    waiting: dict[Priority, int]
+
+
 class Slots:
     """`places_max` places and `bytes_max` bytes. One transfer may always run, however large.
 
@@ -78,6 +87,13 @@ class Slots:
         self._reader_s = -math.inf  # when there was a reader last
         self._rested_s = -math.inf  # when prefetch may take its share again
         self._timer: trio.CancelScope | None = None
+
+    def in_use(self) -> SlotsInUse:
+        """What there is now."""
+        waiting = dict.fromkeys(Priority, 0)
+        for ticket in self._waiting:
+            waiting[ticket.priority] += 1
+        return SlotsInUse(len(self._running), self._bytes, waiting)
 
     async def acquire(self, ticket: Ticket) -> None:
         """Wait for a place and room for the bytes; `release_place` and `release_bytes` give them

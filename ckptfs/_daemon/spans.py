@@ -25,11 +25,13 @@ its thread, and the buffer with it.
 import contextlib
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable
 
 import trio
 
+from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.buffers import capacity_of
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import CachedObject
@@ -41,23 +43,40 @@ from ckptfs._daemon.transfers import Transferred, Transfers
 from ckptfs._daemon.versions import Versions
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, runs
 from ckptfs._model.config import Config
+from ckptfs._model.trace import Purpose
 from ckptfs.errors import CkptfsError, StoreError, StoreTimeout, StoreUnavailable
 
 log = logging.getLogger(__name__)
+
+_PURPOSES: dict[Priority, Purpose] = {
+    Priority.DEMAND: "demand",
+    Priority.READAHEAD: "readahead",
+    Priority.PREFETCH: "prefetch",
+}
 
 
 class Span:
     """One span of `entry`, the blocks of `file`.
 
     Attributes:
+        usage: Of who was the first to want it.
         done: Its blocks can be read, or it has failed; then `error` says why.
         ended: And they are stored, if they can be.
+        tries: How many requests it has taken.
+        wanted_s: When it was made, by ``time.perf_counter``; `begun_s`: when its last request was
+            sent; `arrived_s`: when that had an answer.
     """
 
     def __init__(
-        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
+        self,
+        file: RemoteFile,
+        entry: CachedObject,
+        blocks: range,
+        priority: Priority,
+        usage: Usage,
     ) -> None:
         self.file = file
+        self.usage = usage
         self.entry = entry
         self.blocks = blocks
         self.length = blocks_length(blocks, entry.size)
@@ -68,6 +87,8 @@ class Span:
         self.dropped = False
         self.transferred: Transferred | None = None
         self.error: CkptfsError | None = None
+        self.tries = 0
+        self.wanted_s = self.begun_s = self.arrived_s = time.perf_counter()
 
     def start_clock(self, deadline_s: float) -> None:
         """Count from the first dealing with the store: waiting for a place is no fault of it."""
@@ -116,9 +137,15 @@ class Spans:
         return {span for span in found if span is not None}
 
     def want(
-        self, file: RemoteFile, entry: CachedObject, blocks: Iterable[int], priority: Priority
+        self,
+        file: RemoteFile,
+        entry: CachedObject,
+        blocks: Iterable[int],
+        priority: Priority,
+        usage: Usage | None = None,
     ) -> list[Span]:
-        """The spans that will bring `blocks`: those under way, and new ones for the rest."""
+        """The spans that will bring `blocks`: those under way, and new ones for the rest, which
+        count as `usage`'s."""
         digest = entry.digest
         spans: dict[Span, None] = {}
         missing: list[int] = []
@@ -133,7 +160,9 @@ class Spans:
         if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
             length_max = max(1, length_max // 2)
         for run in runs(missing, length_max):
-            spans[self._start(file, entry, run, priority)] = None
+            span = Span(file, entry, run, priority, usage or file.activity.background)
+            spans[span] = None
+            self._start(span)
         return list(spans)
 
     def _join(self, span: Span, priority: Priority) -> None:
@@ -141,15 +170,13 @@ class Spans:
         if not self._outages.is_dark(span.file.store):
             self._slots.raise_priority(span.ticket, priority)
 
-    def _start(
-        self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority
-    ) -> Span:
-        span = Span(file, entry, blocks, priority)
-        self._flights.update(dict.fromkeys(((entry.digest, i) for i in blocks), span))
-        file.flights += 1
-        entry.users += 1  # the file may be closed before the span ends, or even starts
+    def _start(self, span: Span) -> None:
+        digest = span.entry.digest
+        self._flights.update(dict.fromkeys(((digest, i) for i in span.blocks), span))
+        span.file.flights += 1
+        span.file.activity.in_flight += 1
+        span.entry.users += 1  # the file may be closed before the span ends, or even starts
         self._nursery.start_soon(self._run, span)
-        return span
 
     @contextlib.contextmanager
     def prefetching(self, entry: CachedObject, blocks: range) -> Generator[None]:
@@ -209,12 +236,14 @@ class Spans:
 
     def _end(self, span: Span) -> None:
         span.file.flights -= 1
+        span.file.activity.in_flight -= 1
         for index in span.blocks:
             del self._flights[span.entry.digest, index]
         if span.transferred is not None:
             self._cache.buffers.keep(span.transferred.buffer)
             self._slots.release_bytes(span.transferred.ticket)
         self._cache.close(span.entry)
+        self._trace(span)
         span.done.set()
         span.ended.set()
 
@@ -233,8 +262,11 @@ class Spans:
             span.start_clock(self._deadline_s)
             await self._versions.learn(file, entry)
         ticket.priority = Priority.DARK if self._outages.is_dark(file.store) else ticket.wanted
-        await self._slots.acquire(ticket)
+        with file.activity.queueing():
+            await self._slots.acquire(ticket)
         span.start_clock(self._deadline_s)
+        span.tries += 1
+        span.begun_s = time.perf_counter()
         offset = span.blocks.start * BLOCK_BYTES
         got = await self._transfers.read(file.store, file.pin, offset, span.length, ticket)
         try:
@@ -246,6 +278,23 @@ class Spans:
             raise
         self.fetched_bytes += span.length
         self.fetched_spans += 1
+        file.activity.fetched(span.usage, span.length)
         self._cache.keep(entry, span.blocks, got.buffer)
         span.transferred = got
+        span.arrived_s = time.perf_counter()
         span.done.set()
+
+    @staticmethod
+    def _trace(span: Span) -> None:
+        if span.file.trace is not None and span.tries:
+            if span.error is not None:
+                span.arrived_s = time.perf_counter()
+            start = span.blocks.start * BLOCK_BYTES
+            span.file.trace.fetched(
+                start,
+                start + span.length,
+                _PURPOSES[span.ticket.wanted],
+                span.tries,
+                "" if span.error is None else str(span.error),
+                (span.wanted_s, span.begun_s, span.arrived_s),
+            )

@@ -9,15 +9,16 @@ a file or directory is refused (`fuse.Operations`).
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache, Views
-from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.fetch import Fetcher, RemoteFile
 from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.recognise import Recogniser
-from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.tree import MOUNT_ROOT, Node, ordinal_of
 from ckptfs._model.manifest import METADATA_NAME
 
@@ -97,7 +98,7 @@ class Vfs:
         self._released = released
         self._by_ordinal: dict[int, Attachment] = {}
         self._by_name: dict[bytes, Attachment] = {}
-        self._open: dict[int, tuple[RemoteFile, int]] = {}  # file and inode by handle
+        self._open: dict[int, tuple[RemoteFile, int, Usage]] = {}  # by handle; its inode
         self._lent: dict[int, CachedObject] = {}  # those that the kernel reads itself, by inode
         self._directories: dict[int, tuple[int, list[bytes] | None]] = {}  # inode and names
 
@@ -112,9 +113,10 @@ class Vfs:
         """Stop to show an attachment. Handles that are still open in it become stale."""
         del self._by_ordinal[attachment.ordinal]
         del self._by_name[attachment.name.encode()]
-        for handle, (file, inode) in list(self._open.items()):
+        for handle, (file, inode, usage) in list(self._open.items()):
             if ordinal_of(inode) == attachment.ordinal:
                 del self._open[handle]
+                attachment.activity.closed(usage)
                 while file.opens:
                     self._fetcher.close(file)
 
@@ -203,29 +205,32 @@ class Vfs:
     # -- files
 
     def open(self, inode: int, pid: int = 0) -> int:
-        """Open a file for reading; returns its handle. `pid`: of who opens it; 0: nobody knows."""
+        """Open a file for reading; returns its handle. `pid`: of the process that opens it; 0:
+        nobody knows."""
         if self.find(inode)[1].is_directory:
             raise IsDirectory(inode)
         handle = self._handles.reserve(inode, pid, is_directory=False)
         try:
-            self._add_file(handle, inode)
+            self._add_file(handle, inode, pid)
         except BaseException:
             self._handles.free(handle)
             raise
         return handle
 
-    def _add_file(self, handle: int, inode: int) -> None:
+    def _add_file(self, handle: int, inode: int, pid: int) -> None:
         attachment, node = self.find(inode)
         file = attachment.file(node.index)
         self._fetcher.open(file)
-        self._open[handle] = file, inode
+        self._open[handle] = file, inode, attachment.activity.opened(pid)
         attachment.open_handles += 1
 
     def _close_file(self, handle: int) -> None:
-        file, inode = self._open.pop(handle, (None, 0))
-        attachment = self._by_ordinal.get(ordinal_of(inode))
-        if attachment is None or file is None:
+        opened = self._open.pop(handle, None)
+        if opened is None:
             return
+        file, inode, usage = opened
+        attachment = self._by_ordinal[ordinal_of(inode)]
+        attachment.activity.closed(usage)
         if not file.recognised and file.pin.size:
             self._recogniser.look_at_head(file)
         self._fetcher.close(file)
@@ -251,7 +256,7 @@ class Vfs:
             if handle.is_directory:
                 self._add_directory(handle.number, handle.inode, handle.pid)
             else:
-                self._add_file(handle.number, handle.inode)
+                self._add_file(handle.number, handle.inode, handle.pid)
 
     # -- reading
 
@@ -261,13 +266,13 @@ class Vfs:
 
         Raises StaleInode.
         """
-        file, inode, length = self._within(handle, offset, length)
+        file, inode, usage, length = self._within(handle, offset, length)
         if not length:
             return []
         file.served_bytes += length
         if not file.recognised:
             self._recogniser.look(*self.find(inode))
-        self._fetcher.access(file, offset, length)
+        self._fetcher.access(file, offset, length, usage)
         if not file.handed_on and file.readahead and file.readahead.is_asked_whole:
             file.handed_on = True
             self._recogniser.begin_next(*self.find(inode))
@@ -275,16 +280,57 @@ class Vfs:
 
     async def read(self, handle: int, offset: int, length: int) -> Views:
         """The same, waiting for the bytes. Raises also what `Fetcher.read` raises."""
-        file, _, length = self._within(handle, offset, length)
-        return await self._fetcher.read(file, offset, length) if length else []
+        file, _, usage, length = self._within(handle, offset, length)
+        if not length:
+            return []
+        is_miss = self._fetcher.lacks(file, offset, length)
+        usage.waiting += 1
+        try:
+            views = await self._fetcher.read(file, offset, length)
+        finally:
+            usage.waiting -= 1
+            usage.misses += is_miss
+        usage.missed_bytes += is_miss * length
+        return views
 
-    def _within(self, handle: int, offset: int, length: int) -> tuple[RemoteFile, int, int]:
-        """An open file, its inode, and how many of the bytes lie in it."""
+    def note_read(
+        self,
+        handle: int,
+        offset: int,
+        length: int,
+        began_ns: int,
+        error: Exception | None = None,
+        *,
+        waited: bool = False,
+    ) -> None:
+        """A read that the daemon saw at `began_ns` (`time.perf_counter_ns`) was answered with
+        `length` bytes, or with an error. `waited`: not at once. The one place that learns of
+        each."""
+        opened = self._open.get(handle)
+        if opened is None:
+            return
+        file, _, usage = opened
+        usage.read_bytes += length
+        now_ns = time.perf_counter_ns()
+        usage.latency_ns[(now_ns - began_ns).bit_length()] += 1
+        if error is not None:
+            usage.failed(error)
+        elif length and file.trace is not None:
+            ended_s = now_ns / 1e9 if waited else 0.0
+            file.trace.read(usage.pid, offset, offset + length, began_ns / 1e9, ended_s)
+
+    def note_kernel_open(self, handle: int) -> None:
+        """The kernel reads what was opened so by itself: nobody will tell us of its reads."""
+        if opened := self._open.get(handle):
+            opened[2].kernel_opens += 1
+
+    def _within(self, handle: int, offset: int, length: int) -> tuple[RemoteFile, int, Usage, int]:
+        """An open file, its inode, whose reads these are, and how many of the bytes lie in it."""
         opened = self._open.get(handle)
         if opened is None:
             raise StaleInode(handle)
-        file, inode = opened
-        return file, inode, max(0, min(length, file.pin.size - offset))
+        file, inode, usage = opened
+        return file, inode, usage, max(0, min(length, file.pin.size - offset))
 
     # -- lending
 
@@ -304,6 +350,8 @@ class Vfs:
         if entry is None:
             return -1
         file.served_bytes = 0
+        if file.trace is not None:
+            file.trace.lent()
         self._lent[inode] = entry
         return entry.files.data
 

@@ -11,6 +11,7 @@ import msgspec
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
+from ckptfs._model.trace import Access, Fetch, TracedFile, TracedProcess
 from ckptfs._model.units import RATE_MAX
 from ckptfs.errors import ProtocolError
 
@@ -75,6 +76,14 @@ class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):
     ended."""
 
 
+class GetTrace(Message, frozen=True, tag="trace"):
+    """Ask how a checkpoint was read, named by its directory inside the mount or by its location; by
+    its location also when nobody holds it any more. Reply: `Trace`."""
+
+    name: str = ""
+    location: Location | None = None
+
+
 class Restart(Message, frozen=True, tag="restart"):
     """End the daemon, and have it followed by another, also of another version, that goes on with
     everything. The program of its keeper is replaced, too."""
@@ -87,7 +96,15 @@ class Stop(Message, frozen=True, tag="stop"):
 
 
 Request = (
-    Attach | Detach | Status | MetadataChanged | StartPrefetch | PrefetchProgress | Restart | Stop
+    Attach
+    | Detach
+    | Status
+    | MetadataChanged
+    | StartPrefetch
+    | PrefetchProgress
+    | GetTrace
+    | Restart
+    | Stop
 )
 
 
@@ -147,6 +164,36 @@ class Prefetching(Message, frozen=True, tag="prefetching"):
     early_message: str = ""
 
 
+class Trace(Message, frozen=True, tag="trace-reply"):
+    """Reply to `GetTrace`; see ``_model.trace``.
+
+    Attributes:
+        mount, name: As in `Attached`; `name` is "" where it is attached no more.
+        uri, version, attached, file_count, size: As in `AttachmentStatus`.
+        files, processes: What `accesses` and `fetches` name.
+        left_out: How many reads and fetches there was no room for.
+        lent: Positions of files that were complete in the cache when they were opened, so that the
+            kernel has read them by itself, unseen.
+        restarts: How many daemons have served the mount before this one, which knows of nothing
+            that was before it.
+    """
+
+    mount: str
+    name: str
+    uri: str
+    version: str
+    attached: float
+    file_count: int
+    size: int
+    files: list[TracedFile]
+    processes: list[TracedProcess]
+    accesses: list[Access]
+    fetches: list[Fetch]
+    left_out: int
+    lent: list[int]
+    restarts: int
+
+
 class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch."""
 
@@ -186,7 +233,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     attachments: list[AttachmentStatus]
 
 
-Reply = Attached | Done | Failed | Prefetching | StatusReply
+Reply = Attached | Done | Failed | Prefetching | StatusReply | Trace
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -2,7 +2,7 @@
 
 import typer
 
-from ckptfs.cli import checkpoints, daemon, find, meta, prefetch, topics
+from ckptfs.cli import checkpoints, daemon, find, meta, prefetch, report, topics
 
 app = typer.Typer(
     name="ckptfs",
@@ -19,6 +19,7 @@ app.command("attach")(checkpoints.attach)
 app.command("detach")(checkpoints.detach)
 app.command("ls")(checkpoints.ls)
 app.command("prefetch")(prefetch.prefetch)
+app.command("report")(report.report)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
 app.command("help")(topics.help_)

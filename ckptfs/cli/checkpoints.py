@@ -46,7 +46,7 @@ def detach(
     ] = False,
 ) -> None:
     """End an attachment. What is cached stays cached."""
-    name = _name_in_mount(path_or_uri)
+    name = name_in_mount(path_or_uri)
     location = None if name else location_of(path_or_uri)
     with _client.connect() as connection:
         connection.detach(name or "", location, force=force)
@@ -126,7 +126,7 @@ def _list_tensors(top: str, as_json: bool) -> None:
         (os.path.relpath(path, top) if path != top else os.path.basename(top), tensor)
         for path in sorted(_walk(top))
         if path.endswith(".safetensors")
-        for tensor in _tensors(path)
+        for tensor in tensors_of(path)
     ]
     if as_json:
         plain = [{"path": path, **msgspec.to_builtins(tensor)} for path, tensor in found]
@@ -148,7 +148,7 @@ def _list_tensors(top: str, as_json: bool) -> None:
     )
 
 
-def _tensors(path: str) -> list[formats.Tensor]:
+def tensors_of(path: str) -> list[formats.Tensor]:
     """The tensors of a safetensors file, from its header alone."""
     with open(path, "rb") as file:
         prefix = file.read(formats.SAFETENSORS_PREFIX_BYTES + 1)
@@ -177,7 +177,7 @@ def location_of(uri: str) -> Location:
     return describe(*filesystem_of(uri))
 
 
-def _name_in_mount(path: str) -> str | None:
+def name_in_mount(path: str) -> str | None:
     """The attachment's directory name that a path inside the mount begins with; None for a URI."""
     if "://" in path:
         return None

@@ -132,6 +132,8 @@ def test_each_user_sees_own_attachments_only(
                 (lambda: connection.detach(name, force=True), ckptfs.NotAttached),
                 (lambda: connection.detach("", location, force=True), ckptfs.NotAttached),
                 (lambda: connection.prefetch(name, ["*"], 0, print), ckptfs.NotAttached),
+                (lambda: connection.trace(name), ckptfs.NotAttached),
+                (lambda: connection.trace("", location), ckptfs.NotAttached),
                 (lambda: connection.stop(force=True), ckptfs.AccessDenied),
                 (lambda: connection.attach(Location("local", "/root")), ckptfs.AccessDenied),
                 (lambda: connection.attach(without_keys), ckptfs.AccessDenied),

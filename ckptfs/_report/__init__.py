@@ -1,0 +1,1 @@
+"""A trace as a page to look at: `analysis` computes, `page` draws."""

@@ -1,0 +1,54 @@
+"""Sets of byte positions, as ascending ranges that do not touch."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+Ranges = list[tuple[int, int]]
+"""(start, stop) pairs."""
+
+
+def union(pairs: Iterable[tuple[int, int]]) -> Ranges:
+    """All positions that lie in one of the `pairs`."""
+    result: Ranges = []
+    for start, stop in sorted(pairs):
+        if start >= stop:
+            continue
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(stop, result[-1][1])
+        else:
+            result.append((start, stop))
+    return result
+
+
+def length(ranges: Ranges) -> int:
+    """How many positions these are."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def within(ranges: Ranges, start: int, stop: int) -> int:
+    """How many of the positions lie in [start, stop)."""
+    found = 0
+    for first, last in ranges[max(0, bisect_right(ranges, (start, start)) - 1) :]:
+        if first >= stop:
+            break
+        found += max(0, min(last, stop) - max(first, start))
+    return found
+
+
+def without(ranges: Ranges, others: Ranges) -> Ranges:
+    """The positions of `ranges` that are not in `others`."""
+    result: Ranges = []
+    position = 0
+    for start, stop in ranges:
+        while position < len(others) and others[position][1] <= start:
+            position += 1
+        at = position
+        while at < len(others) and others[at][0] < stop:
+            first, last = others[at]
+            if start < first:
+                result.append((start, first))
+            start = max(start, last)
+            at += 1
+        if start < stop:
+            result.append((start, stop))
+    return result
