@@ -21,6 +21,7 @@ from ckptfs._config import load_config, log_path
 from ckptfs._filelock import locked, wait_unlocked
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.plan import Plan, Wanted
 from ckptfs._model.wire import (
     Attach,
     Attached,
@@ -66,6 +67,17 @@ demand does without."""
 _UCRED = struct.Struct("3i")
 
 R = TypeVar("R", bound=Reply)
+_RANK_VARIABLES = "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
+"""Where torchrun and Ray Train, Slurm, Open MPI and MPICH say which process of a job one is."""
+
+
+def rank_of_process() -> int:
+    """The rank of this process in its job, as its environment says; -1: it does not."""
+    for name in _RANK_VARIABLES:
+        value = os.environ.get(name, "")
+        if value.isascii() and value.isdigit() and len(value) < 9:
+            return int(value)
+    return -1
 
 
 class Connection:
@@ -122,13 +134,25 @@ class Connection:
         self.close()
 
     def attach(
-        self, location: Location, *, pinned: bool = False, prefetch: Sequence[str] = ()
+        self,
+        location: Location,
+        *,
+        pinned: bool = False,
+        prefetch: Sequence[str] = (),
+        plan: Plan | None = None,
     ) -> Attached:
-        """Attach a checkpoint, and begin to fetch the files that the globs `prefetch` name.
+        """Attach a checkpoint, and begin to fetch the files that the globs `prefetch` name, and
+        what `plan` names for this process.
 
         Raises what the store or the daemon says.
         """
-        request = Attach(location=location, pinned=pinned, prefetch=list(prefetch))
+        request = Attach(
+            location=location,
+            pinned=pinned,
+            prefetch=list(prefetch),
+            plan=plan,
+            rank=rank_of_process(),
+        )
         return self._request(request, Attached)
 
     def detach(self, name: str, location: Location | None = None, *, force: bool = False) -> None:
@@ -148,21 +172,26 @@ class Connection:
         self._persist(MetadataChanged(location=location), Done)
 
     def prefetch(
-        self, name: str, globs: Sequence[str], rate: int, progress: Callable[[int, int], None]
+        self, name: str, wanted: Wanted, progress: Callable[[int, int], None]
     ) -> Prefetching:
         """Fetch files of an attachment; returns when that has ended. It ends with the connection.
 
         Args:
             name: The attachment's directory in the mount.
-            globs: Which files, in which order.
-            rate: Most bytes per second; 0: no limit.
+            wanted: What to fetch, in which order.
             progress: Called several times a second with the bytes that are there and the bytes of
                 all these files.
 
         A daemon that dies meanwhile is followed by another one, which begins anew and finds what is
         cached. Raises NotAttached, and DaemonError if the daemon ends.
         """
-        start = StartPrefetch(name=name, globs=list(globs), rate=rate)
+        start = StartPrefetch(
+            name=name,
+            globs=wanted.globs,
+            plan=wanted.plan,
+            rank=wanted.rank,
+            rate=wanted.rate,
+        )
         state = self._persist(start, Prefetching)
         while not state.ended:
             try:
@@ -255,6 +284,7 @@ def attached(
     *,
     pinned: bool = False,
     prefetch: Sequence[str] = (),
+    plan: Plan | None = None,
     timeout_s: float | None = None,
     to: Callable[[Config, float | None], Connection] | None = None,
 ) -> Generator[tuple[str, Attached]]:
@@ -266,6 +296,7 @@ def attached(
         location: The checkpoint.
         pinned: It stays until it is detached.
         prefetch: Globs of files to fetch in the background.
+        plan: What else to fetch.
         timeout_s: Longest wait for the daemon's answer.
         to: Makes the connection; without it, `connect_or_start`.
     """
@@ -273,7 +304,7 @@ def attached(
         config = load_config()
         connection = (to or connect_or_start)(config, timeout_s)
         try:
-            reply = connection.attach(location, pinned=pinned, prefetch=prefetch)
+            reply = connection.attach(location, pinned=pinned, prefetch=prefetch, plan=plan)
         except ConnectionResetError:
             connection.close()
             if attempt == _TRIES - 1:
@@ -294,6 +325,7 @@ def leased(
     location: Location,
     *,
     prefetch: Sequence[str] = (),
+    plan: Plan | None = None,
     timeout_s: float | None = None,
     to: Callable[[Config, float | None], Connection] | None = None,
 ) -> Generator[str]:
@@ -302,7 +334,7 @@ def leased(
     From then on the kernel gives the lease back for us, however this process ends. Yields the path.
     The arguments are those of `attached`.
     """
-    path, lease = _take_lease(location, prefetch, timeout_s, to)
+    path, lease = _take_lease(location, prefetch, plan, timeout_s, to)
     try:
         yield path
     finally:
@@ -317,6 +349,7 @@ def leased(
 def _take_lease(
     location: Location,
     prefetch: Sequence[str],
+    plan: Plan | None,
     timeout_s: float | None,
     to: Callable[[Config, float | None], Connection] | None,
 ) -> tuple[str, int]:
@@ -326,7 +359,10 @@ def _take_lease(
     in nobody's use: then it is attached anew.
     """
     for left in reversed(range(_TRIES)):
-        with attached(location, prefetch=prefetch, timeout_s=timeout_s, to=to) as (path, _):
+        with attached(location, prefetch=prefetch, plan=plan, timeout_s=timeout_s, to=to) as (
+            path,
+            _,
+        ):
             try:
                 return path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ckptfs import _client, _private
+from ckptfs import _client, _plans, _private
 from ckptfs._scratch import scratch_directory
 from ckptfs._store import metadata as _metadata
 from ckptfs._store.copy import Progress, copy_directory
@@ -27,7 +27,13 @@ from ckptfs._store.filesystems import (
 )
 from ckptfs._store.onfilesystem import store_of
 from ckptfs._store.private import dump
-from ckptfs.errors import CannotMount, CheckpointIsFile, CheckpointNotFound, LocationError
+from ckptfs.errors import (
+    CannotMount,
+    CheckpointIsFile,
+    CheckpointNotFound,
+    LocationError,
+    PlanError,
+)
 
 Mode = Literal["auto", "mount", "copy"]
 Self = TypeVar("Self", bound="Checkpoint")
@@ -96,6 +102,7 @@ class Checkpoint:
         timeout_s: float | None = None,
         mode: Mode = "auto",
         include: Sequence[str] = (),
+        plan: "bool | str | os.PathLike[str]" = False,
     ) -> Generator[str]:
         """The checkpoint as a local directory, for the length of the context.
 
@@ -112,6 +119,11 @@ class Checkpoint:
                 copy, with a warning that says why.
             include: Globs: a copy holds these files only. A mount shows all, since what is not read
                 costs nothing.
+            plan: What a restore of an earlier checkpoint has read, to be fetched ahead of the
+                readers, in that order: for the rank of this process, if RANK says which it is. A
+                file, or the URI of a checkpoint that has one (``ckptfs plan save``). True: the one
+                that this user's cache has for the checkpoints beside this one; where it has none,
+                it is made of this restore, when the context ends. Not in copy mode.
 
         Yields:
             The directory's path.
@@ -120,6 +132,7 @@ class Checkpoint:
             CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError: The store's answer.
             LocationError: No filesystem of that type can be mounted (only with "mount").
             CannotMount: This machine cannot mount (only with "mount").
+            PlanError: What `plan` names is none.
             DaemonError, ConfigError: The daemon's.
         """
         if mode not in ("auto", "mount", "copy"):
@@ -135,7 +148,7 @@ class Checkpoint:
             else:
                 try:
                     path = stack.enter_context(
-                        _mounted(self.filesystem, self.path, globs, timeout_s)
+                        _mounted(self.filesystem, self.path, globs, timeout_s, plan)
                     )
                 except (CannotMount, NotDescribable) as error:
                     if mode == "mount":
@@ -251,15 +264,26 @@ def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequen
 
 @contextlib.contextmanager
 def _mounted(
-    filesystem: FileSystem, path: str, prefetch: Sequence[str], timeout_s: float | None
+    filesystem: FileSystem,
+    path: str,
+    prefetch: Sequence[str],
+    timeout_s: float | None,
+    plan: "bool | str | os.PathLike[str]",
 ) -> Generator[str]:
     """The mount path, by the node's or user's daemon, or by one of our own. Raises NotDescribable
     where the filesystem cannot be handed to any."""
     try:
         location = describe(filesystem, path)
     except NotDescribable as error:
-        lease = _private.leased(dump(filesystem, error), path, prefetch, timeout_s)
-    else:
-        lease = _client.leased(location, prefetch=prefetch, timeout_s=timeout_s)
-    with lease as mounted:
+        if plan is not False:
+            raise PlanError(
+                f"{path}: a filesystem that needs a private daemon has no plans; leave plan out"
+            ) from None
+        with _private.leased(dump(filesystem, error), path, prefetch, timeout_s) as mounted:
+            yield mounted
+        return
+    found = None if plan is False else _plans.kept(location) if plan is True else _plans.read(plan)
+    with _client.leased(location, prefetch=prefetch, plan=found, timeout_s=timeout_s) as mounted:
         yield mounted
+        if plan is True and found is None:
+            _plans.remember(location)

@@ -138,6 +138,12 @@ class NotAttached(CkptfsError, LookupError):
     code = "not-attached"
 
 
+class PlanError(CkptfsError, ValueError):
+    """What should be a plan is none, or there is none."""
+
+    code = "plan"
+
+
 class Busy(CkptfsError):
     """Something is still in use, so it cannot be ended."""
 

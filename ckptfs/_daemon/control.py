@@ -26,6 +26,7 @@ import trio
 from ckptfs._daemon.limits import is_ours, limit_for
 from ckptfs._daemon.service import Service
 from ckptfs._model.config import Config
+from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
     Attach,
@@ -72,9 +73,10 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
 class _Held:
-    """What a connection holds."""
+    """What a connection of that process holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.attachments: list[Attachment] = []
         self.prefetch: Prefetch | None = None
 
@@ -103,10 +105,10 @@ class Control:
         await trio.serve_listeners(self._connection, [listener])
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        held = _Held()
         self._service.client_came()
         raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, gid = _UCRED.unpack(raw)
+        pid, uid, gid = _UCRED.unpack(raw)
+        held = _Held(pid)
         user = self._users.setdefault(uid, _User())
         self._connections += 1
         user.connections += 1
@@ -168,8 +170,13 @@ class Control:
                 request.location, uid, gid, pinned=request.pinned
             )
             held.attachments.append(attachment)
+            if attachment.trace is not None:
+                attachment.trace.joined(held.pid, request.rank)
+            if request.plan is not None:
+                wanted = Wanted(plan=request.plan, rank=request.rank)
+                self._service.prefetch_unheld(attachment, wanted)
             if request.prefetch:
-                self._service.prefetch_unheld(attachment, request.prefetch)
+                self._service.prefetch_unheld(attachment, Wanted(request.prefetch))
             manifest = attachment.manifest
             return Attached(
                 mount=self._mount,
@@ -214,10 +221,11 @@ class Control:
     def _prefetch(self, request: StartPrefetch, uid: int, held: _Held) -> Prefetching:
         if held.prefetch is not None and not held.prefetch.ended.is_set():
             raise Busy("the last prefetch of this connection has not ended; use another connection")
+        wanted = Wanted(request.globs, request.rate, request.plan, request.rank)
         attachment = self._service.find(uid, request.name, None)
         self._service.hold(attachment)
         held.attachments.append(attachment)
-        held.prefetch = self._service.prefetch(attachment, request.globs, request.rate)
+        held.prefetch = self._service.prefetch(attachment, wanted)
         return held.prefetch.state()
 
 

@@ -1,6 +1,8 @@
 """Prefetch: fetch files of an attachment in the background, in an order that somebody gave.
 
-Behind all readers (`slots` says how it yields to them). It ends when everything is there, when the
+What globs name is fetched behind all readers (`slots` says how it yields to them). What a plan
+names is what readers will want next, and is fetched as their readahead is: first what is where in
+the plan's files, then the bytes, in the plan's order. It ends when everything is there, when the
 attachment ends, when it has fetched as much as the cache can hold (more would push out its own
 first files), or when the store stops answering: readers then ask for themselves. A file that cannot
 be fetched for a reason of its own (it changed, access is denied) is left out; its attributes say
@@ -15,7 +17,8 @@ files that waited, one chunk.
 import fnmatch
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -23,12 +26,18 @@ from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import ABSENT, CachedObject, disk_bytes
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.layouts import tensors_of
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.slots import Priority
 from ckptfs._model.blocks import BLOCK_BYTES, block_length, blocks_of
 from ckptfs._model.manifest import ListedFile
+from ckptfs._model.plan import Piece, Plan, Wanted, match_files, pieces_of
 from ckptfs._model.units import size_text
 from ckptfs._model.wire import FileError, Prefetching
 from ckptfs.errors import CkptfsError, LimitExceeded, NotAttached, StoreUnavailable
+
+if TYPE_CHECKING:
+    from ckptfs._model.formats import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +48,12 @@ _CHUNK_BYTES = 64 << 20
 connections, and a queue that readers can overtake."""
 _ERRORS_MAX = 100
 """Files that are named in the state with their errors; the count is always whole."""
+_PIECE_BYTES = 16 << 20
+"""Of a plan at once: what is first in it comes first."""
 _COMPARISONS_MAX = 20_000_000
 """Of globs with files: some ten seconds of a thread that nobody can stop."""
 _IS_PATTERN = re.compile(r"[*?[]")
+T = TypeVar("T")
 
 
 def chosen(files: Sequence[tuple[int, ListedFile]], globs: Sequence[str]) -> dict[int, ListedFile]:
@@ -71,8 +83,7 @@ class Prefetch:
 
     Args:
         attachment: Whose files.
-        globs: Which of them, and in which order.
-        rate: Most bytes per second; 0: no limit.
+        wanted: Which of them.
         fetcher: Fetches them.
         cache: Asked for what it can hold.
         offload: Matches the globs.
@@ -84,24 +95,24 @@ class Prefetch:
     def __init__(
         self,
         attachment: Attachment,
-        globs: Sequence[str],
-        rate: int,
+        wanted: Wanted,
         fetcher: Fetcher,
         cache: Cache,
         offload: Offload,
     ) -> None:
         self._attachment = attachment
-        self._globs = globs
-        self._rate = rate
+        self._wanted = wanted
+        self._rate = wanted.rate
+        self._priority = Priority.READAHEAD if wanted.plan else Priority.PREFETCH
         self._fetcher = fetcher
         self._cache = cache
         self._offload = offload
         self._scope = trio.CancelScope()
         self._paid_s = 0.0
         self._files = self._bytes = self._cached_bytes = self._fetched_bytes = 0
-        self._under_way: dict[int, tuple[CachedObject, list[int]]] = {}  # absent blocks, by file
+        self._under_way: dict[Piece, tuple[CachedObject, list[int]]] = {}  # absent blocks
         self._errors: list[FileError] = []
-        self._error_count = 0
+        self._failed_files: set[int] = set()
         self._early: CkptfsError | None = None
         self.ended = trio.Event()
         attachment.background.add(self._scope)
@@ -125,7 +136,7 @@ class Prefetch:
             cached=self._cached_bytes,
             fetched=self._fetched_bytes + arrived,
             errors=list(self._errors),
-            error_count=self._error_count,
+            error_count=len(self._failed_files),
             early_code=self._early.code if self._early else "",
             early_message=str(self._early) if self._early else "",
         )
@@ -146,70 +157,109 @@ class Prefetch:
 
     async def _run(self) -> None:
         shown = list(self._attachment.shown())
-        files = await self._offload.control(chosen, shown, self._globs)
-        self._files = len(files)
-        self._bytes = sum(file.size for file in files.values())
-        remaining = self._within_cache(files)
+        if self._wanted.plan is None:
+            files = await self._offload.control(chosen, shown, self._wanted.globs)
+            pieces = [Piece(index, 0, file.size) for index, file in files.items()]
+        else:
+            pieces = await self._planned(self._wanted.plan, shown)
+        self._files = len({piece.file for piece in pieces})
+        self._bytes = sum(piece.stop - piece.start for piece in pieces)
+        await self._by_workers(self._work, self._within_cache(pieces))
+
+    async def _by_workers(
+        self, work: Callable[[Iterator[T]], Awaitable[None]], todo: Iterator[T]
+    ) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(_FILES):
-                nursery.start_soon(self._work, remaining)
+                nursery.start_soon(work, todo)
 
-    def _within_cache(self, files: dict[int, ListedFile]) -> Iterator[int]:
-        """Positions of the files, until they are more than the cache can hold."""
+    async def _planned(self, plan: Plan, shown: list[tuple[int, ListedFile]]) -> list[Piece]:
+        """The bytes that a plan names. Looks into its files first."""
+        matched = match_files(plan, {file.path: index for index, file in shown})
+        named = {matched[step.file] for step in plan.steps if step.tensor and step.file in matched}
+        layouts: dict[int, list[Tensor]] = {}
+
+        async def look(todo: Iterator[int]) -> None:
+            for index in todo:
+                file = self._attachment.file(index)
+                try:
+                    with self._fetcher.opened(file):
+                        layouts[index] = await tensors_of(self._fetcher, self._offload, file)
+                except CkptfsError as error:
+                    self._failed(index, error)
+
+        await self._by_workers(look, iter(sorted(named)))
+        sizes = {index: self._attachment.listed[index].size for index in matched.values()}
+        rank = self._wanted.rank
+        return await self._offload.compute(
+            pieces_of, plan, rank, matched, sizes, layouts, _PIECE_BYTES
+        )
+
+    def _within_cache(self, pieces: list[Piece]) -> Iterator[Piece]:
+        """The pieces, until they are more than the cache can hold."""
         capacity_bytes = self._cache.capacity_bytes()
         left_bytes = capacity_bytes
-        for count, (index, file) in enumerate(files.items()):
-            left_bytes -= disk_bytes(file.size)
+        for count, piece in enumerate(pieces):
+            left_bytes -= disk_bytes(piece.stop - piece.start)
             if left_bytes < 0:
+                before = len({earlier.file for earlier in pieces[:count]} - {piece.file})
                 self._end_early(
                     LimitExceeded(
-                        f"the cache holds {size_text(capacity_bytes)}: that is the first {count} "
-                        f"of {len(files)} files ({size_text(self._bytes)}); name fewer, or give "
+                        f"the cache holds {size_text(capacity_bytes)}: that is the first {before} "
+                        f"of {self._files} files ({size_text(self._bytes)}); name fewer, or give "
                         "the cache more room (cache_bytes_max, cache_free_share_min)"
                     )
                 )
                 return
-            yield index
+            yield piece
 
     def _end_early(self, error: CkptfsError) -> None:
         if self._early is None:
             self._early = error
             log.info("prefetch of %s ends: %s", self._attachment.location.uri, error)
 
-    async def _work(self, remaining: Iterator[int]) -> None:
-        for index in remaining:
+    async def _work(self, remaining: Iterator[Piece]) -> None:
+        for piece in remaining:
             try:
-                await self._fetch_file(index)
-            except StoreUnavailable as error:
-                self._end_early(error)
-                self._scope.cancel()
-            except CkptfsError as error:  # noted at the file, too
-                self._error_count += 1
-                if len(self._errors) < _ERRORS_MAX:
-                    path = self._attachment.listed[index].path
-                    self._errors.append(FileError(path, error.code, str(error)))
+                await self._fetch_piece(piece)
+            except CkptfsError as error:
+                self._failed(piece.file, error)
 
-    async def _fetch_file(self, index: int) -> None:
+    def _failed(self, index: int, error: CkptfsError) -> None:
+        """A file could not be fetched; that is noted at the file, too."""
+        if isinstance(error, StoreUnavailable):
+            self._end_early(error)
+            self._scope.cancel()
+            return
+        if index in self._failed_files:
+            return
+        self._failed_files.add(index)
+        if len(self._errors) < _ERRORS_MAX:
+            path = self._attachment.listed[index].path
+            self._errors.append(FileError(path, error.code, str(error)))
+
+    async def _fetch_piece(self, piece: Piece) -> None:
+        index, start, stop = piece
         file = self._attachment.file(index)
         size = file.pin.size
-        if not size:
+        if not start < stop <= size:
             return
         with self._fetcher.opened(file):
             await self._fetcher.fetch(file, range(0))  # the first check: what is cached is known
             entry = file.entry
-            for offset in range(0, size, self._chunk_bytes()):
-                length = min(self._chunk_bytes(), size - offset)
+            for offset in range(start, stop, self._chunk_bytes()):
+                length = min(self._chunk_bytes(), stop - offset)
                 blocks = blocks_of(offset, length)
                 absent = [i for i in blocks if entry.state[i] == ABSENT]
                 absent_bytes = sum(block_length(i, size) for i in absent)
-                self._cached_bytes += length - absent_bytes
+                self._cached_bytes += max(0, length - absent_bytes)
                 await self._pay(absent_bytes)
-                self._under_way[index] = entry, absent
+                self._under_way[piece] = entry, absent
                 try:
-                    await self._fetcher.fetch(file, blocks)
+                    await self._fetcher.fetch(file, blocks, self._priority)
                     self._fetched_bytes += absent_bytes
                 finally:
-                    del self._under_way[index]
+                    del self._under_way[piece]
 
     def _chunk_bytes(self) -> int:
         """Whole blocks."""

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 
 import trio
 
@@ -13,6 +12,7 @@ from ckptfs._daemon.limits import limit_for
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import Prefetch
 from ckptfs._daemon.records import PrefetchBegun, PrefetchEnded
+from ckptfs._model.plan import Wanted
 from ckptfs.errors import LimitExceeded
 
 _PREFETCHES_MAX = 1024
@@ -31,9 +31,8 @@ class Prefetches:
         self._nursery = nursery
         self._running: Counter[int] = Counter()  # by user
 
-    def begin(self, attachment: Attachment, globs: Sequence[str], rate: int = 0) -> Prefetch:
-        """Begin to fetch the files that match, in the background; `rate`: bytes per second at
-        most. Raises LimitExceeded."""
+    def begin(self, attachment: Attachment, wanted: Wanted) -> Prefetch:
+        """Begin to fetch that in the background. Raises LimitExceeded."""
         uid = attachment.uid
         most = limit_for(uid, _PREFETCHES_MAX)
         if self._running[uid] >= most or sum(self._running.values()) >= _PREFETCHES_MAX:
@@ -41,7 +40,7 @@ class Prefetches:
                 f"{attachment.location.uri}: {most} prefetches are running, the most that there "
                 f"can be for uid {uid}; wait for one to end"
             )
-        prefetch = Prefetch(attachment, globs, rate, self._fetcher, self._cache, self._offload)
+        prefetch = Prefetch(attachment, wanted, self._fetcher, self._cache, self._offload)
         self._running[uid] += 1
         self._nursery.start_soon(self._run, prefetch, uid)
         return prefetch
@@ -52,15 +51,15 @@ class Prefetches:
         finally:
             self._running -= Counter([uid])  # zeros go
 
-    def begin_unheld(self, attachment: Attachment, globs: Sequence[str]) -> None:
+    def begin_unheld(self, attachment: Attachment, wanted: Wanted) -> None:
         """The same; no connection waits for it, so the next daemon goes on with it."""
-        begun = PrefetchBegun(time.monotonic_ns(), list(globs), 0)
+        begun = PrefetchBegun(time.monotonic_ns(), wanted)
         self.go_on(attachment, begun)
         attachment.record(begun)
 
     def go_on(self, attachment: Attachment, begun: PrefetchBegun) -> None:
         """Begin one that is written down already. Raises LimitExceeded."""
-        prefetch = self.begin(attachment, begun.globs, begun.rate)
+        prefetch = self.begin(attachment, begun.wanted)
         self._nursery.start_soon(self._note_end, attachment, prefetch, begun.number)
 
     async def _note_end(self, attachment: Attachment, prefetch: Prefetch, number: int) -> None:

@@ -24,6 +24,7 @@ import trio
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.fetch import Fetcher
+from ckptfs._daemon.layouts import bytes_of
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority
@@ -169,9 +170,9 @@ class Recogniser:
 
         found: dict[bytes, Parts] = {}
         try:
-            head = await self._bytes(file, 0, min(dcp.HEAD_BYTES, metadata.size))
+            head = await bytes_of(self._fetcher, file, 0, min(dcp.HEAD_BYTES, metadata.size))
             if dcp.is_metadata(b"".join(head)):
-                raw = await self._bytes(file, 0, metadata.size)
+                raw = await bytes_of(self._fetcher, file, 0, metadata.size)
                 found = await self._offload.compute(_parse_layout, raw, size_of)
         finally:
             attachment.layouts[metadata.index] = found
@@ -179,25 +180,14 @@ class Recogniser:
     async def _learn_zip(self, file: RemoteFile) -> None:
         size = file.pin.size
         start = max(0, size - formats.ZIP_END_BYTES)
-        end = b"".join(await self._bytes(file, start, size))
+        end = b"".join(await bytes_of(self._fetcher, file, start, size))
         where = formats.zip_directory_range(end, size)
         if not where:
             return
-        raw = await self._bytes(file, where.start, where.stop)
+        raw = await bytes_of(self._fetcher, file, where.start, where.stop)
         parts = await self._offload.compute(formats.zip_parts, b"".join(raw), where.start)
         if parts:
             file.learn_parts(parts)
-
-    async def _bytes(self, file: RemoteFile, start: int, stop: int) -> list[bytes]:
-        """The bytes [start, stop) of an open file, in pieces."""
-        blocks = blocks_of(start, stop - start)
-        await self._fetcher.fetch(file, blocks, Priority.READAHEAD)
-        pieces: list[bytes] = []
-        for index in blocks:
-            first = max(start, index * BLOCK_BYTES)
-            last = min(stop, (index + 1) * BLOCK_BYTES)
-            pieces += map(bytes, await self._fetcher.read(file, first, last - first))
-        return pieces
 
 
 def _parse_layout(pieces: list[bytes], size_of: "dcp.SizeOf") -> dict[bytes, Parts]:

@@ -12,6 +12,7 @@ import msgspec
 from ckptfs._daemon.handoff import Journal
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
+from ckptfs._model.plan import Wanted
 from ckptfs.errors import DaemonError
 
 
@@ -60,8 +61,7 @@ class PrefetchBegun(msgspec.Struct, frozen=True, tag="prefetch"):
     """A prefetch of nobody's connection; `number` is its own."""
 
     number: int
-    globs: list[str]
-    rate: int
+    wanted: Wanted
 
 
 class PrefetchEnded(msgspec.Struct, frozen=True, tag="prefetched"):

@@ -72,7 +72,13 @@ class Trace:
         self.lent: set[int] = set()
         self._latest: dict[tuple[int, int], deque[Access]] = {}  # by file and process
         self._commands: dict[int, str] = {}  # by process
+        self._ranks: dict[int, int] = {}  # by process
         self._files: list[TracedFile] | None = None  # once it has ended
+
+    def joined(self, pid: int, rank: int) -> None:
+        """A process has attached the checkpoint, and says that it is that rank of its job."""
+        if rank >= 0 and len(self._ranks) < _PROCESSES_MAX:
+            self._ranks[pid] = rank
 
     def read(
         self, file: int, pid: int, start: int, stop: int, began_s: float, ended_s: float
@@ -157,7 +163,10 @@ class Trace:
 
     def processes(self) -> list[TracedProcess]:
         """The processes that its entries name."""
-        return [TracedProcess(pid, command) for pid, command in self._commands.items()]
+        return [
+            TracedProcess(pid, command, self._ranks.get(pid, -1))
+            for pid, command in self._commands.items()
+        ]
 
     def end(self) -> None:
         """Nothing comes any more: keep only what `files` needs."""

@@ -25,6 +25,7 @@ from ckptfs._model import attributes as names
 from ckptfs._model import formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
+from ckptfs._model.plan import Wanted
 from ckptfs.errors import Busy, CkptfsError
 
 _FORMAT_WAIT_S = 5.0
@@ -70,7 +71,7 @@ class Xattrs:
         cache: Asked for what is cached.
         offload: Deletes what is dropped from the cache.
         metadata: The checkpoints' own metadata.
-        prefetch: Begins to fetch files of an attachment that match globs.
+        prefetch: Begins to fetch files of an attachment.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Xattrs:
         cache: Cache,
         offload: Offload,
         metadata: MetadataKeeper,
-        prefetch: Callable[[Attachment, list[str]], object],
+        prefetch: Callable[[Attachment, Wanted], object],
     ) -> None:
         self._vfs = vfs
         self._fetcher = fetcher
@@ -245,7 +246,7 @@ class Xattrs:
         """
         attachment, node = self._writable(inode, name, uid)
         if name == names.PREFETCH:
-            self._prefetch(attachment, [_glob_of(node)])
+            self._prefetch(attachment, Wanted([_glob_of(node)]))
         elif name == names.EVICT:
             await self._evict(attachment, node)
         else:

@@ -178,20 +178,47 @@ def zip_parts(directory: bytes, start: int) -> Parts | None:
         directory: The central directory.
         start: Where in the file it is.
     """
-    starts: list[int] = []
+    entries = _zip_entries(directory)
+    if entries is None:
+        return None
+    starts = sorted(offset for _, offset in entries)
+    return parts_of(list(pairwise([*starts, start])), 0, start)
+
+
+def zip_entries(directory: bytes, start: int) -> list[Tensor]:
+    """The entries of an archive by position; [] if the central directory does not make sense.
+
+    Args:
+        directory: The central directory.
+        start: Where in the file it is.
+    """
+    found = sorted(_zip_entries(directory) or [], key=lambda entry: entry[1])
+    offsets = [*(offset for _, offset in found), start]
+    if any(not 0 <= first <= last for first, last in pairwise(offsets)):
+        return []
+    return [
+        Tensor(name.decode(errors="replace"), "", (), first, last)
+        for (name, first), last in zip(found, offsets[1:], strict=True)
+    ]
+
+
+def _zip_entries(directory: bytes) -> list[tuple[bytes, int]] | None:
+    """Names, and where their local headers are."""
+    found: list[tuple[bytes, int]] = []
     at = 0
     while at + _ENTRY.size <= len(directory):
         magic, packed, full, name, extra, comment, offset = _ENTRY.unpack_from(directory, at)
         if magic != b"PK\x01\x02":
             return None
-        at += _ENTRY.size + name
+        at += _ENTRY.size
+        called = directory[at : at + name]
+        at += name
         if offset == _IN_EXTRA:
             before = (full == _IN_EXTRA) + (packed == _IN_EXTRA)
             offset = _in_extra(directory[at : at + extra], before)
-        starts.append(offset)
+        found.append((called, offset))
         at += extra + comment
-    starts.sort()
-    return parts_of(list(pairwise([*starts, start])), 0, start)
+    return found
 
 
 def _in_extra(extra: bytes, before: int) -> int:

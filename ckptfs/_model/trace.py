@@ -74,7 +74,14 @@ class TracedFile(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TracedProcess(msgspec.Struct, array_like=True, frozen=True):
-    """A process that has opened files; `command`: its name, as far as the daemon could see it."""
+    """A process that has opened files.
+
+    Attributes:
+        pid: Its id.
+        command: Its name, as far as the daemon could see it.
+        rank: In its job, if it has told; -1.
+    """
 
     pid: int
     command: str
+    rank: int = -1

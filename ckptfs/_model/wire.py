@@ -11,6 +11,7 @@ import msgspec
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
+from ckptfs._model.plan import Plan
 from ckptfs._model.trace import Access, Fetch, TracedFile, TracedProcess
 from ckptfs._model.units import RATE_MAX
 from ckptfs.errors import ProtocolError
@@ -20,6 +21,8 @@ LINE_BYTES_MAX = 1 << 20
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
 _Glob = Annotated[str, msgspec.Meta(max_length=4096)]
+
+_Rank = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
 
 Version = Annotated[int, msgspec.Meta(ge=1, le=1)]
 
@@ -34,10 +37,13 @@ class Message(
 
 class Attach(Message, frozen=True, tag="attach"):
     """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it.
-    `prefetch`: globs of files to fetch in the background, in that order."""
+    `prefetch`: globs of files to fetch in the background, in that order; `plan`: what else to
+    fetch. `rank`: of the process in its job, -1: unknown; of a plan, it is the part for that."""
 
     location: Location
     pinned: bool = False
+    plan: Plan | None = None
+    rank: _Rank = -1
     prefetch: Annotated[list[_Glob], msgspec.Meta(max_length=GLOBS_MAX)] = []
 
 
@@ -62,13 +68,19 @@ class MetadataChanged(Message, frozen=True, tag="metadata-changed"):
 
 class StartPrefetch(Message, frozen=True, tag="prefetch"):
     """Begin to fetch the files of the attachment with the directory `name` that match the globs, in
-    their order, with at most `rate` bytes per second (0: no limit). Reply: `Prefetching`. It ends
-    with the connection, which holds the attachment as `Attach` does. A connection has one at a
-    time."""
+    their order, or what `plan` names (for `rank`; -1: for all), with at most `rate` bytes per
+    second (0: no limit). Reply: `Prefetching`. It ends with the connection, which holds the
+    attachment as `Attach` does. A connection has one at a time."""
 
     name: str
-    globs: Annotated[list[_Glob], msgspec.Meta(min_length=1, max_length=GLOBS_MAX)]
+    globs: Annotated[list[_Glob], msgspec.Meta(max_length=GLOBS_MAX)] = []
+    plan: Plan | None = None
+    rank: _Rank = -1
     rate: Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.globs and self.plan is None:
+            raise ValueError("a prefetch needs globs or a plan")
 
 
 class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckptfs._model import ranges
 from ckptfs._model.formats import Tensor
+from ckptfs._model.ranges import Ranges
 from ckptfs._model.trace import Access, Fetch
-from ckptfs._report import ranges
-from ckptfs._report.ranges import Ranges
 
 
 @dataclass

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ckptfs._model import ranges
 from ckptfs._model.trace import Access, Fetch
 from ckptfs._model.units import size_text
-from ckptfs._report import ranges
 from ckptfs._report.analysis import FileUse, ProcessUse, Summary, TensorUse, rates
 
 _FILES_MAX = 60

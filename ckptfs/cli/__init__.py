@@ -2,7 +2,7 @@
 
 import typer
 
-from ckptfs.cli import checkpoints, daemon, find, meta, prefetch, report, topics
+from ckptfs.cli import checkpoints, daemon, find, meta, plan, prefetch, report, topics
 
 app = typer.Typer(
     name="ckptfs",
@@ -22,4 +22,5 @@ app.command("prefetch")(prefetch.prefetch)
 app.command("report")(report.report)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
+app.add_typer(plan.app, name="plan")
 app.command("help")(topics.help_)

@@ -29,7 +29,7 @@ KeyArgument = Annotated[str, typer.Argument(metavar="KEY")]
 @app.command("list")
 def list_(target: TargetArgument, as_json: output.JsonOption = False) -> None:
     """All keys and values."""
-    found = dict(_metadata_of(target))
+    found = dict(metadata_of(target))
     if as_json:
         output.print_json(found)
         return
@@ -41,7 +41,7 @@ def list_(target: TargetArgument, as_json: output.JsonOption = False) -> None:
 def get(target: TargetArgument, key: KeyArgument) -> None:
     """The value of a key, as JSON."""
     try:
-        print(json.dumps(_metadata_of(target)[key]))
+        print(json.dumps(metadata_of(target)[key]))
     except KeyError:
         raise _no_such_key(target, key) from None
 
@@ -57,7 +57,7 @@ def set_(
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = value
-    _metadata_of(target)[key] = parsed
+    metadata_of(target)[key] = parsed
 
 
 @app.command()
@@ -76,14 +76,14 @@ def update(
         ) from None
     if not isinstance(changes, dict):
         raise MetadataNotDict("not a JSON object; give e.g. '{\"step\": 100}'")
-    _metadata_of(target).update(cast("dict[str, Any]", changes))
+    metadata_of(target).update(cast("dict[str, Any]", changes))
 
 
 @app.command()
 def rm(target: TargetArgument, key: KeyArgument) -> None:
     """Remove a key."""
     try:
-        del _metadata_of(target)[key]
+        del metadata_of(target)[key]
     except KeyError:
         raise _no_such_key(target, key) from None
 
@@ -94,7 +94,7 @@ def _no_such_key(target: str, key: str) -> MetadataError:
     )
 
 
-def _metadata_of(target: str) -> MutableMapping[str, Any]:
+def metadata_of(target: str) -> MutableMapping[str, Any]:
     if "://" not in target:
         try:
             return xattrs.metadata(target)

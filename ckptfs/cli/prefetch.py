@@ -7,16 +7,25 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Annotated
 
+import msgspec
 import typer
 
 from ckptfs import _client, xattrs
 from ckptfs._client import Connection
 from ckptfs._model.manifest import printable
+from ckptfs._model.plan import Wanted
 from ckptfs._model.units import parse_rate
 from ckptfs._model.wire import Prefetching
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import PathOrUriArgument, location_of
 from ckptfs.errors import BY_CODE, CkptfsError, LocationError, PrefetchFailed
+
+RateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RATE", help="Bytes per second at most: 500k, 50M, 64MiB.", show_default=False
+    ),
+]
 
 _SHOWN_MAX = 3
 """Files that a message names; the attributes of each say what happened to it."""
@@ -30,12 +39,7 @@ def prefetch(
         list[str] | None,
         typer.Argument(metavar="GLOB", help="Which files, and in which order.", show_default="all"),
     ] = None,
-    limit_rate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RATE", help="Bytes per second at most: 500k, 50M, 64MiB.", show_default=False
-        ),
-    ] = None,
+    limit_rate: RateOption = None,
     as_json: output.JsonOption = False,
 ) -> None:
     """Fetch files of a checkpoint into the node's cache, and wait for them.
@@ -44,10 +48,22 @@ def prefetch(
     inside the mount; a GLOB is on paths relative to it, and * also matches /. What was fetched
     stays in the cache when the command has ended.
     """
-    rate = 0 if limit_rate is None else parse_rate(limit_rate)
+    state = fetch(path_or_uri, Wanted(globs or []), limit_rate, as_json)
+    if globs and not state.files and not state.early_code:
+        raise PrefetchFailed(
+            f"no file in {path_or_uri} matches {printable(' '.join(globs))}; ckptfs ls lists them"
+        )
+    raise_failures(state)
+
+
+def fetch(path_or_uri: str, wanted: Wanted, limit_rate: str | None, as_json: bool) -> Prefetching:
+    """Fetch what is wanted of a checkpoint, with a bar, and say what that was. Globs count from a
+    PATH in the checkpoint. What failed is in the result."""
+    if limit_rate is not None:
+        wanted = msgspec.structs.replace(wanted, rate=parse_rate(limit_rate))
     begun_s = time.monotonic()
     try:
-        state = _run(path_or_uri, globs or [], rate)
+        state = _run(path_or_uri, wanted)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     seconds = time.monotonic() - begun_s
@@ -59,21 +75,19 @@ def prefetch(
             f"{output.size(state.fetched)} fetched in {seconds:.1f} s, "
             f"{output.size(state.cached)} were cached"
         )
-    if globs and not state.files and not state.early_code:
-        raise PrefetchFailed(
-            f"no file in {path_or_uri} matches {printable(' '.join(globs))}; ckptfs ls lists them"
-        )
-    _raise_failures(state)
+    return state
 
 
-def _run(path_or_uri: str, globs: Sequence[str], rate: int) -> Prefetching:
+def _run(path_or_uri: str, wanted: Wanted) -> Prefetching:
     from ckptfs._progress import progress_bar  # rich.progress is slow to import
 
     with (
-        _found(path_or_uri, globs) as (connection, name, all_globs),
+        _found(path_or_uri, wanted.globs) as (connection, name, globs),
         progress_bar(f"fetching {name}") as progress,
     ):
-        return connection.prefetch(name, all_globs, rate, progress)
+        if wanted.plan is None:
+            wanted = msgspec.structs.replace(wanted, globs=list(globs))
+        return connection.prefetch(name, wanted, progress)
 
 
 @contextlib.contextmanager
@@ -120,7 +134,7 @@ def _print_json(state: Prefetching, seconds: float) -> None:
     )
 
 
-def _raise_failures(state: Prefetching) -> None:
+def raise_failures(state: Prefetching) -> None:
     """One line for all that went wrong."""
     said: list[str] = []
     if state.early_code:

@@ -21,6 +21,7 @@ import ckptfs
 from ckptfs import _client, xattrs
 from ckptfs._daemon import session
 from ckptfs._model.location import Location
+from ckptfs._model.plan import Wanted
 from ckptfs._store.describe import describe
 
 pytestmark = [
@@ -131,7 +132,7 @@ def test_each_user_sees_own_attachments_only(
             for ask, refusal in (
                 (lambda: connection.detach(name, force=True), ckptfs.NotAttached),
                 (lambda: connection.detach("", location, force=True), ckptfs.NotAttached),
-                (lambda: connection.prefetch(name, ["*"], 0, print), ckptfs.NotAttached),
+                (lambda: connection.prefetch(name, Wanted(["*"]), print), ckptfs.NotAttached),
                 (lambda: connection.trace(name), ckptfs.NotAttached),
                 (lambda: connection.trace("", location), ckptfs.NotAttached),
                 (lambda: connection.stop(force=True), ckptfs.AccessDenied),

@@ -25,6 +25,7 @@ from unit.test_service import ELSEWHERE, PLACE, SETTINGS
 from ckptfs._daemon import control as control_module
 from ckptfs._daemon import limits as limits_module
 from ckptfs._model.location import Location
+from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
     Attach,
@@ -230,17 +231,17 @@ async def test_one_user_has_a_quarter_of_the_prefetches(
     monkeypatch.setattr("ckptfs._daemon.prefetches._PREFETCHES_MAX", 4)
     server.stores[PLACE.path] = FakeStore({"a": bytes(20 * MIB)})
     theirs, ours = await server.attach(uid=OTHER), await server.attach()
-    running = server.service.prefetch(theirs, ["*"], MIB)
+    running = server.service.prefetch(theirs, Wanted(["*"], MIB))
     with pytest.raises(LimitExceeded, match="1 prefetches"):
-        server.service.prefetch(theirs, ["*"])
+        server.service.prefetch(theirs, Wanted(["*"]))
     for _ in range(3):
-        server.service.prefetch(ours, ["*"], MIB)
+        server.service.prefetch(ours, Wanted(["*"], MIB))
     with pytest.raises(LimitExceeded, match="4 prefetches"):
-        server.service.prefetch(ours, ["*"])
+        server.service.prefetch(ours, Wanted(["*"]))
     running.cancel()
     await running.ended.wait()
     await trio.sleep(0.1)
-    assert server.service.prefetch(theirs, ["*"])
+    assert server.service.prefetch(theirs, Wanted(["*"]))
 
 
 async def test_too_many_globs_are_said_to_be_too_many(
@@ -248,10 +249,10 @@ async def test_too_many_globs_are_said_to_be_too_many(
 ) -> None:
     monkeypatch.setattr("ckptfs._daemon.prefetch._COMPARISONS_MAX", 4)
     attachment = await server.attach()
-    prefetch = server.service.prefetch(attachment, ["*a", "*b", "*c"])
+    prefetch = server.service.prefetch(attachment, Wanted(["*a", "*b", "*c"]))
     await prefetch.ended.wait()
     assert (prefetch.state().early_code, prefetch.state().files) == ("limit", 0)
-    prefetch = server.service.prefetch(attachment, ["a/b", "*c", "none"] * 2)
+    prefetch = server.service.prefetch(attachment, Wanted(["a/b", "*c", "none"] * 2))
     await prefetch.ended.wait()
     assert (prefetch.state().early_code, prefetch.state().files) == ("", 2)
 

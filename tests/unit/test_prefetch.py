@@ -13,6 +13,7 @@ from unit.test_service import ELSEWHERE, PLACE, Bench
 
 from ckptfs._daemon import prefetch as prefetch_module
 from ckptfs._daemon.attachment import Attachment
+from ckptfs._model.plan import Wanted
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreUnavailable
 
 ONE_BY_ONE = {"connections_max": 1, "span_bytes_max": MIB}
@@ -37,7 +38,7 @@ async def bench_in(
 
 async def run(bench: Bench, attachment: Attachment, *globs: str) -> None:
     """Prefetch, and wait for the end."""
-    bench.service.prefetch(attachment, list(globs))
+    bench.service.prefetch(attachment, Wanted(list(globs)))
     await wait_all_tasks_blocked()
     with trio.fail_after(1000):
         while attachment.background:  # noqa: ASYNC110 - of the test's clock
@@ -153,7 +154,7 @@ async def test_it_ends_with_the_attachment(tmp_path: Path, autojump_clock: MockC
     async with bench_in(tmp_path, {"a": 40 * MIB, "b": 5 * MIB}, **ONE_BY_ONE, linger_s=0) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 1.0}
-        bench.service.prefetch(attachment, ["*"])
+        bench.service.prefetch(attachment, Wanted(["*"]))
         await trio.sleep(3.5)
         begun = len(bench.store(PLACE).reads())
         assert 1 <= begun <= 4
@@ -173,7 +174,7 @@ async def test_readers_overtake_it(tmp_path: Path, autojump_clock: MockClock) ->
     async with bench_in(tmp_path, {"a": 40 * MIB, "b": 5}, **ONE_BY_ONE) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 1.0}
-        bench.service.prefetch(attachment, ["a"])
+        bench.service.prefetch(attachment, Wanted(["a"]))
         await trio.sleep(3.5)
         store = bench.store(PLACE)
         begun = len(store.reads())
@@ -196,7 +197,7 @@ async def test_it_leaves_places_for_readers(tmp_path: Path, autojump_clock: Mock
     async with bench_in(tmp_path, {"a": 40 * MIB, "b": 5}, **settings) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 1e6}  # none ends
-        bench.service.prefetch(attachment, ["a"])
+        bench.service.prefetch(attachment, Wanted(["a"]))
         await trio.sleep(10)
         store = bench.store(PLACE)
         assert store.reads() == []
@@ -224,7 +225,7 @@ async def test_a_reader_of_what_ends_with_another_attachment_is_not_harmed(
             bench.offload.latency_s = {"data": 1.0}
             nursery.start_soon(read, 4 * MIB)  # before the prefetch, which joins it
             await wait_all_tasks_blocked()
-            bench.service.prefetch(theirs, ["*"])
+            bench.service.prefetch(theirs, Wanted(["*"]))
             await wait_all_tasks_blocked()
             nursery.start_soon(read, 6 * MIB)
             await wait_all_tasks_blocked()
@@ -283,7 +284,7 @@ async def test_it_yields_to_a_reader_and_goes_on_after(
     async with bench_in(tmp_path, files, span_bytes_max=MIB, window_bytes_max=4 * MIB) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 0.1}
-        prefetch = bench.service.prefetch(attachment, ["a"])
+        prefetch = bench.service.prefetch(attachment, Wanted(["a"]))
         await trio.sleep(0.35)
         alone = reads_of(bench, "a")
         assert alone == 3 * 14  # two of sixteen places are kept for readers
@@ -321,7 +322,7 @@ async def test_a_reader_is_as_fast_beside_it(tmp_path: Path, autojump_clock: Moc
         async with bench_in(directory, {"a": 40 * MIB, "b": 40 * MIB}, link, **settings) as bench:
             attachment = await bench.attach()
             if beside:
-                bench.service.prefetch(attachment, ["a"])
+                bench.service.prefetch(attachment, Wanted(["a"]))
                 await trio.sleep(0.1)
                 assert link.running == 2
             begun_s = trio.current_time()
@@ -344,7 +345,7 @@ async def test_a_reader_who_comes_again_and_again_does_not_starve_it(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read_all, bench, attachment, "b", 0.01)
                 await trio.sleep(1)
-                prefetch = bench.service.prefetch(attachment, ["a"])
+                prefetch = bench.service.prefetch(attachment, Wanted(["a"]))
                 await prefetch.ended.wait()
                 assert cached(bench, attachment) == {"a"}  # the reader is not done
                 assert reads_of(bench, "b") > 5 * 5
@@ -362,7 +363,7 @@ async def test_it_asks_for_no_more_than_the_limit(
     async with bench_in(tmp_path, files) as bench:
         attachment = await bench.attach()
         begun_s = trio.current_time()
-        prefetch = bench.service.prefetch(attachment, ["*"], 2 * MIB)
+        prefetch = bench.service.prefetch(attachment, Wanted(["*"], 2 * MIB))
         for second in range(1, 15):
             await trio.sleep_until(begun_s + second)
             fetched_bytes = prefetch.state().fetched
@@ -370,7 +371,7 @@ async def test_it_asks_for_no_more_than_the_limit(
         await prefetch.ended.wait()
         assert trio.current_time() - begun_s == pytest.approx(15, abs=0.6)
         begun_s = trio.current_time()
-        again = bench.service.prefetch(attachment, ["*"], 1)
+        again = bench.service.prefetch(attachment, Wanted(["*"], 1))
         await again.ended.wait()
         assert trio.current_time() == begun_s  # what is cached costs nothing
         assert (again.state().cached, again.state().fetched) == (30 * MIB + 5, 0)
@@ -380,7 +381,7 @@ async def test_a_high_limit_is_none(tmp_path: Path, autojump_clock: MockClock) -
     async with bench_in(tmp_path, {"a": 40 * MIB}) as bench:
         attachment = await bench.attach()
         begun_s = trio.current_time()
-        prefetch = bench.service.prefetch(attachment, ["*"], 1 << 50)
+        prefetch = bench.service.prefetch(attachment, Wanted(["*"], 1 << 50))
         await prefetch.ended.wait()
         assert trio.current_time() - begun_s < 1e-6
         assert reads_of(bench, "a") == 10  # requests of half a span
@@ -395,7 +396,7 @@ async def test_it_says_how_far_it_is(tmp_path: Path, autojump_clock: MockClock) 
         attachment = await bench.attach()
         await run(bench, attachment, "b")
         bench.offload.latency_s = {"data": 1.0}
-        prefetch = bench.service.prefetch(attachment, ["a", "b"])
+        prefetch = bench.service.prefetch(attachment, Wanted(["a", "b"]))
         assert not prefetch.state().ended
         seen: list[int] = []
         while not prefetch.ended.is_set():
@@ -422,7 +423,7 @@ async def test_it_says_what_failed(
         attachment = await bench.attach()
         for name in names[::2]:
             bench.store(PLACE).overwrite(name, b"other")
-        prefetch = bench.service.prefetch(attachment, ["*"])
+        prefetch = bench.service.prefetch(attachment, Wanted(["*"]))
         await prefetch.ended.wait()
         state = prefetch.state()
         assert state.error_count == 10
@@ -438,14 +439,14 @@ async def test_it_says_why_it_ended_early(tmp_path: Path, autojump_clock: MockCl
     files = {"a": MIB, "b": MIB, "c": 3 * MIB, "d": 5}
     async with bench_in(tmp_path, files, cache_bytes_max=4 * MIB, read_deadline_s=9) as bench:
         attachment = await bench.attach()
-        full = bench.service.prefetch(attachment, ["*"])
+        full = bench.service.prefetch(attachment, Wanted(["*"]))
         await full.ended.wait()
         assert full.state().early_code == "limit"
         assert "holds 4.0 MiB: that is the first 2 of 4 files (5.0 MiB)" in (
             full.state().early_message
         )
         bench.offload.latency_s = {"data": 1.0}
-        detached = bench.service.prefetch(attachment, ["d"])
+        detached = bench.service.prefetch(attachment, Wanted(["d"]))
         await trio.sleep(0.5)
         bench.service.detach(attachment, force=True)
         await detached.ended.wait()
@@ -453,7 +454,7 @@ async def test_it_says_why_it_ended_early(tmp_path: Path, autojump_clock: MockCl
         again = await bench.attach()
         for operation in ("confirm", "read_into"):
             bench.store(PLACE).fail_always(operation, StoreUnavailable("it is dark"))
-        dark = bench.service.prefetch(again, ["d"])
+        dark = bench.service.prefetch(again, Wanted(["d"]))
         await dark.ended.wait()
         assert dark.state().early_code in ("store-unavailable", "store-timeout")
         assert "it is dark" in dark.state().early_message
@@ -465,7 +466,7 @@ async def test_one_that_is_cancelled_takes_its_requests_along(
     async with bench_in(tmp_path, {"a": 40 * MIB}, **ONE_BY_ONE) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 1.0}
-        prefetch = bench.service.prefetch(attachment, ["*"], 8 * MIB)
+        prefetch = bench.service.prefetch(attachment, Wanted(["*"], 8 * MIB))
         await trio.sleep(3.5)
         prefetch.cancel()
         await prefetch.ended.wait()
@@ -474,7 +475,7 @@ async def test_one_that_is_cancelled_takes_its_requests_along(
         assert reads_of(bench, "a") == begun
         assert attachment.state(0) == "lazy"
         assert not attachment.background
-        started_late = bench.service.prefetch(attachment, ["*"])
+        started_late = bench.service.prefetch(attachment, Wanted(["*"]))
         started_late.cancel()
         await started_late.ended.wait()
         assert reads_of(bench, "a") == begun
@@ -491,7 +492,7 @@ async def test_one_that_is_cancelled_leaves_what_another_one_wants(
             bench.offload.latency_s = {"data": 1.0}
             prefetches: list[prefetch_module.Prefetch] = []
             for _ in range(2):
-                prefetches.append(bench.service.prefetch(attachment, ["*"]))
+                prefetches.append(bench.service.prefetch(attachment, Wanted(["*"])))
                 await trio.sleep(0.1)
             prefetches.pop(0 if first else 1).cancel()
             [other] = prefetches

@@ -6,9 +6,10 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptfs._model import ranges
 from ckptfs._model.formats import Tensor
 from ckptfs._model.trace import Access, Fetch
-from ckptfs._report import analysis, page, ranges
+from ckptfs._report import analysis, page
 
 MIB = 1 << 20
 some_pairs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)

@@ -20,6 +20,7 @@ from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import StaleInode
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile
+from ckptfs._model.plan import Wanted
 from ckptfs.errors import (
     AccessDenied,
     Busy,
@@ -643,14 +644,14 @@ async def test_the_next_daemon_goes_on_with_prefetches(
 ) -> None:
     bench.offload.latency_s = {"data": math.inf}  # the first daemon does not get far
     attachment = await bench.attach(pinned=True)
-    bench.service.prefetch_unheld(attachment, ["c"])
+    bench.service.prefetch_unheld(attachment, Wanted(["c"]))
     await trio.sleep(1)
     bench.service.attachments.remove(attachment)
     bench.handoff.journal.append(
         1, records.encoded(records.Made(PLACE, attachment.manifest, ME, ME, 1.0))
     )
-    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(5, ["c"], 0)))
-    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(6, ["a/b"], 0)))
+    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(5, Wanted(["c"]))))
+    bench.handoff.journal.append(1, records.encoded(records.PrefetchBegun(6, Wanted(["a/b"]))))
     bench.handoff.journal.append(1, records.encoded(records.PrefetchEnded(6)))
     bench.offload.latency_s = {}
     after = await next_daemon(bench)

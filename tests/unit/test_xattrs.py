@@ -431,9 +431,10 @@ async def test_prefetch_names_exactly_these_files(view: View) -> None:
         from ckptfs._daemon.prefetch import chosen
 
         await view.xattrs.set(view.stat(attachment, path).inode, names.PREFETCH, b"", UID)
-        found, globs = view.prefetched.pop()
+        found, wanted = view.prefetched.pop()
         assert found is attachment
-        return sorted(file.path for file in chosen(list(attachment.shown()), globs).values())
+        shown = list(attachment.shown())
+        return sorted(file.path for file in chosen(shown, wanted.globs).values())
 
     assert await matched("") == sorted(paths)
     assert await matched("a[1]") == ["a[1]/x", "a[1]/y/z"]

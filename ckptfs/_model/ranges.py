@@ -52,3 +52,9 @@ def without(ranges: Ranges, others: Ranges) -> Ranges:
         if start < stop:
             result.append((start, stop))
     return result
+
+
+def inside(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """The positions that lie in [start, stop)."""
+    cut = [(max(start, first), min(stop, last)) for first, last in ranges]
+    return [(first, last) for first, last in cut if first < last]

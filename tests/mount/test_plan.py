@@ -1,0 +1,172 @@
+"""Plans through the mount: what one checkpoint's restore has read is fetched of the next."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Node, wait_until
+from s3server import S3Server
+
+import ckptfs
+
+pytestmark = pytest.mark.mount
+
+MIB = 1 << 20
+UriOf = Callable[[Path], str]
+RESTORE = """
+import json, os, struct, sys
+import ckptfs
+
+with ckptfs.Checkpoint(sys.argv[1]).as_directory(plan=json.loads(sys.argv[2])) as path:
+    with open(f"{path}/model.safetensors", "rb", buffering=0) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for name in sys.argv[3:]:
+            start, stop = (8 + length + at for at in header[name]["data_offsets"])
+            assert len(os.pread(file.fileno(), stop - start, start)) == stop - start
+"""
+
+
+def save(top: Path, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Write a safetensors file of these tensors; returns where their bytes are."""
+    top.mkdir(parents=True)
+    header, at = {}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    data = struct.pack("<Q", len(raw)) + raw + os.urandom(at)
+    (top / "model.safetensors").write_bytes(data)
+    base = 8 + len(raw)
+    return {
+        name: (base + each["data_offsets"][0], base + each["data_offsets"][1])
+        for name, each in header.items()
+    }
+
+
+def restore(uri: str, plan: bool | str, *names: str, rank: str = "") -> str:
+    """Restore these tensors in a process of its own; returns what that says."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, uri, json.dumps(plan), *names],
+        env={**os.environ, "RANK": rank},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def job(bucket: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> Path:
+    """The folder of a job's checkpoints; its plans are kept in the node's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(node.folder / "xdg"))
+    return bucket / "job"
+
+
+def test_the_next_checkpoint_is_fetched_by_the_plan_of_the_first(
+    node: Node, s3: S3Server, job: Path, uri_of: UriOf
+) -> None:
+    node.configure(linger_s=0, window_bytes_max=MIB)
+    save(job / "step1", {"a": 6 * MIB, "b": 6 * MIB, "c": 6 * MIB, "d": 12 * MIB})
+    assert restore(uri_of(job / "step1"), True, "c", "b") == ""
+    (kept,) = (node.folder / "xdg" / "ckptfs" / "plans").iterdir()
+    steps = json.loads(kept.read_bytes())["steps"]
+    assert [step[1] for step in steps] == ["c", "b"]
+
+    places = save(job / "step2", {"d": 12 * MIB, "c": 6 * MIB, "b": 6 * MIB, "a": 6 * MIB})
+    s3.reset_traffic()
+    with ckptfs.Checkpoint(uri_of(job / "step2")).as_directory(plan=True):
+        expected = {
+            block
+            for name in "bc"
+            for block in range(places[name][0] // MIB, places[name][1] // MIB)
+        }
+        wait_until(lambda: asked(s3) >= expected)
+        node.wait_quiet()
+    spare = {0} | {places[name][at] // MIB for name in "bc" for at in (0, 1)}
+    assert asked(s3) <= expected | spare
+    assert json.loads(kept.read_bytes())["steps"] == steps  # it stays that of the first
+
+
+def asked(s3: S3Server) -> set[int]:
+    """Indices of the blocks of the model that were asked for."""
+    blocks: set[int] = set()
+    for request in s3.traffic().requests:
+        if request.method == "GET" and request.range and "model" in request.target:
+            first, last = map(int, request.range.removeprefix("bytes=").split("-"))
+            blocks |= set(range(first // MIB, last // MIB + 1))
+    return blocks
+
+
+def test_each_rank_has_its_own_part(node: Node, s3: S3Server, job: Path, uri_of: UriOf) -> None:
+    node.configure(linger_s=20, window_bytes_max=MIB)
+    sizes = {"a": 4 * MIB, "gap": 8 * MIB, "b": 4 * MIB, "end": 8 * MIB}
+    save(job / "step1", sizes)
+    uri = uri_of(job / "step1")
+    path = node.here("attach", uri).stdout.strip()
+    restore(uri, False, "a", rank="0")
+    restore(uri, False, "b", rank="1")
+    node.here("plan", "save", path)
+    shown = json.loads(node.here("plan", "show", uri, "--json").stdout)
+    assert [(step[1], step[4]) for step in shown["steps"]] == [("a", [0]), ("b", [1])]
+    table = node.here("plan", "show", uri).stdout
+    assert "model.safetensors" in table
+    node.here("detach", path)
+
+    places = save(job / "step2", sizes)
+    s3.reset_traffic()
+    done = node.here("plan", "apply", uri_of(job / "step2"), "--rank", "1", "--json")
+    told = json.loads(done.stdout)
+    assert (told["files"], told["bytes"], told["errors"]) == (1, 4 * MIB, [])
+    found = asked(s3)
+    assert set(range(places["b"][0] // MIB, places["b"][1] // MIB)) <= found
+    assert not found & set(range(1, places["b"][0] // MIB))
+
+
+def test_a_plan_can_be_a_file_or_beside_a_checkpoint(
+    node: Node, job: Path, uri_of: UriOf, tmp_path: Path
+) -> None:
+    save(job / "step1", {"a": 4 * MIB, "b": 12 * MIB})
+    save(job / "step2", {"b": 12 * MIB, "a": 4 * MIB})
+    first, second = uri_of(job / "step1"), uri_of(job / "step2")
+    path = node.here("attach", first).stdout.strip()
+    assert "nothing was read yet" in refusal(node, "plan", "save", path)
+    restore(first, False, "a")
+    file = tmp_path / "plan.json"
+    assert node.here("plan", "save", path, "-o", str(file)).stdout == f"{file}\n"
+    node.here("plan", "save", path, "--metadata")
+    for plan in (str(file), first):
+        restore(second, plan, "a")
+        told = json.loads(node.here("plan", "apply", second, "--plan", plan, "--json").stdout)
+        assert told["bytes"] == 4 * MIB
+    assert "there is no plan for" in refusal(node, "plan", "apply", second)
+    assert "has no plan" in refusal(node, "plan", "show", second)
+    assert "does not exist" in refusal(node, "plan", "show", f"{tmp_path}/none")
+    file.write_text("{}")
+    assert "no plan" in refusal(node, "plan", "apply", second, "--plan", str(file))
+    with (
+        pytest.raises(ckptfs.CkptfsError, match="no plan"),
+        ckptfs.Checkpoint(second).as_directory(plan=file),
+    ):
+        pass
+
+
+def refusal(node: Node, *arguments: str) -> str:
+    done = node.here(*arguments, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    return done.stderr
+
+
+def test_what_the_next_checkpoint_has_not_is_left_out(node: Node, job: Path, uri_of: UriOf) -> None:
+    save(job / "step1", {"a": 4 * MIB, "b": 4 * MIB, "c": 40 * MIB})
+    restore(uri_of(job / "step1"), True, "a", "b")
+    save(job / "step2", {"a": 2 * MIB, "z": 30 * MIB})
+    assert restore(uri_of(job / "step2"), True, "a") == ""
+    told = json.loads(node.here("plan", "apply", uri_of(job / "step2"), "--json").stdout)
+    assert (told["bytes"], told["errors"]) == (2 * MIB, [])
