@@ -2,7 +2,7 @@
 
 import typer
 
-from ckptfs.cli import checkpoints, daemon, find, meta, plan, prefetch, report, topics
+from ckptfs.cli import checkpoints, daemon, doctor, find, meta, plan, prefetch, report, topics
 
 app = typer.Typer(
     name="ckptfs",
@@ -23,4 +23,5 @@ app.command("report")(report.report)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
 app.add_typer(plan.app, name="plan")
+app.command("doctor")(doctor.doctor)
 app.command("help")(topics.help_)
