@@ -86,7 +86,7 @@ class Examination:
         self._checks = checks
         self._done = {check.name: threading.Event() for check in checks}
         self._outcomes: dict[str, Outcome] = {}
-        self._fallen: set[str] = set()  # failed, or skipped because another one failed
+        self._failures: dict[str, str] = {}  # of those that failed, or are skipped for it: which
         self._late = 0
         for check in checks:
             threading.Thread(target=self._run, args=(check,), daemon=True).start()
@@ -114,15 +114,15 @@ class Examination:
             self._done[name].wait()
         self._outcomes[check.name] = outcome = self._without(check) or self._look(check)
         if outcome.status == "failed":
-            self._fallen.add(check.name)
+            self._failures[check.name] = check.name
         self._done[check.name].set()
 
     def _without(self, check: Check) -> Outcome | None:
         """Why it is not run; None: it is."""
         for name in (*check.needs, *check.unless_failed):
-            if name in self._fallen:
-                self._fallen.add(check.name)
-                return skipped(f"because of {name}")
+            if failure := self._failures.get(name):
+                self._failures[check.name] = failure
+                return skipped(f"because of {failure}")
         for name in check.needs:
             if self._outcomes[name].status == "skipped":
                 return self._outcomes[name]

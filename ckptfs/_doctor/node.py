@@ -9,12 +9,15 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptfs._config import load_config
 from ckptfs._daemon import keeper, passthrough, session
 from ckptfs._daemon.trial import Trial, try_mount
 from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
-from ckptfs._model.config import Config
+
+if TYPE_CHECKING:
+    from ckptfs._model.config import Config
 
 DEVICE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -226,7 +229,7 @@ def existing(path: Path) -> Path:
 
 
 def _fault_of(path: Path, *, is_cache: bool) -> tuple[str, str] | None:
-    """What the keeper (or for the cache, the daemon) would refuse, and what to do; None: nothing."""
+    """What keeper or daemon would refuse, and what to do; None: nothing."""
     variables = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
     there = existing(path)
     info = there.stat()

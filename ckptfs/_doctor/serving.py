@@ -9,16 +9,18 @@ kernels) and fusectl has by the same number.
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfs import _client
 from ckptfs._config import log_path
 from ckptfs._daemon import session
-from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
+from ckptfs._doctor.checks import Outcome, ok, skipped, warning
 from ckptfs._doctor.disk import Disk
 from ckptfs._doctor.node import Node, version_or_none
-from ckptfs._model.wire import StatusReply
 from ckptfs.errors import NoDaemon
+
+if TYPE_CHECKING:
+    from ckptfs._model.wire import StatusReply
 
 _ANSWER_S = 5.0
 """Longest wait for the daemon, which answers in milliseconds."""
@@ -104,8 +106,8 @@ class Serving:
             else:
                 dead.append(mounted)
         if not dead:
-            more = f"; of {unknown} it cannot be told" if unknown else ""
-            return ok(f"{len(mounts) - unknown} mounts of ckptfs are served{more}")
+            more = f", and of {unknown} it cannot be told" if unknown else ""
+            return ok(f"mounts of ckptfs: {len(mounts) - unknown} served{more}")
         outside = "" if _sees_all_processes() else ", unless that is done outside this container"
         unmount = "umount -l" if os.geteuid() == 0 else "fusermount3 -uz"
         hung = [m for m in dead if _has_waiting(m)]

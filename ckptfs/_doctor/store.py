@@ -19,7 +19,6 @@ import msgspec
 from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
 from ckptfs._doctor.node import Node
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import ListedFile
 from ckptfs._model.units import size_text
 from ckptfs._store.base import pin_of
 from ckptfs._store.deadline import ends_in
@@ -27,6 +26,7 @@ from ckptfs._store.s3options import S3Options
 from ckptfs.errors import AccessDenied, LimitExceeded
 
 if TYPE_CHECKING:
+    from ckptfs._model.manifest import ListedFile
     from ckptfs._store.base import Store
 
 _STEP_S = 5.0
@@ -88,7 +88,7 @@ class Remote:
 
         lent = lent_for(location)
         if location.kind in ("local", "http") or not lent:
-            return skipped("none are needed")
+            return ok("none are needed")
         return ok(f"none are given: the daemon's {lent} will do, or not: see store-list")
 
     def _credentials_of_s3(self) -> Outcome:
@@ -97,15 +97,14 @@ class Remote:
         secrets = self._location.secrets
         options = msgspec.convert({**self._location.options, **secrets}, S3Options)
         if options.anonymous:
-            return skipped("none are needed: anonymous")
+            return ok("none are needed: anonymous")
         if options.access_key and not options.role_arn:
             is_known = options.access_key == os.environ.get("AWS_ACCESS_KEY_ID")
             kind = "for a time" if options.session_token else "without an end"
             where = "the environment (AWS_ACCESS_KEY_ID)" if is_known else "the URI"
             return ok(f"of {where}, valid {kind}")
-        whose = "; the daemon at work is of another user and has its own" * bool(
-            self._node.served_by
-        )
+        served_by = self._node.served_by
+        whose = f"; the daemon at {served_by} has its own" if served_by else ""
         return ok(f"of AWS's chain: {source_of(options, self._location.uri)}{whose}")
 
     def name(self) -> Outcome:

@@ -1,5 +1,6 @@
 """``doctor``: what is wrong with this machine, its daemon or a store, and what to do about it."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -15,8 +16,9 @@ from rich.text import Text
 from ckptfs._doctor.checks import Examination, Result
 from ckptfs.cli import output
 
-_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 _STATUS_WIDTH = max(map(len, _STYLES))
+_INDENT = "  "
 _TEXT_WIDTH_MIN = 30
 """On a narrower terminal, lines are folded by it."""
 
@@ -63,40 +65,63 @@ def _worst(results: list[Result]) -> str:
 def _print_lines(results: Iterable[Result], name_width: int) -> list[Result]:
     """Each result as soon as it is there; piped, each is one line, which a script can look at."""
     console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        return [_print_plain(result, name_width) for result in results]
     done: list[Result] = []
-    for result in results:
-        if console.is_terminal:
-            if not done or done[-1].group != result.group:
-                console.print(Text(f"{'' if not done else chr(10)}{result.group}", style="bold"))
-            for line in _lines_for_terminal(result, name_width):
-                console.print(line)
-        else:
-            remedy = f" → {result.remedy}" if result.remedy else ""
-            print(
-                f"{result.status:{_STATUS_WIDTH}}  {result.name:{name_width}}  "
-                f"{result.message}{remedy}",
-                flush=True,
-            )
-        done.append(result)
-    if console.is_terminal:
-        console.print(_summary(done))
+    for _, alike in itertools.groupby(results, _likeness):
+        first, *others = alike
+        if not done or done[-1].group != first.group:
+            console.print(Text(f"{'' if not done else chr(10)}{first.group}", style="bold"))
+        done += [first, *others]
+        for line in _collapsed(first, others) if others else _lines(first, name_width):
+            console.print(line)
+    console.print(_summary(done))
     return done
 
 
-def _lines_for_terminal(result: Result, name_width: int) -> list[Text]:
-    indent = 2 + _STATUS_WIDTH + 2 + name_width + 2
-    width = max(_TEXT_WIDTH_MIN, shutil.get_terminal_size().columns - indent)
+def _print_plain(result: Result, name_width: int) -> Result:
+    remedy = f" → {result.remedy}" if result.remedy else ""
+    begin = f"{result.status:{_STATUS_WIDTH}}  {result.name:{name_width}}"
+    print(f"{begin}  {result.message}{remedy}", flush=True)
+    return result
+
+
+def _likeness(result: Result) -> tuple[str, ...]:
+    """Equal for neighbours that are shown together: skipped for the same reason."""
+    own = result.message if result.status == "skipped" else result.name
+    return result.group, result.status, own
+
+
+def _lines(result: Result, name_width: int) -> list[Text]:
+    """A result on a terminal, where what does not fit goes on in the next line."""
+    indent = len(_INDENT) + _STATUS_WIDTH + 2 + name_width + 2
     style = _STYLES[result.status]
-    begin = Text("  ") + Text(f"{result.status:{_STATUS_WIDTH}}", style=style)
-    begin += Text(f"  {result.name:{name_width}}  ")
-    first, *others = textwrap.wrap(result.message, width) or [""]
+    first, *others = _wrapped(result.message, indent)
     words = Text(first, style="dim" if result.status == "skipped" else "")
-    lines = [begin + words, *(Text(" " * indent + line) for line in others)]
-    remedy = textwrap.wrap(result.remedy, width - 2, break_on_hyphens=False)
-    for number, line in enumerate(remedy):
-        mark = "  " if number else "→ "
-        lines.append(Text(" " * indent) + Text(mark + line, style=f"not bold {style}"))
+    lines = [_begin(result) + f"{result.name:{name_width}}  " + words]
+    lines += [Text(" " * indent + line) for line in others]
+    for number, line in enumerate(_wrapped(result.remedy, indent + 2)):
+        lines.append(Text(" " * indent) + Text(("  " if number else "→ ") + line, style=style))
     return lines
+
+
+def _collapsed(first: Result, others: list[Result]) -> list[Text]:
+    indent = len(_INDENT) + _STATUS_WIDTH + 2
+    names = ", ".join(result.name for result in (first, *others))
+    begin, *rest = _wrapped(f"{names}: {first.message}", indent)
+    return [
+        _begin(first) + Text(begin, style="dim"),
+        *(Text(" " * indent + line, style="dim") for line in rest),
+    ]
+
+
+def _begin(result: Result) -> Text:
+    return Text(_INDENT) + Text(f"{result.status:{_STATUS_WIDTH}}  ", style=_STYLES[result.status])
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    width = max(_TEXT_WIDTH_MIN, shutil.get_terminal_size().columns - indent)
+    return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def _summary(results: list[Result]) -> Text:
