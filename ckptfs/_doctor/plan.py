@@ -1,5 +1,8 @@
 """All checks, in the order in which they are shown. Their names are for scripts, and stay."""
 
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+
 from ckptfs._doctor.checks import Check
 from ckptfs._doctor.disk import Disk
 from ckptfs._doctor.node import Node
@@ -10,13 +13,16 @@ MACHINE, DAEMON, CACHE, STORE = "machine", "daemon", "cache", "store"
 GROUPS = (MACHINE, DAEMON, CACHE, STORE)
 
 
-def all_checks(uri: str) -> list[Check]:
-    """The checks of this machine, and of the store that `uri` names; "": of none."""
+@contextmanager
+def all_checks(uri: str) -> Generator[list[Check]]:
+    """The checks of this machine, and of the store that `uri` names; "": of none. What they have
+    opened is closed at the end."""
     node = Node()
     disk = Disk(node)
     serving = Serving(node, disk)
     remote = Remote(uri, node)
-    return [*_of_machine(node), *_of_daemon(serving), *_of_cache(node, disk), *_of_store(remote)]
+    with closing(remote):
+        yield [*_of_machine(node), *_of_daemon(serving), *_of_cache(node, disk), *_of_store(remote)]
 
 
 def _of_machine(node: Node) -> list[Check]:

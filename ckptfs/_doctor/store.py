@@ -62,7 +62,12 @@ class Remote:
         self._endpoint: Endpoint
         self._addresses: list[tuple[str, int]] = []
         self._socket: socket.socket
+        self._opened = contextlib.ExitStack()
         self._largest: ListedFile | None = None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._opened.close()
 
     def location(self) -> Outcome:
         """Whether the URI can be understood."""
@@ -75,6 +80,7 @@ class Remote:
 
         self._location = describe(*filesystem_of(self._uri))
         self._store = open_store(self._location, self._node.config.store_timeout_s)
+        self._opened.callback(self._store.close)
         return ok(self._location.uri)
 
     def credentials(self) -> Outcome:
@@ -131,6 +137,7 @@ class Remote:
             except OSError as error:
                 failure = error
             else:
+                self._opened.enter_context(self._socket)
                 return ok(f"{address[0]} port {address[1]} answers, {_ms(begun_s)}")
         host, port = self._endpoint.host, self._endpoint.port
         return failed(
@@ -152,7 +159,7 @@ class Remote:
                 f"{endpoint.host}: {error.verify_message}",
                 "install the authority's certificate, or give tls_ca_file_path",
             )
-        self._socket = secured
+        self._socket = self._opened.enter_context(secured)
         return ok(f"{secured.version()}, {_ms(begun_s)}")
 
     def clock(self) -> Outcome:

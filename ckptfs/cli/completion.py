@@ -40,7 +40,7 @@ def completion(
     print(script.getvalue().strip())  # zsh looks at the first line
     if shell == "zsh":
         # In a directory of its fpath the file is the function's body, and is first run for a Tab.
-        print('[ "$funcstack[1]" = _ckptfs ] && _ckptfs_completion "$@"')
+        print('if [ "$funcstack[1]" = _ckptfs ]; then _ckptfs_completion "$@"; fi')
 
 
 def checkpoints(incomplete: str) -> list[tuple[str, str]]:

@@ -41,14 +41,14 @@ def doctor(
     # Not at the top: it brings what only checks need.
     from ckptfs._doctor.plan import all_checks
 
-    checks = all_checks(uri)
-    examination = Examination(checks)
-    if as_json:
-        results = list(examination.results())
-        output.print_json({"checks": results, "status": _worst(results)})
-    else:
-        width = max(len(check.name) for check in checks)
-        results = _print_lines(examination.results(), width)
+    with all_checks(uri) as checks:
+        examination = Examination(checks)
+        if as_json:
+            results = list(examination.results())
+            output.print_json({"checks": results, "status": _worst(results)})
+        else:
+            width = max(len(check.name) for check in checks)
+            results = _print_lines(examination.results(), width)
     status = int(any(result.status == "failed" for result in results))
     if examination.has_late:
         # A thread that hangs in a library would keep the interpreter from ending.
