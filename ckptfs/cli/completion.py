@@ -37,6 +37,7 @@ def completion(
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         context.find_root().command.main([], prog_name="ckptfs", complete_var=_VARIABLE)
+    del os.environ[_VARIABLE]
     print(script.getvalue().strip())  # zsh looks at the first line
     if shell == "zsh":
         # In a directory of its fpath the file is the function's body, and is first run for a Tab.
