@@ -46,7 +46,7 @@ Ask = Callable[[str, str], list[str]]
 
 
 def test_commands_and_topics(ask: Ask) -> None:
-    assert sorted(ask("bash", "ckptfs ")) == sorted(COMMANDS)
+    assert {*COMMANDS} <= {*ask("bash", "ckptfs ")}
     assert ask("bash", "ckptfs umo") == ["umount"]
     assert ask("bash", "ckptfs meta up") == ["update"]
     assert ask("bash", "ckptfs doctor --j") == ["--json"]
