@@ -25,6 +25,7 @@ from s3server import S3Server
 import ckptfs
 from ckptfs._daemon import session
 from ckptfs._doctor import disk, serving, store
+from ckptfs._doctor import node as machine
 
 pytestmark = pytest.mark.mount
 
@@ -225,6 +226,39 @@ def test_a_daemon_of_another_version(
     monkeypatch.setattr(serving, "version_or_none", lambda _: "99.0")
     report = examined()
     report.line("version", "warning", f"the daemon is {version}", "99.0", "ckptfs restart")
+
+
+def test_a_daemon_that_speaks_otherwise(node: Node, examined: Examined) -> None:
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b'{"op":"status-reply","v":2}\n')
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(node.socket))
+        listening.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        report = examined()
+        thread.join()
+    node.socket.unlink()
+    report.line("daemon", "failed", "malformed", "client and daemon must be of the same version")
+
+
+def test_a_client_in_a_container(
+    node: Node, examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the node's socket and mount, and need not be able to mount itself."""
+    node.here("mount")
+    monkeypatch.setattr(serving, "_runs", lambda *_: False)  # the processes are out of sight
+    monkeypatch.setattr(machine, "DEVICE", node.folder / "no-fuse")
+    report = examined()
+    report.all_but()
+    for name in ("device", "mount", "restart", "directories", "cache-space", "cache-speed"):
+        report.line(name, "skipped", f"the daemon at {node.socket} mounts for us")
+    report.line("daemon", "ok", str(node.socket))
+    report.line("leftover-mounts", "ok", "1 served")
 
 
 # -- mounts that nobody serves
