@@ -15,6 +15,7 @@ from ckptfs._config import load_config
 from ckptfs._daemon import keeper, passthrough, session
 from ckptfs._daemon.trial import Trial, try_mount
 from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
+from ckptfs.errors import CannotMount
 
 if TYPE_CHECKING:
     from ckptfs._model.config import Config
@@ -27,6 +28,11 @@ PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 _PAGES_WANTED = 256
 _DESCRIPTORS_MIN = 8192
 """An open file takes two, and each of 128 handles and 48 connections at the store takes one."""
+_OF_FUSERMOUNT = {
+    "could not determine username": "give this user an entry in /etc/passwd",
+    "too many FUSE filesystems": f"raise mount_max in {FUSE_CONF}",
+}
+"""What fusermount3 says (its fusermount.c), and what to do about it."""
 _PACKAGES = ("pyfuse3", "trio", "xxhash")
 """Of the extra ``daemon``; each has a module of its name."""
 
@@ -119,6 +125,11 @@ class Node:
         cache_fd = _file_near(Path(self.config.cache_dir))
         try:
             self._trial = try_mount(self.config, cache_fd)
+        except CannotMount as error:
+            for said, remedy in _OF_FUSERMOUNT.items():
+                if said in str(error):
+                    return failed(str(error), remedy)
+            raise
         finally:
             os.close(cache_fd)
         return ok("a mount was made, and ended again")

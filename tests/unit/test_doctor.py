@@ -185,6 +185,29 @@ def test_fusermount(machine: node.Node, tmp_path: Path, monkeypatch: pytest.Monk
     assert_says(machine.fusermount(), "skipped", "root")
 
 
+@pytest.mark.mount
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("could not determine username", "an entry in /etc/passwd"),
+        ("too many FUSE filesystems mounted; mount_max=N can be set in ...", "raise mount_max"),
+        ("something else", "install the package fuse3"),
+    ],
+)
+def test_what_fusermount_says(
+    machine: node.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, remedy: str
+) -> None:
+    (tmp_path / "fusermount3").write_text(f"#!/bin/sh\necho 'fusermount3: {said}' >&2; exit 1\n")
+    (tmp_path / "fusermount3").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(node.os, "geteuid", lambda: 1000)
+    with plan.all_checks("") as found:
+        (its_check,) = [each for each in found if each.name == "mount"]
+    (result,) = results_of(its_check._replace(look=machine.mount, needs=(), after=())).values()
+    outcome = Outcome(result.status, result.message, result.remedy)
+    assert_says(outcome, "failed", said.partition(";")[0], remedy)
+
+
 def test_user_allow_other(
     machine: node.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
