@@ -22,6 +22,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.units import size_text
 from ckptfs._store.base import pin_of
 from ckptfs._store.deadline import ends_in
+from ckptfs._store.s3client import S3Client
 from ckptfs._store.s3options import S3Options
 from ckptfs.errors import AccessDenied, LimitExceeded
 
@@ -229,24 +230,26 @@ def endpoint_of(location: Location) -> Endpoint | None:
     if location.kind == "hdfs":
         return Endpoint(options.get("host", ""), int(options.get("port", "8020")), None)
     if location.kind == "s3":
-        region = options.get("region") or "us-east-1"
-        suffix = ".cn" if region.startswith("cn-") else ""
-        default = f"s3.{region}.amazonaws.com{suffix}"
-    elif location.kind == "http":
-        default = location.path
-    else:
-        default = {
-            "gcs": "storage.googleapis.com",
-            "azure": f"{account}{options.get('blob_storage_authority', '.blob.core.windows.net')}",
-            "az": f"{account}.blob.core.windows.net",
-            "hf": options.get("endpoint", "huggingface.co"),
-        }[location.kind]
+        bucket = location.path.partition("/")[0]
+        known = msgspec.convert(location.options, S3Options)
+        return _endpoint(*S3Client(bucket, known, lambda: None, _STEP_S).endpoint)
+    default = {
+        "gcs": "storage.googleapis.com",
+        "azure": f"{account}{options.get('blob_storage_authority', '.blob.core.windows.net')}",
+        "az": f"{account}.blob.core.windows.net",
+        "hf": options.get("endpoint", "huggingface.co"),
+        "http": location.path,
+    }[location.kind]
     scheme, _, rest = (options.get("endpoint_override") or default).rpartition("://")
     scheme = scheme or options.get("scheme") or options.get("blob_storage_scheme") or "https"
-    connection = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    parsed = connection(rest.partition("/")[0])
-    tls = ssl.create_default_context(cafile=options.get("tls_ca_file_path") or None)
-    return Endpoint(parsed.host, parsed.port, tls if scheme == "https" else None)
+    tls = ssl.create_default_context() if scheme == "https" else None
+    return _endpoint(rest.partition("/")[0], tls)
+
+
+def _endpoint(host: str, tls: ssl.SSLContext | None) -> Endpoint:
+    kind = http.client.HTTPConnection if tls is None else http.client.HTTPSConnection
+    parsed = kind(host)
+    return Endpoint(parsed.host, parsed.port, tls)
 
 
 def _denied(error: AccessDenied) -> Outcome:

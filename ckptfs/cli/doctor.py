@@ -36,7 +36,7 @@ def doctor(
 
     Each line is ok, warning, failed (with what to do), or skipped (with why). The exit status is 1
     if a check has failed, and 0 otherwise, also with warnings. Nothing is changed: a mount is made
-    for a moment, and a file of 64 MiB.
+    for a moment, up to 64 MiB are written to the cache's disk, and as much is read from the store.
     """
     # Not at the top: it brings what only checks need.
     from ckptfs._doctor.plan import all_checks

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ckptfs._daemon import session
-from ckptfs._doctor import checks, disk, node, plan, serving
+from ckptfs._doctor import checks, disk, node, plan, serving, store
 from ckptfs._doctor.checks import Check, Examination, Outcome, Result, ok, skipped, warning
 from ckptfs._model.config import Config
+from ckptfs._model.location import Location
 from ckptfs.errors import StoreError
 
 # -- running
@@ -373,6 +374,52 @@ def test_a_disk_that_is_slow_or_fails(
     result = results_of(alone)["cache-speed"]
     assert_says(Outcome(result.status, result.message, result.remedy), "failed", "Input/output")
     assert os.listdir(tmp_path) == []
+
+
+# -- where a store is
+
+
+@pytest.mark.parametrize(
+    ("location", "host", "port", "is_secured"),
+    [
+        (Location("s3", "bucket/run"), "bucket.s3.us-east-1.amazonaws.com", 443, True),
+        (
+            Location("s3", "bucket/run", {"endpoint_override": "minio:9000", "scheme": "http"}),
+            *("minio", 9000, False),
+        ),
+        (Location("s3", "b/run", {"endpoint_override": "https://minio"}), "minio", 443, True),
+        (Location("gcs", "bucket/run"), "storage.googleapis.com", 443, True),
+        (
+            Location("azure", "c/run", {"account_name": "me"}),
+            *("me.blob.core.windows.net", 443, True),
+        ),
+        (
+            Location(
+                *("azure", "c/run"),
+                {
+                    "account_name": "me",
+                    "blob_storage_authority": ".local:10000",
+                    "blob_storage_scheme": "http",
+                },
+            ),
+            *("me.local", 10000, False),
+        ),
+        (Location("az", "c/run", {"account_name": "me"}), "me.blob.core.windows.net", 443, True),
+        (Location("hf", "me/model"), "huggingface.co", 443, True),
+        (Location("hf", "me/model", {"endpoint": "http://hub:80"}), "hub", 80, False),
+        (Location("http", "https://host:8443/models/run"), "host", 8443, True),
+        (Location("hdfs", "/run", {"host": "namenode", "port": 9000}), "namenode", 9000, False),
+    ],
+)
+def test_endpoints(location: Location, host: str, port: int, is_secured: bool) -> None:
+    endpoint = store.endpoint_of(location)
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port) == (host, port)
+    assert (endpoint.tls is not None) == is_secured
+
+
+def test_local_files_have_no_endpoint() -> None:
+    assert store.endpoint_of(Location("local", "/run")) is None
 
 
 # -- mounts
