@@ -27,7 +27,7 @@ def doctor(
     uri: Annotated[
         str,
         typer.Argument(
-            metavar="[URI]", help="Also check its store, e.g. s3://bucket/run.", show_default=False
+            metavar="URI", help="Also check its store, e.g. s3://bucket/run.", show_default=False
         ),
     ] = "",
     as_json: output.JsonOption = False,

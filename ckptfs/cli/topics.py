@@ -27,7 +27,7 @@ def help_(
     topic: Annotated[
         str,
         typer.Argument(
-            metavar="[COMMAND|TOPIC]",
+            metavar="COMMAND|TOPIC",
             help="A command, or 'semantics'.",
             autocompletion=complete_topic,
             show_default=False,
