@@ -95,6 +95,11 @@ class Connection:
         self._timeout_s = timeout_s
         self._connect()
 
+    @property
+    def path(self) -> str:
+        """Of the socket."""
+        return self._path
+
     def _connect(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(self._timeout_s)

@@ -173,7 +173,7 @@ class Keeper:
         self._clear_leftovers()
         held.fuse_fd = session.mount(self._mount, allow_other=config.allow_other)
         self._undo.callback(self._end_mount)
-        depth = _stack_depth(Path(config.cache_dir)) if config.passthrough else 0
+        depth = stack_depth(Path(config.cache_dir)) if config.passthrough else 0
         held.passthrough, held.resend = session.answer_init(held.fuse_fd, depth)
         if os.geteuid() == 0:
             session.set_read_ahead(self._mount, config.read_ahead_kb)
@@ -402,15 +402,20 @@ def _make_directories(config: Config) -> None:
             info = path.stat()
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; set {_VARIABLES}") from None
-        shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
-        if info.st_uid not in (0, os.geteuid()) or shared:
+        if not is_ours(info):
             raise ConfigError(
                 f"{path} belongs to another user or is writable by others; set {_VARIABLES} to "
                 "paths in a directory of your own"
             )
 
 
-def _stack_depth(cache_dir: Path) -> int:
+def is_ours(info: os.stat_result) -> bool:
+    """Whether nobody but this user and root can put something into a directory with that status."""
+    shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
+    return info.st_uid in (0, os.geteuid()) and not shared
+
+
+def stack_depth(cache_dir: Path) -> int:
     """For passthrough: 1, or 2 for a cache on an overlay. Not always 2: the mount could then not be
     a layer of an overlay itself (FILESYSTEM_MAX_STACK_DEPTH is 2)."""
     cache_dir = Path(os.path.realpath(cache_dir))

@@ -145,16 +145,31 @@ def unmount(mountpoint: Path) -> None:
         log.warning("cannot unmount %s: %s", mountpoint, done.stderr.strip())
 
 
-def device_of_mount(mountpoint: Path) -> str | None:
-    """``major:minor`` of what ckptfs has mounted there, or None. Never touches the mount itself."""
-    found = None
+class Mounted(NamedTuple):
+    """A mount of ckptfs, see proc(5). `device`: ``major:minor``; `uid`: whose it is."""
+
+    path: str
+    device: str
+    uid: int
+
+
+def mounts() -> list[Mounted]:
+    """All of ckptfs that this process could see, those on top last. Touches none of them."""
+    found: list[Mounted] = []
     for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
         fields = line.split(" ")
-        kind = fields[fields.index("-") + 1]
-        path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])  # see proc(5)
-        if kind == FSTYPE and path == str(mountpoint):
-            found = fields[2]
+        kind, _, *options = fields[fields.index("-") + 1 :]
+        if kind == FSTYPE:
+            path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])  # see proc(5)
+            uid = re.search(r"\buser_id=(\d+)", options[-1])
+            found.append(Mounted(path, fields[2], int(uid[1]) if uid else 0))
     return found
+
+
+def device_of_mount(mountpoint: Path) -> str | None:
+    """``major:minor`` of what ckptfs has mounted there, or None. Never touches the mount itself."""
+    found = [mounted.device for mounted in mounts() if mounted.path == str(mountpoint)]
+    return found[-1] if found else None
 
 
 def set_read_ahead(mountpoint: Path, kib: int) -> bool:

@@ -33,24 +33,34 @@ def keys_for(options: S3Options, name: str) -> Chain:
     # Found when they are first asked for, which may take time.
     found = functools.cache(lambda: _credentials(options))
 
-    def renewed() -> Keys | None:
-        from botocore.exceptions import BotoCoreError, ClientError
+    return lambda: _renewed(found, name)[0]
 
-        try:
-            credentials = found()
-            frozen = credentials.get_frozen_credentials() if credentials else None
-        except (BotoCoreError, ClientError) as error:
-            raise AccessDenied(
-                f"{name}: no AWS credentials ({error}); check the profile or role"
-            ) from None
-        if frozen is None:
-            raise AccessDenied(
-                f"{name}: there are no AWS credentials; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or a profile or role where the ckptfs daemon runs"
-            )
-        return Keys(frozen.access_key, frozen.secret_key, frozen.token or "")
 
-    return renewed
+def source_of(options: S3Options, name: str) -> str:
+    """botocore's name for the link of the chain that has keys now, e.g. shared-credentials-file.
+
+    Raises AccessDenied where there are none.
+    """
+    return _renewed(lambda: _credentials(options), name)[1]
+
+
+def _renewed(found: Callable[[], Any], name: str) -> tuple[Keys, str]:
+    """The keys of botocore's credentials as they are valid now, and how these were found."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        credentials = found()
+        frozen = credentials.get_frozen_credentials() if credentials else None
+    except (BotoCoreError, ClientError, RuntimeError) as error:  # the last: expired when renewed
+        raise AccessDenied(
+            f"{name}: no AWS credentials ({error}); check the profile or role"
+        ) from None
+    if frozen is None:
+        raise AccessDenied(
+            f"{name}: there are no AWS credentials; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or a profile or role where the ckptfs daemon runs"
+        )
+    return Keys(frozen.access_key, frozen.secret_key, frozen.token or ""), credentials.method
 
 
 def _credentials(options: S3Options) -> Any:

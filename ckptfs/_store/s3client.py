@@ -115,6 +115,12 @@ class S3Client:
         """Whether it is Amazon's S3."""
         return not self._endpoint
 
+    @property
+    def endpoint(self) -> tuple[str, ssl.SSLContext | None]:
+        """Where requests go: the host, with its port where that is not the scheme's own, and whom
+        to trust; None: the connection is plain."""
+        return self._address("")[0], self._tls
+
     def close(self) -> None:
         """Close the connections that are idle now; those in use are closed when they are."""
         self._is_open = False

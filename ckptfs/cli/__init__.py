@@ -2,11 +2,23 @@
 
 import typer
 
-from ckptfs.cli import checkpoints, daemon, find, meta, plan, prefetch, report, topics
+from ckptfs.cli import (
+    checkpoints,
+    completion,
+    daemon,
+    doctor,
+    find,
+    meta,
+    plan,
+    prefetch,
+    report,
+    topics,
+)
 
 app = typer.Typer(
     name="ckptfs",
     help="Mount remote checkpoints as local directories instead of copying them.",
+    epilog=topics.LIST,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -23,4 +35,6 @@ app.command("report")(report.report)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
 app.add_typer(plan.app, name="plan")
+app.command("doctor")(doctor.doctor)
+app.command("completion")(completion.completion)
 app.command("help")(topics.help_)

@@ -12,12 +12,17 @@ from ckptfs._config import load_config
 from ckptfs._model import attributes, formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
-from ckptfs.cli import output
+from ckptfs.cli import completion, output
 from ckptfs.errors import NotAttached
 
 UriArgument = Annotated[str, typer.Argument(metavar="URI", help="E.g. s3://bucket/run/checkpoint.")]
 PathOrUriArgument = Annotated[
-    str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, or a URI.")
+    str,
+    typer.Argument(
+        metavar="PATH_OR_URI",
+        help="A path inside the mount, or a URI.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
 
 
@@ -54,7 +59,12 @@ def detach(
 
 def ls(
     path_or_uri: Annotated[
-        str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, or a URI.")
+        str,
+        typer.Argument(
+            metavar="PATH_OR_URI",
+            help="A path inside the mount, or a URI.",
+            autocompletion=completion.checkpoints,
+        ),
     ] = "",
     tensors: Annotated[
         bool, typer.Option("--tensors", help="The tensors in safetensors files instead of files.")

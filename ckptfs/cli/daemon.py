@@ -48,7 +48,7 @@ def umount(
 
 
 def restart() -> None:
-    """Replace the daemon, e.g. by an upgraded one; who reads notices a pause only."""
+    """Replace the daemon, perhaps by an upgraded one; who reads notices a pause only."""
     config = load_config()
     with _client.connect(config) as connection:
         before = connection.status().pid

@@ -14,14 +14,19 @@ import typer
 
 from ckptfs import _client, xattrs
 from ckptfs._model.manifest import printable
-from ckptfs.cli import output
+from ckptfs.cli import completion, output
 from ckptfs.errors import LocationError, MetadataError, MetadataNotDict, NotAttached
 
 app = typer.Typer(
     help="Show and change a checkpoint's own metadata.", no_args_is_help=True, rich_markup_mode=None
 )
 TargetArgument = Annotated[
-    str, typer.Argument(metavar="PATH_OR_URI", help="A path inside the mount, a directory, a URI.")
+    str,
+    typer.Argument(
+        metavar="PATH_OR_URI",
+        help="A path inside the mount, a directory, a URI.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY")]
 
