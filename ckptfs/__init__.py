@@ -22,6 +22,7 @@ from ckptfs.errors import MetadataNotDict as MetadataNotDict
 from ckptfs.errors import NoDaemon as NoDaemon
 from ckptfs.errors import NotAttached as NotAttached
 from ckptfs.errors import ObjectChanged as ObjectChanged
+from ckptfs.errors import PlanError as PlanError
 from ckptfs.errors import PrefetchFailed as PrefetchFailed
 from ckptfs.errors import ProtocolError as ProtocolError
 from ckptfs.errors import RateError as RateError
