@@ -56,8 +56,8 @@ class Fetcher:
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
         self._storing = Storing(cache, offload)
-        transfers = Transfers(offload, slots, cache.buffers)
-        parts = slots, self._outages, self._versions, transfers, self._storing
+        self._transfers = Transfers(offload, slots, cache.buffers, self._outages, nursery)
+        parts = slots, self._outages, self._versions, self._transfers, self._storing
         self._spans = Spans(config, cache, *parts, nursery)
         # Stores whose last large file was read as a whole: most likely the next one will be, too.
         self._read_whole: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -75,6 +75,11 @@ class Fetcher:
     def slots(self) -> SlotsInUse:
         """What is in flight, and how much waits for a place."""
         return self._slots.in_use()
+
+    @property
+    def hedged_requests(self) -> int:
+        """How many requests were made a second time because the first one was slow."""
+        return self._transfers.hedged_requests
 
     # -- files
 

@@ -36,6 +36,8 @@ class Priority(IntEnum):
 
 _KEPT_FOR_DEMAND = 2
 """Places that the others leave free, so that a reader does not wait for one to end."""
+_LEFT_BESIDE = 1
+"""Places that `acquire_now` leaves free."""
 
 _QUIET_S = 0.5
 """Between two requests of one reader there is the version check of the first, a round trip (of 20
@@ -112,6 +114,17 @@ class Slots:
                 self._grant()  # it may have been in the way of smaller ones
             raise
 
+    def acquire_now(self, ticket: Ticket) -> bool:
+        """Take a place and room for the bytes if nobody who waits for DEMAND could have them, and
+        one place is left for who comes next."""
+        full = len(self._running) + _LEFT_BESIDE >= self._places_max
+        if full or self._bytes + ticket.length > self._bytes_max:
+            return False
+        if any(waiting.priority is Priority.DEMAND for waiting in self._waiting):
+            return False
+        self._start(ticket)
+        return True
+
     def release_place(self, ticket: Ticket) -> None:
         """Give the place back."""
         now_s = trio.current_time()
@@ -154,10 +167,13 @@ class Slots:
             if self._bytes and (full or self._bytes + ticket.length > self._bytes_max):
                 return
             self._waiting.remove(ticket)
-            self._running.add(ticket)
-            self._bytes += ticket.length
-            ticket.granted_s = trio.current_time()
-            ticket.granted.set()
+            self._start(ticket)
+
+    def _start(self, ticket: Ticket) -> None:
+        self._running.add(ticket)
+        self._bytes += ticket.length
+        ticket.granted_s = trio.current_time()
+        ticket.granted.set()
 
     def _next(self) -> Ticket | None:
         """The first in the queue; prefetches are passed over while they have to yield."""
