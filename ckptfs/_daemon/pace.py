@@ -5,10 +5,13 @@ about to die. A second request for the same range, on another connection, most l
 the others are (Dean and Barroso, "The Tail at Scale", 2013; Amazon S3 performance guidelines,
 "retries for latency-sensitive applications"). Two things say that a request is slow:
 
-- it has brought nothing yet, after twice the time in which nearly all others had their first byte;
-- it has brought something, but at its rate so far it needs twice the time in which nearly all
-  others of its size were done. So one that stalls is noticed soon at its beginning and late at its
-  end, where a second request could hardly overtake it.
+- it has brought nothing yet, after `_FAR` times the time in which nine of ten others had their
+  first byte;
+- it has brought something, but at its rate so far it needs `_FAR` times the time in which nine of
+  ten others of its size were done. So one that stalls is noticed soon at its beginning and late at
+  its end, where a second request could hardly overtake it.
+
+Nine of ten, because of those that are remembered some have stalled themselves.
 
 **An overloaded store** must not get more to do. Each transfer earns `_SHARE` of a second request,
 so there is never more than that; where everything becomes slow, so does the measure; and after an
@@ -18,14 +21,17 @@ error that can pass all that was earned is lost.
 import math
 from collections import deque
 
+_FAR = 3
+"""With 2, one of 100 requests of an ordinary sequential read was made again where the store shared
+two busy cores with everything else; with 3 it was one of 300, and one of random reads never."""
 _SHARE = 0.05
-"""Second requests per transfer, at most. 5 % is the usual bound, and what is beyond 95 % of the
-others is called slow here."""
+"""Second requests per transfer, at most: "The Tail at Scale" adds as much."""
 _EARNED_MAX = 5.0
+"""For stalls that come together."""
 _RECENT = 100
-"""Requests that are remembered of each kind: what the 95th percentile needs to mean anything."""
+"""Times that are remembered of each kind."""
 _KNOWN_MIN = 20
-"""With fewer there is no such percentile."""
+"""With fewer nobody knows what is usual. The first second request is earned by then, too."""
 _FLOOR_S = 0.1
 """Nobody suffers from less; it is also what a busy node takes now and then to look at an answer."""
 
@@ -54,10 +60,10 @@ class Pace:
         if elapsed_s < _FLOOR_S:
             return False
         if not done:
-            return elapsed_s > 2 * self._first_s.most()
+            return elapsed_s > _FAR * self._first_s.most()
         times = self._whole_s.get(length.bit_length())
         most_s = times.most() if times else math.inf
-        return elapsed_s > most_s and elapsed_s * length > 2 * most_s * done
+        return elapsed_s > most_s and elapsed_s * length > _FAR * most_s * done
 
     def spend(self) -> None:
         """A second request begins; it has to be earned."""

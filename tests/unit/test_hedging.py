@@ -257,17 +257,17 @@ def paced(first_s: float, whole_s: float, count: int = 100) -> Pace:
 
 def test_without_a_first_byte_the_others_first_bytes_count() -> None:
     pace = paced(0.2, 3.0)
-    assert not pace.is_slow(8 * MIB, 0, 0.39)
-    assert pace.is_slow(8 * MIB, 0, 0.41)
-    assert pace.is_slow(5, 0, 0.41)  # of whatever size
+    assert not pace.is_slow(8 * MIB, 0, 0.59)
+    assert pace.is_slow(8 * MIB, 0, 0.61)
+    assert pace.is_slow(5, 0, 0.61)  # of whatever size
 
 
 def test_what_is_nearly_done_is_not_slow() -> None:
     pace = paced(0.2, 3.0)
     assert not pace.is_slow(8 * MIB, MIB, 2.9)
     assert pace.is_slow(8 * MIB, MIB, 3.1)
-    assert not pace.is_slow(8 * MIB, 7 * MIB, 5.0)
-    assert pace.is_slow(8 * MIB, 7 * MIB, 5.3)  # it has stalled
+    assert not pace.is_slow(8 * MIB, 7 * MIB, 7.8)
+    assert pace.is_slow(8 * MIB, 7 * MIB, 7.9)  # it has stalled
     assert not pace.is_slow(4 * MIB, MIB, 100.0)  # nobody knows how long such a one takes
 
 

@@ -140,6 +140,25 @@ async def test_raising_uses_a_place_that_was_kept(clients: Clients) -> None:
     assert clients.granted == ["ahead", "more"]
 
 
+async def test_what_takes_a_place_at_once_leaves_one_and_does_not_overtake_demand(
+    clients: Clients,
+) -> None:
+    assert clients.slots.acquire_now(Ticket(DEMAND, 40))
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 61))
+    second = Ticket(DEMAND, 10)
+    assert clients.slots.acquire_now(second)
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 1))  # the third place is left
+    clients.slots.release_place(second)
+    clients.slots.release_bytes(second)
+    await clients.start("ahead", READAHEAD, 61)
+    assert clients.slots.acquire_now(second)
+    clients.slots.release_place(second)
+    clients.slots.release_bytes(second)
+    await clients.start("demand", DEMAND, 61)
+    assert clients.granted == []
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 1))
+
+
 # -- prefetch yields
 
 
