@@ -185,7 +185,8 @@ class Transfers:
 
     def _hedge(self, transfer: _Transfer) -> None:
         """Begin the second request, if there is a place for it."""
-        ticket = Ticket(Priority.DEMAND, transfer.ticket.length, transfer.store)
+        first = transfer.ticket
+        ticket = Ticket(first.priority, first.length, transfer.store, first.user)
         if self._slots.acquire_now(ticket):
             self.hedged_requests += 1
             self._paces[transfer.store].spend()
