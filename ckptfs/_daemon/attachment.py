@@ -16,6 +16,7 @@ from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, R
 from ckptfs._daemon.remote import RemoteFile, State, stamped
 from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
+from ckptfs._daemon.users import is_ours
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._store.base import Store, pin_of
@@ -155,7 +156,8 @@ class Attachment:
             return known
         listed = self.listed[index]
         key = object_key(self.location, listed)
-        return RemoteFile(self.store, key, pin_of(listed), self.activity)
+        user = None if is_ours(self.uid) else self.uid
+        return RemoteFile(self.store, key, pin_of(listed), self.activity, user)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ckptfs._daemon.limits import is_ours, limit_for
 from ckptfs._daemon.service import Service
+from ckptfs._daemon.users import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (

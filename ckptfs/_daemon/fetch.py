@@ -9,7 +9,9 @@ span's failure tries once more within its own deadline.
 """
 
 import contextlib
+import resource
 import weakref
+from collections import Counter
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -26,10 +28,11 @@ from ckptfs._daemon.slots import Priority, Slots, SlotsInUse
 from ckptfs._daemon.spans import Spans
 from ckptfs._daemon.storing import Storing
 from ckptfs._daemon.transfers import Transfers
+from ckptfs._daemon.users import share_of
 from ckptfs._daemon.versions import Versions
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_of
 from ckptfs._model.config import Config
-from ckptfs.errors import CkptfsError, StoreTimeout, StoreUnavailable
+from ckptfs.errors import CkptfsError, LimitExceeded, StoreTimeout, StoreUnavailable
 
 if TYPE_CHECKING:
     from ckptfs._store.base import Store
@@ -56,9 +59,12 @@ class Fetcher:
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
         self._storing = Storing(cache, offload)
-        transfers = Transfers(offload, slots, cache.buffers)
-        parts = slots, self._outages, self._versions, transfers, self._storing
+        self._transfers = Transfers(offload, slots, cache.buffers, self._outages, nursery)
+        parts = slots, self._outages, self._versions, self._transfers, self._storing
         self._spans = Spans(config, cache, *parts, nursery)
+        self._files_of: Counter[int] = Counter()  # open ones, by user
+        descriptors_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._files_of_max = share_of(descriptors_max // 2)  # each takes two
         # Stores whose last large file was read as a whole: most likely the next one will be, too.
         self._read_whole: weakref.WeakSet[Store] = weakref.WeakSet()
 
@@ -76,15 +82,27 @@ class Fetcher:
         """What is in flight, and how much waits for a place."""
         return self._slots.in_use()
 
+    @property
+    def hedged_requests(self) -> int:
+        """How many requests were made a second time because the first one was slow."""
+        return self._transfers.hedged_requests
+
     # -- files
 
     def open(self, file: RemoteFile) -> None:
-        """Make the file readable; each call needs a `close`."""
+        """Make the file readable; each call needs a `close`. Raises LimitExceeded."""
         if file.opens:
             file.opens += 1
             return
+        if file.user is not None and self._files_of[file.user] >= self._files_of_max:
+            raise LimitExceeded(
+                f"{file.name}: uid {file.user} has {self._files_of_max} files open, the most for "
+                "one user; close some, or raise the daemon's limit of descriptors (ulimit -n)"
+            )
         file.entry = self._cache.open(file.key)
         file.opens = 1
+        if file.user is not None:
+            self._files_of[file.user] += 1
         eager = file.store in self._read_whole
         file.readahead = Readahead(file.pin.size, self.window_bytes_max, file.parts, eager=eager)
         file.recognised = file.parts is not None
@@ -98,6 +116,8 @@ class Fetcher:
                 self._read_whole.discard(file.store)
             self._cache.close(file.entry)
             file.entry = file.readahead = None
+            if file.user is not None:
+                self._files_of -= Counter([file.user])  # zeros go
 
     @contextlib.contextmanager
     def opened(self, file: RemoteFile) -> Generator[None]:

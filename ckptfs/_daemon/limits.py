@@ -1,8 +1,4 @@
-"""What each user of the node may do, and how much of everything is theirs.
-
-Limits hold for all users together. Of each, one user other than root and the daemon's own may take
-a quarter (`limit_for`), so that nobody is shut out by one of the others.
-"""
+"""What each user may do, and how many checkpoints and calls at stores are theirs (see `users`)."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +9,7 @@ import trio
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.users import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._store.lending import lent_for
@@ -21,21 +18,9 @@ from ckptfs.errors import AccessDenied, LimitExceeded
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that there can be
 (``offload``): who attaches at stores that do not answer keeps nobody else waiting."""
-_ONE_USERS_SHARE = 4
-"""One of the other users may take the fourth part of what there is for all."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def is_ours(uid: int) -> bool:
-    """Whether it is root or the daemon's own user, for whom there are no limits of a user."""
-    return uid in (0, os.geteuid())
-
-
-def limit_for(uid: int, limit: int) -> int:
-    """How much of a limit that user may take."""
-    return limit if is_ours(uid) else max(1, limit // _ONE_USERS_SHARE)
 
 
 def may_see(uid: int, attachment: Attachment) -> bool:

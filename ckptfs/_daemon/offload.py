@@ -3,10 +3,11 @@
 Network and disk have lanes of their own, so that a dark store cannot keep the disk waiting.
 
 **A call that is cancelled** is abandoned, not waited for. A call to a store knows the deadline of
-whoever waits for it (``_store.deadline``), and our own S3 client ends by then; a library may never
-end. A thread that was left behind so takes no place from the others: its lane has one more for as
-long as it runs. How many there can be of one store is limited (``_store.bounded``), and here in
-all: what is beyond `_LEFT_BEHIND_MAX` does take places.
+whoever waits for it (``_store.deadline``), and our own S3 client ends by then, or at once where a
+read is given up (``_store.progress``); a library may never end. A thread that was left behind so
+takes no place from the others: its lane has one more for as long as it runs. How many there can be
+of one store is limited (``_store.bounded``), and here in all: what is beyond `_LEFT_BEHIND_MAX`
+does take places.
 
 Computing holds the interpreter's lock, so what takes long has to let go of it now and then.
 """

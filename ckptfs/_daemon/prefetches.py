@@ -8,10 +8,10 @@ import trio
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.fetch import Fetcher
-from ckptfs._daemon.limits import limit_for
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetch import Prefetch
 from ckptfs._daemon.records import PrefetchBegun, PrefetchEnded
+from ckptfs._daemon.users import limit_for
 from ckptfs._model.plan import Wanted
 from ckptfs.errors import LimitExceeded
 

@@ -50,6 +50,7 @@ class RemoteFile:
         changed: The object is another version by now.
         error: Time and text of the last error, or "".
         cause: Text of the last answer of the store that was an error which can pass, or "".
+        user: One of the other users, to whom it is shown; None: root or the daemon's own.
         served_bytes: How much of it was handed to the kernel, which keeps it in its page cache as
             long as there is memory: more than the size means that there was not.
         flights: How many spans of it are under way.
@@ -63,8 +64,14 @@ class RemoteFile:
     """
 
     def __init__(
-        self, store: Store, key: ObjectKey, pin: Pin, activity: Activity | None = None
+        self,
+        store: Store,
+        key: ObjectKey,
+        pin: Pin,
+        activity: Activity | None = None,
+        user: int | None = None,
     ) -> None:
+        self.user = user
         self.activity = activity or Activity()
         self.store = store
         self.key = key

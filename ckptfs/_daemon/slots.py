@@ -11,16 +11,23 @@ one; one that a reader joins becomes the reader's. Transfers that run are not in
 - Then one may run, and twice as many after each further `_QUIET_S`: a reader who comes back soon
   does not find the link full.
 
+**One user** other than root and the daemon's own may take a quarter of the places and of the
+bytes. More they get only while nobody else's reader waits, and while a quarter stays free for
+others, so that these need not wait until one of them has ended.
+
 A store that does not answer (DARK) takes no bandwidth: it is no reader, and does not wait behind a
 prefetch that yields.
 """
 
 import math
+from collections import Counter
 from enum import IntEnum
 from itertools import count
 from typing import NamedTuple
 
 import trio
+
+from ckptfs._daemon.users import share_of
 
 
 class Priority(IntEnum):
@@ -36,6 +43,8 @@ class Priority(IntEnum):
 
 _KEPT_FOR_DEMAND = 2
 """Places that the others leave free, so that a reader does not wait for one to end."""
+_LEFT_BESIDE = 1
+"""Places that `acquire_now` leaves free."""
 
 _QUIET_S = 0.5
 """Between two requests of one reader there is the version check of the first, a round trip (of 20
@@ -52,12 +61,16 @@ _serial = count()
 
 class Ticket:
     """A request for one place and `length` bytes. `priority` may be raised while it waits; it is
-    DARK as long as `store` is, and then again `wanted`."""
+    DARK as long as `store` is, and then again `wanted`. `user`: who may not have more than a share;
+    None: anybody."""
 
-    def __init__(self, priority: Priority, length: int, store: object = None) -> None:
+    def __init__(
+        self, priority: Priority, length: int, store: object = None, user: int | None = None
+    ) -> None:
         self.priority = self.wanted = priority
         self.length = length
         self.store = store
+        self.user = user
         self.serial = next(_serial)
         self.granted = trio.Event()
         self.granted_s = 0.0
@@ -84,6 +97,8 @@ class Slots:
         self._bytes = 0
         self._running: set[Ticket] = set()
         self._waiting: list[Ticket] = []
+        self._places_of: Counter[int] = Counter()  # by user
+        self._bytes_of: Counter[int] = Counter()
         self._reader_s = -math.inf  # when there was a reader last
         self._rested_s = -math.inf  # when prefetch may take its share again
         self._timer: trio.CancelScope | None = None
@@ -112,10 +127,25 @@ class Slots:
                 self._grant()  # it may have been in the way of smaller ones
             raise
 
+    def acquire_now(self, ticket: Ticket) -> bool:
+        """Take a place and room for the bytes if nobody who waits for DEMAND could have them, and
+        one place is left for who comes next."""
+        full = len(self._running) + _LEFT_BESIDE >= self._places_max
+        if full or self._bytes + ticket.length > self._bytes_max:
+            return False
+        if any(waiting.priority is Priority.DEMAND for waiting in self._waiting):
+            return False
+        if self._has_share(ticket) and not self._leaves_share(ticket):
+            return False
+        self._start(ticket)
+        return True
+
     def release_place(self, ticket: Ticket) -> None:
         """Give the place back."""
         now_s = trio.current_time()
         self._running.remove(ticket)
+        if ticket.user is not None:
+            self._places_of -= Counter([ticket.user])  # zeros go
         if ticket.priority <= Priority.READAHEAD:
             self._reader_s = now_s
         elif ticket.priority is Priority.PREFETCH:
@@ -125,6 +155,8 @@ class Slots:
     def release_bytes(self, ticket: Ticket) -> None:
         """Give the room back."""
         self._bytes -= ticket.length
+        if ticket.user is not None:
+            self._bytes_of -= Counter({ticket.user: ticket.length})
         self._grant()
 
     def raise_priority(self, ticket: Ticket, priority: Priority) -> None:
@@ -132,6 +164,12 @@ class Slots:
         on."""
         if priority < ticket.priority:
             ticket.priority = priority
+            self._grant()
+
+    def share(self, ticket: Ticket) -> None:
+        """Somebody else wants it, too: while it waits, it is nobody's."""
+        if not ticket.granted.is_set():
+            ticket.user = None
             self._grant()
 
     def darken(self, store: object) -> None:
@@ -154,20 +192,51 @@ class Slots:
             if self._bytes and (full or self._bytes + ticket.length > self._bytes_max):
                 return
             self._waiting.remove(ticket)
-            self._running.add(ticket)
-            self._bytes += ticket.length
-            ticket.granted_s = trio.current_time()
-            ticket.granted.set()
+            self._start(ticket)
+
+    def _start(self, ticket: Ticket) -> None:
+        self._running.add(ticket)
+        self._bytes += ticket.length
+        if ticket.user is not None:
+            self._places_of[ticket.user] += 1
+            self._bytes_of[ticket.user] += ticket.length
+        ticket.granted_s = trio.current_time()
+        ticket.granted.set()
 
     def _next(self) -> Ticket | None:
-        """The first in the queue; prefetches are passed over while they have to yield."""
+        """The first in the queue; prefetches are passed over while they have to yield, and users
+        while they have their share."""
         candidates = self._waiting
         start_s = self._prefetch_start_s()
         if start_s > trio.current_time():
             candidates = [t for t in self._waiting if t.priority is not Priority.PREFETCH]
             if len(candidates) < len(self._waiting):
                 self._grant_at(start_s)
+        if self._bytes_of:
+            candidates = self._within_shares(candidates)
         return min(candidates, key=lambda t: (t.priority, t.serial), default=None)
+
+    def _within_shares(self, tickets: list[Ticket]) -> list[Ticket]:
+        beyond = {ticket for ticket in tickets if self._has_share(ticket)}
+        within = [ticket for ticket in tickets if ticket not in beyond]
+        if any(ticket.priority <= Priority.READAHEAD for ticket in within):
+            return within
+        return within + [ticket for ticket in beyond if self._leaves_share(ticket)]
+
+    def _leaves_share(self, ticket: Ticket) -> bool:
+        """Whether somebody else would find as much free as one user may have."""
+        places = self._places_max - share_of(self._places_max)
+        bytes_max = self._bytes_max - share_of(self._bytes_max)
+        return len(self._running) < places and self._bytes + ticket.length <= bytes_max
+
+    def _has_share(self, ticket: Ticket) -> bool:
+        """Whether its user has all that one of the other users may take. One transfer of each may
+        run, however large."""
+        if ticket.user is None or not self._bytes_of[ticket.user]:
+            return False
+        is_full = self._places_of[ticket.user] >= share_of(self._places_max)
+        length = self._bytes_of[ticket.user] + ticket.length
+        return is_full or length > share_of(self._bytes_max)
 
     def _prefetch_start_s(self) -> float:
         """When the next prefetch may start, if nothing happens until then."""

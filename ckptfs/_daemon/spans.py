@@ -80,7 +80,7 @@ class Span:
         self.entry = entry
         self.blocks = blocks
         self.length = blocks_length(blocks, entry.size)
-        self.ticket = Ticket(priority, capacity_of(self.length), file.store)
+        self.ticket = Ticket(priority, capacity_of(self.length), file.store, file.user)
         self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.ended = trio.Event()
@@ -155,7 +155,7 @@ class Spans:
                 missing.append(index)
             elif span not in spans:
                 spans[span] = None
-                self._join(span, priority)
+                self._join(span, file, priority)
         length_max = self._blocks_max
         if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
             length_max = max(1, length_max // 2)
@@ -165,7 +165,9 @@ class Spans:
             self._start(span)
         return list(spans)
 
-    def _join(self, span: Span, priority: Priority) -> None:
+    def _join(self, span: Span, file: RemoteFile, priority: Priority) -> None:
+        if file.user != span.file.user:
+            self._slots.share(span.ticket)
         span.ticket.wanted = min(span.ticket.wanted, priority)
         if not self._outages.is_dark(span.file.store):
             self._slots.raise_priority(span.ticket, priority)

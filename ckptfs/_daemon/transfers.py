@@ -1,57 +1,206 @@
-"""Transfers: a range of an object from the store into a buffer."""
+"""Transfers: a range of an object from the store into a buffer, by one request or by two.
 
-from typing import NamedTuple
+**Hedging.** When a request is so slow that a second one for the same range pays (`pace`), one
+begins, if a reader waits for the bytes. It is a request like the first, with a thread, a buffer and
+a place of its own (`Slots.acquire_now`: none that another reader waits for). Who is done first has
+brought the bytes, all of them, and with them the store's word on their version; the other one is
+given up: its connection is closed (`_store.progress`), and its thread ends by itself. An error of
+the first is one of the transfer only if the second fails, too.
+
+A task looks at what is under way every `_LOOK_S`, while a second request may begin. Stores whose
+requests cannot be given up, because they are a library's, get no second ones: each would keep a
+thread.
+"""
+
+import logging
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from ckptfs._daemon.buffers import Buffer, Buffers
-from ckptfs._daemon.cached import CachedObject
 from ckptfs._daemon.offload import Offload
-from ckptfs._daemon.slots import Slots, Ticket
+from ckptfs._daemon.outages import Outages
+from ckptfs._daemon.pace import Pace
+from ckptfs._daemon.slots import Priority, Slots, Ticket
 from ckptfs._store.base import Pin, Store
+from ckptfs._store.progress import Progress
+from ckptfs.errors import CkptfsError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from ckptfs._daemon.buffers import Buffer, Buffers
+    from ckptfs._daemon.cached import CachedObject
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.025
+"""A quarter of the shortest time that is called slow."""
 
 
 class Transferred(NamedTuple):
     """What a transfer has brought: `buffer` begins with the bytes, which `ticket` counts as in
     flight. `is_confirmed`: the store's answer has named their version."""
 
-    buffer: Buffer[CachedObject]
+    buffer: "Buffer[CachedObject]"
     ticket: Ticket
     is_confirmed: bool
 
 
-class Transfers:
-    """Reads from stores, in threads, into `buffers`. `slots`: whose places they have."""
+class _Transfer:
+    """One that is under way."""
 
-    def __init__(self, offload: Offload, slots: Slots, buffers: Buffers[CachedObject]) -> None:
+    def __init__(self, store: Store, pin: Pin, offset: int, length: int, ticket: Ticket) -> None:
+        self.store = store
+        self.pin = pin
+        self.offset = offset
+        self.length = length
+        self.ticket = ticket
+        self.begun_s = trio.current_time()
+        self.progress = Progress()
+        self.first = trio.CancelScope()
+        self.second = trio.CancelScope(deadline=trio.current_effective_deadline())
+        self.second_ended: trio.Event | None = None
+        self.result: Transferred | None = None
+
+
+class Transfers:
+    """Reads from stores, in threads, into `buffers`.
+
+    Attributes:
+        hedged_requests: How many second requests there were, since the daemon was started.
+    """
+
+    def __init__(
+        self,
+        offload: Offload,
+        slots: Slots,
+        buffers: "Buffers[CachedObject]",
+        outages: Outages,
+        nursery: trio.Nursery,
+    ) -> None:
         self._offload = offload
         self._slots = slots
         self._buffers = buffers
+        self._outages = outages
+        self._nursery = nursery
+        # Weak: a detached store's credentials must not stay.
+        self._paces: weakref.WeakKeyDictionary[Store, Pace] = weakref.WeakKeyDictionary()
+        self._under_way: set[_Transfer] = set()
+        self._looks = False
+        self.hedged_requests = 0
 
     async def read(
         self, store: Store, pin: Pin, offset: int, length: int, ticket: Ticket
     ) -> Transferred:
         """Read `length` bytes. `ticket` has been granted, and gives its place back when this ends;
-        its bytes, too, if it fails. One that is cancelled abandons its thread (see `offload`), and
-        with it the buffer, which nobody else may have while that thread may write into it.
+        its bytes, too, if it is not that of the result.
 
         Raises what a Store raises.
         """
-        buffer = self._buffers.take(length)
+        transfer = _Transfer(store, pin, offset, length, ticket)
+        pace = self._paces.setdefault(store, Pace())
+        self._under_way.add(transfer)
+        if not self._looks and self._may_hedge(transfer):
+            self._looks = True
+            self._nursery.start_soon(self._look)
         try:
-            call = self._offload.data(store.read_into, pin, offset, buffer.view[:length])
-            return Transferred(buffer, ticket, await call)
+            await self._run(transfer)
+        except BaseException as error:
+            if isinstance(error, StoreUnavailable):
+                pace.failed()
+            if transfer.result is not None:
+                self.give_up(transfer.result)
+            raise
+        finally:
+            self._under_way.discard(transfer)
+            transfer.second.cancel()
+        assert transfer.result is not None
+        whole_s = trio.current_time() - transfer.begun_s
+        pace.took(length, transfer.progress.first_s or whole_s, whole_s)
+        return transfer.result
+
+    def give_up(self, transferred: Transferred) -> None:
+        """The bytes are of no use."""
+        self._slots.release_bytes(transferred.ticket)
+        self._buffers.release(transferred.buffer)
+
+    async def _run(self, transfer: _Transfer) -> None:
+        """Return when it has a result."""
+        try:
+            with transfer.first:
+                await self._request(transfer, transfer.ticket, transfer.progress)
+        except StoreUnavailable:
+            if transfer.second_ended is None:
+                raise
+            await transfer.second_ended.wait()
+            if transfer.result is None:
+                raise
+
+    async def _request(self, transfer: _Transfer, ticket: Ticket, progress: Progress) -> None:
+        """Try to bring the result. One that is cancelled abandons its thread (see `offload`), and
+        with it the buffer, which nobody else may have while that thread may write into it."""
+        buffer = self._buffers.take(transfer.length)
+        view = buffer.view[: transfer.length]
+        try:
+            read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
+            is_confirmed = await self._offload.data(progress.run, read)
         except BaseException as error:
             self._slots.release_bytes(ticket)
             if isinstance(error, trio.Cancelled):
+                progress.give_up()
                 self._buffers.abandon(buffer)
             else:
                 self._buffers.release(buffer)
             raise
         finally:
             self._slots.release_place(ticket)
+        got = Transferred(buffer, ticket, is_confirmed)
+        if transfer.result is None and transfer in self._under_way:
+            transfer.result = got
+        else:
+            self.give_up(got)
 
-    def give_up(self, transferred: Transferred) -> None:
-        """The bytes are of no use."""
-        self._slots.release_bytes(transferred.ticket)
-        self._buffers.release(transferred.buffer)
+    # -- hedging
+
+    async def _look(self) -> None:
+        while any(map(self._may_hedge, self._under_way)):
+            await trio.sleep(_LOOK_S)
+            for transfer in list(self._under_way):
+                if self._is_slow(transfer):
+                    self._hedge(transfer)
+        self._looks = False
+
+    def _may_hedge(self, transfer: _Transfer) -> bool:
+        store = transfer.store
+        return store.gives_up and self._paces[store].has_earned
+
+    def _is_slow(self, transfer: _Transfer) -> bool:
+        if transfer.ticket.priority is not Priority.DEMAND or transfer.second_ended is not None:
+            return False
+        store = transfer.store
+        if not self._may_hedge(transfer) or self._outages.is_dark(store):
+            return False
+        elapsed_s = trio.current_time() - transfer.begun_s
+        return self._paces[store].is_slow(transfer.length, transfer.progress.count, elapsed_s)
+
+    def _hedge(self, transfer: _Transfer) -> None:
+        """Begin the second request, if there is a place for it."""
+        first = transfer.ticket
+        ticket = Ticket(first.priority, first.length, transfer.store, first.user)
+        if self._slots.acquire_now(ticket):
+            self.hedged_requests += 1
+            self._paces[transfer.store].spend()
+            transfer.second_ended = trio.Event()
+            self._nursery.start_soon(self._second, transfer, ticket, transfer.second_ended)
+
+    async def _second(self, transfer: _Transfer, ticket: Ticket, ended: trio.Event) -> None:
+        try:
+            with transfer.second:
+                await self._request(transfer, ticket, Progress())
+                transfer.first.cancel()
+        except CkptfsError as error:  # the first one may still succeed, or says so, too
+            log.debug("second request: %s", error)
+        except Exception:
+            log.exception("unexpected error while fetching %s", transfer.pin.path)
+        finally:
+            ended.set()

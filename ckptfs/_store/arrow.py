@@ -67,6 +67,8 @@ _TRANSIENT = frozenset(
 class ArrowStore:
     """The directory `root` of `filesystem`. `name` is the checkpoint's URI, for messages."""
 
+    gives_up = False
+
     def __init__(self, filesystem: "pafs.FileSystem", root: str, name: str) -> None:
         self._fs = filesystem
         self._root = root.rstrip("/")

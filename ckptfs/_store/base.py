@@ -49,10 +49,13 @@ def pin_of(file: ListedFile) -> Pin:
 class Store(Protocol):
     """One directory of a store, hashable by identity. See the module's text for the contract.
 
-    `name` is its URI, for messages.
+    Attributes:
+        name: Its URI, for messages.
+        gives_up: Whether a read ends at once when it is given up (see `progress`).
     """
 
     name: str
+    gives_up: bool
 
     def list(self, files_max: int) -> Listing:
         """Names, sizes and times of everything below the directory; reads no content.

@@ -26,6 +26,8 @@ class BoundedStore:
     Further ones raise StoreTimeout, until one of those returns.
     """
 
+    gives_up = False
+
     def __init__(self, store: Store) -> None:
         self._store = store
         self.name = store.name

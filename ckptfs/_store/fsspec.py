@@ -104,6 +104,8 @@ def build(protocol: str, options: Mapping[str, Any], timeout_s: float) -> Any:
 class FsspecStore:
     """The directory `root` of an fsspec filesystem; `name`, its URI, is for messages."""
 
+    gives_up = False
+
     def __init__(self, filesystem: Any, root: str, name: str) -> None:
         from fsspec.spec import AbstractFileSystem
 

@@ -81,6 +81,8 @@ T = TypeVar("T")
 class S3Store:
     """The directory `prefix` of a bucket. `name` is the checkpoint's URI, for messages."""
 
+    gives_up = True
+
     def __init__(self, client: S3Client, prefix: str, name: str) -> None:
         self._client = client
         self._prefix = f"{prefix}/" if prefix else ""

@@ -10,8 +10,8 @@ the end. All methods block, and may be called from any thread.
 
 **A request ends** with its answer, or with an error: when `timeout_s` pass in silence, when less
 comes than `_PROGRESS_BYTES` in twice that time, and in any case when the caller's deadline is over
-(see `deadline`). What has no limit of its own is the resolver: getaddrinfo(3) gives up when
-resolv.conf(5) says so.
+(see `deadline`), or it is given up (see `progress`). What has no limit of its own is the resolver:
+getaddrinfo(3) gives up when resolv.conf(5) says so.
 """
 
 import functools
@@ -30,7 +30,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 from xml.etree import ElementTree
 
-from ckptfs._store import deadline
+from ckptfs._store import deadline, progress
 from ckptfs._store.awskeys import Chain
 from ckptfs._store.s3options import S3Options
 from ckptfs._store.sigv4 import encoded, encoded_query, signed
@@ -159,7 +159,7 @@ class S3Client:
         with _translated():
             connection, response = self._send(method, key, query, headers, body)
             if region := self._other_region(response):
-                connection.close()
+                _close(connection)
                 self._region = region
                 self._close_idle()  # those may lead to a host of the other region
                 connection, response = self._send(method, key, query, headers, body)
@@ -189,15 +189,16 @@ class S3Client:
                 now = datetime.now(timezone.utc)
                 all_headers = signed(method, path, text, all_headers, body, keys, self._region, now)
             try:
+                progress.current().hold(connection.sock)
                 connection.sock.settimeout(self._patience_s())
                 connection.request(method, target, body or None, all_headers)
                 return connection, connection.getresponse()
             except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError):
-                connection.close()
+                _close(connection)
                 if not is_kept:  # else the server has just closed it, as it may
                     raise
             except BaseException:
-                connection.close()
+                _close(connection)
                 raise
 
     def _address(self, key: str) -> tuple[str, str]:
@@ -275,6 +276,7 @@ class S3Client:
     def _give_back(
         self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
     ) -> None:
+        progress.current().let_go()
         if response.length == 0:
             response.close()
         if response.length or not response.isclosed() or response.will_close:
@@ -287,6 +289,11 @@ class S3Client:
             dropped = self._idle.pop(0)[1] if is_full else None
         if dropped is not None:
             dropped.close()
+
+
+def _close(connection: http.client.HTTPConnection) -> None:
+    progress.current().let_go()
+    connection.close()
 
 
 def read_all(response: http.client.HTTPResponse, bytes_max: int) -> bytes:
@@ -322,6 +329,7 @@ class _Incoming(io.RawIOBase):
         self._sock = sock
         self._timeout_s = timeout_s
         self._deadline_s = deadline.deadline_s()
+        self._progress = progress.current()
         self._counted_s = time.monotonic()  # since when `_count` bytes came
         self._count = 0
         self.has_ended = False
@@ -334,6 +342,7 @@ class _Incoming(io.RawIOBase):
             self._sock.settimeout(_left_s())
         count: int = self._raw.readinto(buffer)
         self._count += count
+        self._progress.came(count)
         self.has_ended = not count
         now_s = time.monotonic()
         if count and now_s - self._counted_s > 2 * self._timeout_s:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import threading
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -53,3 +55,30 @@ def test_a_fault_of_the_network_through_the_mount(node: Node, fault: str) -> Non
                 assert os.pread(fd, len(DATA), 0) == DATA
             finally:
                 os.close(fd)
+
+
+def test_a_request_that_stalls_is_made_a_second_time(node: Node) -> None:
+    """The first one is held up until the read has its bytes."""
+    node.configure(read_deadline_s=30.0, store_timeout_s=600.0)
+    names = [f"{number:02}" for number in range(40)]
+    was_read, stalled = threading.Event(), threading.Event()
+
+    def stall_once(moment: str) -> None:
+        if moment == "begin" and not stalled.is_set():
+            stalled.set()
+            was_read.wait(60)
+
+    with FaultServer() as server:
+        for name in names:
+            server.objects[f"bucket/run/{name}"] = Object(name.encode() * 5000, 1_500_000_000)
+        endpoint = quote(server.endpoint, safe="")
+        uri = f"s3://k:s@bucket/run?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+        with ckptfs.Checkpoint(uri).as_directory() as path:
+            for name in names[:-1]:
+                assert Path(path, name).read_bytes() == name.encode() * 5000
+            server.during = stall_once
+            try:
+                assert Path(path, names[-1]).read_bytes() == names[-1].encode() * 5000
+            finally:
+                was_read.set()
+            assert stalled.is_set()

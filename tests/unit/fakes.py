@@ -79,6 +79,7 @@ class FakeStore:
         with_etags: Whether the store has ETags.
         put_mtime_ns: Time of what is `put`; None: one second after the last version.
         is_gone: Whether the directory is missing for `put`.
+        gives_up: Whether it says that it ends what is given up.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class FakeStore:
         self.closed = False
         self.put_mtime_ns: int | None = None
         self.is_gone = False
+        self.gives_up = True
         self.name = f"fake://{id(self):x}"
         self._lock = threading.RLock()
         self._serial = itertools.count(1)

@@ -53,10 +53,10 @@ class Rig:
         self.fetcher = Fetcher(config, cache, offload, nursery)
         self.files: list[RemoteFile] = []
 
-    def open(self, store: FakeStore, path: str) -> RemoteFile:
+    def open(self, store: FakeStore, path: str, user: int | None = None) -> RemoteFile:
         """A newly attached file, as the store lists it now, opened once."""
         pin = store.pin(path)
-        file = RemoteFile(store, ObjectKey("store", path, pin.size, pin.mtime_ns), pin)
+        file = RemoteFile(store, ObjectKey("store", path, pin.size, pin.mtime_ns), pin, None, user)
         self.files.append(file)
         self.fetcher.open(file)
         return file

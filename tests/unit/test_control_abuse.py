@@ -24,6 +24,7 @@ from unit.test_service import ELSEWHERE, PLACE, SETTINGS
 
 from ckptfs._daemon import control as control_module
 from ckptfs._daemon import limits as limits_module
+from ckptfs._daemon import users as users_module
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (
@@ -67,7 +68,7 @@ async def server(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> As
 @pytest.fixture
 def as_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever connects is taken for one of the other users, who are served."""
-    for module in (control_module, limits_module):
+    for module in (control_module, limits_module, users_module):
         monkeypatch.setattr(module, "is_ours", lambda uid: False)
 
 
@@ -467,7 +468,7 @@ def test_whatever_clients_do_the_daemon_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         if is_other:
-            for module in (control_module, limits_module):
+            for module in (control_module, limits_module, users_module):
                 patch.setattr(module, "is_ours", lambda uid: False)
         clock = MockClock(autojump_threshold=0)
         trio.run(main, clock=clock)

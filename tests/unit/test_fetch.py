@@ -24,6 +24,7 @@ from ckptfs._daemon.remote import RemoteFile
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
+    LimitExceeded,
     ObjectChanged,
     StoreError,
     StoreTimeout,
@@ -908,3 +909,63 @@ async def test_a_small_file_and_its_last_bytes(tmp_path: Path, offload: Offload)
         assert await rig.read(file, MIB - 1, 2) == pattern(MIB + 1)[-2:]
         await rig.quiet()
         assert file.state(rig.cache.stored_bytes(file.key.digest(), MIB + 1)) == "cached"
+
+
+# -- users
+
+
+async def test_one_user_keeps_nobody_waiting(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Their reads fill all that they may have, and the queue, at a store that takes its time."""
+    store = FakeStore({"theirs": bytes(40 * MIB), "ours": DATA})
+    offload = InlineOffload()
+    async with rig_in(tmp_path, offload, span_bytes_max=MIB) as rig:
+        theirs = rig.open(store, "theirs", user=1234)
+        ours = rig.open(store, "ours")
+        await rig.read(theirs, 0, 1)
+        await rig.read(ours, 0, 1)
+        offload.latency_s = {"data": 10.0}
+        for index in range(1, 40):
+            rig.fetcher.access(theirs, index * MIB, 1)
+        await trio.sleep(5)
+        begun_s = trio.current_time()
+        for index in range(1, 4):
+            await rig.read(ours, index * MIB, 1)
+        assert trio.current_time() - begun_s == pytest.approx(30)
+        offload.latency_s = {}
+
+
+async def test_a_span_that_another_user_wants_too_waits_as_nobodys(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    data = pattern(40 * MIB)
+    store = FakeStore({"a": data})
+    offload = InlineOffload()
+    async with rig_in(tmp_path, offload, span_bytes_max=MIB) as rig:
+        theirs = rig.open(store, "a", user=1234)
+        ours = rig.open(store, "a")
+        await rig.read(theirs, 0, 1)
+        await rig.read(ours, 0, 1)
+        offload.latency_s = {"data": 10.0}
+        for index in range(1, 40):
+            rig.fetcher.access(theirs, index * MIB, 1)
+        begun_s = trio.current_time()
+        assert await rig.read(ours, 35 * MIB, 5) == data[35 * MIB :][:5]
+        assert trio.current_time() - begun_s == pytest.approx(10)
+        assert len(store.reads()) < 30
+        offload.latency_s = {}
+
+
+async def test_one_user_cannot_have_all_descriptors(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (16, 16))
+    store = FakeStore(dict.fromkeys("abc", b"x"))
+    async with rig_in(tmp_path) as rig:
+        first, second = (rig.open(store, name, user=1234) for name in "ab")
+        rig.fetcher.open(first)  # it is open already
+        with pytest.raises(LimitExceeded, match="uid 1234 has 2 files open, the most"):
+            rig.open(store, "c", user=1234)
+        rig.open(store, "c", user=1235)
+        rig.open(store, "c")
+        rig.fetcher.close(second)
+        rig.open(store, "c", user=1234)

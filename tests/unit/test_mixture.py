@@ -1,4 +1,4 @@
-"""Readers, prefetches, lent files, evictions and faults at random: every byte is the right one.
+"""Readers, prefetches, hedges, lent files, evictions, faults at random: every byte is right.
 
 The reference model is the content itself: a read gives exactly its bytes, or an error that one of
 the planned faults explains.
@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from unit.fakes import MIB, FakeStore, InlineOffload, P, T, pattern
 from unit.rig import View, bytes_on_disk, rig_in
 
-from ckptfs._daemon import cachedir
+from ckptfs._daemon import cachedir, pace
 from ckptfs._daemon.cachedir import Files
 from ckptfs.errors import StoreError, StoreUnavailable
 
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     read_faults: list[tuple[int, bool]]
     check_faults: list[int]
     disk_faults: list[int]
+    hedges: bool  # whatever takes longer than another request
 
 
 _pauses = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0])
@@ -90,6 +91,7 @@ _plans = st.builds(
     st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=3),
     st.lists(st.integers(1, 12), max_size=2),
     st.lists(st.integers(1, 8), max_size=3),
+    st.booleans(),
 )
 
 
@@ -225,4 +227,7 @@ def test_every_byte_is_right(tmp_path_factory: pytest.TempPathFactory, plan: Pla
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cachedir, "write", write_or_fail)
+        if plan.hedges:
+            patch.setattr(pace, "_KNOWN_MIN", 1)
+            patch.setattr(pace, "_SHARE", 1.0)
         trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -148,15 +148,18 @@ def test_eager_in_vain() -> None:
 
 
 @given(st.integers(MIB, 64 * MIB), st.lists(lengths, min_size=1, max_size=150))
-def test_a_cursor_elsewhere_asks_for_a_block_and_a_sixteenth(start: int, steps: list[int]) -> None:
+def test_a_cursor_elsewhere_asks_for_a_block_and_a_sixteenth_or_a_quarter(
+    start: int, steps: list[int]
+) -> None:
     readahead = Readahead(400 * MIB, WINDOW)
     position = start
     for length in steps:
         ahead = readahead.access(position, length)
         position += length
         if ahead:
-            bound = position + BLOCK_BYTES + (position - start) // 16
-            assert ahead.stop * BLOCK_BYTES <= bound
+            run = position - start
+            window = BLOCK_BYTES + run // 16 if run < 8 * MIB else run // 4
+            assert ahead.stop * BLOCK_BYTES <= position + window
 
 
 def test_a_cursor_elsewhere_runs_ahead_once_it_goes_on() -> None:
@@ -172,7 +175,7 @@ def test_interleaved_cursors_are_as_good_as_alone(data: st.DataObject) -> None:
     shared = Readahead(size, WINDOW)
     alone = [Readahead(size, WINDOW) for _ in range(count)]
     positions = [i * 60 * MIB for i in range(count)]
-    for _ in range(data.draw(st.integers(1, 80))):
+    for _ in range(data.draw(st.integers(1, 40))):  # nobody gets to where the next one began
         which = data.draw(st.integers(0, count - 1))
         length = data.draw(lengths)
         assert shared.access(positions[which], length) == alone[which].access(
@@ -199,6 +202,50 @@ def test_requests_out_of_order_stay_on_one_cursor(seed: int, kib: int) -> None:
     assert asked[-1] * BLOCK_BYTES >= 64 * MIB + 8 * MIB
 
 
+@given(st.data(), st.booleans())
+def test_many_who_read_one_after_the_other_are_one_reader(
+    data: st.DataObject, from_start: bool
+) -> None:
+    """Eight processes, each the eighth MiB of all. They keep in step at first: as long as nobody
+    knows that they are one, who is far before the others is another one."""
+    size, first = 400 * MIB, 0 if from_start else 50
+    readahead = Readahead(size, WINDOW)
+    asked: list[int] = []
+    reached = 0
+    for turn in range(18):
+        order = range(8) if turn < 6 else data.draw(st.permutations(range(8)))
+        for index in order:
+            block = first + 8 * turn + index
+            asked += readahead.access(block * MIB, MIB)
+            reached = max(reached, block + 1)
+    assert len(readahead._cursors) == 1
+    assert asked == sorted(set(asked))
+    window = 64 if from_start else (reached - first) // 4
+    assert asked[-1] + 1 >= reached + window - 8  # or it is too early for the next request
+
+
+def test_a_reader_far_behind_or_before_another_is_one_of_his_own() -> None:
+    readahead = Readahead(400 * MIB, WINDOW)
+    for position in range(0, 60 * MIB, MIB):
+        readahead.access(position, MIB)
+    for place in (43, 77):
+        assert not readahead.access(place * MIB, MIB)
+        assert readahead.access((place + 1) * MIB, MIB) == range(place + 2, place + 3)
+    assert len(readahead._cursors) == 3
+
+
+def test_where_most_was_read_the_rest_is_read_like_from_the_start() -> None:
+    readahead = Readahead(400 * MIB, WINDOW)
+    for position in range(50 * MIB, 300 * MIB, MIB):
+        readahead.access(position, MIB)
+    assert readahead.is_read_whole
+    for position in range(0, 4 * MIB, MIB):
+        ahead = readahead.access(position, MIB)
+    assert ahead.stop == 4 + 4 * 4
+    for position in range(320 * MIB, 324 * MIB, MIB):
+        ahead = readahead.access(position, MIB)
+
+
 def _places(count: int) -> list[int]:
     return [(8 + 16 * i) * MIB for i in range(count)]
 
@@ -216,12 +263,12 @@ def test_the_least_recently_used_cursor_is_forgotten() -> None:
 
 
 def test_what_a_forgotten_cursor_has_read_counts_no_more() -> None:
-    readahead = Readahead(200 * MIB, WINDOW)
-    for position in range(0, 101 * MIB, MIB):
+    readahead = Readahead(1400 * MIB, WINDOW)
+    for position in range(0, 701 * MIB, MIB):
         readahead.access(position, MIB)
     for index in range(CURSORS_MAX):
         assert readahead.is_read_whole
-        readahead.access((104 + 3 * index) * MIB, 4096)
+        readahead.access((720 + 20 * index) * MIB, 4096)
     assert not readahead.is_read_whole
 
 

@@ -21,8 +21,10 @@ class Clients:
         self.scopes: dict[str, trio.CancelScope] = {}
         self._nursery = nursery
 
-    async def start(self, name: str, priority: Priority, length: int = 1) -> None:
-        self.tickets[name] = Ticket(priority, length)
+    async def start(
+        self, name: str, priority: Priority, length: int = 1, user: int | None = None
+    ) -> None:
+        self.tickets[name] = Ticket(priority, length, user=user)
         self.scopes[name] = trio.CancelScope()
         self._nursery.start_soon(self._run, name)
         await wait_all_tasks_blocked()
@@ -138,6 +140,25 @@ async def test_raising_uses_a_place_that_was_kept(clients: Clients) -> None:
     clients.slots.raise_priority(clients.tickets["more"], DEMAND)
     await wait_all_tasks_blocked()
     assert clients.granted == ["ahead", "more"]
+
+
+async def test_what_takes_a_place_at_once_leaves_one_and_does_not_overtake_demand(
+    clients: Clients,
+) -> None:
+    assert clients.slots.acquire_now(Ticket(DEMAND, 40))
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 61))
+    second = Ticket(DEMAND, 10)
+    assert clients.slots.acquire_now(second)
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 1))  # the third place is left
+    clients.slots.release_place(second)
+    clients.slots.release_bytes(second)
+    await clients.start("ahead", READAHEAD, 61)
+    assert clients.slots.acquire_now(second)
+    clients.slots.release_place(second)
+    clients.slots.release_bytes(second)
+    await clients.start("demand", DEMAND, 61)
+    assert clients.granted == []
+    assert not clients.slots.acquire_now(Ticket(DEMAND, 1))
 
 
 # -- prefetch yields
@@ -271,6 +292,82 @@ async def test_cancelling_a_prefetch_that_yields(many: Clients, mock_clock: Mock
     assert many.granted == ["p2"]
 
 
+# -- users
+
+
+@pytest.fixture
+def sixteen(nursery: trio.Nursery) -> Clients:
+    return Clients(Slots(16, 160, nursery), nursery)
+
+
+async def test_one_user_alone_leaves_a_quarter_to_others(sixteen: Clients) -> None:
+    for number in range(100):
+        await sixteen.start(f"a{number}", DEMAND, user=7)
+    assert len(sixteen.granted) == 12
+    await sixteen.start("root", DEMAND)
+    for number in range(3):
+        await sixteen.start(f"b{number}", DEMAND, user=8)
+    assert sixteen.granted[12:] == ["root", "b0", "b1", "b2"]
+
+
+async def test_who_has_more_than_a_quarter_gets_no_more_while_others_wait(
+    sixteen: Clients,
+) -> None:
+    for number in range(100):
+        await sixteen.start(f"a{number}", DEMAND, user=7)
+    for number in range(14):
+        await sixteen.start(f"root{number}", DEMAND)
+    for number in range(12):
+        await sixteen.release(f"a{number}")
+    running = [name.rstrip("0123456789") for name in sixteen.granted]
+    assert (running.count("root"), running.count("a")) == (12, 4)
+    for number in range(14):
+        await sixteen.release(f"root{number}")
+    assert len(sixteen.granted) == 12
+
+
+async def test_a_user_may_take_a_quarter_before_others_who_came_later(sixteen: Clients) -> None:
+    for number in range(16):
+        await sixteen.start(f"root{number}", DEMAND)
+    for number in range(5):
+        await sixteen.start(f"a{number}", DEMAND, user=7)
+    for number in range(16, 20):
+        await sixteen.start(f"root{number}", DEMAND)
+    for number in range(8):
+        await sixteen.release(f"root{number}")
+    assert sixteen.granted[8:] == ["a0", "a1", "a2", "a3", "root16", "root17", "root18", "root19"]
+
+
+async def test_bytes_are_shared_like_places(sixteen: Clients) -> None:
+    for number in range(4):
+        await sixteen.start(f"a{number}", DEMAND, 30, user=7)
+    await sixteen.start("root", DEMAND, 40)
+    assert sixteen.granted == ["a0", "a1", "a2", "a3", "root"]
+    await sixteen.start("large", DEMAND, 100, user=8)
+    await sixteen.start("a4", DEMAND, 1, user=7)
+    assert "a4" not in sixteen.granted
+    for name in ("a0", "a1", "a2", "a3"):
+        await sixteen.release(name)
+    assert sorted(sixteen.granted) == ["a4", "large", "root"]  # one of each, however large
+
+
+async def test_what_somebody_else_wants_too_is_nobodys(sixteen: Clients) -> None:
+    for number in range(20):
+        await sixteen.start(f"a{number}", DEMAND, user=7)
+    await sixteen.start("ahead", READAHEAD, user=7)
+    assert len(sixteen.granted) == 12
+    sixteen.slots.share(sixteen.tickets["a15"])
+    await wait_all_tasks_blocked()
+    assert sixteen.granted[12:] == ["a15"]
+    sixteen.slots.share(sixteen.tickets["a0"])  # it runs, as one of theirs
+    for name in list(sixteen.granted):
+        await sixteen.release(name)
+    while sixteen.granted:
+        await sixteen.release(sixteen.granted[0])
+    assert not sixteen.slots._places_of
+    assert not sixteen.slots._bytes_of
+
+
 _OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("start"), st.sampled_from(Priority), st.integers(1, 150)),
@@ -284,9 +381,9 @@ _OPERATIONS = st.lists(
 )
 
 
-@given(_OPERATIONS, st.integers(1, 5))
+@given(_OPERATIONS, st.integers(1, 5), st.booleans())
 def test_bounds_hold_and_nothing_waits_without_a_reason(
-    operations: "list[tuple[str, int, int]]", places: int
+    operations: "list[tuple[str, int, int]]", places: int, with_users: bool
 ) -> None:
     clock = MockClock()
 
@@ -296,7 +393,8 @@ def test_bounds_hold_and_nothing_waits_without_a_reason(
             for number, (operation, priority, value) in enumerate(operations):
                 waiting = [n for n in clients.tickets if n not in clients.granted]
                 if operation == "start":
-                    await clients.start(str(number), Priority(priority), value)
+                    user = (None, 7, 8)[number % 3] if with_users else None
+                    await clients.start(str(number), Priority(priority), value, user)
                 elif operation == "release" and clients.granted:
                     name = clients.granted[value % len(clients.granted)]
                     await clients.release(name)
@@ -330,7 +428,9 @@ def _check(clients: Clients, places: int) -> None:
     assert len(running) <= places
     assert taken <= 100 or len(running) == 1
     others = [t for t in waiting if t.priority is not PREFETCH]  # which may have to yield
-    if others:
+    if any(t.user for t in others):
+        assert running  # they may have to leave something to others
+    elif others:
         head = min(others, key=lambda t: (t.priority, t.serial))
         kept = 0 if head.priority is DEMAND else 2
         # A prefetch that does not have to yield is before what is dark.
