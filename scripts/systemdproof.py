@@ -20,6 +20,7 @@ from pathlib import Path
 
 from s3server import S3Server
 
+AUTOFS = Path("/dev/autofs")
 PROJECT = Path(__file__).parents[1]
 SIZE = 64 << 20
 BLOCK = 1 << 16
@@ -84,6 +85,8 @@ def boot(root: Path, shared: Path, wheels: Path, console: Path) -> None:
     read_only = {"/project": PROJECT, "/wheels": wheels}
     command = ["systemd-nspawn", "--quiet", "--directory", root, "--boot", "--register=no"]
     command += ["--keep-unit", "--capability=all", "--console=pipe", "--bind=/dev/fuse"]
+    if AUTOFS.exists():
+        command.append(f"--bind={AUTOFS}")
     command += [f"--bind={path}:{name}" for name, path in binds.items()]
     command += [f"--bind-ro={path}:{name}" for name, path in read_only.items()]
     with (
@@ -105,8 +108,8 @@ def main() -> None:
     """Boot a node, and show what it says; status 1 if something was not as promised."""
     parser = argparse.ArgumentParser(prog="systemd-proof", description=__doc__)
     parser.add_argument("cache", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--restarts", type=int, default=20, help="how often it is restarted")
-    parser.add_argument("--kills", type=int, default=10, help="how often all of it is killed")
+    parser.add_argument("--restarts", type=int, default=10, help="how often it is restarted")
+    parser.add_argument("--kills", type=int, default=5, help="how often all of it is killed")
     args = parser.parse_args()
     wheels = args.cache / "wheels"
     with contextlib.ExitStack() as stack:
@@ -124,7 +127,7 @@ def main() -> None:
         unit.write_text(UNIT)
         wants = root / "etc/systemd/system/default.target.wants"
         wants.mkdir(exist_ok=True)
-        (wants / unit.name).symlink_to(unit.name)
+        (wants / unit.name).symlink_to(f"../{unit.name}")
         environment = {
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": "/wheels",

@@ -58,6 +58,7 @@ while not os.path.exists("/tmp/enough"):
         assert os.getxattr(path + "/a.bin", "user.ckptfs.size") == str(size).encode()
     operations += 1
     worst = max(worst, time.monotonic() - began)
+    time.sleep(0.005)  # let the others have the processor
 print(operations, worst, flush=True)
 """
 
@@ -147,9 +148,12 @@ def install() -> None:
     said = run("systemd-analyze", "verify", *units, check=False)
     assert said == "", said
     users = [unit.replace("/system/", "/user/") for unit in units]
-    said = run("systemd-analyze", "--user", "verify", *users, check=False)
-    say(f"verify --user: {said.strip() or 'clean'}")
-    say(run("systemd-analyze", "security", "--no-pager", "ckptfs.service", check=False).strip())
+    for_user = "env", "XDG_RUNTIME_DIR=/run", "systemd-analyze", "--user", "verify"
+    said = run(*for_user, *users, check=False)
+    assert said == "", said
+    say("systemd-analyze verify: clean")
+    said = run("systemd-analyze", "security", "--no-pager", "ckptfs.service", check=False)
+    say(f"systemd-analyze security: {said.strip().splitlines()[-1]}")
 
 
 def credentials() -> None:
@@ -364,6 +368,8 @@ def other_user() -> None:
         wait_until(lambda: not Path("/run/user/1234").exists())
     finally:
         run("userdel", "--remove", "someone", check=False)
+        for backup in ("/etc/subuid-", "/etc/subgid-"):
+            Path(backup).unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -383,8 +389,11 @@ def main() -> None:
         watchdog()
     with step("systemctl stop"):
         stop()
-    with step("/etc/fstab with automount"):
-        fstab()
+    if os.path.exists("/dev/autofs"):
+        with step("/etc/fstab with automount"):
+            fstab()
+    else:
+        failed.append("NOT TRIED, because there is no /dev/autofs: /etc/fstab with automount")
     with step("a user's own units"):
         other_user()
     with step("uninstall"):

@@ -24,7 +24,6 @@ import os
 import pwd
 import subprocess
 import sys
-from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote, urlsplit
 
@@ -120,8 +119,8 @@ def uri_of(source: str, options: Options) -> str:
     parts = urlsplit(source)
     if parts.password:
         raise LocationError(
-            f"{parts.scheme}://…@{parts.hostname}{parts.path}: everybody sees credentials that stand "
-            "here; give them to the daemon"
+            f"{parts.scheme}://…@{parts.hostname}{parts.path}: everybody sees credentials here; "
+            "give them to the daemon"
         )
     said = {"region": options.region, "anonymous": "true" if options.anonymous else ""}
     scheme, _, host = options.endpoint.rpartition("://")
@@ -142,11 +141,10 @@ def _mount(uri: str, place: str, options: Options) -> None:
         to = functools.partial(_connect_as, options.user) if options.user else None
         lease = _client.leased(location_of(uri), prefetch=options.prefetch, to=to)
         path = stack.enter_context(lease)
-        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         _call_mount(path, place, _MS_BIND)
         try:
             _call_mount(path, place, _MS_REMOUNT | _MS_BIND | options.flags)
-            _leave_holder(held, place)
+            _leave_holder(path, place)
         except BaseException:
             _bindlease.unmount(place)
             raise
@@ -156,10 +154,13 @@ def _connect_as(name: str, config: Config, timeout_s: float | None) -> Connectio
     """A connection on which the daemon takes us for that user: the kernel says so."""
     try:
         user = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        uid, gid = user.pw_uid, user.pw_gid
     except KeyError:
-        raise CannotMount(f"uid={name}: there is no such user") from None
-    os.setegid(user.pw_gid)
-    os.seteuid(user.pw_uid)
+        if not name.isdigit():
+            raise CannotMount(f"uid={name}: there is no such user") from None
+        uid = gid = int(name)
+    os.setegid(gid)
+    os.seteuid(uid)
     try:
         return _client.connect(config, timeout_s)
     finally:
@@ -172,17 +173,19 @@ def _call_mount(path: str, place: str, flags: int) -> None:
         raise CannotMount(f"cannot mount on {place}: {os.strerror(ctypes.get_errno())}")
 
 
-def _leave_holder(held: int, place: str) -> None:
-    """Start the process that holds the attachment: a session of its own, with nothing of ours."""
-    program = Path(_bindlease.__file__)
-    number = _bindlease.mount_on(place)
-    assert number is not None
-    subprocess.Popen(
-        [sys.executable, "-I", "-S", program, str(held), number.id, number.device, place],
-        pass_fds=[held],
+def _leave_holder(path: str, place: str) -> None:
+    """Start the process that holds the attachment, and wait until it does."""
+    mount = _bindlease.mount_on(place)
+    assert mount is not None
+    program = [sys.executable, "-I", "-S", _bindlease.__file__, path, mount.id, mount.device, place]
+    holder = subprocess.Popen(
+        program,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd="/",
         start_new_session=True,
     )
+    assert holder.stdout is not None
+    if not holder.stdout.read():
+        raise CannotMount(f"cannot mount on {place}: the attachment has ended meanwhile")
