@@ -13,10 +13,10 @@ Start, in this order: the lock (one keeper per socket), what a dead predecessor 
 its FUSE_INIT, the socket, the memory, the daemon. With ``--background`` the start is reported as
 one JSON line on standard output: the socket, or an error's code and message.
 
-As a service (of systemd; see `notify`) the keeper has all descriptors of the mount kept there. So
-the mount outlives it, too: when it has died, and when the service is restarted, the next keeper
-goes on with what it gets back (`held`). It tells the service manager that it is alive only while
-the daemon's heart beats.
+As a service (of systemd; see `notify`) the keeper has all descriptors of the mount kept there,
+where a daemon can follow another. So the mount outlives the keeper, too: when it has died, and when
+the service is restarted, the next keeper goes on with what it gets back (`held`). It tells the
+service manager that it is alive only while the daemon's heart beats.
 
 With ``--private`` (also in the background) it runs a daemon for one process: socket, mount and
 cache are in a scratch directory, and standard input, a pickled filesystem (see
@@ -175,7 +175,7 @@ class Keeper:
 
     def __exit__(self, *_: object) -> None:
         self._manager.ending()
-        if self._is_ending and self._manager.is_restarting():
+        if self._is_ending and not self._why_not_restart(0) and self._manager.is_restarting():
             self._end_daemons()
             self._undo.pop_all()  # all that is the next keeper's
         self._undo.close()
@@ -201,7 +201,8 @@ class Keeper:
         held.memory = handoff.create()
         self._undo.callback(self._end_memory)
         held.save()
-        self._manager.keep(held.named())
+        if not self._why_not_restart(0):
+            self._manager.keep(held.named())
         self._undo.callback(self._end_daemons)
         self._catch_signals()
         self._start_daemon(after_another=False)

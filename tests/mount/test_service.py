@@ -200,10 +200,22 @@ def test_a_mount_that_had_to_be_ended_is_a_failure_of_the_service(
     node.configure(restart=False)
     node.expected_in_log.append("because restart = false in the configuration")
     start(manager)
+    assert manager.store == {}
     os.kill(daemons(node)[0], signal.SIGKILL)
     assert manager.process is not None
     assert manager.process.wait(COMMAND_TIMEOUT_S) == 1
     assert not is_mounted(node)
+
+
+def test_where_no_daemon_may_follow_another_a_restart_is_a_new_mount(
+    node: Node, manager: ServiceManager
+) -> None:
+    node.configure(restart=False)
+    start(manager)
+    assert manager.stop("restart") == 0
+    assert not is_mounted(node)
+    start(manager)
+    assert is_mounted(node)
 
 
 def test_a_socket_where_no_client_looks_is_refused(node: Node, manager: ServiceManager) -> None:
