@@ -1,12 +1,14 @@
 """What a mount consists of. It outlives the program that the keeper runs, and under a service
 manager also the keeper.
 
-It is written down as one line of JSON in memory (memfd_create(2)), with the numbers of its
-descriptors. A program that replaces another one has the same numbers; a keeper that is started
-after another one gets new ones, by their names.
+It is written down as JSON in memory (memfd_create(2)), with the numbers of its descriptors. A
+program that replaces another one has the same numbers; a keeper that is started after another one
+gets new ones, by their names. What is written is added at the end, and then the first bytes say
+where it is, so that half of it is never read.
 """
 
 import os
+import struct
 from collections.abc import Mapping
 
 import msgspec
@@ -17,6 +19,8 @@ from ckptfs._model.config import Config
 CONTROL = "control"
 """Name of the descriptor that comes from the socket unit (``FileDescriptorName=``)."""
 _ITSELF, _LISTEN = "held", "listen"
+_PLACE = struct.Struct("<QQ")
+"""Where it is written down: offset and length."""
 
 
 class Held(msgspec.Struct):
@@ -56,16 +60,19 @@ class Held(msgspec.Struct):
         return [*{*self.named().values(), self.listen}]
 
     def save(self) -> None:
-        """Write it down. Half of it is never read: a line this short is written in one step."""
+        """Write it down."""
         if self.itself < 0:
             self.itself = os.memfd_create("ckptfs-held")
-        os.pwrite(self.itself, msgspec.json.encode(self) + b"\n", 0)
+        data = msgspec.json.encode(self)
+        begin = max(os.fstat(self.itself).st_size, _PLACE.size)
+        os.pwrite(self.itself, data, begin)
+        os.pwrite(self.itself, _PLACE.pack(begin, len(data)), 0)
 
 
 def load(fd: int) -> Held:
     """What is written down in `fd`. Raises msgspec.DecodeError: by a version that is another."""
-    line, _, _ = os.pread(fd, 1 << 20, 0).partition(b"\n")
-    return msgspec.json.decode(line, type=Held)
+    begin, length = _PLACE.unpack(os.pread(fd, _PLACE.size, 0))
+    return msgspec.json.decode(os.pread(fd, length, begin), type=Held)
 
 
 def handed_back(given: Mapping[str, int]) -> Held | None:
