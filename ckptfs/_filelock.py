@@ -22,19 +22,11 @@ def locked(path: str, timeout_s: float) -> Generator[int]:
         TimeoutError: Somebody else held it all the time.
         OSError: The file cannot be made.
     """
-    with held_lock(path, _acquire(path, time.monotonic() + timeout_s)) as fd:
-        yield fd
-
-
-@contextlib.contextmanager
-def held_lock(path: str, fd: int) -> Generator[int]:
-    """Have the lock `path` removed at the end, which is held by the descriptor `fd`."""
+    fd = acquire(path, timeout_s)
     try:
         yield fd
     finally:
-        if _leads_to(path, fd):
-            os.unlink(path)  # before the lock is given back
-        os.close(fd)
+        release(path, fd)
 
 
 def wait_unlocked(path: str, timeout_s: float) -> bool:
@@ -46,7 +38,9 @@ def wait_unlocked(path: str, timeout_s: float) -> bool:
         return False
 
 
-def _acquire(path: str, deadline: float) -> int:
+def acquire(path: str, timeout_s: float) -> int:
+    """Take the lock `path`, for longer than a context; see `locked`. Returns its descriptor."""
+    deadline = time.monotonic() + timeout_s
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -62,6 +56,13 @@ def _acquire(path: str, deadline: float) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def release(path: str, fd: int) -> None:
+    """Remove the lock `path`, which the descriptor `fd` holds."""
+    if _leads_to(path, fd):
+        os.unlink(path)  # before the lock is given back
+    os.close(fd)
 
 
 def _leads_to(path: str, fd: int) -> bool:

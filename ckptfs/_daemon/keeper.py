@@ -13,6 +13,11 @@ Start, in this order: the lock (one keeper per socket), what a dead predecessor 
 its FUSE_INIT, the socket, the memory, the daemon. With ``--background`` the start is reported as
 one JSON line on standard output: the socket, or an error's code and message.
 
+As a service (of systemd; see `notify`) the keeper has all descriptors of the mount kept there,
+where a daemon can follow another. So the mount outlives the keeper, too: when it has died, and when
+the service is restarted, the next keeper goes on with what it gets back (`held`). It tells the
+service manager that it is alive only while the daemon's heart beats.
+
 With ``--private`` (also in the background) it runs a daemon for one process: socket, mount and
 cache are in a scratch directory, and standard input, a pickled filesystem (see
 ``ckptfs._private``), is handed on to the daemon unread.
@@ -21,35 +26,34 @@ cache are in a scratch directory, and standard input, a pickled filesystem (see
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import resource
 import signal
 import socket
-import stat
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
+from ckptfs._config import load_config
 from ckptfs._daemon import handoff, session
-from ckptfs._daemon.process import (
-    ASKED_FOR_NEXT,
-    READY_WAIT_S,
-    DaemonProcess,
-    Heart,
-    read_line,
+from ckptfs._daemon.held import CONTROL, Held, handed_back, load
+from ckptfs._daemon.launch import (
+    LOCK_WAIT_S,
+    Report,
+    detach,
+    make_directories,
+    private_config,
+    stack_depth,
 )
-from ckptfs._filelock import held_lock, locked
+from ckptfs._daemon.notify import ServiceManager, taken_from
+from ckptfs._daemon.process import ASKED_FOR_NEXT, DaemonProcess, Heart
+from ckptfs._filelock import acquire, release
 from ckptfs._model.config import Config
 from ckptfs.errors import CannotMount, CkptfsError, ConfigError, DaemonError
 
-_LOCK_WAIT_S = 10.0
-"""How long a predecessor may take to end."""
-_PRIVATE_IDLE_S = 10.0
-"""A private daemon serves one process and its children: nobody else comes."""
 _DEATHS_WITHIN_S = 600.0
 _SHORT_LIFE_S = 0.5
 _SHORT_LIVES_MAX = 3
@@ -57,10 +61,8 @@ _PAUSE_S = 1.0
 """After so many short lives in a row the next daemon has to wait: what kills them may pass."""
 _BEFORE_SPARE_S = 0.25
 """Let who has waited for the daemon have the processor first."""
-_LOG_BYTES_MAX = 4 << 20
 _BACKLOG = 128
 _SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-_VARIABLES = "CKPTFS_SOCKET, CKPTFS_MOUNT and CKPTFS_CACHE_DIR"
 
 
 def main() -> None:
@@ -70,91 +72,99 @@ def main() -> None:
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--resume", type=int, default=-1)
     args = parser.parse_args()
-    if args.resume >= 0:
-        _resume(args.resume)
-        return
-    report = _Report(1 if args.background or args.private else -1)
+    background = args.background or args.private
+    manager, given = taken_from(os.environ)
+    if background:  # the service is whoever has started it
+        manager, given = ServiceManager({}), {}
+    report = Report(1 if background else -1)
     try:
         with contextlib.ExitStack() as stack:
-            _run(args.private, report, stack)
+            if args.resume >= 0:
+                why_ended = _resume(load(args.resume), manager)
+            else:
+                why_ended = _run(args.private, report, stack, manager, given)
     except CkptfsError as error:
         print(f"ckptfs: {error}", file=sys.stderr)
         report.send({"code": error.code, "message": str(error)})
         sys.exit(1)
+    sys.exit(1 if why_ended else 0)
 
 
-class _Report:
-    """Where the start is reported to, once: a descriptor, or nowhere (-1)."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def send(self, told: dict[str, str]) -> None:
-        """Report: ``code`` and ``message`` of an error, or what is to be known of a success."""
-        if self.fd >= 0:
-            os.write(self.fd, json.dumps(told).encode() + b"\n")
-            os.close(self.fd)
-            self.fd = -1
-
-
-def _run(private: bool, report: _Report, stack: contextlib.ExitStack) -> None:
+def _run(
+    private: bool,
+    report: Report,
+    stack: contextlib.ExitStack,
+    manager: ServiceManager,
+    given: Mapping[str, int],
+) -> str:
+    """Returns why the mount had to be ended, "" if that was asked for."""
     # Credentials in our memory, and the daemon's, are for no core file; 1 is the limit that also
     # keeps the dump from a program that takes dumps (fs/coredump.c).
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    held = _what_is_left(manager, given)
+    if held is not None:
+        return _resume(held, manager)
     config = load_config()
     if importlib.util.find_spec("pyfuse3") is None or importlib.util.find_spec("trio") is None:
         raise CannotMount("cannot mount: pyfuse3 is not installed; pip install 'ckptfs[daemon]'")
     pickled = b""
     if private:
         pickled = sys.stdin.buffer.read()
-        config = _private(config, stack)
-    _make_directories(config)
+        config = private_config(config, stack)
+    make_directories(config)
     if report.fd >= 0:
-        report.fd = _detach(config)
+        report.fd = detach(config)
     os.chdir("/")
-    with Keeper(config, pickled) as keeper:
-        keeper.start()
+    with Keeper(config, pickled, manager) as keeper:
+        keeper.start(given.get(CONTROL, -1))
         report.send({"socket": config.socket})
-        keeper.run()
+        return keeper.run()
 
 
-def _resume(state_fd: int) -> None:
-    """The keeper's program was replaced by this one: see `Keeper.resume`."""
-    with open(state_fd, "rb") as state:
-        state.seek(0)
-        held = msgspec.json.decode(state.read(), type=_Held)
-    with Keeper(held.config) as keeper:
+def _resume(held: Held, manager: ServiceManager) -> str:
+    """This program, or this keeper, comes after another one: see `Keeper.resume`."""
+    with Keeper(held.config, b"", manager) as keeper:
         keeper.resume(held)
-        keeper.run()
+        return keeper.run()
 
 
-class _Held(msgspec.Struct):
-    """What a mount consists of. It outlives the program that the keeper runs: see
-    `Keeper._replace_program`."""
+def _what_is_left(manager: ServiceManager, given: Mapping[str, int]) -> Held | None:
+    """The mount that an earlier keeper of the service has left, if one can go on with it."""
+    held = handed_back(given)
+    if held is not None and session.device_of_mount(_as_mounted(held.config)) is None:
+        held = None  # somebody has unmounted it meanwhile
+    of_use = [given.get(CONTROL, -1)] if held is None else held.fds()
+    for name, fd in given.items():
+        if fd not in of_use:
+            manager.drop([name])
+            os.close(fd)
+    return held
 
-    config: Config
-    lock_fd: int = -1
-    made_mount: bool = False
-    fuse_fd: int = -1
-    passthrough: bool = False
-    resend: bool = False
-    listen_fd: int = -1
-    memory: handoff.Fds = handoff.Fds(-1, (-1, -1))
 
-    def fds(self) -> tuple[int, ...]:
-        """All descriptors."""
-        return self.lock_fd, self.fuse_fd, self.listen_fd, *self.memory.all()
+def _as_mounted(config: Config) -> Path:
+    """The mount point as the kernel names it. Not resolved itself: a dead mount may be on it."""
+    return Path(os.path.realpath(os.path.dirname(config.mount)), Path(config.mount).name)
 
 
 class Keeper:
-    """The life of one mount. Use it as a context: leaving it takes everything away again."""
+    """The life of one mount. Use it as a context: leaving it takes everything away again, unless
+    the service manager has it restarted.
 
-    def __init__(self, config: Config, pickled: bytes = b"") -> None:
-        self._held = _Held(config)
+    Args:
+        config: The settings.
+        pickled: Of a private daemon.
+        manager: The service manager.
+    """
+
+    def __init__(
+        self, config: Config, pickled: bytes = b"", manager: ServiceManager | None = None
+    ) -> None:
+        self._held = Held(config)
         self._pickled = pickled
-        # As the kernel will name it. Not resolved itself: a dead mount may be on it.
-        self._mount = Path(os.path.realpath(os.path.dirname(config.mount)), Path(config.mount).name)
+        self._manager = manager or ServiceManager({})
+        self._mount = _as_mounted(config)
         self._socket_path = Path(config.socket)
+        self._lock_path = f"{config.socket}.lock"
         self._undo = contextlib.ExitStack()
         self._daemon: DaemonProcess | None = None
         self._spare: DaemonProcess | None = None
@@ -164,34 +174,50 @@ class Keeper:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._manager.ending()
+        if self._is_ending and not self._why_not_restart(0) and self._manager.is_restarting():
+            self._end_daemons()
+            self._undo.pop_all()  # all that is the next keeper's
         self._undo.close()
 
-    def start(self) -> None:
-        """Mount, listen, and bring the daemon up. Raises CannotMount, ConfigError, DaemonError."""
+    def start(self, listen_fd: int = -1) -> None:
+        """Mount, listen, and bring the daemon up. Raises CannotMount, ConfigError, DaemonError.
+
+        Args:
+            listen_fd: The socket, if the service manager listens; else it is made.
+        """
         held, config = self._held, self._held.config
+        held.made_socket = listen_fd < 0
         self._take_lock()
         self._clear_leftovers()
-        held.fuse_fd = session.mount(self._mount, allow_other=config.allow_other)
+        held.fuse = session.mount(self._mount, allow_other=config.allow_other)
         self._undo.callback(self._end_mount)
         depth = stack_depth(Path(config.cache_dir)) if config.passthrough else 0
-        held.passthrough, held.resend = session.answer_init(held.fuse_fd, depth)
+        held.passthrough, held.resend = session.answer_init(held.fuse, depth)
         if os.geteuid() == 0:
             session.set_read_ahead(self._mount, config.read_ahead_kb)
-        self._listen()
+        held.listen = self._listen() if held.made_socket else self._check_socket(listen_fd)
         self._undo.callback(self._end_socket)
         held.memory = handoff.create()
+        self._undo.callback(self._end_memory)
+        held.save()
+        if not self._why_not_restart(0):
+            self._manager.keep(held.named())
         self._undo.callback(self._end_daemons)
         self._catch_signals()
         self._start_daemon(after_another=False)
+        self._manager.ready(self._serving)
 
-    def resume(self, held: _Held) -> None:
-        """Go on with what the keeper's former program had, instead of `start`."""
+    def resume(self, held: Held) -> None:
+        """Go on with what the keeper's former program, or a former keeper, had, instead of
+        `start`."""
         self._held = held
         for fd in held.fds():
             os.set_inheritable(fd, False)
-        self._undo.enter_context(held_lock(f"{self._socket_path}.lock", held.lock_fd))
-        for undo in (self._end_directory, self._end_mount, self._end_socket, self._end_daemons):
-            self._undo.callback(undo)
+        self._undo.callback(release, self._lock_path, held.lock)
+        undo = self._end_directory, self._end_mount, self._end_socket, self._end_memory
+        for step in (*undo, self._end_daemons):
+            self._undo.callback(step)
         self._catch_signals()
         with contextlib.suppress(ConfigError):  # then the old settings have to do
             new = load_config()
@@ -202,17 +228,19 @@ class Keeper:
                 cache_dir=held.config.cache_dir,
                 allow_other=held.config.allow_other,
             )
+        held.save()
         self._start_next()
 
-    def run(self) -> None:
-        """Have a daemon run until one has ended by itself, or too many have died."""
+    def run(self) -> str:
+        """Have a daemon run until one has ended by itself, or too many have died. Returns why the
+        mount has to be ended; "": that was asked for."""
         deaths: list[float] = []
         short_lives = 0
         while not self._is_ending:
             began_s = time.monotonic()
             how = self._wait()
             if not how or self._is_ending:
-                return
+                return ""
             now_s = time.monotonic()
             if how == ASKED_FOR_NEXT:
                 self._replace_program()
@@ -221,11 +249,17 @@ class Keeper:
                 why_not = self._why_not_restart(len(deaths))
                 if why_not:
                     _say(f"the daemon {how}: ending the mount, because {why_not}")
-                    return
+                    return why_not
             short_lives = short_lives + 1 if now_s - began_s < _SHORT_LIFE_S else 0
             _say(f"the daemon {how}: starting the next one")
+            self._manager.status(f"the daemon {how}: starting the next one")
             time.sleep(_PAUSE_S if short_lives > _SHORT_LIVES_MAX else 0)
             self._start_next()
+        return ""
+
+    @property
+    def _serving(self) -> str:
+        return f"serving on {self._held.config.mount}"
 
     def _wait(self) -> str:
         """Wait for the daemon's end. Returns how it ended; "": as it should."""
@@ -238,9 +272,12 @@ class Keeper:
                 return how
             if self._spare is None and self._has_spare():
                 self._spare = self._new_process(after_another=True)
-            if wait_s == handoff.BEAT_S and heart.look():
-                self._daemon.end(at_once=True)
-                return "was stuck"
+            if wait_s == handoff.BEAT_S:
+                if heart.look():
+                    self._daemon.end(at_once=True)
+                    return "was stuck"
+                if heart.beats:
+                    self._manager.alive()
             wait_s = handoff.BEAT_S
 
     def _has_spare(self) -> bool:
@@ -261,22 +298,21 @@ class Keeper:
         has been pickled is no program's but the caller's, who has the old one in memory."""
         if self._pickled or self._why_not_restart(0):
             return
-        state = os.memfd_create("ckptfs-keeper", 0)
-        os.write(state, msgspec.json.encode(self._held))
+        held = self._held
+        held.save()
         if self._spare is not None:
             self._spare.end(at_once=True)
             self._spare = None
-        for fd in self._held.fds():
+        for fd in held.fds():
             os.set_inheritable(fd, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is a handler again
         sys.stderr.flush()
-        command = [sys.executable, "-m", "ckptfs._daemon.keeper", "--resume", str(state)]
+        command = [sys.executable, "-m", "ckptfs._daemon.keeper", "--resume", str(held.itself)]
         try:
-            os.execv(sys.executable, command)
+            os.execve(sys.executable, command, {**os.environ, **self._manager.variables})
         except OSError as error:
             _say(f"the keeper cannot be replaced: {error}")
-            os.close(state)
-            for fd in self._held.fds():
+            for fd in held.fds():
                 os.set_inheritable(fd, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
@@ -284,14 +320,14 @@ class Keeper:
 
     def _take_lock(self) -> None:
         try:
-            lock = locked(f"{self._socket_path}.lock", _LOCK_WAIT_S)
-            self._held.lock_fd = self._undo.enter_context(lock)
+            self._held.lock = acquire(self._lock_path, LOCK_WAIT_S)
         except TimeoutError:
             raise DaemonError(
                 f"a ckptfs daemon is already running on {self._socket_path}; ckptfs umount ends it"
             ) from None
         except OSError as error:
-            raise ConfigError(f"{self._socket_path}.lock: {error.strerror}") from None
+            raise ConfigError(f"{self._lock_path}: {error.strerror}") from None
+        self._undo.callback(release, self._lock_path, self._held.lock)
 
     def _clear_leftovers(self) -> None:
         """Whoever had the lock before us is dead, and so is what it left behind."""
@@ -299,7 +335,8 @@ class Keeper:
             if session.device_of_mount(self._mount) is None:
                 break
             session.unmount(self._mount)
-        self._socket_path.unlink(missing_ok=True)
+        if self._held.made_socket:
+            self._socket_path.unlink(missing_ok=True)
         self._held.made_mount = not self._mount.exists()
         try:
             self._mount.mkdir(mode=0o700, exist_ok=True)
@@ -322,9 +359,10 @@ class Keeper:
 
     def _end_mount(self) -> None:
         session.unmount(self._mount)
-        os.close(self._held.fuse_fd)
+        self._manager.drop(self._held.named())  # as long as one is kept, readers wait
+        os.close(self._held.fuse)
 
-    def _listen(self) -> None:
+    def _listen(self) -> int:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         mask = os.umask(0o111 if self._held.config.allow_other else 0o177)
         try:
@@ -335,16 +373,32 @@ class Keeper:
         finally:
             os.umask(mask)
         listening.listen(_BACKLOG)
-        self._held.listen_fd = listening.detach()
+        return listening.detach()
+
+    def _check_socket(self, fd: int) -> int:
+        """The service manager listens where the clients look. Raises ConfigError."""
+        with socket.socket(fileno=os.dup(fd)) as given:
+            listens_at = given.getsockname()
+        if listens_at != str(self._socket_path):
+            raise ConfigError(
+                f"the service manager listens at {listens_at}, and the configuration says "
+                f"{self._socket_path}; set ListenStream in the socket unit, or CKPTFS_SOCKET"
+            )
+        return fd
 
     def _end_socket(self) -> None:
-        self._socket_path.unlink(missing_ok=True)
-        os.close(self._held.listen_fd)
+        if self._held.made_socket:
+            self._socket_path.unlink(missing_ok=True)
+        os.close(self._held.listen)
+
+    def _end_memory(self) -> None:
+        for fd in (self._held.itself, *self._held.memory.all()):
+            os.close(fd)
 
     def _new_process(self, *, after_another: bool) -> DaemonProcess:
         held = self._held
         features = session.Features(held.passthrough, held.resend)
-        fds = held.fuse_fd, held.listen_fd, held.memory
+        fds = held.fuse, held.listen, held.memory
         return DaemonProcess(*fds, features, after_another=after_another)
 
     def _start_daemon(self, *, after_another: bool) -> None:
@@ -363,14 +417,14 @@ class Keeper:
             _say(f"the next daemon did not come up: {error}")
             if self._daemon is not None:
                 self._daemon.end(at_once=True)
+        else:
+            self._manager.ready(self._serving)
 
     def _end_daemons(self) -> None:
         if self._spare is not None:
             self._spare.end(at_once=True)
         if self._daemon is not None:
             self._daemon.end()
-        for fd in self._held.memory.all():
-            os.close(fd)
 
     def _catch_signals(self) -> None:
         for number in _SIGNALS:
@@ -387,103 +441,6 @@ class Keeper:
 
 def _say(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
-
-
-# -- becoming a process of one's own
-
-
-def _make_directories(config: Config) -> None:
-    """The directories of socket, mount point and cache. Nobody else may be able to write there."""
-    ours = 0o755 if config.allow_other else 0o700
-    socket_dir, mount_dir = Path(config.socket).parent, Path(config.mount).parent
-    for path, mode in ((socket_dir, ours), (mount_dir, ours), (Path(config.cache_dir), 0o700)):
-        try:
-            path.mkdir(mode=mode, parents=True, exist_ok=True)
-            info = path.stat()
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; set {_VARIABLES}") from None
-        if not is_ours(info):
-            raise ConfigError(
-                f"{path} belongs to another user or is writable by others; set {_VARIABLES} to "
-                "paths in a directory of your own"
-            )
-
-
-def is_ours(info: os.stat_result) -> bool:
-    """Whether nobody but this user and root can put something into a directory with that status."""
-    shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
-    return info.st_uid in (0, os.geteuid()) and not shared
-
-
-def stack_depth(cache_dir: Path) -> int:
-    """For passthrough: 1, or 2 for a cache on an overlay. Not always 2: the mount could then not be
-    a layer of an overlay itself (FILESYSTEM_MAX_STACK_DEPTH is 2)."""
-    cache_dir = Path(os.path.realpath(cache_dir))
-    found, kind = "", ""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split(" ")
-        if cache_dir.is_relative_to(fields[4]) and len(fields[4]) >= len(found):
-            found, kind = fields[4], fields[fields.index("-") + 1]
-    return 2 if kind == "overlay" else 1
-
-
-def _private(config: Config, stack: contextlib.ExitStack) -> Config:
-    """The configuration of a private daemon, whose files live as long as `stack`."""
-
-    def end_mount(folder: Path) -> None:
-        mount = Path(os.path.realpath(folder), "mnt")  # as the kernel names it
-        if session.device_of_mount(mount) is not None:
-            session.unmount(mount)
-
-    from ckptfs._scratch import scratch_directory  # its imports are a tenth of the keeper's
-
-    # `_detach` forks, and the parent is gone then.
-    scratch = scratch_directory("ckptfs-private-", end_mount, child_goes_on=True)
-    folder = stack.enter_context(scratch)
-    socket_path = f"{folder}/sock"
-    if len(os.fsencode(socket_path)) > SOCKET_BYTES_MAX:
-        raise CannotMount(
-            f"cannot mount: {socket_path} is too long for a socket; set TMPDIR to a shorter path"
-        )
-    return msgspec.structs.replace(
-        config,
-        socket=socket_path,
-        node_socket="",
-        mount=f"{folder}/mnt",
-        cache_dir=f"{folder}/cache",
-        idle_exit_s=min(config.idle_exit_s or _PRIVATE_IDLE_S, _PRIVATE_IDLE_S),
-        allow_other=False,
-    )
-
-
-def _detach(config: Config) -> int:
-    """Go on in a child of its own session; the parent passes the child's report on and exits.
-
-    Returns the descriptor for the report.
-    """
-    ours, theirs = os.pipe()
-    sys.stdout.flush()
-    if os.fork():
-        os.close(theirs)
-        line = read_line(ours, _LOCK_WAIT_S + READY_WAIT_S)
-        error = DaemonError(f"the keeper did not come up; see {log_path(config)}")
-        if line:
-            os.write(1, line)
-        else:
-            _Report(1).send({"code": error.code, "message": str(error)})
-        os._exit(0)
-    os.close(ours)
-    os.setsid()
-    log = log_path(config)
-    with contextlib.suppress(OSError):
-        if log.stat().st_size > _LOG_BYTES_MAX:
-            log.replace(f"{log}.1")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    for fd, path, mode in ((0, "/dev/null", os.O_RDONLY), (1, log, flags), (2, log, flags)):
-        opened = os.open(path, mode, 0o600)
-        os.dup2(opened, fd)
-        os.close(opened)
-    return theirs
 
 
 if __name__ == "__main__":

@@ -119,18 +119,24 @@ class DaemonProcess:
 
 
 class Heart:
-    """Tells whether the daemon's event loop turns. `look` is to be called once each `BEAT_S`."""
+    """Tells whether the daemon's event loop turns. `look` is to be called once each `BEAT_S`.
+
+    Attributes:
+        beats: Whether it has beaten between the last two looks.
+    """
 
     def __init__(self, memory: handoff.Fds) -> None:
         self._memory = memory
-        self._beats = -1
+        self._count = handoff.beats(memory)
         self._silent = 0
+        self.beats = False
 
     def look(self) -> bool:
         """Whether it has stopped."""
         now = handoff.beats(self._memory)
-        self._silent = 0 if now != self._beats else self._silent + 1
-        self._beats = now
+        self.beats = now != self._count
+        self._silent = 0 if self.beats else self._silent + 1
+        self._count = now
         return self._silent >= _HEART_STOPPED_BEATS
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ckptfs._daemon import keeper, passthrough, session
+from ckptfs._daemon import launch, passthrough, session
 from ckptfs._model.config import Config
 from ckptfs._scratch import scratch_directory
 
@@ -57,7 +57,7 @@ def try_mount(config: Config, cache_fd: int) -> Trial:
 
 
 def _look(fd: int, mountpoint: Path, config: Config, cache_fd: int) -> Trial:
-    depth = keeper.stack_depth(Path(config.cache_dir)) if config.passthrough else 0
+    depth = launch.stack_depth(Path(config.cache_dir)) if config.passthrough else 0
     features = session.answer_init(fd, depth)
     read_ahead = os.geteuid() == 0 and session.set_read_ahead(mountpoint, config.read_ahead_kb)
     why_not = passthrough.why_not(fd, config.passthrough, features.passthrough, cache_fd)

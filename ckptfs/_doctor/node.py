@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptfs._config import load_config
-from ckptfs._daemon import keeper, passthrough, session
+from ckptfs._daemon import launch, passthrough, session
 from ckptfs._daemon.trial import Trial, try_mount
 from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
 from ckptfs.errors import CannotMount
@@ -250,7 +250,7 @@ def _fault_of(path: Path, *, is_cache: bool) -> tuple[str, str] | None:
         if not os.access(there, os.W_OK | os.X_OK):
             return f"{path} cannot be made in {there}", f"make it as root, or set {variables}"
         return None
-    if not keeper.is_ours(info) or (is_cache and info.st_mode & 0o022):
+    if not launch.is_ours(info) or (is_cache and info.st_mode & 0o022):
         return (
             f"{path} belongs to another user or is writable by others",
             f"chown and chmod go-w it, or set {variables} to a directory of your own",

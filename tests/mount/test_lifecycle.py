@@ -408,7 +408,7 @@ def test_a_second_keeper_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch)
     assert node.here("mount").stdout == f"{node.mount}\n"
     [first] = keepers(node)
     assert node.here("mount").stdout == f"{node.mount}\n"  # it runs: nothing to do
-    monkeypatch.setattr(keeper, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(keeper, "LOCK_WAIT_S", 0.1)
     with (
         keeper.Keeper(load_config()) as second,
         pytest.raises(ckptfs.DaemonError, match="is already running"),

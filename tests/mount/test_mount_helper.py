@@ -1,0 +1,167 @@
+"""``mount.ckptfs``, as mount(8) runs it: a checkpoint at a place of the administrator's."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import COMMAND_TIMEOUT_S, Node, mounts, wait_until
+from mount.test_lifecycle import attachments
+from s3server import S3Server
+
+from ckptfs import _bindlease
+from ckptfs.cli import mounthelper
+from ckptfs.errors import LocationError
+
+pytestmark = pytest.mark.mount
+
+UriOf = Callable[[Path], str]
+
+
+@pytest.fixture
+def place(node: Node, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to mount on. The daemon finds its credentials by itself."""
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(node.folder / "aws"))
+    (node.folder / "aws").write_text(
+        f"[default]\naws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    )
+    place = node.folder / "place with\ttab"
+    place.mkdir()
+    yield place
+    if str(place) in map(_unescaped, mounts()):
+        _bindlease.unmount(str(place))
+    wait_until(lambda: not holders())
+
+
+def _unescaped(path: str) -> str:
+    return path.replace("\\040", " ").replace("\\011", "\t")
+
+
+def is_mounted(place: Path) -> bool:
+    return str(place) in map(_unescaped, mounts())
+
+
+def holders() -> list[int]:
+    """The processes that hold what is mounted."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if _bindlease.__file__.encode() in command and b"place with" in command:
+                found.append(int(entry.name))
+    return found
+
+
+def helper(
+    node: Node, source: str, place: Path, *options: str, check: bool = True
+) -> "subprocess.CompletedProcess[str]":
+    """Run it as mount(8) does."""
+    command = str(Path(sys.executable).with_name("mount.ckptfs"))
+    return node.run(command, source, str(place), *options, check=check)
+
+
+def source_and_options(s3: S3Server, uri: str) -> tuple[str, str]:
+    """A URI as in ``/etc/fstab``: without credentials and query, and the options for it."""
+    parts = urlsplit(uri)
+    source = f"s3://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return source, f"endpoint=http://{s3.endpoint},region={s3.region}"
+
+
+def test_umount_lets_go(node: Node, s3: S3Server, small: Path, uri_of: UriOf, place: Path) -> None:
+    source, options = source_and_options(s3, uri_of(small))
+    assert helper(node, source, place, "-n", "-o", f"rw,{options},x-systemd.automount").stdout == ""
+    assert (place / "config.json").read_text() == '{"layers": 1}'
+    [attachment] = attachments()
+    assert attachment["holders"] == holders()
+    assert not attachment["pinned"]
+    assert os.getxattr(place, "user.ckptfs.files") == b"3"
+    node.run("umount", str(place))
+    wait_until(lambda: not holders())
+    wait_until(lambda: not attachments())
+    assert os.listdir(place) == []
+
+
+def test_flags_are_those_of_the_mount(
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, place: Path
+) -> None:
+    source, options = source_and_options(s3, uri_of(small))
+    helper(node, source, place, "-o", f"ro,noexec,noatime,prefetch=*.json:layers,{options}")
+    flags = os.statvfs(place).f_flag
+    expected = os.ST_RDONLY | os.ST_NOEXEC | os.ST_NOATIME | os.ST_NOSUID | os.ST_NODEV
+    assert flags & expected == expected
+    with pytest.raises(OSError, check=lambda error: error.errno == errno.EROFS):
+        os.setxattr(place, "user.ckptfs.meta.loss", b"1")
+    wait_until(lambda: attachments()[0]["cached"] > 0)  # nobody has read anything
+
+
+def test_what_outlives_the_daemon_and_what_does_not(
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, place: Path
+) -> None:
+    node.expected_in_log.append("has asked for the next one")
+    source, options = source_and_options(s3, uri_of(small))
+    helper(node, source, place, "-o", options)
+    node.here("restart")
+    assert (place / "config.json").read_text() == '{"layers": 1}'
+    assert [a["holders"] for a in attachments()] == [holders()]
+    node.here("umount", "--force")
+    wait_until(lambda: not is_mounted(place))
+    assert os.listdir(place) == []
+
+
+def test_another_user_gets_it_alone(
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, place: Path
+) -> None:
+    node.configure(allow_other=True, lend_daemon_rights=True)
+    node.folder.chmod(0o755)
+    node.folder.parent.chmod(0o755)
+    node.here("mount")
+    source, options = source_and_options(s3, uri_of(small))
+    helper(node, source, place, "-o", f"uid=4242,{options}")
+    for uid, readable in ((4242, True), (4243, False)):
+        done = subprocess.run(
+            ["cat", str(place / "config.json")],
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            capture_output=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+        assert (done.returncode == 0) is readable, done
+
+
+def test_mistakes_are_named_and_leave_nothing(
+    node: Node, s3: S3Server, small: Path, uri_of: UriOf, place: Path
+) -> None:
+    source, options = source_and_options(s3, uri_of(small))
+    for arguments, status, text in (
+        ((source, place, "-o", "endpiont=x"), 1, "unknown option endpiont=x"),
+        ((source, place, "-o", "endpoint="), 1, "endpoint= needs a value"),
+        ((uri_of(small), place), 1, "everybody sees credentials here"),
+        ((source, place / "none", "-o", options), 32, "there is no such directory"),
+        ((source, place, "-o", f"uid=nobody-of-that-name,{options}"), 32, "no such user"),
+        ((f"{source}/none", place, "-o", options), 32, "none"),
+    ):
+        done = helper(node, *arguments, check=False)
+        assert (done.returncode, text in done.stderr) == (status, True), done
+        assert s3.secret_key not in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert helper(node, source, place, "-f", "-s", "-o", "whatever").returncode == 0
+    assert not is_mounted(place)
+    assert not holders()
+
+
+def test_options_of_s3_are_for_s3() -> None:
+    options = mounthelper.parse("endpoint=host:9000,anonymous,x-foo,comment=a,nofail")
+    assert mounthelper.uri_of("s3://b/p?scheme=http", options) == (
+        "s3://b/p?scheme=http&anonymous=true&endpoint_override=host%3A9000"
+    )
+    with pytest.raises(LocationError, match="options of s3:// only"):
+        mounthelper.uri_of("gs://b/p", options)
