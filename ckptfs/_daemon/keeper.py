@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import resource
 import signal
@@ -34,7 +35,7 @@ from pathlib import Path
 import msgspec
 
 from ckptfs._config import SOCKET_BYTES_MAX, load_config, log_path
-from ckptfs._daemon import handoff, session
+from ckptfs._daemon import handoff, logs, session
 from ckptfs._daemon.process import (
     ASKED_FOR_NEXT,
     READY_WAIT_S,
@@ -45,6 +46,8 @@ from ckptfs._daemon.process import (
 from ckptfs._filelock import held_lock, locked
 from ckptfs._model.config import Config
 from ckptfs.errors import CannotMount, CkptfsError, ConfigError, DaemonError
+
+log = logging.getLogger("ckptfs._daemon.keeper")  # it is __main__, too
 
 _LOCK_WAIT_S = 10.0
 """How long a predecessor may take to end."""
@@ -112,6 +115,7 @@ def _run(private: bool, report: _Report, stack: contextlib.ExitStack) -> None:
     if report.fd >= 0:
         report.fd = _detach(config)
     os.chdir("/")
+    logs.configure(config)
     with Keeper(config, pickled) as keeper:
         keeper.start()
         report.send({"socket": config.socket})
@@ -123,6 +127,7 @@ def _resume(state_fd: int) -> None:
     with open(state_fd, "rb") as state:
         state.seek(0)
         held = msgspec.json.decode(state.read(), type=_Held)
+    logs.configure(held.config)
     with Keeper(held.config) as keeper:
         keeper.resume(held)
         keeper.run()
@@ -220,10 +225,10 @@ class Keeper:
                 deaths = [at_s for at_s in deaths if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
                 why_not = self._why_not_restart(len(deaths))
                 if why_not:
-                    _say(f"the daemon {how}: ending the mount, because {why_not}")
+                    log.error("the daemon %s: ending the mount, because %s", how, why_not)
                     return
             short_lives = short_lives + 1 if now_s - began_s < _SHORT_LIFE_S else 0
-            _say(f"the daemon {how}: starting the next one")
+            log.warning("the daemon %s: starting the next one", how)
             time.sleep(_PAUSE_S if short_lives > _SHORT_LIVES_MAX else 0)
             self._start_next()
 
@@ -274,7 +279,7 @@ class Keeper:
         try:
             os.execv(sys.executable, command)
         except OSError as error:
-            _say(f"the keeper cannot be replaced: {error}")
+            log.error("the keeper cannot be replaced: %s", error)
             os.close(state)
             for fd in self._held.fds():
                 os.set_inheritable(fd, False)
@@ -360,7 +365,7 @@ class Keeper:
         try:
             self._start_daemon(after_another=True)
         except CkptfsError as error:
-            _say(f"the next daemon did not come up: {error}")
+            log.error("the next daemon did not come up: %s", error)
             if self._daemon is not None:
                 self._daemon.end(at_once=True)
 
@@ -383,10 +388,6 @@ class Keeper:
         if self._daemon is None:
             sys.exit(128 + number)
         self._daemon.terminate()
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
 
 
 # -- becoming a process of one's own
