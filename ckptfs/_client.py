@@ -23,6 +23,8 @@ from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, Wanted
 from ckptfs._model.wire import (
+    Activity,
+    ActivityReply,
     Attach,
     Attached,
     Detach,
@@ -43,6 +45,7 @@ from ckptfs._model.wire import (
     decode_reply,
     encode,
 )
+from ckptfs._requestid import new_request_id
 from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, NoDaemon, ProtocolError
 
 _START_WAIT_S = 60.0
@@ -172,6 +175,10 @@ class Connection:
         """How a checkpoint was read. Raises NotAttached."""
         return self._persist(GetTrace(name=name, location=location), Trace)
 
+    def activity(self) -> ActivityReply:
+        """What was read and fetched since the daemon started."""
+        return self._persist(Activity(), ActivityReply)
+
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""
         self._persist(MetadataChanged(location=location), Done)
@@ -230,6 +237,7 @@ class Connection:
         return self._request(request, expected)
 
     def _request(self, request: Request, expected: type[R]) -> R:
+        request = msgspec.structs.replace(request, request=new_request_id())
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have hung up with a reason
                 self._socket.sendall(encode(request))

@@ -17,12 +17,13 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import trio
 
-from ckptfs._daemon import fuse, passthrough
+from ckptfs._daemon import fuse, logs, passthrough
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.fetch import Fetcher
@@ -35,7 +36,7 @@ from ckptfs._model.config import Config
 from ckptfs._store.resolve import OpenStore, open_store
 from ckptfs.errors import CkptfsError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -48,18 +49,14 @@ def main() -> None:
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
     _end_with(args.keeper_pid)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
     config = msgspec.json.decode(settings, type=Config)
+    limiter = logs.configure(config)
     _raise_descriptor_limit()
-    table, *logs = args.handoff_fds
+    table, *journal = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store
-        handoff = Handoff(Fds(table, (logs[0], logs[1])))
+        handoff = Handoff(Fds(table, (journal[0], journal[1])))
         cache = Cache(
             Path(config.cache_dir),
             config.cache_bytes_max,
@@ -78,7 +75,7 @@ def main() -> None:
     fds = args.fuse_fd, args.listen_fd, args.ready_fd
     status = 1
     try:
-        run = functools.partial(_run, config, cache, opener, handoff, *fds, why)
+        run = functools.partial(_run, config, cache, opener, handoff, *fds, why, limiter)
         status = trio.run(functools.partial(run, after_another=bool(args.after_another)))
         cache.shut()
     except BaseException:
@@ -103,6 +100,7 @@ async def _run(
     listen_fd: int,
     ready_fd: int,
     why_passthrough: str,
+    limiter: logs.Limiter,
     *,
     after_another: bool,
 ) -> int:
@@ -133,7 +131,9 @@ async def _run(
         nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
         nursery.start_soon(_serve_fuse, service, relay)
-        nursery.start_soon(_beat, handoff)
+        if config.metrics:
+            nursery.start_soon(_serve_metrics, config, service, offload)
+        nursery.start_soon(_beat, handoff.beat, limiter.flush, service.reporter.sample)
         os.write(ready_fd, b"{}\n")
         os.close(ready_fd)
         log.info("serving on %s", config.mount)
@@ -143,9 +143,10 @@ async def _run(
     return RESTART_STATUS if service.restarts else 0
 
 
-async def _beat(handoff: Handoff) -> None:
+async def _beat(*calls: Callable[[], None]) -> None:
     while True:
-        handoff.beat()
+        for call in calls:
+            call()
         await trio.sleep(BEAT_S)
 
 
@@ -163,6 +164,17 @@ async def _stop_when_idle(service: Service) -> None:
 async def _serve_fuse(service: Service, relay: Relay) -> None:
     await fuse.serve(relay)
     service.stopped.set()  # somebody has unmounted it
+
+
+async def _serve_metrics(config: Config, service: Service, offload: Offload) -> None:
+    try:
+        from ckptfs._daemon import exporter, scrapes  # a tenth of the daemon's imports
+    except ModuleNotFoundError as error:
+        log.error("no metrics: %s; pip install 'ckptfs[daemon]'", error)
+        return
+    parts = config, service.attachments, service.reporter, offload
+    source = exporter.Exporter(*parts, is_open=scrapes.is_open(config.metrics))
+    await scrapes.Scrapes(source, config.metrics).serve()
 
 
 def _end_with(keeper_pid: int) -> None:

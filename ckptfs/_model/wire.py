@@ -20,6 +20,8 @@ LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
+REQUEST_ID = r"^[A-Za-z0-9_.-]{0,64}\Z"
+"""What the id of a request may look like: it goes into logs and headers."""
 _Glob = Annotated[str, msgspec.Meta(max_length=4096)]
 
 _Rank = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
@@ -35,7 +37,13 @@ class Message(
     v: Version = 1
 
 
-class Attach(Message, frozen=True, tag="attach"):
+class Asked(Message, frozen=True, kw_only=True):
+    """Base of all requests; `request` is an id for logs, see ``ckptfs._requestid``."""
+
+    request: Annotated[str, msgspec.Meta(pattern=REQUEST_ID)] = ""
+
+
+class Attach(Asked, frozen=True, tag="attach"):
     """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it.
     `prefetch`: globs of files to fetch in the background, in that order; `plan`: what else to
     fetch. `rank`: of the process in its job, -1: unknown; of a plan, it is the part for that."""
@@ -47,7 +55,7 @@ class Attach(Message, frozen=True, tag="attach"):
     prefetch: Annotated[list[_Glob], msgspec.Meta(max_length=GLOBS_MAX)] = []
 
 
-class Detach(Message, frozen=True, tag="detach"):
+class Detach(Asked, frozen=True, tag="detach"):
     """End an attachment, named by its directory inside the mount or by its location."""
 
     name: str = ""
@@ -55,18 +63,22 @@ class Detach(Message, frozen=True, tag="detach"):
     force: bool = False
 
 
-class Status(Message, frozen=True, tag="status"):
+class Status(Asked, frozen=True, tag="status"):
     """Ask for the daemon's state."""
 
 
-class MetadataChanged(Message, frozen=True, tag="metadata-changed"):
+class Activity(Asked, frozen=True, tag="activity"):
+    """Ask for what has been read and fetched since the daemon started. Reply: `ActivityReply`."""
+
+
+class MetadataChanged(Asked, frozen=True, tag="metadata-changed"):
     """The metadata of a checkpoint was changed at the store. Reply: `Done`, when attachments of it
     show that."""
 
     location: Location
 
 
-class StartPrefetch(Message, frozen=True, tag="prefetch"):
+class StartPrefetch(Asked, frozen=True, tag="prefetch"):
     """Begin to fetch the files of the attachment with the directory `name` that match the globs, in
     their order, or what `plan` names (for `rank`; -1: for all), with at most `rate` bytes per
     second (0: no limit). Reply: `Prefetching`. It ends with the connection, which holds the
@@ -83,12 +95,12 @@ class StartPrefetch(Message, frozen=True, tag="prefetch"):
             raise ValueError("a prefetch needs globs or a plan")
 
 
-class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):
+class PrefetchProgress(Asked, frozen=True, tag="prefetch-progress"):
     """Ask for the connection's prefetch. Reply: `Prefetching`, after a moment, or as soon as it has
     ended."""
 
 
-class GetTrace(Message, frozen=True, tag="trace"):
+class GetTrace(Asked, frozen=True, tag="trace"):
     """Ask how a checkpoint was read, named by its directory inside the mount or by its location; by
     its location also when nobody holds it any more. Reply: `Trace`."""
 
@@ -96,12 +108,12 @@ class GetTrace(Message, frozen=True, tag="trace"):
     location: Location | None = None
 
 
-class Restart(Message, frozen=True, tag="restart"):
+class Restart(Asked, frozen=True, tag="restart"):
     """End the daemon, and have it followed by another, also of another version, that goes on with
     everything. The program of its keeper is replaced, too."""
 
 
-class Stop(Message, frozen=True, tag="stop"):
+class Stop(Asked, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
     force: bool = False
@@ -111,6 +123,7 @@ Request = (
     Attach
     | Detach
     | Status
+    | Activity
     | MetadataChanged
     | StartPrefetch
     | PrefetchProgress
@@ -206,8 +219,24 @@ class Trace(Message, frozen=True, tag="trace-reply"):
     restarts: int
 
 
+class Holder(msgspec.Struct, frozen=True):
+    """A process that holds an attachment, or has files of it open. `command`: what it runs; "":
+    it is none of the user who asks."""
+
+    pid: int
+    command: str
+    open_files: int
+
+
 class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch."""
+    """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch.
+
+    Attributes:
+        holders: The processes that hold its directory, the first of them.
+        processes: The first of those that hold it, or have files of it open.
+        reads_per_s, read_bytes_per_s, fetched_bytes_per_s: What the kernel was given, and what came
+            from the store, in the last ten seconds or so.
+    """
 
     name: str
     path: str
@@ -225,12 +254,17 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     skipped: list[Skipped] = []
     skipped_count: int = 0
+    processes: list[Holder] = []
+    reads_per_s: float = 0.0
+    read_bytes_per_s: float = 0.0
+    fetched_bytes_per_s: float = 0.0
 
 
 class StatusReply(Message, frozen=True, tag="status-reply"):
     """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started.
     `restarts`: how many daemons have served the mount before this one.
-    `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself."""
+    `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself.
+    `left_out`: attachments for which a message has no room."""
 
     version: str
     pid: int
@@ -243,9 +277,107 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     passthrough: str
     restarts: int
     attachments: list[AttachmentStatus]
+    left_out: int = 0
 
 
-Reply = Attached | Done | Failed | Prefetching | StatusReply | Trace
+class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was read, since the daemon started.
+
+    Attributes:
+        opens: Files that were opened; `kernel_opens`: those that the kernel reads by itself, of
+            whose reads nobody knows.
+        open_files: That are open now; `waiting`: reads that wait now.
+        reads, read_bytes: That the kernel was given; `misses`, `missed_bytes`: the part of these
+            that had to wait for the store.
+        errors: Reads that failed, by the error's code.
+        fetches, fetched_bytes: Requests for data that came of these reads, and what they brought.
+        latency_ns: How many reads took less than 2**i nanoseconds, and not less than half of it, at
+            position i; zeros at its end are left out.
+    """
+
+    opens: int = 0
+    kernel_opens: int = 0
+    open_files: int = 0
+    waiting: int = 0
+    reads: int = 0
+    read_bytes: int = 0
+    misses: int = 0
+    missed_bytes: int = 0
+    errors: dict[str, int] = {}
+    fetches: int = 0
+    fetched_bytes: int = 0
+    latency_ns: list[int] = []
+
+
+class ProcessActivity(msgspec.Struct, frozen=True):
+    """What one process did with a checkpoint; `pid` 0: no single one, and `command` says what it
+    is."""
+
+    pid: int
+    command: str
+    counts: Counts
+
+
+class CheckpointActivity(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened in one attachment. `in_flight`: requests for data that are under way or wait;
+    `queued`: those that wait; `retries`, `failures`: attempts after one that failed, and those that
+    did, by the error's code."""
+
+    name: str
+    uri: str
+    in_flight: int
+    queued: int
+    retries: int
+    failures: dict[str, int]
+    counts: Counts
+    processes: list[ProcessActivity]
+    processes_left_out: int
+
+
+class RequestActivity(msgspec.Struct, frozen=True):
+    """Requests to stores of one kind: how many had which outcome; `latency_ns` as in `Counts`."""
+
+    kind: str
+    outcomes: dict[str, int]
+    latency_ns: list[int]
+
+
+class ActivityReply(Message, frozen=True, tag="activity-reply"):
+    """Reply to `Activity`. `at_s`: when it was, of a clock that runs evenly and begins anew with
+    each daemon; `started`: since when it counts, in seconds since the epoch. `counts` are those of
+    the whole node; of the checkpoints there are those that the user may see, and that a message has
+    room for, the busiest ones first.
+
+    Attributes:
+        running, in_flight_bytes: Transfers that are under way now, and their bytes.
+        queue: Transfers that wait for a place now, by priority.
+    """
+
+    version: str
+    pid: int
+    mount: str
+    at_s: float
+    started: float
+    restarts: int
+    passthrough: str
+    cache_bytes: int
+    cache_bytes_max: int
+    evicted_bytes: int
+    evicted_objects: int
+    fetched_bytes: int
+    fetched_spans: int
+    retries: int
+    failures: dict[str, int]
+    running: int
+    in_flight_bytes: int
+    queue: dict[str, int]
+    counts: Counts
+    requests: list[RequestActivity]
+    checkpoints: list[CheckpointActivity]
+    checkpoints_left_out: int
+
+
+Reply = Attached | Done | Failed | Prefetching | StatusReply | ActivityReply | Trace
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
