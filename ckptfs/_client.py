@@ -43,6 +43,7 @@ from ckptfs._model.wire import (
     decode_reply,
     encode,
 )
+from ckptfs._requestid import new_request_id
 from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, NoDaemon, ProtocolError
 
 _START_WAIT_S = 60.0
@@ -230,6 +231,7 @@ class Connection:
         return self._request(request, expected)
 
     def _request(self, request: Request, expected: type[R]) -> R:
+        request = msgspec.structs.replace(request, request=new_request_id())
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have hung up with a reason
                 self._socket.sendall(encode(request))

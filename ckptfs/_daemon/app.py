@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from ckptfs._daemon import fuse, passthrough
+from ckptfs._daemon import fuse, logs, passthrough
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.fetch import Fetcher
@@ -48,18 +48,14 @@ def main() -> None:
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
     _end_with(args.keeper_pid)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
     config = msgspec.json.decode(settings, type=Config)
+    limiter = logs.configure(config)
     _raise_descriptor_limit()
-    table, *logs = args.handoff_fds
+    table, *journal = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store
-        handoff = Handoff(Fds(table, (logs[0], logs[1])))
+        handoff = Handoff(Fds(table, (journal[0], journal[1])))
         cache = Cache(
             Path(config.cache_dir),
             config.cache_bytes_max,
@@ -78,7 +74,7 @@ def main() -> None:
     fds = args.fuse_fd, args.listen_fd, args.ready_fd
     status = 1
     try:
-        run = functools.partial(_run, config, cache, opener, handoff, *fds, why)
+        run = functools.partial(_run, config, cache, opener, handoff, *fds, why, limiter)
         status = trio.run(functools.partial(run, after_another=bool(args.after_another)))
         cache.shut()
     except BaseException:
@@ -103,6 +99,7 @@ async def _run(
     listen_fd: int,
     ready_fd: int,
     why_passthrough: str,
+    limiter: logs.Limiter,
     *,
     after_another: bool,
 ) -> int:
@@ -133,7 +130,7 @@ async def _run(
         nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
         nursery.start_soon(_serve_fuse, service, relay)
-        nursery.start_soon(_beat, handoff)
+        nursery.start_soon(_beat, handoff, limiter)
         os.write(ready_fd, b"{}\n")
         os.close(ready_fd)
         log.info("serving on %s", config.mount)
@@ -143,9 +140,10 @@ async def _run(
     return RESTART_STATUS if service.restarts else 0
 
 
-async def _beat(handoff: Handoff) -> None:
+async def _beat(handoff: Handoff, limiter: logs.Limiter) -> None:
     while True:
         handoff.beat()
+        limiter.flush()
         await trio.sleep(BEAT_S)
 
 

@@ -144,9 +144,12 @@ class Attaching:
         fresh.record(Made(location, manifest, fresh.uid, fresh.gid, fresh.attached_s))
         fresh.pin(pinned)
         self._attachments.add(fresh, location)
-        log.info("attached %s: %d files", fresh.location.uri, len(manifest.files))
+        uri = fresh.location.uri
+        about = {"event": "attached", "checkpoint": uri, "uid": fresh.uid}
+        log.info("attached %s: %d files", uri, len(manifest.files), extra=about)
         for skipped in manifest.skipped[:_SKIPPED_IN_LOG]:
-            log.warning("%s: left out %s: %s", fresh.location.uri, skipped.name, skipped.reason)
+            left_out = {"event": "left-out", "checkpoint": uri, "file": skipped.name}
+            log.warning("%s: left out %s: %s", uri, skipped.name, skipped.reason, extra=left_out)
 
     def _open(self, location: Location) -> Store:
         return self._open_store(location, self._config.store_timeout_s)

@@ -105,7 +105,9 @@ class Attachments:
         self._journal.forget(attachment.ordinal)
         self._forget_name(attachment.name)
         self.last_end_s = trio.current_time()
-        log.info("detached %s", attachment.location.uri)
+        uri = attachment.location.uri
+        about = {"event": "detached", "checkpoint": uri, "uid": attachment.uid}
+        log.info("detached %s", uri, extra=about)
 
     def detach(self, attachment: Attachment, *, force: bool) -> None:
         """End a pinned attachment, or with `force` any. Raises Busy while processes hold it."""

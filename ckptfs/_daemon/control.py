@@ -46,6 +46,7 @@ from ckptfs._model.wire import (
     decode_request,
     encode,
 )
+from ckptfs._requestid import request_id
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
+_LOOKING = Status, PrefetchProgress
+"""Requests that change nothing."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
@@ -154,15 +157,30 @@ class Control:
             )
 
     async def _answer(self, line: bytes, uid: int, gid: int, held: _Held) -> Reply:
+        request = decode_request(line)
+        token = request_id.set(request.request)
         try:
-            return await self._handle(decode_request(line), uid, gid, held)
+            self._log(request, uid)
+            return await self._handle(request, uid, gid, held)
         except ProtocolError:
             raise
         except CkptfsError as error:
+            _log_refusal(request, error)
             return Failed(code=error.code, message=str(error))
         except Exception:
             log.exception("unexpected error in a control request")
-            return Failed(code="error", message="internal error of the daemon; see its log")
+            which = f" (request {request.request})" if request.request else ""
+            return Failed(code="error", message=f"internal error of the daemon; see its log{which}")
+        finally:
+            request_id.reset(token)
+
+    @staticmethod
+    def _log(request: Request, uid: int) -> None:
+        """What only looks is asked many times a second."""
+        level = logging.DEBUG if isinstance(request, _LOOKING) else logging.INFO
+        operation = type(request).__name__
+        about = {"event": "request", "operation": operation, "uid": uid}
+        log.log(level, "%s asked by uid %d", operation, uid, extra=about)
 
     async def _handle(self, request: Request, uid: int, gid: int, held: _Held) -> Reply:
         if isinstance(request, Attach):
@@ -227,6 +245,11 @@ class Control:
         held.attachments.append(attachment)
         held.prefetch = self._service.prefetch(attachment, wanted)
         return held.prefetch.state()
+
+
+def _log_refusal(request: Request, error: CkptfsError) -> None:
+    about = {"event": "refused", "operation": type(request).__name__, "error": error.code}
+    log.info("%s refused: %s", type(request).__name__, error, extra=about)
 
 
 async def _pace(user: _User) -> None:

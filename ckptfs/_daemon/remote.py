@@ -130,7 +130,8 @@ class RemoteFile:
         if isinstance(error, ObjectChanged):
             self.changed = True
         if str(error) != self.error.partition(" ")[2]:
-            log.warning("%s", error)
+            about = {"event": "failing", "file": self.name, "checkpoint": self.store.name}
+            log.warning("%s", error, extra={**about, "error": error.code})
         self.failing = True
         self.error = stamped(error)
 

@@ -3,7 +3,7 @@
 Reading it from the file and the environment is done in ``ckptfs._config``.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,6 +13,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
+
+METRICS = r"^$|^(127(\.[0-9]{1,3}){3}|localhost|\[::1\]):[0-9]{1,5}$|^unix:/[^\x00]{1,106}$"
+"""A loopback address and its port, or a unix socket: nobody else's machine may look."""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,6 +56,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         lend_daemon_rights: With `allow_other`: whether other users may attach what is read with the
             daemon's own rights (its AWS or Google credentials, its identity at HDFS, local files),
             because the location brings no credentials. Whoever asks then reads as the daemon does.
+        log_level: The least that is logged. Libraries log warnings only, because what they say for
+            debugging can have credentials in it.
+        log_format: How standard error, or the log file, has it: as text, or as one JSON object a
+            line. The journal gets fields of its own in any case.
+        metrics: Where Prometheus finds the metrics: ``127.0.0.1:9467`` (or another port or loopback
+            address), or ``unix:`` and the path of a socket, which only this user can connect to;
+            "": nowhere. Every user of the node can look at a loopback address.
         files_max: Most objects in one checkpoint.
         attachments_max: Most checkpoints that are attached at the same time; a quarter of that for
             one of the other users.
@@ -82,6 +92,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     restarts_max: Count = 20
     allow_other: bool = False
     lend_daemon_rights: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    metrics: Annotated[str, msgspec.Meta(pattern=METRICS)] = ""
     files_max: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
     attachments_max: Count = 1000
     attached_files_max: Annotated[int, msgspec.Meta(ge=1)] = 4_000_000

@@ -20,6 +20,8 @@ LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
+REQUEST_ID = "^[A-Za-z0-9_.-]{0,64}$"
+"""What the id of a request may look like: it goes into logs and headers."""
 _Glob = Annotated[str, msgspec.Meta(max_length=4096)]
 
 _Rank = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
@@ -35,7 +37,13 @@ class Message(
     v: Version = 1
 
 
-class Attach(Message, frozen=True, tag="attach"):
+class Asked(Message, frozen=True, kw_only=True):
+    """Base of all requests; `request` is an id for logs, see ``ckptfs._requestid``."""
+
+    request: Annotated[str, msgspec.Meta(pattern=REQUEST_ID)] = ""
+
+
+class Attach(Asked, frozen=True, tag="attach"):
     """Attach a checkpoint. `pinned`: it stays until it is detached, though nobody holds it.
     `prefetch`: globs of files to fetch in the background, in that order; `plan`: what else to
     fetch. `rank`: of the process in its job, -1: unknown; of a plan, it is the part for that."""
@@ -47,7 +55,7 @@ class Attach(Message, frozen=True, tag="attach"):
     prefetch: Annotated[list[_Glob], msgspec.Meta(max_length=GLOBS_MAX)] = []
 
 
-class Detach(Message, frozen=True, tag="detach"):
+class Detach(Asked, frozen=True, tag="detach"):
     """End an attachment, named by its directory inside the mount or by its location."""
 
     name: str = ""
@@ -55,18 +63,18 @@ class Detach(Message, frozen=True, tag="detach"):
     force: bool = False
 
 
-class Status(Message, frozen=True, tag="status"):
+class Status(Asked, frozen=True, tag="status"):
     """Ask for the daemon's state."""
 
 
-class MetadataChanged(Message, frozen=True, tag="metadata-changed"):
+class MetadataChanged(Asked, frozen=True, tag="metadata-changed"):
     """The metadata of a checkpoint was changed at the store. Reply: `Done`, when attachments of it
     show that."""
 
     location: Location
 
 
-class StartPrefetch(Message, frozen=True, tag="prefetch"):
+class StartPrefetch(Asked, frozen=True, tag="prefetch"):
     """Begin to fetch the files of the attachment with the directory `name` that match the globs, in
     their order, or what `plan` names (for `rank`; -1: for all), with at most `rate` bytes per
     second (0: no limit). Reply: `Prefetching`. It ends with the connection, which holds the
@@ -83,12 +91,12 @@ class StartPrefetch(Message, frozen=True, tag="prefetch"):
             raise ValueError("a prefetch needs globs or a plan")
 
 
-class PrefetchProgress(Message, frozen=True, tag="prefetch-progress"):
+class PrefetchProgress(Asked, frozen=True, tag="prefetch-progress"):
     """Ask for the connection's prefetch. Reply: `Prefetching`, after a moment, or as soon as it has
     ended."""
 
 
-class GetTrace(Message, frozen=True, tag="trace"):
+class GetTrace(Asked, frozen=True, tag="trace"):
     """Ask how a checkpoint was read, named by its directory inside the mount or by its location; by
     its location also when nobody holds it any more. Reply: `Trace`."""
 
@@ -96,12 +104,12 @@ class GetTrace(Message, frozen=True, tag="trace"):
     location: Location | None = None
 
 
-class Restart(Message, frozen=True, tag="restart"):
+class Restart(Asked, frozen=True, tag="restart"):
     """End the daemon, and have it followed by another, also of another version, that goes on with
     everything. The program of its keeper is replaced, too."""
 
 
-class Stop(Message, frozen=True, tag="stop"):
+class Stop(Asked, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
     force: bool = False

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.base import Pin, Store
 from ckptfs._store.deadline import deadline_s
+from ckptfs._store.requests import Kind, counted
 from ckptfs.errors import StoreTimeout
 
 OVERDUE_MAX = 8
@@ -35,7 +36,7 @@ class BoundedStore:
         self._deadlines_s: dict[object, float] = {}  # of the calls that run now
 
     @contextmanager
-    def _call(self) -> Generator[None]:
+    def _call(self, kind: Kind) -> Generator[None]:
         this, now_s = object(), time.monotonic()
         with self._lock:
             overdue = sum(end_s < now_s for end_s in self._deadlines_s.values())
@@ -47,39 +48,40 @@ class BoundedStore:
                 "and if it answers, detach the checkpoint and attach it again"
             )
         try:
-            yield
+            with counted(kind):
+                yield
         finally:
             with self._lock:
                 del self._deadlines_s[this]
 
     def list(self, files_max: int) -> Listing:
         """See Store.list."""
-        with self._call():
+        with self._call("list"):
             return self._store.list(files_max)
 
     def confirm(self, pin: Pin) -> Pin:
         """See Store.confirm."""
-        with self._call():
+        with self._call("head"):
             return self._store.confirm(pin)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
-        with self._call():
+        with self._call("read"):
             return self._store.read_into(pin, offset, buffer)
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""
-        with self._call():
+        with self._call("get"):
             return self._store.get(path)
 
     def put(self, path: str, data: bytes) -> None:
         """See Store.put."""
-        with self._call():
+        with self._call("put"):
             self._store.put(path, data)
 
     def find(self, path: str) -> ListedFile | None:
         """See Store.find."""
-        with self._call():
+        with self._call("head"):
             return self._store.find(path)
 
     def close(self) -> None:

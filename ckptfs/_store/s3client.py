@@ -27,11 +27,21 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from importlib.metadata import version as version_of
 from typing import Any, cast
 from xml.etree import ElementTree
 
+from ckptfs._requestid import request_id
 from ckptfs._store import deadline, progress
 from ckptfs._store.awskeys import Chain
+from ckptfs._store.requests import (
+    REQUESTS,
+    Kind,
+    Outcome,
+    counted,
+    outcome_of,
+    outcome_of_status,
+)
 from ckptfs._store.s3options import S3Options
 from ckptfs._store.sigv4 import encoded, encoded_query, signed
 from ckptfs.errors import CkptfsError
@@ -48,6 +58,8 @@ _ADDRESSES_MAX = 3
 _RETRY_AFTER_S_MAX = 3600.0
 _ERROR_BYTES_MAX = 64 << 10
 """Of an answer that is an error, of which only code and message are of interest."""
+_PROGRAM = f"ckptfs/{version_of('ckptfs')}"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9/+=_-]{1,128}")
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
 _OWN_REGION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a location may say: it becomes a part of a host's name, and must not lead to another one."""
@@ -64,10 +76,20 @@ class S3Error(Exception):
         code: S3's name for it; "" where the server gave none (as always with HEAD).
         message: What the server said.
         retry_after_s: How long the server asks to be left alone; 0: it did not say.
+
+    `request_id`: what the server calls the request, for whoever runs it; "": it did not say.
     """
 
-    def __init__(self, status: int, code: str, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(f"{code or f'HTTP status {status}'}{': ' if message else ''}{message}")
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        retry_after_s: float = 0.0,
+        request_id: str = "",
+    ) -> None:
+        text = f"{code or f'HTTP status {status}'}{': ' if message else ''}{message}"
+        super().__init__(f"{text} [request {request_id}]" if request_id else text)
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
@@ -156,9 +178,11 @@ class S3Client:
             S3Error, BrokenConnection, SilentServer: Also while the answer is read in the context.
             AccessDenied: There are no keys to sign with.
         """
-        with _translated():
+        kind = _kind_of(method, query, headers)
+        with counted(kind, _outcome_of), _translated():
             connection, response = self._send(method, key, query, headers, body)
             if region := self._other_region(response):
+                REQUESTS.count(kind, "redirected")
                 _close(connection)
                 self._region = region
                 self._close_idle()  # those may lead to a host of the other region
@@ -188,6 +212,7 @@ class S3Client:
             if keys is not None:
                 now = datetime.now(timezone.utc)
                 all_headers = signed(method, path, text, all_headers, body, keys, self._region, now)
+            all_headers["user-agent"] = _user_agent()  # not signed: a proxy may change it
             try:
                 progress.current().hold(connection.sock)
                 connection.sock.settimeout(self._patience_s())
@@ -404,7 +429,33 @@ def _error_of(response: http.client.HTTPResponse) -> S3Error:
             name = child.tag.rpartition("}")[2]
             if name in found:
                 found[name] = (child.text or "").strip()
-    return S3Error(response.status, found["Code"], found["Message"], _retry_after_s(response))
+    text = response.headers.get("x-amz-request-id", "")
+    name = text if _REQUEST_ID.fullmatch(text) else ""
+    more = _retry_after_s(response), name
+    return S3Error(response.status, found["Code"], found["Message"], *more)
+
+
+def _kind_of(method: str, query: object, headers: Mapping[str, str] | None) -> Kind:
+    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put"}
+    if method in kinds:
+        return kinds[method]
+    if query:
+        return "list"
+    return "read" if "range" in (headers or {}) else "get"
+
+
+def _outcome_of(error: BaseException) -> Outcome:
+    if isinstance(error, S3Error):
+        return outcome_of_status(error.status)
+    if isinstance(error, SilentServer):
+        return "timeout"
+    return "unavailable" if isinstance(error, BrokenConnection) else outcome_of(error)
+
+
+def _user_agent() -> str:
+    """S3's access logs have it; with the id of the request of ours that it is made for."""
+    asked = request_id.get()
+    return f"{_PROGRAM} request/{asked}" if asked else _PROGRAM
 
 
 def _retry_after_s(response: http.client.HTTPResponse) -> float:
