@@ -23,6 +23,8 @@ from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, Wanted
 from ckptfs._model.wire import (
+    Activity,
+    ActivityReply,
     Attach,
     Attached,
     Detach,
@@ -172,6 +174,10 @@ class Connection:
     def trace(self, name: str, location: Location | None = None) -> Trace:
         """How a checkpoint was read. Raises NotAttached."""
         return self._persist(GetTrace(name=name, location=location), Trace)
+
+    def activity(self) -> ActivityReply:
+        """What was read and fetched since the daemon started."""
+        return self._persist(Activity(), ActivityReply)
 
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""

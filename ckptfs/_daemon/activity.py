@@ -15,9 +15,10 @@ always that of the checkpoint. The same for the node: what ended with its checkp
 All of it belongs to the event loop, and begins at zero with each daemon.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from ckptfs._daemon import processes
 from ckptfs.errors import CkptfsError
@@ -27,19 +28,33 @@ PROCESSES_MAX = 64
 loaders."""
 _RECORDS_MAX = 4096
 """The same for all checkpoints together: each takes 1.5 kB."""
+NAMED_MAX = 100
+"""Checkpoints with a label of their own among the metrics; the others share one."""
+_SAMPLES = 11
 BUCKETS = 64
 """Of a histogram: bucket `i` has what took less than 2**i nanoseconds, and not less than half of
 it. No time is too long for it."""
+
+
+class Sample(NamedTuple):
+    """What was counted at a moment, or how much of it there was in a second."""
+
+    at_s: float
+    reads: float
+    read_bytes: float
+    fetched_bytes: float
 
 
 class Usage:
     """What one process, or several, did with one checkpoint, or several.
 
     Attributes:
-        pid: The process; 0: it is none, or several. `started`: see `processes.started`.
+        pid: The process; 0: it is none, or several. `started`, `command`, `owner`: as
+            `processes` says of it.
         handles: Files that it has open.
         opens: Files that it has opened; `kernel_opens`: those that the kernel reads by itself.
         waiting: Reads that wait for their bytes now.
+        read_ns: Time that all reads took together.
         latency_ns: How long reads took, from when the daemon saw them to when the kernel had the
             answer: a histogram, see `BUCKETS`.
         read_bytes: That were handed to the kernel.
@@ -51,6 +66,7 @@ class Usage:
     """
 
     __slots__ = (
+        "command",
         "errors",
         "fetched_bytes",
         "fetches",
@@ -61,18 +77,22 @@ class Usage:
         "missed_bytes",
         "misses",
         "opens",
+        "owner",
         "pid",
         "read_bytes",
+        "read_ns",
         "started",
         "waiting",
     )
 
-    def __init__(self, pid: int = 0, started: int = 0) -> None:
+    def __init__(self, pid: int = 0, started: int = 0, command: str = "", owner: int = -1) -> None:
         self.pid = pid
         self.started = started
+        self.command = command
+        self.owner = owner
         self.heir: Usage | None = None
         self.handles = self.opens = self.kernel_opens = 0
-        self.waiting = self.read_bytes = self.misses = self.missed_bytes = 0
+        self.read_ns = self.waiting = self.read_bytes = self.misses = self.missed_bytes = 0
         self.fetches = self.fetched_bytes = 0
         self.latency_ns = [0] * BUCKETS
         self.errors: Counter[str] = Counter()
@@ -92,6 +112,7 @@ class Usage:
         self.opens += other.opens
         self.kernel_opens += other.kernel_opens
         self.waiting += other.waiting
+        self.read_ns += other.read_ns
         self.read_bytes += other.read_bytes
         self.misses += other.misses
         self.missed_bytes += other.missed_bytes
@@ -122,14 +143,41 @@ class Activity:
     """
 
     def __init__(self) -> None:
-        self.others = Usage()
-        self.background = Usage()
+        self.others = Usage(command="(others)")
+        self.background = Usage(command="(prefetch)")
         self.in_flight = self.queued = 0
         self.retries = 0
         self.failures: Counter[str] = Counter()
         self._by_pid: dict[int, Usage] = {}
         self._all = Activities()
         self._is_begun = False
+        self._is_named = False
+        self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it has a label of its own among the metrics, as long as it is attached."""
+        return self._is_named
+
+    def sample(self, now_s: float) -> None:
+        """To be called about once a second, for `rates`."""
+        reads = read_bytes = fetched_bytes = 0
+        for usage in self.usages():
+            reads += usage.reads
+            read_bytes += usage.read_bytes
+            fetched_bytes += usage.fetched_bytes
+        self._samples.append(Sample(now_s, reads, read_bytes, fetched_bytes))
+
+    def rates(self) -> Sample:
+        """How much there was of each, for a second, in the last ten or so."""
+        if len(self._samples) < 2:
+            return Sample(0.0, 0, 0, 0)
+        first, last = self._samples[0], self._samples[-1]
+        seconds = last.at_s - first.at_s or 1.0
+        return Sample(
+            seconds,
+            *((now - then) / seconds for now, then in zip(last[1:], first[1:], strict=True)),
+        )
 
     def usages(self) -> Iterator[Usage]:
         """Those of single processes, and the two that are of none."""
@@ -145,6 +193,7 @@ class Activity:
         """Its checkpoint is attached."""
         self._all = activities
         self._is_begun = True
+        self._is_named = sum(a.is_named for a in activities.begun) < NAMED_MAX
         activities.begun.append(self)
 
     def end(self) -> None:
@@ -154,6 +203,9 @@ class Activity:
             self._all.begun.remove(self)
             self._all.ended.add(self.total())
             self._all.ended.handles = self._all.ended.waiting = 0
+            if not self._is_named:
+                self._all.ended_unnamed.add(self.total())
+                self._all.ended_unnamed.handles = self._all.ended_unnamed.waiting = 0
             self._all.records -= len(self._by_pid)
 
     def opened(self, pid: int) -> Usage:
@@ -162,6 +214,14 @@ class Activity:
         usage.handles += 1
         usage.opens += 1
         return usage
+
+    def holds(self, pid: int) -> None:
+        """That process holds the checkpoint, though it may not have read of it."""
+        self._usage_of(pid)
+
+    def of(self, pid: int) -> Usage | None:
+        """What is counted of that process alone."""
+        return self._by_pid.get(pid)
 
     def closed(self, usage: Usage) -> None:
         """Undo one `opened`."""
@@ -203,7 +263,8 @@ class Activity:
             self._give_up(known)
         if not self._has_room():
             return self.others
-        known = self._by_pid[pid] = Usage(pid, started)
+        about = started, processes.command(pid), processes.owner(pid)
+        known = self._by_pid[pid] = Usage(pid, *about)
         self._all.records += 1
         return known
 
@@ -228,7 +289,8 @@ class Activities:
 
     Attributes:
         begun: Of those that are attached, in that order.
-        ended: What was read of those that are not attached any more.
+        ended: What was read of those that are not attached any more; `ended_unnamed`: of those
+            that had no label of their own.
         records: How many processes are counted by themselves.
         retries, failures: As those of an `Activity`, of all that there ever were.
     """
@@ -236,9 +298,15 @@ class Activities:
     def __init__(self) -> None:
         self.begun: list[Activity] = []
         self.ended = Usage()
+        self.ended_unnamed = Usage()
         self.records = 0
         self.retries = 0
         self.failures: Counter[str] = Counter()
+
+    def sample(self, now_s: float) -> None:
+        """See `Activity.sample`."""
+        for activity in self.begun:
+            activity.sample(now_s)
 
     def total(self) -> Usage:
         """What was read since the daemon began."""

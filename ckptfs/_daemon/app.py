@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -130,7 +131,9 @@ async def _run(
         nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
         nursery.start_soon(_serve_fuse, service, relay)
-        nursery.start_soon(_beat, handoff, limiter)
+        if config.metrics:
+            nursery.start_soon(_serve_metrics, config, service, offload)
+        nursery.start_soon(_beat, handoff.beat, limiter.flush, service.reporter.sample)
         os.write(ready_fd, b"{}\n")
         os.close(ready_fd)
         log.info("serving on %s", config.mount)
@@ -140,10 +143,10 @@ async def _run(
     return RESTART_STATUS if service.restarts else 0
 
 
-async def _beat(handoff: Handoff, limiter: logs.Limiter) -> None:
+async def _beat(*calls: Callable[[], None]) -> None:
     while True:
-        handoff.beat()
-        limiter.flush()
+        for call in calls:
+            call()
         await trio.sleep(BEAT_S)
 
 
@@ -161,6 +164,17 @@ async def _stop_when_idle(service: Service) -> None:
 async def _serve_fuse(service: Service, relay: Relay) -> None:
     await fuse.serve(relay)
     service.stopped.set()  # somebody has unmounted it
+
+
+async def _serve_metrics(config: Config, service: Service, offload: Offload) -> None:
+    try:
+        from ckptfs._daemon import exporter, scrapes  # a tenth of the daemon's imports
+    except ModuleNotFoundError as error:
+        log.error("no metrics: %s; pip install 'ckptfs[daemon]'", error)
+        return
+    parts = config, service.attachments, service.reporter, offload
+    source = exporter.Exporter(*parts, is_open=scrapes.is_open(config.metrics))
+    await scrapes.Scrapes(source, config.metrics).serve()
 
 
 def _end_with(keeper_pid: int) -> None:

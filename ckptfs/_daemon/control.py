@@ -29,6 +29,7 @@ from ckptfs._model.config import Config
 from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
+    Activity,
     Attach,
     Attached,
     Detach,
@@ -70,7 +71,7 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_LOOKING = Status, PrefetchProgress
+_LOOKING = Status, Activity, PrefetchProgress
 """Requests that change nothing."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
@@ -209,12 +210,13 @@ class Control:
             attachment = self._service.find(uid, request.name, request.location)
             self._service.detach(attachment, force=request.force)
             return Done()
-        if isinstance(request, Status):
+        if isinstance(request, Status | Activity):
             began_s = time.perf_counter()
-            status = self._service.status(uid)
+            told = self._service.status if isinstance(request, Status) else self._service.activity
+            reply = told(uid)
             if uid in self._users:
                 self._users[uid].paid_s += _STATUS_COST * (time.perf_counter() - began_s)
-            return status
+            return reply
         if isinstance(request, MetadataChanged):
             await self._service.metadata_changed(request.location, uid)
             return Done()

@@ -49,9 +49,10 @@ class Service:
     Attributes:
         attachments: All of them, and who holds them.
         vfs: The tree that the kernel sees; `xattrs`, `metadata`: likewise.
+        reporter: Knows what happens.
         stopped: Set when the daemon is to end; `restarts`: and to be followed by another one.
-        attach, detach, find, hold, let_go, released, prefetch, prefetch_unheld, status: Those of
-            the parts.
+        attach, detach, find, hold, let_go, released, prefetch, prefetch_unheld, status,
+            activity: Those of the parts.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Service:
         self.released = attachments.released
         self.prefetch = self._prefetches.begin
         self.prefetch_unheld = self._prefetches.begin_unheld
-        self.status = Reporter(config, attachments, cache, fetcher, handoff, passthrough).status
+        self.reporter = Reporter(config, attachments, cache, fetcher, handoff, passthrough)
+        self.status, self.activity = self.reporter.status, self.reporter.activity
         self.xattrs = Xattrs(self.vfs, fetcher, cache, offload, self.metadata, self.prefetch_unheld)
         self.stopped = trio.Event()
         self.restarts = False

@@ -178,6 +178,7 @@ class Vfs:
         attachment, node = self.find(inode)
         if node is attachment.tree.root:
             attachment.directories[handle] = pid
+            attachment.activity.holds(pid)
         else:
             attachment.open_handles += 1
 
@@ -312,6 +313,7 @@ class Vfs:
         file, _, usage = opened
         usage.read_bytes += length
         now_ns = time.perf_counter_ns()
+        usage.read_ns += now_ns - began_ns
         usage.latency_ns[(now_ns - began_ns).bit_length()] += 1
         if error is not None:
             usage.failed(error)

@@ -67,6 +67,10 @@ class Status(Asked, frozen=True, tag="status"):
     """Ask for the daemon's state."""
 
 
+class Activity(Asked, frozen=True, tag="activity"):
+    """Ask for what has been read and fetched since the daemon started. Reply: `ActivityReply`."""
+
+
 class MetadataChanged(Asked, frozen=True, tag="metadata-changed"):
     """The metadata of a checkpoint was changed at the store. Reply: `Done`, when attachments of it
     show that."""
@@ -119,6 +123,7 @@ Request = (
     Attach
     | Detach
     | Status
+    | Activity
     | MetadataChanged
     | StartPrefetch
     | PrefetchProgress
@@ -214,8 +219,24 @@ class Trace(Message, frozen=True, tag="trace-reply"):
     restarts: int
 
 
+class Holder(msgspec.Struct, frozen=True):
+    """A process that holds an attachment, or has files of it open. `command`: what it runs; "":
+    it is none of the user who asks."""
+
+    pid: int
+    command: str
+    open_files: int
+
+
 class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch."""
+    """State of one attachment. Sizes in bytes, `attached` in seconds since the epoch.
+
+    Attributes:
+        holders: The processes that hold its directory, the first of them.
+        processes: The first of those that hold it, or have files of it open.
+        reads_per_s, read_bytes_per_s, fetched_bytes_per_s: What the kernel was given, and what came
+            from the store, in the last ten seconds or so.
+    """
 
     name: str
     path: str
@@ -233,12 +254,17 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     skipped: list[Skipped] = []
     skipped_count: int = 0
+    processes: list[Holder] = []
+    reads_per_s: float = 0.0
+    read_bytes_per_s: float = 0.0
+    fetched_bytes_per_s: float = 0.0
 
 
 class StatusReply(Message, frozen=True, tag="status-reply"):
     """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started.
     `restarts`: how many daemons have served the mount before this one.
-    `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself."""
+    `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself.
+    `left_out`: attachments for which a message has no room."""
 
     version: str
     pid: int
@@ -251,9 +277,107 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     passthrough: str
     restarts: int
     attachments: list[AttachmentStatus]
+    left_out: int = 0
 
 
-Reply = Attached | Done | Failed | Prefetching | StatusReply | Trace
+class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was read, since the daemon started.
+
+    Attributes:
+        opens: Files that were opened; `kernel_opens`: those that the kernel reads by itself, of
+            whose reads nobody knows.
+        open_files: That are open now; `waiting`: reads that wait now.
+        reads, read_bytes: That the kernel was given; `misses`, `missed_bytes`: the part of these
+            that had to wait for the store.
+        errors: Reads that failed, by the error's code.
+        fetches, fetched_bytes: Requests for data that came of these reads, and what they brought.
+        latency_ns: How many reads took less than 2**i nanoseconds, and not less than half of it, at
+            position i; zeros at its end are left out.
+    """
+
+    opens: int = 0
+    kernel_opens: int = 0
+    open_files: int = 0
+    waiting: int = 0
+    reads: int = 0
+    read_bytes: int = 0
+    misses: int = 0
+    missed_bytes: int = 0
+    errors: dict[str, int] = {}
+    fetches: int = 0
+    fetched_bytes: int = 0
+    latency_ns: list[int] = []
+
+
+class ProcessActivity(msgspec.Struct, frozen=True):
+    """What one process did with a checkpoint; `pid` 0: no single one, and `command` says what it
+    is."""
+
+    pid: int
+    command: str
+    counts: Counts
+
+
+class CheckpointActivity(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened in one attachment. `in_flight`: requests for data that are under way or wait;
+    `queued`: those that wait; `retries`, `failures`: attempts after one that failed, and those that
+    did, by the error's code."""
+
+    name: str
+    uri: str
+    in_flight: int
+    queued: int
+    retries: int
+    failures: dict[str, int]
+    counts: Counts
+    processes: list[ProcessActivity]
+    processes_left_out: int
+
+
+class RequestActivity(msgspec.Struct, frozen=True):
+    """Requests to stores of one kind: how many had which outcome; `latency_ns` as in `Counts`."""
+
+    kind: str
+    outcomes: dict[str, int]
+    latency_ns: list[int]
+
+
+class ActivityReply(Message, frozen=True, tag="activity-reply"):
+    """Reply to `Activity`. `at_s`: when it was, of a clock that runs evenly and begins anew with
+    each daemon; `started`: since when it counts, in seconds since the epoch. `counts` are those of
+    the whole node; of the checkpoints there are those that the user may see, and that a message has
+    room for, the busiest ones first.
+
+    Attributes:
+        running, in_flight_bytes: Transfers that are under way now, and their bytes.
+        queue: Transfers that wait for a place now, by priority.
+    """
+
+    version: str
+    pid: int
+    mount: str
+    at_s: float
+    started: float
+    restarts: int
+    passthrough: str
+    cache_bytes: int
+    cache_bytes_max: int
+    evicted_bytes: int
+    evicted_objects: int
+    fetched_bytes: int
+    fetched_spans: int
+    retries: int
+    failures: dict[str, int]
+    running: int
+    in_flight_bytes: int
+    queue: dict[str, int]
+    counts: Counts
+    requests: list[RequestActivity]
+    checkpoints: list[CheckpointActivity]
+    checkpoints_left_out: int
+
+
+Reply = Attached | Done | Failed | Prefetching | StatusReply | ActivityReply | Trace
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
