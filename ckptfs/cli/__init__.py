@@ -12,6 +12,7 @@ from ckptfs.cli import (
     plan,
     prefetch,
     report,
+    top,
     topics,
 )
 
@@ -27,6 +28,7 @@ app.command("mount")(daemon.mount)
 app.command("umount")(daemon.umount)
 app.command("restart")(daemon.restart)
 app.command("status")(daemon.status)
+app.command("top")(top.top)
 app.command("attach")(checkpoints.attach)
 app.command("detach")(checkpoints.detach)
 app.command("ls")(checkpoints.ls)

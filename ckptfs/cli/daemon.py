@@ -11,7 +11,9 @@ import typer
 from ckptfs import _client
 from ckptfs._config import load_config, log_path
 from ckptfs._model.manifest import printable
+from ckptfs._model.wire import AttachmentStatus
 from ckptfs.cli import output
+from ckptfs.cli.numbers import size as short_size
 from ckptfs.errors import DaemonError
 
 _END_WAIT_S = 20.0
@@ -81,33 +83,47 @@ def status(as_json: output.JsonOption = False) -> None:
         print("no checkpoint is attached")
         return
     print()
-    output.print_table(
-        ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "HELD BY"],
+    columns = ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "READ/s", "STORE/s"]
+    rows = [
         [
-            [
-                attachment.uri.partition("?")[0],
-                output.state(attachment.state),
-                output.share(attachment.cached, attachment.size),
-                output.size(attachment.size),
-                str(attachment.files),
-                _holders(attachment.holders, attachment.open_files, attachment.pinned),
-            ]
-            for attachment in reply.attachments
-        ],
-        right=(3, 4),
-    )
+            attachment.uri.partition("?")[0],
+            output.state(attachment.state),
+            output.share(attachment.cached, attachment.size),
+            output.size(attachment.size),
+            str(attachment.files),
+            short_size(attachment.read_bytes_per_s),
+            short_size(attachment.fetched_bytes_per_s),
+        ]
+        for attachment in reply.attachments
+    ]
+    output.print_table(columns, rows, right=(3, 4, 5, 6))
     for attachment in reply.attachments:
         print(f"\n{attachment.path}")
+        for line in _holders(attachment):
+            print(f"  held by {line}")
         if attachment.error:
             print(f"  last error: {printable(attachment.error)}")
         for skipped in attachment.skipped:
             print(f"  left out: {skipped.name}: {skipped.reason}")
         if attachment.skipped_count > len(attachment.skipped):
             print(f"  left out: {attachment.skipped_count - len(attachment.skipped)} more")
+    if reply.left_out:
+        print(f"\nand {reply.left_out} more checkpoints, for which a status has no room")
 
 
-def _holders(pids: list[int], open_files: int, pinned: bool) -> str:
-    words = [f"pid {pid}" for pid in pids]
-    words += [f"{open_files} open"] if open_files else []
-    words += ["pinned"] if pinned else []
-    return ", ".join(words) or "nobody"
+def _holders(attachment: AttachmentStatus) -> list[str]:
+    """Who holds it, one a line."""
+    lines = [
+        f"pid {holder.pid}"
+        + (f" ({printable(holder.command)})" if holder.command else "")
+        + (f", {holder.open_files} open" if holder.open_files else "")
+        for holder in attachment.processes
+    ]
+    named = {holder.pid for holder in attachment.processes}
+    if more := sum(pid not in named for pid in attachment.holders):
+        lines.append(f"{more} more processes")
+    if not lines and attachment.open_files:
+        lines.append(f"{attachment.open_files} open files")
+    if attachment.pinned:
+        lines.append("its pin: ckptfs detach takes it away")
+    return lines or ["nobody: it will be detached"]

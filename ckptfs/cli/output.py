@@ -20,6 +20,11 @@ _PIPED_WIDTH = 5000
 """Longer than any row: a path has at most 4096 bytes (PATH_MAX)."""
 
 
+def console() -> Console:
+    """Standard output. Piped, a line is a row: nothing is folded."""
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output; the wire protocol's own fields are left out."""
     plain: Any = msgspec.to_builtins(value)
@@ -43,8 +48,7 @@ def print_table(
     for row in rows:
         # Names come from the store: Text, so that rich does not look for markup in them.
         table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in row])
-    # Piped, a line is a row: nothing is folded.
-    Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(table)
+    console().print(table)
 
 
 size = size_text

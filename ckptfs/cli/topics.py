@@ -1,4 +1,4 @@
-"""``help``: how to use it, and what it promises."""
+"""``help``: how to use it, what it promises, and what it tells Prometheus."""
 
 import sys
 from importlib.resources import files
@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-_TOPICS = {"semantics": ("SEMANTICS.md", "what a mounted checkpoint promises")}
+_TOPICS = {
+    "semantics": ("SEMANTICS.md", "what a mounted checkpoint promises"),
+    "metrics": ("METRICS.md", "what a daemon tells Prometheus"),
+}
 """Documents of the package, each with what it is about."""
 LIST = "Topics of ckptfs help: " + ", ".join(
     f"{name} ({about})" for name, (_, about) in _TOPICS.items()
@@ -28,13 +31,13 @@ def help_(
         str,
         typer.Argument(
             metavar="COMMAND|TOPIC",
-            help="A command, or 'semantics'.",
+            help="A command, 'semantics' or 'metrics'.",
             autocompletion=complete_topic,
             show_default=False,
         ),
     ] = "",
 ) -> None:
-    """Explain a command, or (semantics) what a mounted checkpoint promises."""
+    """Explain a command, or what a mounted checkpoint promises (semantics), or the metrics."""
     parent = context.find_root()
     if topic in _TOPICS:
         _print_document(files("ckptfs").joinpath(_TOPICS[topic][0]).read_text())

@@ -20,10 +20,11 @@ UriOf = Callable[[Path], str]
 ATTACHMENT_FIELDS = {
     *("name", "path", "uri", "version", "state", "files", "size", "cached", "holders"),
     *("open_files", "pinned", "attached", "uid", "error", "skipped", "skipped_count"),
+    *("processes", "reads_per_s", "read_bytes_per_s", "fetched_bytes_per_s"),
 }
 STATUS_FIELDS = {
     *("version", "pid", "mount", "cache_dir", "cache_bytes", "cache_bytes_max"),
-    *("fetched_bytes", "fetched_spans", "passthrough", "restarts", "attachments"),
+    *("fetched_bytes", "fetched_spans", "passthrough", "restarts", "attachments", "left_out"),
 }
 
 
