@@ -33,6 +33,7 @@ from ckptfs._model.wire import (
 )
 from ckptfs._store.requests import REQUESTS
 
+_VERSION = version_of("ckptfs")  # looked up once: an upgrade takes it away for a moment
 _SKIPPED_IN_STATUS = 100
 """Skipped objects that a status lists per attachment; the count is always whole."""
 _HOLDERS_IN_STATUS = 64
@@ -76,7 +77,7 @@ class Reporter:
         visible = [a for a in self._attachments if may_see(uid, a)]
         told = _fitting(self._status_of(a, uid) for a in visible)
         return StatusReply(
-            version=version_of("ckptfs"),
+            version=_VERSION,
             pid=os.getpid(),
             mount=self._config.mount,
             cache_dir=self._config.cache_dir,
@@ -133,7 +134,7 @@ class Reporter:
         evicted_bytes, evicted_objects = self._cache.evicted
         activities = self._attachments.activities
         return ActivityReply(
-            version=version_of("ckptfs"),
+            version=_VERSION,
             pid=os.getpid(),
             mount=self._config.mount,
             at_s=trio.current_time(),

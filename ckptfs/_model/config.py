@@ -14,7 +14,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
 
-METRICS = r"^$|^(127(\.[0-9]{1,3}){3}|localhost|\[::1\]):[0-9]{1,5}$|^unix:/[^\x00]{1,106}$"
+METRICS = r"^((127(\.[0-9]{1,3}){3}|localhost|\[::1\]):[0-9]{1,5}|unix:/[^\0\n]{1,106})?\Z"
 """A loopback address and its port, or a unix socket: nobody else's machine may look."""
 
 

@@ -20,7 +20,7 @@ LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
-REQUEST_ID = "^[A-Za-z0-9_.-]{0,64}$"
+REQUEST_ID = r"^[A-Za-z0-9_.-]{0,64}\Z"
 """What the id of a request may look like: it goes into logs and headers."""
 _Glob = Annotated[str, msgspec.Meta(max_length=4096)]
 

@@ -13,7 +13,6 @@ from ckptfs._config import load_config, log_path
 from ckptfs._model.manifest import printable
 from ckptfs._model.wire import AttachmentStatus
 from ckptfs.cli import output
-from ckptfs.cli.numbers import size as short_size
 from ckptfs.errors import DaemonError
 
 _END_WAIT_S = 20.0
@@ -83,7 +82,7 @@ def status(as_json: output.JsonOption = False) -> None:
         print("no checkpoint is attached")
         return
     print()
-    columns = ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "READ/s", "STORE/s"]
+    columns = ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES"]
     rows = [
         [
             attachment.uri.partition("?")[0],
@@ -91,16 +90,19 @@ def status(as_json: output.JsonOption = False) -> None:
             output.share(attachment.cached, attachment.size),
             output.size(attachment.size),
             str(attachment.files),
-            short_size(attachment.read_bytes_per_s),
-            short_size(attachment.fetched_bytes_per_s),
         ]
         for attachment in reply.attachments
     ]
-    output.print_table(columns, rows, right=(3, 4, 5, 6))
+    output.print_table(columns, rows, right=(3, 4))
     for attachment in reply.attachments:
         print(f"\n{attachment.path}")
         for line in _holders(attachment):
             print(f"  held by {line}")
+        if attachment.read_bytes_per_s or attachment.fetched_bytes_per_s:
+            read = output.size(int(attachment.read_bytes_per_s))
+            fetched = output.size(int(attachment.fetched_bytes_per_s))
+            reads = attachment.reads_per_s
+            print(f"  now: {reads:.0f} reads/s, {read}/s; from the store {fetched}/s")
         if attachment.error:
             print(f"  last error: {printable(attachment.error)}")
         for skipped in attachment.skipped:

@@ -231,7 +231,7 @@ def _head(found: Picture, width: int) -> list[Text]:
         + f"  hit {_share(node.hit_ratio)}  waiting {node.waiting}  errors {count(node.errors)}",
         _rates("store", found.requests_per_s, node.store_bytes_per_s, *_request_times(found))
         + f"  running {found.running}  queue {node.queued}  failed {count(node.failures)}",
-        f"kernel {count(node.kernel_opens)} files are its own to read"
+        f"kernel {count(node.kernel_opens)} opens of files that it reads by itself"
         f" (passthrough {found.passthrough})",
     ]
     cache = Text(f"cache {size(found.cache_bytes)}")

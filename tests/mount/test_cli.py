@@ -157,10 +157,13 @@ def test_status_table(
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
         table = plain.splitlines()[5:]
         header = table[0].split()
-        assert header == ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES", "HELD", "BY"]
+        assert header == ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES"]
         joined = "".join(plain.split())
         assert f"s3://{small.parent.parent.name}/run/checkpoint" in joined or columns == 80
-        assert f"pid{os.getpid()}" in joined
+        assert f"held by pid {os.getpid()} (" in plain
+        [holder] = node.status()["attachments"][0]["processes"]
+        assert (holder["pid"], holder["open_files"]) == (os.getpid(), 0)
+        assert holder["command"] in plain
         assert "2.9MiB" in joined
         assert "99%" in joined  # never 100 % before it is all there
         assert path in plain
@@ -175,6 +178,7 @@ def test_usage(node: Node) -> None:
         "mount",
         "umount",
         "status",
+        "top",
         "attach",
         "detach",
         "ls",
