@@ -76,7 +76,9 @@ def leads_to_journal(fd: int) -> bool:
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """Those of `FIELDS` that a line has."""
     found = {name: getattr(record, name, None) for name in FIELDS}
-    return {name: value for name, value in found.items() if value not in (None, "", 0)}
+    if not found["suppressed"]:
+        del found["suppressed"]
+    return {name: value for name, value in found.items() if value not in (None, "")}
 
 
 def message_of(record: logging.LogRecord) -> str:

@@ -226,8 +226,8 @@ class S3Store:
                     f"than were asked for ({headers['range']}); does it know ranges?"
                 )
             count = read_into(response, buffer)
-        if count != len(buffer):
-            raise BrokenConnection(f"the answer ended after {count} of {len(buffer)} bytes")
+            if count != len(buffer):
+                raise BrokenConnection(f"the answer ended after {count} of {len(buffer)} bytes")
         return bool(pin.etag) and self._answers_are_whole
 
     def get(self, path: str) -> bytes | None:

@@ -3,12 +3,13 @@
 import logging
 import os
 import re
+import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Node
+from conftest import Node, wait_until
 from s3server import S3Server
 
 import ckptfs
@@ -21,7 +22,9 @@ from ckptfs._store.resolve import open_store
 pytestmark = pytest.mark.mount
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_secrets_stay_in_the_daemons_memory(
+    log_format: str,
     node: Node,
     s3: S3Server,
     small: Path,
@@ -29,6 +32,9 @@ def test_secrets_stay_in_the_daemons_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planted = "PLANTED/SECRET+KEY"
+    metrics = node.folder / "m.sock"
+    node.configure(log_format=log_format, log_level="debug", metrics=f"unix:{metrics}")
+    node.check_log = lambda log: None  # type: ignore[method-assign] # it has all levels
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN"):
         monkeypatch.setenv(name, planted)
     (small / ".metadata.json").write_text('{"a": 1}')
@@ -47,7 +53,9 @@ def test_secrets_stay_in_the_daemons_memory(
         ]
         for place in (path, *map(str, Path(path).rglob("*"))):
             said += [os.getxattr(place, name) for name in os.listxattr(place)]
-        said += [bytes(node.here(*command).stdout, "utf-8") for command in (["status", "--json"],)]
+        commands = ["status", "--json"], ["status"], ["top", "--json", "--interval", "0.2"]
+        said += [bytes(node.here(*command).stdout, "utf-8") for command in commands]
+        said.append(scraped(metrics))
         daemon = node.status()["pid"]
         keeper = int(Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[1])
         for pid in (daemon, keeper):
@@ -57,7 +65,18 @@ def test_secrets_stay_in_the_daemons_memory(
     node.end()
     said += [file.read_bytes() for file in node.folder.rglob("*") if file.is_file()]
     assert len(said) > 30
+    log = b"".join(text for text in said if b"Attach asked by uid" in text)
+    assert b"Status asked by uid" in log  # it is of all levels
     assert not any(secret in text for secret in secrets for text in said)
+
+
+def scraped(path: Path) -> bytes:
+    """What the metrics say."""
+    wait_until(path.exists)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_secrets_are_in_no_log_and_no_error(caplog: pytest.LogCaptureFixture) -> None:

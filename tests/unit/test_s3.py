@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
@@ -13,7 +15,9 @@ import pytest
 from servers import Moto
 
 from ckptfs._model.location import Location
+from ckptfs._requestid import request_id
 from ckptfs._store.base import Pin, Store, pin_of
+from ckptfs._store.requests import REQUESTS
 from ckptfs._store.resolve import open_store
 from ckptfs.errors import (
     AccessDenied,
@@ -555,3 +559,81 @@ def test_certificates_that_are_not_there() -> None:
     options = {"tls_ca_file_path": "/no/such/file"}
     with pytest.raises(LocationError, match="No such file"):
         open_store(Location("s3", "bucket/run", options, SECRETS), 1)
+
+
+# -- what is counted and told
+
+
+def test_requests_carry_the_id_of_what_they_are_for(server: Scripted) -> None:
+    server.answers = [ranged(2, b"2345", 10)]
+    store = store_at(server.endpoint)
+    read(store, PIN, 2, 4)
+    token = request_id.set("abc.1")
+    try:
+        read(store, PIN, 2, 4)
+    finally:
+        request_id.reset(token)
+    agents = [headers["user-agent"] for _, _, headers in server.requests]
+    assert agents == [f"ckptfs/{version('ckptfs')}", f"ckptfs/{version('ckptfs')} request/abc.1"]
+    signed = server.requests[-1][2]["authorization"]
+    assert "user-agent" not in signed  # a proxy may change it
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("4442587FB7D0A2F9", " [request 4442587FB7D0A2F9]"), ("a b\x1b[1m", ""), ("x" * 500, "")],
+)
+def test_an_error_names_the_servers_request(server: Scripted, name: str, shown: str) -> None:
+    body = b"<Error><Code>SlowDown</Code><Message>less</Message></Error>"
+    server.answers = [Answer(503, body, x_amz_request_id=name)]
+    with pytest.raises(StoreUnavailable) as failed:
+        read(store_at(server.endpoint), PIN, 2, 4)
+    assert f"(SlowDown: less{shown})" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "outcome"),
+    [
+        (ranged(2, b"2345", 10), "read", "ok"),
+        (Answer(503), "read", "unavailable"),
+        (Answer(403), "read", "denied"),
+        (Answer(412), "read", "changed"),
+        (Answer(404), "get", "absent"),
+        (Answer(404), "head", "absent"),
+        (Answer(418), "list", "error"),
+        (ranged(2, b"2345", 10, etag='"v2"'), "read", "changed"),
+        (ranged(2, b"2345", 10, cut=2), "read", "unavailable"),
+    ],
+)
+def test_requests_are_counted(server: Scripted, answer: Answer, kind: str, outcome: str) -> None:
+    server.answers = [answer]
+    store = store_at(server.endpoint)
+    before = {found.kind: found for found in REQUESTS.snapshot()}
+    call = {
+        "read": lambda: read(store, PIN, 2, 4),
+        "get": lambda: store.get("a"),
+        "head": lambda: store.find("a"),
+        "list": lambda: store.list(10),
+    }[kind]
+    with contextlib.suppress(CkptfsError):
+        call()
+    for found in REQUESTS.snapshot():
+        then = before[found.kind]
+        counted = {name: n - then.outcomes[name] for name, n in found.outcomes.items()}
+        times = sum(found.latency_ns) - sum(then.latency_ns)
+        is_it = found.kind == kind
+        assert {name for name, n in counted.items() if n} == ({outcome} if is_it else set())
+        assert times == (len(server.requests) if is_it else 0)
+        assert (found.total_ns > then.total_ns) == is_it
+
+
+def test_a_request_to_another_region_is_two(server: Scripted) -> None:
+    server.answers = [
+        Answer(301, x_amz_bucket_region="eu-west-1"),
+        ranged(2, b"2345", 10),
+    ]
+    [before] = [found for found in REQUESTS.snapshot() if found.kind == "read"]
+    read(store_at(server.endpoint), PIN, 2, 4)
+    [after] = [found for found in REQUESTS.snapshot() if found.kind == "read"]
+    for outcome, count in (("redirected", 1), ("ok", 1), ("error", 0)):
+        assert after.outcomes[outcome] - before.outcomes[outcome] == count  # type: ignore[index]
