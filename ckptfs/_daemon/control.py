@@ -71,7 +71,7 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_LOOKING = Status, Activity, PrefetchProgress
+_LOOKING = Status, Activity, GetTrace, PrefetchProgress
 """Requests that change nothing."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
