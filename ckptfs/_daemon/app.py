@@ -36,7 +36,7 @@ from ckptfs._model.config import Config
 from ckptfs._store.resolve import OpenStore, open_store
 from ckptfs.errors import CkptfsError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 

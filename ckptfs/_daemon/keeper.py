@@ -26,6 +26,7 @@ cache are in a scratch directory, and standard input, a pickled filesystem (see
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
 import resource
 import signal
@@ -38,7 +39,7 @@ from pathlib import Path
 import msgspec
 
 from ckptfs._config import load_config
-from ckptfs._daemon import handoff, session
+from ckptfs._daemon import handoff, logs, session
 from ckptfs._daemon.held import CONTROL, Held, handed_back, load
 from ckptfs._daemon.launch import (
     LOCK_WAIT_S,
@@ -53,6 +54,8 @@ from ckptfs._daemon.process import ASKED_FOR_NEXT, DaemonProcess, Heart
 from ckptfs._filelock import acquire, release
 from ckptfs._model.config import Config
 from ckptfs.errors import CannotMount, CkptfsError, ConfigError, DaemonError
+
+log = logging.getLogger("ckptfs._daemon.keeper")  # it is __main__, too
 
 _DEATHS_WITHIN_S = 600.0
 _SHORT_LIFE_S = 0.5
@@ -115,6 +118,7 @@ def _run(
     if report.fd >= 0:
         report.fd = detach(config)
     os.chdir("/")
+    logs.configure(config)
     with Keeper(config, pickled, manager) as keeper:
         keeper.start(given.get(CONTROL, -1))
         report.send({"socket": config.socket})
@@ -123,6 +127,7 @@ def _run(
 
 def _resume(held: Held, manager: ServiceManager) -> str:
     """This program, or this keeper, comes after another one: see `Keeper.resume`."""
+    logs.configure(held.config)
     with Keeper(held.config, b"", manager) as keeper:
         keeper.resume(held)
         return keeper.run()
@@ -248,10 +253,10 @@ class Keeper:
                 deaths = [at_s for at_s in deaths if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
                 why_not = self._why_not_restart(len(deaths))
                 if why_not:
-                    _say(f"the daemon {how}: ending the mount, because {why_not}")
+                    log.error("the daemon %s: ending the mount, because %s", how, why_not)
                     return why_not
             short_lives = short_lives + 1 if now_s - began_s < _SHORT_LIFE_S else 0
-            _say(f"the daemon {how}: starting the next one")
+            log.warning("the daemon %s: starting the next one", how)
             self._manager.status(f"the daemon {how}: starting the next one")
             time.sleep(_PAUSE_S if short_lives > _SHORT_LIVES_MAX else 0)
             self._start_next()
@@ -311,7 +316,7 @@ class Keeper:
         try:
             os.execve(sys.executable, command, {**os.environ, **self._manager.variables})
         except OSError as error:
-            _say(f"the keeper cannot be replaced: {error}")
+            log.error("the keeper cannot be replaced: %s", error)
             for fd in held.fds():
                 os.set_inheritable(fd, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -414,7 +419,7 @@ class Keeper:
         try:
             self._start_daemon(after_another=True)
         except CkptfsError as error:
-            _say(f"the next daemon did not come up: {error}")
+            log.error("the next daemon did not come up: %s", error)
             if self._daemon is not None:
                 self._daemon.end(at_once=True)
         else:
@@ -437,10 +442,6 @@ class Keeper:
         if self._daemon is None:
             sys.exit(128 + number)
         self._daemon.terminate()
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -154,10 +155,13 @@ def test_what_fails_is_counted_and_logged_once(
                 Path(path, "layers/0/weights.bin").read_bytes()
         with _client.connect() as connection:
             activity = connection.activity()
+        os.kill(activity.pid, signal.SIGKILL)
+        assert node.status()["pid"] != activity.pid
     assert activity.counts.errors["object-changed"] >= 20
     assert activity.failures["object-changed"] >= 1
     node.end()
     lines = json_lines(node)
+    assert any("killed by signal 9" in line["message"] for line in lines)  # the keeper's
     changed = [line for line in lines if line.get("error") == "object-changed"]
     assert len(changed) == 1
     assert changed[0]["file"] == "layers/0/weights.bin"
@@ -172,9 +176,8 @@ def test_what_fails_is_counted_and_logged_once(
 
 
 def json_lines(node: Node) -> list[dict[str, Any]]:
-    """The daemon's log; the keeper's own lines are text."""
-    lines = [line for line in node.log().splitlines() if " keeper: " not in line]
-    return [json.loads(line) for line in lines]
+    """What keeper and daemon have logged."""
+    return [json.loads(line) for line in node.log().splitlines()]
 
 
 def test_top(node: Node, small: Path, uri_of: UriOf) -> None:

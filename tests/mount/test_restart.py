@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
@@ -225,7 +224,11 @@ def test_a_daemon_that_cannot_start_again_ends_with_its_mount(
 
 
 def test_a_kernel_that_cannot_repeat_requests_gets_no_second_daemon(
-    node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
+    node: Node,
+    small: Path,
+    uri_of: UriOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The keeper runs in this process, with a session that lacks FUSE_HAS_RESEND (Linux < 6.9); so
     only another process may touch the mount."""
@@ -233,7 +236,7 @@ def test_a_kernel_that_cannot_repeat_requests_gets_no_second_daemon(
     with keeper.Keeper(load_config()) as ours:
         ours.start()
         runs = threading.Thread(target=ours.run)
-        with mock.patch.object(keeper, "_say") as said, holder(node, uri_of(small)) as process:
+        with holder(node, uri_of(small)) as process:
             runs.start()
             tell(process)
             assert Path(hear(process)).parent == node.mount
@@ -241,7 +244,7 @@ def test_a_kernel_that_cannot_repeat_requests_gets_no_second_daemon(
             os.kill(ours._daemon.pid, signal.SIGKILL)
             runs.join(COMMAND_TIMEOUT_S)
             ours.__exit__()  # as the keeper does next
-        [((text,), _)] = said.call_args_list
+    [text] = [r.getMessage() for r in caplog.records if r.name == "ckptfs._daemon.keeper"]
     assert re.fullmatch(
         r"the daemon was killed by signal 9: ending the mount, because the kernel \(.*\) cannot "
         r"repeat its requests; Linux 6\.9 can",
