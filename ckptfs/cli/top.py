@@ -223,7 +223,7 @@ def _place(line: Line, is_process: bool, width: int) -> Text:
 
 def _head(found: Picture, width: int) -> list[Text]:
     node = found.node
-    restarts = f"   {found.restarts} restarts" if found.restarts else ""
+    restarts = f"   restarts {found.restarts}" if found.restarts else ""
     up = duration(found.up_s)
     lines = [
         f"ckptfs {found.version}   pid {found.pid}   up {up}{restarts}   {found.mount}",
