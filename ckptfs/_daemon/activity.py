@@ -16,7 +16,7 @@ All of it belongs to the event loop, and begins at zero with each daemon.
 """
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -263,8 +263,9 @@ class Activity:
             self._give_up(known)
         if not self._has_room():
             return self.others
-        about = started, processes.command(pid), processes.owner(pid)
+        about = started, processes.name(pid), processes.owner(pid)
         known = self._by_pid[pid] = Usage(pid, *about)
+        self._all.on_new(known)
         self._all.records += 1
         return known
 
@@ -285,7 +286,8 @@ class Activity:
 
 
 class Activities:
-    """What happens in all checkpoints.
+    """What happens in all checkpoints. `on_new`: called with each process that is new; it may find
+    out more of it.
 
     Attributes:
         begun: Of those that are attached, in that order.
@@ -295,7 +297,8 @@ class Activities:
         retries, failures: As those of an `Activity`, of all that there ever were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_new: Callable[[Usage], None] = lambda usage: None) -> None:
+        self.on_new = on_new
         self.begun: list[Activity] = []
         self.ended = Usage()
         self.ended_unnamed = Usage()

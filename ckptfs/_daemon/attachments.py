@@ -33,6 +33,7 @@ class Attachments:
     Args:
         make_vfs: Makes the tree that shows them; given what it has to call when a handle of an
             attachment was closed.
+        activities: What happens in them.
         linger_s: How long one that nobody holds stays.
         nursery: Runs the timers.
         journal: Where they are written down for the next daemon.
@@ -41,13 +42,13 @@ class Attachments:
     Attributes:
         vfs: What `make_vfs` has made.
         traces: How they were read.
-        activities: What happens in them.
         last_end_s: When one ended last (event loop time).
     """
 
     def __init__(
         self,
         make_vfs: Callable[[Callable[[Attachment], None]], Vfs],
+        activities: Activities,
         linger_s: float,
         nursery: trio.Nursery,
         journal: Journal,
@@ -55,7 +56,7 @@ class Attachments:
     ) -> None:
         self.vfs = make_vfs(self.released)
         self.traces = Traces()
-        self.activities = Activities()
+        self.activities = activities
         self._linger_s = linger_s
         self._nursery = nursery
         self._journal = journal

@@ -98,6 +98,7 @@ def private_config(config: Config, stack: contextlib.ExitStack) -> Config:
         cache_dir=f"{folder}/cache",
         idle_exit_s=min(config.idle_exit_s or _PRIVATE_IDLE_S, _PRIVATE_IDLE_S),
         allow_other=False,
+        metrics="",  # its address is the node's daemon's
     )
 
 

@@ -48,6 +48,7 @@ class Offload:
         self._dark = _Lane(_DARK_THREADS, _LEFT_BEHIND_MAX)
         self._disk = _Lane(_DISK_THREADS, 0)
         self._compute = _Lane(_COMPUTE_THREADS, 0)
+        self._names = _Lane(1, 0)
 
     async def data(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a ranged read."""
@@ -65,13 +66,20 @@ class Offload:
         """Run disk IO."""
         return await self._disk.run(functools.partial(function, *args, **kwargs))
 
+    async def names(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what looks at other processes, which may wait for us."""
+        return await self._names.run(functools.partial(function, *args, **kwargs))
+
     async def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what needs neither network nor disk, and too long for the event loop."""
         return await self._compute.run(functools.partial(function, *args, **kwargs))
 
     def threads(self) -> int:
         """How many threads work, or hang, now."""
-        lanes = (self._data, self._control, self._dark, self._disk, self._compute)
+        lanes = (
+            *(self._data, self._control, self._dark, self._disk),
+            *(self._compute, self._names),
+        )
         return sum(lane.threads for lane in lanes)
 
 

@@ -1,5 +1,9 @@
 """What proc(5) says of processes. They are gone, or in a namespace that we do not see, at any time:
-then there is no answer, and no error."""
+then there is no answer, and no error.
+
+Only `command` may wait: a command line lies in the process's own memory, whose lock may be held by
+a page fault on our mount, which waits for us. So it is not for the event loop.
+"""
 
 import os
 import re
@@ -30,21 +34,30 @@ def owner(pid: int) -> int:
         return -1
 
 
+def name(pid: int) -> str:
+    """What the kernel calls it, as "python3"; "": it is gone."""
+    return _printable(_read(f"/proc/{pid}/comm").decode(errors="replace").strip())
+
+
 def command(pid: int) -> str:
-    """Its program, and what it runs, as "python3 train.py"; "": it is gone.
+    """Blocking. Its program, and what it runs, as "python3 train.py"; "": it is gone.
 
     Not the whole command line, and no word that may hold a secret (a URI, a setting).
     """
     words = [os.fsdecode(word) for word in _read(f"/proc/{pid}/cmdline").split(b"\0") if word]
     if not words:
-        return _read(f"/proc/{pid}/comm").decode(errors="replace").strip()
+        return ""
     program, *arguments = words
-    name = os.path.basename(program.split(" ")[0])
+    called = os.path.basename(program.split(" ")[0])
     runs = next((word for word in arguments if not word.startswith("-")), "")
     if "://" in runs or "=" in runs or "\n" in runs or " " in runs:
         runs = ""
-    shown = f"{name[:_WORD_LENGTH_MAX]} {os.path.basename(runs)[:_WORD_LENGTH_MAX]}"
-    return "".join(c if c.isprintable() else "?" for c in shown.strip())
+    shown = f"{called[:_WORD_LENGTH_MAX]} {os.path.basename(runs)[:_WORD_LENGTH_MAX]}"
+    return _printable(shown.strip())
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _read(path: str) -> bytes:

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import trio
 
+from ckptfs._daemon.activity import Activities, Usage
 from ckptfs._daemon.attaching import Attaching
 from ckptfs._daemon.attachments import Attachments
 from ckptfs._daemon.cache import Cache
@@ -17,6 +18,7 @@ from ckptfs._daemon.limits import StoreCalls, may_see
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetches import Prefetches
+from ckptfs._daemon.processes import command
 from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.records import recorded, recorder
 from ckptfs._daemon.restore import Last
@@ -69,13 +71,14 @@ class Service:
     ) -> None:
         self._config = config
         self._offload = offload
+        self._nursery = nursery
         self._open_store = open_store
         self._handoff = handoff
         owner = os.geteuid(), os.getegid()
         recogniser = Recogniser(fetcher, offload, nursery)
         make_vfs = functools.partial(Vfs, fetcher, recogniser, cache, handoff.handles, *owner)
         attachments = self.attachments = Attachments(
-            make_vfs, config.linger_s, nursery, handoff.journal, forget_name
+            make_vfs, Activities(self._name), config.linger_s, nursery, handoff.journal, forget_name
         )
         self.vfs = attachments.vfs
         self.metadata = MetadataKeeper(offload, config.read_deadline_s)
@@ -97,6 +100,12 @@ class Service:
         self.restarts = False
         self._clients = 0
         self._last_client_s = trio.current_time()
+
+    def _name(self, usage: Usage) -> None:
+        self._nursery.start_soon(self._find_command, usage)
+
+    async def _find_command(self, usage: Usage) -> None:
+        usage.command = await self._offload.names(command, usage.pid) or usage.command
 
     async def metadata_changed(self, location: Location, uid: int) -> None:
         """This user has changed the metadata of the checkpoint at `location` at the store."""

@@ -258,6 +258,7 @@ class Vfs:
                 self._add_directory(handle.number, handle.inode, handle.pid)
             else:
                 self._add_file(handle.number, handle.inode, handle.pid)
+                self._open[handle.number][2].opens -= 1  # it was one of an earlier daemon's
 
     # -- reading
 

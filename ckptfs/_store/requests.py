@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from ckptfs.errors import (
     AccessDenied,
@@ -26,23 +26,9 @@ Kind = Literal["list", "head", "read", "get", "put"]
 Outcome = Literal[
     "ok", "redirected", "absent", "changed", "denied", "unavailable", "timeout", "error"
 ]
-KINDS: dict[Kind, str] = {
-    "list": "a page of a listing",
-    "head": "size and version of an object",
-    "read": "a range of an object",
-    "get": "a small object",
-    "put": "a small object, written",
-}
-OUTCOMES: dict[Outcome, str] = {
-    "ok": "as it should",
-    "redirected": "the bucket is in another region, where it was asked again",
-    "absent": "there is no such object",
-    "changed": "the object is another version",
-    "denied": "the credentials do not allow it",
-    "unavailable": "the store cannot be reached, or is busy or broken",
-    "timeout": "the store did not answer in time",
-    "error": "anything else",
-}
+KINDS: tuple[Kind, ...] = get_args(Kind)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+"""What they mean stands in ``_model.metrics``."""
 BUCKETS = 64
 """Of a histogram: bucket `i` has what took less than 2**i nanoseconds, and not less than half of
 it."""

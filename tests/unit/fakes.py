@@ -299,6 +299,10 @@ class InlineOffload(Offload):
         """See Offload.compute."""
         return await self._inline("compute", functools.partial(function, *args, **kwargs))
 
+    async def names(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See Offload.names."""
+        return await self._inline("names", functools.partial(function, *args, **kwargs))
+
     async def _inline(self, kind: str, call: Callable[[], T]) -> T:
         latency_s = self.latency_s.get(kind, 0)
         if math.isinf(latency_s):

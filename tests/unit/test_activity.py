@@ -1,6 +1,7 @@
 """What is counted is exact, and its memory is bounded."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from ckptfs.errors import StoreTimeout
 def _made_up_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process of the machine is any of those in these tests."""
     monkeypatch.setattr(processes, "started", lambda pid: 1)
-    monkeypatch.setattr(processes, "command", lambda pid: f"process {pid}")
+    monkeypatch.setattr(processes, "name", lambda pid: f"process {pid}")
     monkeypatch.setattr(processes, "owner", lambda pid: 0)
 
 
@@ -151,7 +152,9 @@ def test_what_proc_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.owner(me) == os.geteuid()
     assert processes.started(me) > 0
     assert processes.command(me)
-    assert (processes.started(0), processes.command(0), processes.owner(0)) == (0, "", -1)
+    assert processes.name(me) == Path("/proc/self/comm").read_text().strip()
+    said = processes.started(0), processes.name(0), processes.command(0), processes.owner(0)
+    assert said == (0, "", "", -1)
     assert processes.process_of(-1) == -1
 
 

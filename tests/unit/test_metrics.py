@@ -363,13 +363,14 @@ async def test_replies_are_bounded(tmp_path: Path, autojump_clock: MockClock) ->
 async def test_commands_are_for_those_who_may_see_them(
     bench: Bench, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "command", lambda pid: f"command {pid}")
+    monkeypatch.setattr("ckptfs._daemon.service.command", lambda pid: f"command {pid}")
     monkeypatch.setattr(processes, "owner", lambda pid: 5 if pid == 71 else 4242)
     attachment = await bench.attach(uid=4242)
     root = attachment.tree.root
     bench.service.vfs.opendir(root.inode, 71)
     bench.service.vfs.opendir(root.inode, 72)
     bench.service.vfs.open(root.children[b"c"].inode, 72)
+    await trio.sleep(1)
     for uid, expected in ((0, ["command 71", "command 72"]), (4242, ["", "command 72"])):
         [told] = bench.service.status(uid).attachments
         assert [(h.pid, h.command, h.open_files) for h in told.processes] == [
