@@ -318,6 +318,7 @@ def fstab() -> None:
     refused = run("mount", "-t", "ckptfs", source, str(PLACE), "-o", "endpiont=x", check=False)
     assert "unknown option endpiont=x" in refused, refused
     assert mounts() == [MOUNT]
+    idle_out(line, options)
     run("ckptfs", "umount")
     if before is None:
         Path("/etc/fstab").unlink()
@@ -325,6 +326,17 @@ def fstab() -> None:
         Path("/etc/fstab").write_text(before)
     PLACE.rmdir()
     run("systemctl", "daemon-reload")
+
+
+def idle_out(line: str, options: str) -> None:
+    """A place that nobody looks at any more is unmounted, and lets go."""
+    Path("/etc/fstab").write_text(line.replace(options, f"{options},x-systemd.idle-timeout=1"))
+    run("systemctl", "daemon-reload")
+    run("systemctl", "start", "mnt-ckpt.automount")
+    assert os.listdir(PLACE)
+    wait_until(lambda: mounts() == [MOUNT])
+    wait_until(lambda: not status()["attachments"])
+    run("systemctl", "stop", "mnt-ckpt.automount")
 
 
 def other_user() -> None:
@@ -383,7 +395,8 @@ def main() -> None:
     restart = "systemctl", "restart", "ckptfs.service"
     with step("systemctl restart under load"):
         under_load("restarted", RESTARTS, lambda: run(*restart) and None)
-    with step("systemctl kill -s KILL under load"):
+    with step("systemctl kill -s KILL under load, after daemon-reexec"):
+        run("systemctl", "daemon-reexec")
         under_load("killed", KILLS, kill)
     with step("watchdog"):
         watchdog()

@@ -69,7 +69,11 @@ class Options(msgspec.Struct):
 
 def main() -> NoReturn:
     """Mount; ends with mount(8)'s statuses and one line on standard error."""
-    parser = argparse.ArgumentParser(prog="mount.ckptfs", description="Mount a checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="mount.ckptfs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", help="its URI")
     parser.add_argument("place", help="an existing directory")
     parser.add_argument("-o", dest="options", action="append", default=[], help="options")
@@ -110,7 +114,7 @@ def parse(text: str, *, sloppy: bool = False) -> Options:
             options.user = value
         elif not (option in _FOR_OTHERS or name == "comment" or name.startswith("x-") or sloppy):
             what = f"{name}= needs a value" if equals and not value else f"unknown option {option}"
-            raise LocationError(f"{what}; mount.ckptfs --help and its README name the options")
+            raise LocationError(f"{what}; mount.ckptfs --help names the options")
     return options
 
 

@@ -1,0 +1,79 @@
+"""The units in ``systemd/``, and the command that installs them."""
+
+import configparser
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ckptfs._daemon import handoff, process
+from ckptfs._daemon.held import CONTROL, Held
+from ckptfs._model.config import Config
+
+PROJECT = Path(__file__).parents[1]
+SYSTEM, USER = PROJECT / "systemd", PROJECT / "systemd" / "user"
+
+
+def unit(path: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment]
+    parser.read(path)
+    return parser
+
+
+@pytest.mark.parametrize("folder", [SYSTEM, USER], ids=["system", "user"])
+def test_units_fit_the_program(folder: Path) -> None:
+    service, socket = (unit(folder / f"ckptfs.{kind}") for kind in ("service", "socket"))
+    settings = service["Service"]
+    replacing_s = process.READY_WAIT_S + process._END_WAIT_S
+    noticing_s = handoff.BEAT_S * process._HEART_STOPPED_BEATS
+    assert int(settings["WatchdogSec"]) > noticing_s + replacing_s
+    assert int(settings["TimeoutStopSec"]) > 2 * process._END_WAIT_S
+    held = Held(Config(socket="/s", mount="/m", cache_dir="/c"))
+    assert int(settings["FileDescriptorStoreMax"]) >= len(held.named())
+    assert socket["Socket"]["FileDescriptorName"] == CONTROL
+    assert settings["ExecStart"].endswith("-m ckptfs._daemon.keeper")
+
+
+def test_the_units_are_as_systemd_wants_them(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze")
+    for folder, options in ((SYSTEM, []), (USER, ["--user"])):
+        copies = tmp_path / folder.name
+        copies.mkdir()
+        for kind in ("service", "socket"):
+            text = (folder / f"ckptfs.{kind}").read_text()
+            (copies / f"ckptfs.{kind}").write_text(
+                text.replace("/opt/ckptfs/bin/python", "/bin/sh")
+            )
+        done = subprocess.run(
+            ["systemd-analyze", *options, "verify", *copies.iterdir()],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        ours = [line for line in done.stderr.splitlines() if "ckptfs.s" in line]
+        assert (done.returncode, ours) == (0, [])
+
+
+def test_a_dry_run_of_the_installation_does_nothing(tmp_path: Path) -> None:
+    if not shutil.which("systemctl"):
+        pytest.skip("there is no systemctl")
+    prefix = tmp_path / "prefix"
+    done = subprocess.run(
+        [PROJECT / "scripts" / "install-node", "--dry-run", "--prefix", prefix],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert f"-m venv {prefix}" in done.stdout
+    for path in ("/sbin/mount.fuse.ckptfs", "/usr/local/lib/systemd/user/ckptfs.socket"):
+        assert path in done.stdout
+    assert "systemctl enable --quiet ckptfs.socket" in done.stdout
+    assert not prefix.exists()
+    assert not Path("/usr/local/lib/systemd/user/ckptfs.socket").exists()
