@@ -181,7 +181,7 @@ class Xattrs:
 
     def _of_file(self, attachment: Attachment, node: Node) -> dict[str, Value]:
         file = attachment.peek(node.index)
-        cached_bytes = self._cache.stored_bytes(attachment.digests[node.index], node.size)
+        cached_bytes = self._cache.stored_bytes(attachment.snapshot.digest(node.index), node.size)
         etag = file.pin.etag.strip('"')
         mtime = f"{file.pin.mtime_ns // 10**9}.{file.pin.mtime_ns % 10**9:09}"
 
@@ -289,7 +289,7 @@ class Xattrs:
 
     async def _evict(self, attachment: Attachment, node: Node) -> None:
         for index in _files_below(node):
-            digest = attachment.digests[index]
+            digest = attachment.snapshot.digest(index)
             if not await self._is_closed(attachment, index):
                 path = printable(attachment.listed[index].path)
                 error = Busy(f"{path} is open or being fetched; close it to drop it from the cache")
@@ -302,7 +302,7 @@ class Xattrs:
     async def _is_closed(self, attachment: Attachment, index: int) -> bool:
         """Whether nobody has the file open. What its last reader has begun may need a moment."""
         with trio.move_on_after(_CLOSE_WAIT_S):
-            while self._cache.is_open(attachment.digests[index]):
+            while self._cache.is_open(attachment.snapshot.digest(index)):
                 if attachment.peek(index).opens:
                     return False
                 await trio.sleep(0.01)

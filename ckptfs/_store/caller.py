@@ -23,12 +23,16 @@ T = TypeVar("T")
 
 
 def store_of(filesystem: FileSystem, path: str) -> Store:
-    """The store at `path` on a filesystem of this very process, of whatever type."""
+    """The store at `path` on a filesystem of this very process, of whatever type.
+
+    Raises:
+        StoreTimeout: It did not open within `ANSWER_S`.
+    """
     try:
         location = describe(filesystem, path)
         name = location.uri
         if location.kind == "s3":
-            return open_store(location, STORE_TIMEOUT_S)
+            return within(ANSWER_S, name, open_store, location, STORE_TIMEOUT_S)
     except LocationError:
         name = f"{filesystem.type_name}:{path}"
     return store_on(*unwrapped(filesystem, path), name)
