@@ -27,6 +27,7 @@ from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
+from ckptfs._daemon.lossy import LossyHandler
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.service import Service
@@ -50,7 +51,7 @@ def main() -> None:
     _end_with(args.keeper_pid)
     logging.basicConfig(
         level=logging.INFO,
-        stream=sys.stderr,
+        handlers=[LossyHandler(sys.stderr.fileno())],
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")

@@ -269,7 +269,8 @@ class Keeper:
         for fd in self._held.fds():
             os.set_inheritable(fd, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is a handler again
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
         command = [sys.executable, "-m", "ckptfs._daemon.keeper", "--resume", str(state)]
         try:
             os.execv(sys.executable, command)
@@ -386,7 +387,8 @@ class Keeper:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk is no reason to end the mount
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
 
 
 # -- becoming a process of one's own

@@ -26,7 +26,7 @@ from ckptfs._model import formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
-from ckptfs.errors import Busy, CkptfsError
+from ckptfs.errors import Busy, CacheError, CkptfsError
 
 _FORMAT_WAIT_S = 5.0
 """Longest wait for the header of a file that may be a zip archive."""
@@ -241,8 +241,8 @@ class Xattrs:
     async def set(self, inode: int, name: str, value: bytes, uid: int) -> None:
         """Set an attribute of the metadata, or do what an action says.
 
-        Raises AttributeStated, NotSupported, NotPermitted, InvalidValue, StaleInode, Busy, and what
-        `MetadataKeeper.change` raises.
+        Raises AttributeStated, NotSupported, NotPermitted, InvalidValue, StaleInode, Busy,
+        CacheError, and what `MetadataKeeper.change` raises.
         """
         attachment, node = self._writable(inode, name, uid)
         if name == names.PREFETCH:
@@ -290,12 +290,20 @@ class Xattrs:
     async def _evict(self, attachment: Attachment, node: Node) -> None:
         for index in _files_below(node):
             digest = attachment.snapshot.digest(index)
+            path = printable(attachment.listed[index].path)
             if not await self._is_closed(attachment, index):
-                path = printable(attachment.listed[index].path)
                 error = Busy(f"{path} is open or being fetched; close it to drop it from the cache")
                 attachment.note(error)
                 raise error
-            if (folder := self._cache.evict(digest)) is not None:
+            try:
+                folder = self._cache.evict(digest)
+            except OSError as refused:
+                error = CacheError(
+                    f"{path} cannot be dropped from the cache: {refused.strerror}; check its disk"
+                )
+                attachment.note(error)
+                raise error from None
+            if folder is not None:
                 gone = await self._offload.disk(self._cache.delete, folder)
                 self._cache.deleted(folder, gone)
 
