@@ -19,11 +19,11 @@ from ckptfs.errors import CkptfsError
 
 pytestmark = pytest.mark.mount
 
-CYCLES = int(os.environ.get("CKPTFS_TEST_CYCLES", "1500"))
+CYCLES = int(os.environ.get("CKPTFS_TEST_CYCLES", "1000"))
 DATA = pattern(200_000)
 FAULTS = ("403 expired", "301 elsewhere", "wrong range", "cut in the head", "503")
 GROWTH_BYTES_MAX = 12 << 20
-"""Of 1,500 cycles; malloc(3) takes 3 to 8 MiB for them, and ever less for the next ones."""
+"""Of so many cycles; malloc(3) takes 3 to 8 MiB for them, and ever less for the next ones."""
 
 
 class Taken(NamedTuple):
