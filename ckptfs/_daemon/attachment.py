@@ -140,7 +140,7 @@ class Attachment:
     def about(self) -> About:
         """What its trace says of it."""
         at = self.location.uri, self.manifest.version, self.attached_s
-        return About(*at, self.file_count, self.size)
+        return About(*at, len(self.manifest.files), self.manifest.size)
 
     @property
     def snapshot(self) -> Snapshot:

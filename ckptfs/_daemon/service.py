@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -26,9 +27,11 @@ from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.wire import Trace
-from ckptfs._store.base import Store
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import Busy, CkptfsError, LimitExceeded, StoreTimeout
+
+if TYPE_CHECKING:
+    from ckptfs._store.base import Store
 
 log = logging.getLogger(__name__)
 
