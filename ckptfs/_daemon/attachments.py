@@ -87,7 +87,9 @@ class Attachments:
         """Show it; its store was opened for `location`."""
         self._by_key[attachment.key] = attachment
         self._opened[attachment.key] = location
-        attachment.trace = self.traces.begin(attachment.key, attachment.about(), attachment.listed)
+        attachment.trace = self.traces.begin(
+            attachment.key, attachment.about(), lambda: attachment.listed
+        )
         attachment.activity.begin(self.activities)
         self.vfs.add(attachment)
 
