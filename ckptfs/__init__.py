@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfs.errors import AccessDenied as AccessDenied
 from ckptfs.errors import Busy as Busy
+from ckptfs.errors import CacheError as CacheError
 from ckptfs.errors import CannotMount as CannotMount
 from ckptfs.errors import CheckpointIsFile as CheckpointIsFile
 from ckptfs.errors import CheckpointNotFound as CheckpointNotFound

@@ -18,8 +18,8 @@ from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, decode, encode, make_plan
 from ckptfs._model.wire import Trace
 from ckptfs._store import metadata
+from ckptfs._store.caller import store_of
 from ckptfs._store.filesystems import filesystem_of
-from ckptfs._store.onfilesystem import store_of
 from ckptfs.errors import CkptfsError, PlanError
 
 METADATA_KEY = "ckptfs.plan"

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from ckptfs import _client, _plans, _private
 from ckptfs._scratch import scratch_directory
 from ckptfs._store import metadata as _metadata
+from ckptfs._store.caller import ask, store_of
 from ckptfs._store.copy import Progress, copy_directory
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import (
@@ -25,7 +26,6 @@ from ckptfs._store.filesystems import (
     local_path_of,
     wrapped,
 )
-from ckptfs._store.onfilesystem import store_of
 from ckptfs._store.private import dump
 from ckptfs.errors import (
     CannotMount,
@@ -195,7 +195,7 @@ class Checkpoint:
 
                 progress = stack.enter_context(progress_bar(f"copying {self.path}"))
             copy_directory(
-                store_of(self.filesystem, self.path),
+                stack.enter_context(contextlib.closing(store_of(self.filesystem, self.path))),
                 Path(target),
                 include=included,
                 timeout_s=timeout_s,
@@ -212,7 +212,7 @@ class Checkpoint:
             MetadataError: What is stored is not JSON.
             AccessDenied, StoreError: The store's answer.
         """
-        return _metadata.read(store_of(self.filesystem, self.path))
+        return ask(self.filesystem, self.path, _metadata.read)
 
     def set_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Replace the metadata that is stored with the checkpoint, as a whole.
@@ -221,7 +221,7 @@ class Checkpoint:
             TypeError, ValueError: It cannot be written as JSON; what is stored stays.
             AccessDenied, StoreError: The store's answer.
         """
-        _metadata.write(store_of(self.filesystem, self.path), metadata)
+        ask(self.filesystem, self.path, _metadata.write, metadata)
         _tell_changed(self.filesystem, self.path)
 
     def update_metadata(self, metadata: Mapping[str, Any]) -> None:
@@ -232,7 +232,7 @@ class Checkpoint:
             MetadataNotDict: What is stored is no dict (also a TypeError).
             MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
         """
-        _metadata.update(store_of(self.filesystem, self.path), metadata)
+        ask(self.filesystem, self.path, _metadata.update, metadata)
         _tell_changed(self.filesystem, self.path)
 
 
@@ -258,7 +258,8 @@ def _existing(path: str) -> str:
 def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
     # The copy's lock file is beside it: in the scratch directory, and not left if we are killed.
     path = Path(stack.enter_context(scratch_directory("ckptfs-copy-")), "checkpoint")
-    copy_directory(store_of(checkpoint.filesystem, checkpoint.path), path, include=include)
+    with contextlib.closing(store_of(checkpoint.filesystem, checkpoint.path)) as store:
+        copy_directory(store, path, include=include)
     return str(path)
 
 

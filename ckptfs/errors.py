@@ -72,6 +72,12 @@ class ObjectChanged(CkptfsError):
     code = "object-changed"
 
 
+class CacheError(CkptfsError, OSError):
+    """The disk of the cache refused to do what was asked for."""
+
+    code = "cache"
+
+
 class MetadataError(CkptfsError, ValueError):
     """What is stored as a checkpoint's metadata is not JSON."""
 

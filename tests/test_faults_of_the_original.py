@@ -194,7 +194,7 @@ def test_a_copy_that_was_begun_in_parts_of_another_size_is_begun_anew(
 def test_a_server_that_dies_leaves_an_error_and_no_truncated_file(
     node: Node, s3: S3Server, top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(copy, "_PAUSES_S", [0.001] * 4)
     monkeypatch.setattr(copy, "PART_BYTES", 1 << 16)
     target = tmp_path / "copy"
     errors: list[ckptfs.CkptfsError] = []

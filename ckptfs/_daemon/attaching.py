@@ -99,7 +99,7 @@ class Attaching:
         if known is not None and known.in_use:
             if location.secrets == self._attachments.opened_for(known).secrets:
                 return known
-            store = self._open(location)
+            store = await self._open(location, uid)
             await self._store_calls.run(uid, _prove_access, store, known.manifest)
             if self._attachments.get(key) is known:  # it may have ended meanwhile
                 self._attachments.use_store(known, location, store)
@@ -108,14 +108,16 @@ class Attaching:
         if known is None:
             check_attached(uid, self._attachments, self._config)
         lent = self._store_of(known, location)
-        store = lent or self._open(location)
         shown = known.manifest.version if known is not None else ""
         with self._attachments.holding(known):
+            store = lent or await self._open(location, uid)
             ordinal = self._handoff.next_ordinal()
             try:
                 manifest, fresh = await self._store_calls.run(
                     uid, self._build, ordinal, location, store, uid, gid, shown
                 )
+                if lent is not None and fresh is not None:  # `lent` ends with `known`
+                    fresh.store = await self._open(location, uid)
             except BaseException:
                 if lent is None:
                     store.close()
@@ -127,8 +129,6 @@ class Attaching:
             return known
         if fresh is None:  # what was shown was detached by force
             return await self._attach(key, location, uid, gid)
-        if lent is not None:  # it ends with `known`
-            fresh.use_store(self._open(location))
         self._show(fresh, location, known)
         return fresh
 
@@ -151,8 +151,10 @@ class Attaching:
             left_out = {"event": "left-out", "checkpoint": uri, "file": skipped.name}
             log.warning("%s: left out %s: %s", uri, skipped.name, skipped.reason, extra=left_out)
 
-    def _open(self, location: Location) -> Store:
-        return self._open_store(location, self._config.store_timeout_s)
+    async def _open(self, location: Location, uid: int) -> Store:
+        """In a thread: it may have to read a file, or start a Java machine."""
+        timeout_s = self._config.store_timeout_s
+        return await self._store_calls.run(uid, self._open_store, location, timeout_s)
 
     def _store_of(self, known: Attachment | None, location: Location) -> Store | None:
         """The store of `known`, which has connections, if it is the one that would be opened for

@@ -1,9 +1,11 @@
 """An attached checkpoint: its snapshot, who holds it, and the state of its files."""
 
+import gc
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,9 +13,18 @@ import trio
 
 from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cache import Cache
-from ckptfs._daemon.cachedir import ObjectKey
-from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
+from ckptfs._daemon.records import (
+    OWN,
+    EtagLearned,
+    FileHidden,
+    FileShown,
+    PinSet,
+    Record,
+    Trouble,
+    unrecorded,
+)
 from ckptfs._daemon.remote import RemoteFile, State, stamped
+from ckptfs._daemon.snapshot import Snapshot
 from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
 from ckptfs._daemon.users import is_ours
@@ -56,11 +67,6 @@ class Attachment:
         location: Where it is, without credentials.
         manifest: What it held when it was attached.
         name: Its directory inside the mount.
-        listed: The manifest's files, and behind them newer versions (of the metadata file).
-        digests: Cache digest of each of them.
-        replaced: Positions of those that are no longer shown.
-        files: The files that were opened so far, by position.
-        size: Bytes of all files that it shows.
         metadata: What is known of the checkpoint's own metadata.
         format: As ``user.ckptfs.format`` says; "" until somebody asks.
         layouts: The parts of files as a ``.metadata`` beside them says, by position of that
@@ -84,19 +90,15 @@ class Attachment:
         location: Location,
         store: Store,
         manifest: Manifest,
-        digests: list[str],
         uid: int,
         gid: int,
         attached_s: float = 0.0,
+        since: "Callable[[Attachment], None]" = lambda _: None,
     ) -> None:
         self.ordinal = ordinal
         self.location = location
         self.store = store
         self.manifest = manifest
-        self.listed = list(manifest.files)
-        self.digests = digests
-        self.replaced: set[int] = set()
-        self.size = manifest.size
         self.format = ""
         self.metadata = Metadata()
         self.layouts: dict[int, dict[bytes, Parts] | None] = {}
@@ -105,12 +107,13 @@ class Attachment:
         self.uid = uid
         self.gid = gid
         self.attached_s = attached_s or time.time()
-        self.tree = Tree(ordinal, manifest, int(self.attached_s * 1e9))
+        self._snapshot: Snapshot | None = None
+        self._since = since
         # Users of one place have a directory each.
         self.name = f"{location.name}-{location.digest}"
         if uid != os.geteuid():
             self.name += f"-{uid}"
-        self.files: dict[int, RemoteFile] = {}
+        self._files: dict[int, RemoteFile] = {}
         self.directories: dict[int, int] = {}
         self.open_handles = 0
         self.clients = 0
@@ -138,7 +141,38 @@ class Attachment:
     def about(self) -> About:
         """What its trace says of it."""
         at = self.location.uri, self.manifest.version, self.attached_s
-        return About(*at, self.file_count, self.size)
+        return About(*at, len(self.manifest.files), self.manifest.size)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What it shows; made when it is first needed, which takes 2 ms for 1,000 files."""
+        if self._snapshot is None:
+            with _uncollected():
+                args = self.ordinal, self.location, self.manifest, self.attached_s
+                self._snapshot = Snapshot(*args)
+            self._since(self)
+        return self._snapshot
+
+    @property
+    def tree(self) -> Tree:
+        """Its inodes."""
+        return self.snapshot.tree
+
+    @property
+    def listed(self) -> list[ListedFile]:
+        """The manifest's files, and behind them newer versions (of the metadata file)."""
+        return self.snapshot.listed
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that it shows."""
+        return self.snapshot.size
+
+    @property
+    def files(self) -> dict[int, RemoteFile]:
+        """The files that were opened so far, by position in `listed`."""
+        _ = self.snapshot  # some may have been recorded
+        return self._files
 
     def file(self, index: int) -> RemoteFile:
         """The state of the file at that position of `listed`, kept from now on."""
@@ -148,16 +182,18 @@ class Attachment:
         file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
         if self.trace is not None:
             file.trace = self.trace.of(index)
+        file.on_trouble = lambda: self.record(
+            Trouble(index, file.error, changed=file.changed, failing=file.failing)
+        )
         return file
 
     def peek(self, index: int) -> RemoteFile:
         """The state of a file; that of one never opened is not kept."""
         if known := self.files.get(index):
             return known
-        listed = self.listed[index]
-        key = object_key(self.location, listed)
+        pin, key = pin_of(self.listed[index]), self.snapshot.key(index)
         user = None if is_ours(self.uid) else self.uid
-        return RemoteFile(self.store, key, pin_of(listed), self.activity, user)
+        return RemoteFile(self.store, key, pin, self.activity, user)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""
@@ -175,48 +211,38 @@ class Attachment:
 
     def shown(self) -> Iterator[tuple[int, ListedFile]]:
         """The files that it shows now, with their positions in `listed`."""
-        return ((i, file) for i, file in enumerate(self.listed) if i not in self.replaced)
+        return self.snapshot.shown()
 
     @property
     def file_count(self) -> int:
         """How many files it shows."""
-        return len(self.listed) - len(self.replaced)
+        return len(self.listed) - len(self.snapshot.replaced)
 
     def replace(self, file: ListedFile) -> Node:
         """Show this version of a file of the root from now on. Open files stay what they are."""
         self.record(FileShown(file))
-        self._hide(file.path)
-        index = len(self.listed)
-        if file.mtime_ns:
-            file = msgspec.structs.replace(file, mtime_ns=_told_apart(file.mtime_ns, index))
-        self.listed.append(file)
-        self.digests.append(object_key(self.location, file).digest())
-        self.size += file.size
-        return self.tree.replace(file, index)
+        return self.snapshot.replace(file)
 
     def hide(self, path: str) -> None:
         """Show that file of the root, if there is one, no more. Open files stay what they are."""
         if path.encode() in self.tree.root.children:
             self.record(FileHidden(path))
-            self._hide(path)
-
-    def _hide(self, path: str) -> None:
-        node = self.tree.remove(path)
-        if node is not None:
-            self.replaced.add(node.index)
-            self.size -= node.size
+            self.snapshot.hide(path)
 
     def note(self, error: CkptfsError) -> None:
         """Keep an error that is no file's where the attribute finds it."""
         self.own_error = stamped(error)
+        self.record(Trouble(OWN, self.own_error))
 
     def cached_bytes(self, cache: Cache) -> int:
         """Bytes of its files that are in the cache."""
-        return sum(cache.stored_bytes(self.digests[i], file.size) for i, file in self.shown())
+        digest = self.snapshot.digest
+        return sum(cache.stored_bytes(digest(i), file.size) for i, file in self.shown())
 
     def state(self, cached_bytes: int) -> State:
         """The most noteworthy state among its files."""
-        states = {file.state(-1) for i, file in self.files.items() if i not in self.replaced}
+        replaced = self.snapshot.replaced
+        states = {file.state(-1) for i, file in self.files.items() if i not in replaced}
         for state in ("changed", "failing", "fetching"):
             if state in states:
                 return state
@@ -228,29 +254,24 @@ class Attachment:
         return max([self.own_error, *(file.error for file in self.files.values())])
 
 
-def _told_apart(mtime_ns: int, serial: int) -> int:
-    """Another time in the same second: a store's clock may tick in seconds, and the cache must not
-    take one version for another, while `Store.confirm` compares seconds."""
-    nudge = 1 + serial % 999
-    return mtime_ns + (nudge if mtime_ns % 10**9 + nudge < 10**9 else -nudge)
-
-
 def new_attachment(
-    ordinal: int,
-    location: Location,
-    store: Store,
-    manifest: Manifest,
-    uid: int,
-    gid: int,
-    attached_s: float = 0.0,
+    ordinal: int, location: Location, store: Store, manifest: Manifest, uid: int, gid: int
 ) -> Attachment:
-    """Blocking. An attachment, whose names are computed here."""
+    """Blocking. An attachment at `location`, whose names are computed here."""
     public = msgspec.structs.replace(location, secrets={})
-    digests = [object_key(public, file).digest() for file in manifest.files]
-    return Attachment(ordinal, public, store, manifest, digests, uid, gid, attached_s)
+    attachment = Attachment(ordinal, public, store, manifest, uid, gid)
+    attachment.snapshot.digests()
+    return attachment
 
 
-def object_key(location: Location, file: ListedFile) -> ObjectKey:
-    """The cache's name for an object of the checkpoint at `location`."""
-    path = f"{location.path}/{file.path}"
-    return ObjectKey(location.store_identity, path, file.size, file.mtime_ns)
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Without the garbage collector, which looks again and again at so many new objects: half of
+    the time that they take."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

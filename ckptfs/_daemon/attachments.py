@@ -14,7 +14,7 @@ from ckptfs._daemon.activity import Activities
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.handoff import Journal
 from ckptfs._daemon.limits import may_see
-from ckptfs._daemon.records import StoreChanged, unrecorded
+from ckptfs._daemon.records import StoreChanged, forget, unrecorded
 from ckptfs._daemon.trace import Traces
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._model.location import Location
@@ -88,7 +88,9 @@ class Attachments:
         """Show it; its store was opened for `location`."""
         self._by_key[attachment.key] = attachment
         self._opened[attachment.key] = location
-        attachment.trace = self.traces.begin(attachment.key, attachment.about(), attachment.listed)
+        attachment.trace = self.traces.begin(
+            attachment.key, attachment.about(), lambda: attachment.listed
+        )
         attachment.activity.begin(self.activities)
         self.vfs.add(attachment)
 
@@ -103,7 +105,7 @@ class Attachments:
         del self._opened[attachment.key]
         attachment.store.close()
         attachment.record = unrecorded
-        self._journal.forget(attachment.ordinal)
+        forget(self._journal, attachment.ordinal)
         self._forget_name(attachment.name)
         self.last_end_s = trio.current_time()
         uri = attachment.location.uri

@@ -559,7 +559,8 @@ class Cache:
     # -- what is dropped
 
     def evict(self, digest: str) -> Path | None:
-        """Drop an object that is not open; returns the folder to `delete`, if it was there."""
+        """Drop an object that is not open; returns the folder to `delete`, if it was there. Raises
+        OSError where the disk refuses."""
         return self._ledger.evict(digest)
 
     @staticmethod

@@ -53,6 +53,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.CheckpointNotFound: errno.EIO,
     errors.CheckpointIsFile: errno.EIO,
     errors.LocationError: errno.EIO,
+    errors.CacheError: errno.EIO,
     errors.MetadataError: errno.EIO,
     errors.MetadataNotDict: errno.EIO,
     errors.ExpressionError: errno.EIO,

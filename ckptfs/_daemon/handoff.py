@@ -16,7 +16,7 @@ so that the daemon may be killed between any two steps:
 A handle has the slot's number and its generation, so it is never the name of two openings, and a
 release that comes a second time finds nothing.
 
-**The journal** has frames, each of them for a key (an attachment's ordinal) that can be forgotten.
+**The journal** has frames, each of them for a key (see ``records``) that can be forgotten.
 There are two logs, one of which is in use; to drop what is forgotten the rest is copied to the
 other one, and then the header names that. A frame counts when the header says that the log is so
 long, so that half of one is never read.
@@ -246,6 +246,10 @@ class Journal:
         self.append(key, b"")
         if self._end > 2 * self._live_bytes + _GARBAGE_BYTES_MAX or not self._live:
             self._compact()
+
+    def known(self) -> list[int]:
+        """The keys that are not forgotten."""
+        return list(self._live)
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
         """Key and content of all frames that are not forgotten, those of a key in their order."""

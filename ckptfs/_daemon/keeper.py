@@ -311,7 +311,8 @@ class Keeper:
         for fd in held.fds():
             os.set_inheritable(fd, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there is a handler again
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
         command = [sys.executable, "-m", "ckptfs._daemon.keeper", "--resume", str(held.itself)]
         try:
             os.execve(sys.executable, command, {**os.environ, **self._manager.variables})

@@ -99,12 +99,13 @@ class Ledger:
         self.used_bytes += size
 
     def evict(self, digest: str) -> Path | None:
-        """Drop an object; returns the folder to `delete`, if it was there."""
+        """Drop an object; returns the folder to `delete`, if it was there. Raises OSError where
+        the disk refuses; the object stays then."""
         size = self.take(digest)
         path = self.to_trash(digest) if size else None
         if isinstance(path, OSError):
             self.put(digest, size)
-            return None
+            raise path
         if path is not None:
             self.leave(path, size)
         return path

@@ -21,6 +21,7 @@ import sys
 import time
 from typing import Any
 
+from ckptfs._daemon.lossy import LossyHandler
 from ckptfs._model.config import Config
 from ckptfs._requestid import request_id
 
@@ -54,7 +55,7 @@ def configure(config: Config) -> "Limiter":
     if leads_to_journal(sys.stderr.fileno()):
         handler = JournalHandler()
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = LossyHandler(sys.stderr.fileno())
         handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
     limiter = Limiter(handler)
     handler.addFilter(limiter)

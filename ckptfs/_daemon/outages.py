@@ -64,7 +64,7 @@ class Outages:
         while True:
             try:
                 await attempt()
-                file.failing = file.changed = False
+                file.is_well()
                 return
             except StoreUnavailable as error:
                 is_back = self._darken(file.store)

@@ -2,7 +2,10 @@
 
 Only what cannot be learned anew is recorded: the snapshot itself, whose credentials read it, the
 order in which versions of the metadata file were shown (inode numbers follow from it), ETags that
-the listing did not have, the pin, and prefetches that outlive who asked for them.
+the listing did not have, the pin, prefetches that outlive who asked for them, and what went wrong.
+
+Of that, the last word on each file is kept, under a key of its own: a store that comes and goes
+must not make the journal grow.
 """
 
 from collections.abc import Callable
@@ -70,6 +73,18 @@ class PrefetchEnded(msgspec.Struct, frozen=True, tag="prefetched"):
     number: int
 
 
+class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
+    """What is said of errors of the file at `index`, or of the attachment (`OWN`) from now on."""
+
+    index: int
+    error: str
+    changed: bool = False
+    failing: bool = False
+
+
+OWN = -1
+"""In the place of a file's index."""
+
 Event = (
     Made
     | StoreChanged
@@ -79,6 +94,7 @@ Event = (
     | FileHidden
     | PrefetchBegun
     | PrefetchEnded
+    | Trouble
 )
 Record = Callable[[Event], None]
 """Writes an event of one attachment down."""
@@ -97,17 +113,40 @@ def unrecorded(event: Event) -> None:
     del event
 
 
+_ORDINAL_BITS = 32
+"""As in inode numbers (``tree``)."""
+
+
 def recorder(journal: Journal, ordinal: int) -> Record:
     """The `Record` of an attachment."""
-    return lambda event: journal.append(ordinal, encoded(event))
+
+    def record(event: Event) -> None:
+        key = ordinal
+        if isinstance(event, Trouble):
+            key |= (event.index - OWN + 1) << _ORDINAL_BITS
+            journal.forget(key)
+        journal.append(key, encoded(event))
+
+    return record
+
+
+def forget(journal: Journal, ordinal: int) -> None:
+    """Drop all that is recorded of an attachment."""
+    of_it = [key for key in journal.known() if _ordinal_of(key) == ordinal]
+    for key in sorted(of_it, reverse=True):  # its beginning last: without it, the rest is nothing
+        journal.forget(key)
+
+
+def _ordinal_of(key: int) -> int:
+    return key & ((1 << _ORDINAL_BITS) - 1)
 
 
 def recorded(journal: Journal) -> dict[int, list[Event]]:
     """The events of all attachments, by ordinal. Raises DaemonError for what is none."""
     found: dict[int, list[Event]] = {}
     try:
-        for ordinal, data in journal.frames():
-            found.setdefault(ordinal, []).append(_decoder.decode(data))
+        for key, data in journal.frames():
+            found.setdefault(_ordinal_of(key), []).append(_decoder.decode(data))
     except msgspec.DecodeError as error:
         raise DaemonError(
             f"this ckptfs cannot read what the daemon before it has left: {error}; "

@@ -94,6 +94,7 @@ class RemoteFile:
         self.trace: FileTrace | None = None
         self._entry: CachedObject | None = None
         self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have
+        self.on_trouble: Callable[[], None] = lambda: None  # told of other errors, or their end
 
     def pin_etag(self, etag: str) -> None:
         """The pinned version turned out to have this ETag."""
@@ -127,13 +128,21 @@ class RemoteFile:
     def note(self, error: CkptfsError) -> None:
         """Keep the error where the attributes find it, and log it where it is new."""
         self.activity.failed(error)
-        if isinstance(error, ObjectChanged):
-            self.changed = True
-        if str(error) != self.error.partition(" ")[2]:
-            about = {"event": "failing", "file": self.name, "checkpoint": self.store.name}
-            log.warning("%s", error, extra={**about, "error": error.code})
+        said = self.error.partition(" ")[2], self.changed, self.failing
+        self.changed |= isinstance(error, ObjectChanged)
         self.failing = True
         self.error = stamped(error)
+        if str(error) != said[0]:
+            about = {"event": "failing", "file": self.name, "checkpoint": self.store.name}
+            log.warning("%s", error, extra={**about, "error": error.code})
+        if (str(error), self.changed, True) != said:
+            self.on_trouble()
+
+    def is_well(self) -> None:
+        """What was noted last is over; the attribute goes on saying what it was."""
+        if self.failing or self.changed:
+            self.failing = self.changed = False
+            self.on_trouble()
 
     def state(self, cached_bytes: int) -> State:
         """What the attribute `user.ckptfs.state` says, where `cached_bytes` of it are on disk."""

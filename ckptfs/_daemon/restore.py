@@ -1,7 +1,14 @@
-"""An attachment of an earlier daemon, as its records say that it was in the end."""
+"""An attachment of an earlier daemon, as its records say that it was in the end.
 
-from ckptfs._daemon.attachment import Attachment, new_attachment
+Who reads from one of a thousand attachments does not wait for the others: most of an attachment is
+made when somebody first needs it (`Attachment.snapshot`).
+"""
+
+import msgspec
+
+from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.records import (
+    OWN,
     EtagLearned,
     Event,
     FileHidden,
@@ -11,6 +18,7 @@ from ckptfs._daemon.records import (
     PrefetchBegun,
     PrefetchEnded,
     StoreChanged,
+    Trouble,
 )
 from ckptfs._store.base import Store
 from ckptfs.errors import DaemonError
@@ -20,6 +28,7 @@ class Last:
     """What the events of the attachment `ordinal` come to. Raises DaemonError.
 
     Attributes:
+        ordinal: Of the attachment.
         location: Where it is, with the credentials that were given last.
         prefetches: Those that have not ended.
     """
@@ -28,7 +37,7 @@ class Last:
         made = events[0]
         if not isinstance(made, Made):
             raise DaemonError(f"the records of attachment {ordinal} have no beginning")
-        self._ordinal = ordinal
+        self.ordinal = ordinal
         self._made = made
         self._events = events
         self.location = made.location
@@ -43,19 +52,36 @@ class Last:
         self.prefetches = list(prefetches.values())
 
     def attachment(self, store: Store) -> Attachment:
-        """Blocking. The attachment, which reads from `store`. It records nothing yet."""
+        """The attachment, which reads from `store`. It records nothing yet."""
         made = self._made
-        owner = made.uid, made.gid
-        attachment = new_attachment(
-            self._ordinal, self.location, store, made.manifest, *owner, made.attached_s
+        attachment = Attachment(
+            self.ordinal,
+            msgspec.structs.replace(self.location, secrets={}),
+            store,
+            made.manifest,
+            made.uid,
+            made.gid,
+            made.attached_s,
+            self._go_through,
         )
         for event in self._events:
             if isinstance(event, PinSet):
-                attachment.pin(event.pinned)
-            elif isinstance(event, FileShown):
-                attachment.replace(event.file)
-            elif isinstance(event, FileHidden):
-                attachment.hide(event.path)
-            elif isinstance(event, EtagLearned):
-                attachment.file(event.index).pin_etag(event.etag)
+                attachment.pinned = event.pinned
+            elif isinstance(event, Trouble) and event.index == OWN:
+                attachment.own_error = event.error
         return attachment
+
+    def _go_through(self, attachment: Attachment) -> None:
+        """What has happened since the manifest of `attachment`; nothing of it is new."""
+        for event in self._events:
+            if isinstance(event, FileShown):
+                attachment.snapshot.replace(event.file)
+            elif isinstance(event, FileHidden):
+                attachment.snapshot.hide(event.path)
+            elif isinstance(event, EtagLearned):
+                file = attachment.file(event.index)
+                file.pin = msgspec.structs.replace(file.pin, etag=event.etag)
+            elif isinstance(event, Trouble) and event.index != OWN:
+                file = attachment.file(event.index)
+                file.error, file.changed, file.failing = event.error, event.changed, event.failing
+        self._events.clear()

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -20,7 +21,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.prefetches import Prefetches
 from ckptfs._daemon.processes import command
 from ckptfs._daemon.recognise import Recogniser
-from ckptfs._daemon.records import recorded, recorder
+from ckptfs._daemon.records import forget, recorded, recorder
 from ckptfs._daemon.restore import Last
 from ckptfs._daemon.status import Reporter
 from ckptfs._daemon.vfs import Vfs
@@ -29,9 +30,16 @@ from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.wire import Trace
 from ckptfs._store.resolve import OpenStore
-from ckptfs.errors import Busy, CkptfsError, LimitExceeded
+from ckptfs.errors import Busy, CkptfsError, LimitExceeded, StoreTimeout
+
+if TYPE_CHECKING:
+    from ckptfs._store.base import Store
 
 log = logging.getLogger(__name__)
+
+_REOPEN_S = 10.0
+"""Longest that all readers wait, after a restart, for one store to be opened, which asks no server;
+the keeper waits for 30 s (``process``)."""
 
 
 class Service:
@@ -144,20 +152,33 @@ class Service:
     async def restore(self) -> None:
         """Have all attachments that an earlier daemon had, as they were. To be called once, before
         anything else. Raises DaemonError."""
-        for ordinal, events in recorded(self._handoff.journal).items():
-            last = Last(ordinal, events)
-            try:
-                store = self._open_store(last.location, self._config.store_timeout_s)
-            except CkptfsError as error:
-                log.error("%s: cannot be restored: %s", last.location.uri, error)
-                self._handoff.journal.forget(ordinal)
+        found = [Last(*item) for item in recorded(self._handoff.journal).items()]
+        stores: dict[int, Store | CkptfsError] = {}
+        async with trio.open_nursery() as nursery:
+            for last in found:
+                nursery.start_soon(self._reopen, last, stores)
+        for last in found:
+            store = stores[last.ordinal]
+            if isinstance(store, CkptfsError):
+                log.error("%s: cannot be restored: %s", last.location.uri, store)
+                forget(self._handoff.journal, last.ordinal)
                 continue
-            attachment = await self._offload.control(last.attachment, store)
-            attachment.record = recorder(self._handoff.journal, ordinal)
+            attachment = last.attachment(store)
+            attachment.record = recorder(self._handoff.journal, last.ordinal)
             self.attachments.add(attachment, last.location)
             for begun in last.prefetches:
                 with suppress(LimitExceeded):
                     self._prefetches.go_on(attachment, begun)
+
+    async def _reopen(self, last: Last, stores: "dict[int, Store | CkptfsError]") -> None:
+        opened = self._open_store, last.location, self._config.store_timeout_s
+        try:
+            with trio.fail_after(_REOPEN_S):
+                stores[last.ordinal] = await self._offload.control(*opened)
+        except CkptfsError as error:
+            stores[last.ordinal] = error
+        except trio.TooSlowError:
+            stores[last.ordinal] = StoreTimeout(f"its store did not open within {_REOPEN_S:g} s")
 
     def restored(self) -> None:
         """To be called when the handles that are open have been restored, too."""

@@ -8,7 +8,7 @@ left out: a restore is at the beginning.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ckptfs._daemon import processes
@@ -49,7 +49,7 @@ class Trace:
     Args:
         traces: Where it belongs to.
         about: What it is of.
-        listed: The attachment's files.
+        listed: Gives the attachment's files.
         now_s: When it begins, by ``time.perf_counter``.
 
     Attributes:
@@ -60,7 +60,11 @@ class Trace:
     """
 
     def __init__(
-        self, traces: "Traces", about: About, listed: Sequence[ListedFile], now_s: float
+        self,
+        traces: "Traces",
+        about: About,
+        listed: Callable[[], Sequence[ListedFile]],
+        now_s: float,
     ) -> None:
         self._traces = traces
         self.about = about
@@ -159,7 +163,8 @@ class Trace:
         if self._files is not None:
             return self._files
         used = {a.file for a in self.accesses} | {f.file for f in self.fetches} | self.lent
-        return [TracedFile(i, self._listed[i].path, self._listed[i].size) for i in sorted(used)]
+        listed = self._listed()
+        return [TracedFile(i, listed[i].path, listed[i].size) for i in sorted(used)]
 
     def processes(self) -> list[TracedProcess]:
         """The processes that its entries name."""
@@ -171,7 +176,7 @@ class Trace:
     def end(self) -> None:
         """Nothing comes any more: keep only what `files` needs."""
         self._files = self.files()
-        self._listed = ()
+        self._listed = lambda: ()
         self._latest.clear()
 
 
@@ -218,7 +223,7 @@ class Traces:
         self._running: dict[Key, Trace] = {}
         self._ended: dict[Key, Trace] = {}  # the oldest end first
 
-    def begin(self, key: Key, about: About, listed: Sequence[ListedFile]) -> Trace:
+    def begin(self, key: Key, about: About, listed: Callable[[], Sequence[ListedFile]]) -> Trace:
         """The trace of a new attachment; `key`: of whom and of which place (``Attachment.key``)."""
         trace = self._running[key] = Trace(self, about, listed, time.perf_counter())
         return trace

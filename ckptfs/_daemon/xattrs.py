@@ -26,7 +26,7 @@ from ckptfs._model import formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
-from ckptfs.errors import Busy, CkptfsError
+from ckptfs.errors import Busy, CacheError, CkptfsError
 
 _FORMAT_WAIT_S = 5.0
 """Longest wait for the header of a file that may be a zip archive."""
@@ -181,7 +181,7 @@ class Xattrs:
 
     def _of_file(self, attachment: Attachment, node: Node) -> dict[str, Value]:
         file = attachment.peek(node.index)
-        cached_bytes = self._cache.stored_bytes(attachment.digests[node.index], node.size)
+        cached_bytes = self._cache.stored_bytes(attachment.snapshot.digest(node.index), node.size)
         etag = file.pin.etag.strip('"')
         mtime = f"{file.pin.mtime_ns // 10**9}.{file.pin.mtime_ns % 10**9:09}"
 
@@ -241,8 +241,8 @@ class Xattrs:
     async def set(self, inode: int, name: str, value: bytes, uid: int) -> None:
         """Set an attribute of the metadata, or do what an action says.
 
-        Raises AttributeStated, NotSupported, NotPermitted, InvalidValue, StaleInode, Busy, and what
-        `MetadataKeeper.change` raises.
+        Raises AttributeStated, NotSupported, NotPermitted, InvalidValue, StaleInode, Busy,
+        CacheError, and what `MetadataKeeper.change` raises.
         """
         attachment, node = self._writable(inode, name, uid)
         if name == names.PREFETCH:
@@ -289,20 +289,28 @@ class Xattrs:
 
     async def _evict(self, attachment: Attachment, node: Node) -> None:
         for index in _files_below(node):
-            digest = attachment.digests[index]
+            digest = attachment.snapshot.digest(index)
+            path = printable(attachment.listed[index].path)
             if not await self._is_closed(attachment, index):
-                path = printable(attachment.listed[index].path)
                 error = Busy(f"{path} is open or being fetched; close it to drop it from the cache")
                 attachment.note(error)
                 raise error
-            if (folder := self._cache.evict(digest)) is not None:
+            try:
+                folder = self._cache.evict(digest)
+            except OSError as refused:
+                error = CacheError(
+                    f"{path} cannot be dropped from the cache: {refused.strerror}; check its disk"
+                )
+                attachment.note(error)
+                raise error from None
+            if folder is not None:
                 gone = await self._offload.disk(self._cache.delete, folder)
                 self._cache.deleted(folder, gone)
 
     async def _is_closed(self, attachment: Attachment, index: int) -> bool:
         """Whether nobody has the file open. What its last reader has begun may need a moment."""
         with trio.move_on_after(_CLOSE_WAIT_S):
-            while self._cache.is_open(attachment.digests[index]):
+            while self._cache.is_open(attachment.snapshot.digest(index)):
                 if attachment.peek(index).opens:
                     return False
                 await trio.sleep(0.01)

@@ -13,6 +13,8 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
+STORE_TIMEOUT_S = 3.0
+"""Longest silence of a store where nothing is configured; see `Config.store_timeout_s`."""
 
 METRICS = r"^((127(\.[0-9]{1,3}){3}|localhost|\[::1\]):[0-9]{1,5}|unix:/[^\0\n]{1,106})?\Z"
 """A loopback address and its port, or a unix socket: nobody else's machine may look."""
@@ -80,7 +82,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     idle_exit_s: Seconds = 60.0
     read_deadline_s: Seconds = 60.0
     attach_deadline_s: Seconds = 60.0
-    store_timeout_s: Seconds = 3.0
+    store_timeout_s: Seconds = STORE_TIMEOUT_S
     connections_max: Count = 16
     in_flight_bytes_max: Bytes = 128 * MIB
     span_bytes_max: Annotated[int, msgspec.Meta(ge=1, le=16 * MIB)] = 8 * MIB

@@ -16,3 +16,8 @@ def thread_buffer(length: int) -> memoryview:
         buffer = memoryview(mmap.mmap(-1, length))
         _buffers.view = buffer
     return buffer[:length]
+
+
+def leave_thread_buffer() -> None:
+    """The calling thread's buffer belongs to somebody else from now on, who may write to it."""
+    _buffers.view = None

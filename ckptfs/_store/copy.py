@@ -10,8 +10,12 @@ One process at a time copies to a directory (lock file); another one waits, and 
 files there, or goes on where the first one failed.
 
 The main thread decides (what is next, what is complete); the workers only read and write.
+
+Every request ends in time (``timed``), and none is tried again later than `_TRIES_WITHIN_S`; so a
+copy from a store that stays silent, or all but does, ends with StoreTimeout.
 """
 
+import contextvars
 import fnmatch
 import os
 import random
@@ -25,17 +29,20 @@ from queue import SimpleQueue
 from ckptfs._filelock import locked
 from ckptfs._model.manifest import ListedFile, Manifest, build_manifest
 from ckptfs._store.base import Store, pin_of
-from ckptfs._store.buffers import thread_buffer
-from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreUnavailable
+from ckptfs._store.buffers import leave_thread_buffer, thread_buffer
+from ckptfs._store.deadline import left_s
+from ckptfs._store.timed import TimedStore
+from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreTimeout, StoreUnavailable
 
 PART_BYTES = 8 << 20
 """Bytes of one request: the round trip is small beside the transfer, and a large file still spreads
 over all connections."""
 _THREADS = 16
 _FILES_MAX = 10_000_000
-_TRIES = 5
-_PAUSE_S = 0.2
-"""Tries of a request whose error can pass, and the pause after the first (doubled, jittered)."""
+_PAUSES_S = 0.2, 0.4, 0.8, 1.6
+"""Before a request whose error can pass is tried again (jittered)."""
+_TRIES_WITHIN_S = 60.0
+"""No try begins later than that after the first."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes of all files, from the calling thread."""
@@ -60,7 +67,8 @@ def copy_directory(
 
     Raises:
         CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: The store's
-            answer. What is complete stays, also the parts, for another try.
+            answer, or StoreTimeout that there was none. What is complete stays, also the parts,
+            for another try.
         StoreError: The local disk refused, or `timeout_s` is over.
     """
     target = target.absolute()
@@ -68,12 +76,13 @@ def copy_directory(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(str(lock), float("inf") if timeout_s is None else timeout_s):
-            manifest = build_manifest(store.list(_FILES_MAX))
+            timed = TimedStore(store)
+            manifest = build_manifest(timed.list(_FILES_MAX))
             target.mkdir(exist_ok=True)
             if not include:
                 for directory in manifest.directories:  # also the empty ones
                     (target / directory).mkdir(exist_ok=True)
-            _Copy(store, target, _chosen(manifest, include), progress).run()
+            _Copy(timed, target, _chosen(manifest, include), progress).run()
     except CkptfsError:
         raise
     except TimeoutError:
@@ -157,7 +166,8 @@ class _Copy:
         self, work: Callable[..., None], file: _File, *part: int, then: Callable[..., None]
     ) -> None:
         self._running += 1
-        future = self._pool.submit(_persist, partial(work, file, *part))
+        context = contextvars.copy_context()  # has the deadline, if there is one
+        future = self._pool.submit(context.run, _persist, partial(work, file, *part))
         future.add_done_callback(lambda f: self._outcomes.put((f, partial(then, file, *part))))
 
     def _count(self, length: int) -> None:
@@ -180,7 +190,11 @@ class _Copy:
 
     def _fetch(self, file: _File, part: int) -> None:
         buffer = thread_buffer(file.length(part))
-        self._store.read_into(file.pin, part * PART_BYTES, buffer)
+        try:
+            self._store.read_into(file.pin, part * PART_BYTES, buffer)
+        except StoreTimeout:
+            leave_thread_buffer()
+            raise
         _write_at(file.partial, part * PART_BYTES, buffer)
         _write_at(file.parts_file, len(file.version) + part, memoryview(b"+"))
 
@@ -235,11 +249,13 @@ def _nothing(_: _File) -> None:
 
 
 def _persist(work: Callable[[], None]) -> None:
-    pause_s = _PAUSE_S
-    for _ in range(_TRIES - 1):
+    end_s = time.monotonic() + min(_TRIES_WITHIN_S, left_s())
+    for pause_s in _PAUSES_S:
         try:
             return work()
-        except StoreUnavailable:
-            time.sleep(pause_s * random.uniform(0.5, 1))
-            pause_s *= 2
+        except StoreUnavailable as error:
+            wait_s = max(pause_s * random.uniform(0.5, 1), error.retry_after_s)
+            if time.monotonic() + wait_s > end_s:
+                raise
+            time.sleep(wait_s)
     return work()

@@ -12,7 +12,8 @@ from pyarrow import fs as pafs
 from ckptfs._model.manifest import printable
 from ckptfs._store import fsspec
 from ckptfs._store.arrow import translate_error
-from ckptfs.errors import LocationError
+from ckptfs._store.timed import ANSWER_S, within
+from ckptfs.errors import LocationError, StoreTimeout
 
 FileSystem: TypeAlias = Any
 """A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
@@ -23,6 +24,7 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
 
     Raises:
         LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
+        StoreError: The store was asked for the bucket's region.
     """
     text = os.path.expanduser(uri)
     shown = without_userinfo(text)
@@ -33,7 +35,9 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         filesystem, path = fsspec.filesystem_of(text, shown)
         return wrapped(filesystem), path
     try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
+        filesystem, path = within(ANSWER_S, shown, pafs.FileSystem.from_uri, text)
+    except StoreTimeout:
+        raise
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         cause = printable(str(error).replace(text, shown).partition("\n")[0])
         if "AWS Error" in cause or "Bucket '" in cause:  # it was asked for its region

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
+from urllib.parse import parse_qsl
 
 from ckptfs._config import runtime_dir
 from ckptfs._filelock import locked
@@ -99,8 +100,11 @@ def change(store: Store, how: Callable[[dict[str, Any]], dict[str, Any]]) -> byt
 def _serialised(name: str) -> Generator[None]:
     """Changes of the same checkpoint by processes of this user wait for each other."""
     folder = runtime_dir(os.environ)
-    place = name.partition("?")[0]  # whoever gives another region means the same place
-    lock = folder / f"metadata-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.lock"
+    path, _, query = name.partition("?")
+    # Whoever gives another region means the same place.
+    place = [path, *sorted(item for item in parse_qsl(query) if item[0] != "region")]
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).hexdigest()
+    lock = folder / f"metadata-{digest}.lock"
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -14,8 +14,7 @@ from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
-from ckptfs._store.describe import describe
-from ckptfs._store.filesystems import FileSystem, fsspec_of, unwrapped, wrapped
+from ckptfs._store.filesystems import FileSystem, fsspec_of, wrapped
 from ckptfs._store.fsspec import FsspecStore
 from ckptfs.errors import LocationError
 
@@ -38,25 +37,12 @@ def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s
     return store_on(filesystem, location.path, location.uri)
 
 
-def store_of(filesystem: FileSystem, path: str) -> Store:
-    """The store at `path` on a filesystem of this very process, of whatever type."""
-    return store_on(*unwrapped(filesystem, path), name_of(filesystem, path))
-
-
 def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
     return BoundedStore(FsspecStore(inner, path, name))
-
-
-def name_of(filesystem: FileSystem, path: str) -> str:
-    """A name for messages: the URI where there is one."""
-    try:
-        return describe(filesystem, path).uri
-    except LocationError:
-        return f"{filesystem.type_name}:{path}"
 
 
 def _gcs(options: Mapping[str, Any], timeout_s: float) -> FileSystem:

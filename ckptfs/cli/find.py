@@ -73,6 +73,7 @@ def _search(uri: str, condition: Expression | None) -> list[Found]:
     from ckptfs._store.describe import describe
     from ckptfs._store.filesystems import filesystem_of
     from ckptfs._store.resolve import open_store
+    from ckptfs._store.timed import TimedStore
 
     if "://" not in uri:
         uri = os.path.abspath(os.path.expanduser(uri))
@@ -83,7 +84,7 @@ def _search(uri: str, condition: Expression | None) -> list[Found]:
     searched = 0
     keys: set[str] = set()
     with closing(store), progress_bar("reading metadata", of_bytes=False) as progress:
-        results = search(store, location, warn=notes.append, progress=progress)
+        results = search(TimedStore(store), location, warn=notes.append, progress=progress)
         for checkpoint in results:
             searched += 1
             keys.update(checkpoint.metadata)

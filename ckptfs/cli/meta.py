@@ -4,6 +4,7 @@ One mapping stands for all of them: of a mounted checkpoint (through the daemon,
 credentials), or of a URI or local directory (no daemon needed).
 """
 
+import functools
 import json
 import os
 import sys
@@ -116,17 +117,17 @@ class _Stored(MutableMapping[str, Any]):
     def __init__(self, uri: str) -> None:
         # Not at the top: a mounted path needs no pyarrow.
         from ckptfs._store import metadata
+        from ckptfs._store.caller import ask
         from ckptfs._store.describe import describe
         from ckptfs._store.filesystems import filesystem_of
-        from ckptfs._store.onfilesystem import store_of
 
         filesystem, path = filesystem_of(uri)
         self._location = describe(filesystem, path)
-        self._store = store_of(filesystem, path)
+        self._ask = functools.partial(ask, filesystem, path)
         self._metadata = metadata
 
     def _stored(self) -> dict[str, Any]:
-        return self._metadata.read_dict(self._store)
+        return self._ask(self._metadata.read_dict)
 
     def __getitem__(self, key: str) -> Any:
         return self._stored()[key]
@@ -145,10 +146,10 @@ class _Stored(MutableMapping[str, Any]):
             del stored[key]
             return stored
 
-        self._metadata.change(self._store, without)
+        self._ask(self._metadata.change, without)
         _client.tell_metadata_changed(self._location)
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
         """Set several keys by one write."""
-        self._metadata.update(self._store, dict(changes, **more))
+        self._ask(self._metadata.update, dict(changes, **more))
         _client.tell_metadata_changed(self._location)

@@ -69,6 +69,19 @@ def kill_daemon(chaos: Chaos, chance: random.Random) -> None:
         chaos.wait(chance.uniform(0, 0.5))
 
 
+def crash_loop(chaos: Chaos, chance: random.Random) -> None:
+    """Whatever is started as a daemon dies at once, also a spare one, for a while."""
+    length_s = chance.uniform(1.0, 4.0)
+    with chaos.timeline.during(verdict.KILLED):
+        end_s = time.monotonic() + length_s
+        while time.monotonic() < end_s:
+            for pid in chaos.node.processes(DAEMON):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            chaos.wait(0.02)
+        wait_for_daemon(chaos)
+
+
 def terminate_daemon_by_segv(chaos: Chaos, chance: random.Random) -> None:
     """It ends by a signal of the kind that a bug in a library makes."""
     with chaos.timeline.during(verdict.KILLED):
@@ -270,6 +283,7 @@ STORE = {kind: store_fault(kind) for kind in FAULTS}
 NODE: dict[str, tuple[int, Action]] = {
     "kill daemon": (6, kill_daemon),
     "crash daemon": (2, terminate_daemon_by_segv),
+    "crash loop": (1, crash_loop),
     "stop daemon": (3, stop_daemon),
     "daemon stuck": (1, stop_daemon_for_good),
     "kill keeper": (1, kill_keeper),

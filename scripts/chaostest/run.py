@@ -461,14 +461,8 @@ class Chaos:
         self._judge_log()
 
     def _judge_log(self) -> None:
-        is_about_log = False  # which lies beside the cache, on the disk that is full at times
         for line in self.node.log().splitlines():
-            if line.startswith("--- Logging error ---"):
-                is_about_log = True
-            elif line[:4].isdigit():
-                is_about_log = False
-            is_bad = " ERROR " in line or " CRITICAL " in line or line.startswith("Traceback")
-            if is_bad and not is_about_log:
+            if " ERROR " in line or " CRITICAL " in line or line.startswith(("Traceback", "---")):
                 self.breach("log", line)
 
     def _wait_for_rest(self) -> bool:

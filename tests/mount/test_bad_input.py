@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 from conftest import Node, mounts, wait_until
+from pyarrow.fs import S3FileSystem
 from s3server import S3Server
 from servers import Forwarder
 
@@ -515,3 +516,27 @@ def test_a_checkpoint_that_vanishes(node: Node, bucket: Path, uri_of: UriOf) -> 
         ckptfs.Checkpoint(uri_of(bucket / "run")).as_directory(),
     ):
         pass
+
+
+def test_a_location_that_cannot_be_opened_holds_up_nobody(
+    node: Node, small: Path, uri_of: UriOf
+) -> None:
+    """Certificates that come from a pipe into which nobody writes."""
+    node.configure(attach_deadline_s=2.0)
+    pipe = node.folder / "certificates"
+    os.mkfifo(pipe)
+    filesystem = S3FileSystem(
+        access_key="k", secret_key="s", region="us-east-1", tls_ca_file_path=str(pipe)
+    )
+
+    def hang() -> None:
+        with ckptfs.Checkpoint("bucket/run", filesystem).as_directory(mode="mount"):
+            pass
+
+    with ThreadPoolExecutor() as pool, ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
+        hanging = pool.submit(hang)
+        while not hanging.done():
+            assert os.getxattr(f"{path}/config.json", "user.ckptfs.size") == b"13"
+            assert len(node.status()["attachments"]) == 1
+        with pytest.raises(ckptfs.StoreTimeout, match="within 2 s"):
+            hanging.result()

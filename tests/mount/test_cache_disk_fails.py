@@ -4,15 +4,17 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import Node
+from conftest import Node, wait_until
 from mount.test_cache_on_disk import MIB, sampled, write_files
+from mount.test_lifecycle import daemons
 from unit.test_disk_faults import ALL
 
 import ckptfs
@@ -43,6 +45,16 @@ class Disk:
         self.at.mkdir()
         self.node.run("mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.at))
         self.at.chmod(0o700)
+
+    def fill(self) -> None:
+        """Leave no block free, in the file ``x``."""
+        with (self.at / "x").open("wb", 0) as file:
+            for _ in range(3):  # what is reserved comes free when it is written
+                with suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+                with suppress(OSError):
+                    os.fsync(file.fileno())
 
     def become_read_only(self) -> None:
         """As after an error that the file system found in itself."""
@@ -119,6 +131,27 @@ def _read_on_after(
         for seed in range(2):
             read_everywhere(path, contents, seed)
         assert held.read() == contents["b"][3 * MIB :]
+
+
+def test_a_full_disk_ends_neither_daemon_nor_mount(node: Node, bucket: Path, uri_of: UriOf) -> None:
+    """Their log is on it, too."""
+    node.configure(passthrough=False)
+    node.expected_in_log.append("lines of this log were lost: No space left on device")
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "small": 100})
+    with disk_of(node) as disk, ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        assert Path(path, "small").read_bytes() == contents["small"]
+        node.wait_quiet()
+        with (disk.at / "daemon.log").open("ab", 0) as log:  # to the end of its last block
+            log.write(b" INFO\n".rjust(-log.tell() % 4096))
+        disk.fill()
+        victims = daemons(node)
+        os.kill(victims[0], signal.SIGKILL)
+        read_everywhere(path, contents, 1)
+        assert daemons(node) not in ([], victims)
+        (disk.at / "x").unlink()
+        node.here("detach", "--force", path)
+        wait_until(lambda: "detached" in node.log())
+        assert "Logging error" not in node.log()
 
 
 def test_a_cache_that_is_removed_while_it_is_used(node: Node, bucket: Path, uri_of: UriOf) -> None:

@@ -274,6 +274,31 @@ def test_pins_and_cached_bytes_outlive_the_daemon(node: Node, bucket: Path, uri_
     node.here("detach", path)
 
 
+def test_what_went_wrong_is_known_to_the_next_daemon(
+    node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+) -> None:
+    node.expected_in_log += ["was killed by signal 9: starting the next one", "a.bin in s3://"]
+    (bucket / "a.bin").write_bytes(bytes(3 * MIB))
+    (bucket / "b.bin").write_bytes(bytes(3))
+    names = "user.ckptfs.state", "user.ckptfs.error"
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        (bucket / "a.bin").write_bytes(b"another version")
+        with pytest.raises(OSError, check=lambda error: error.errno == errno.ESTALE):
+            Path(path, "a.bin").read_bytes()
+        places = path, f"{path}/a.bin"
+        before = [os.getxattr(place, name) for place in places for name in names]
+        assert before[0] == before[2] == b"changed"
+        for _ in range(2):
+            [victim] = daemons(node)
+            s3.reset_traffic()
+            os.kill(victim, signal.SIGKILL)
+            assert [os.getxattr(place, name) for place in places for name in names] == before
+            assert os.getxattr(f"{path}/b.bin", names[0]) == b"lazy"
+            [attachment] = attachments()
+            assert (attachment["state"], attachment["error"]) == ("changed", before[1].decode())
+        assert not [r for r in s3.traffic().requests if r.target.endswith("a.bin")]
+
+
 def test_what_the_kernel_reads_itself_goes_on(node: Node, bucket: Path, uri_of: UriOf) -> None:
     """Passthrough: the next daemon opens it with the same backing id, and leaves its blocks."""
     node.expected_in_log.append("was killed by signal 9: starting the next one")

@@ -13,7 +13,7 @@ import trio
 from unit.fakes import MIB, FakeStore, InlineOffload, config_of, pattern
 
 from ckptfs._daemon import handoff
-from ckptfs._daemon.attachment import Attachment, object_key
+from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachedir import ObjectKey
 from ckptfs._daemon.fetch import Fetcher
@@ -138,9 +138,8 @@ class View:
     def attach(self, store: FakeStore, location: Location = LOCATION) -> Attachment:
         """Show what the store lists now."""
         manifest = build_manifest(store.list(100_000))
-        digests = [object_key(location, file).digest() for file in manifest.files]
         ordinal = len(self.attachments) + 1
-        attachment = Attachment(ordinal, location, store, manifest, digests, UID, GID)
+        attachment = Attachment(ordinal, location, store, manifest, UID, GID)
         self.attachments.append(attachment)
         self.vfs.add(attachment)
         return attachment

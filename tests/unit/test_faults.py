@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -20,6 +21,7 @@ import pytest
 import trio
 import trio.testing
 from faultserver import ANSWERS, CONNECTIONS, FaultServer, Object
+from pyarrow import fs as pafs
 from unit.fakes import FakeStore, pattern
 from unit.rig import Rig, rig_in
 
@@ -31,8 +33,10 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.base import Store, pin_of
 from ckptfs._store.bounded import OVERDUE_MAX, BoundedStore
+from ckptfs._store.copy import PART_BYTES, copy_directory
 from ckptfs._store.deadline import ends_in
 from ckptfs._store.resolve import open_store
+from ckptfs.checkpoint import Checkpoint
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
@@ -43,7 +47,6 @@ from ckptfs.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from ckptfs._daemon.attachment import Attachment
 
@@ -221,6 +224,75 @@ def test_each_fault_of_the_network_in_each_operation_of_a_store(resolver: Resolv
                 call()
 
 
+# -- the operations of a program that has no daemon
+
+
+def program_operations(checkpoint: Checkpoint, top: Path) -> dict[str, Callable[[], object]]:
+    """What a program asks a store for itself; each asserts that what it gives is right."""
+    copies = itertools.count()
+
+    def copy() -> None:
+        path = Path(checkpoint.to_directory(top / f"copy{next(copies)}", include=["[!.]*"]))
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == DATA
+
+    def get_metadata() -> None:
+        assert checkpoint.get_metadata()["step"] == 5
+
+    def set_metadata() -> None:
+        checkpoint.set_metadata({"step": 5})
+
+    def update_metadata() -> None:
+        checkpoint.update_metadata({"k": 1})
+
+    named = (copy, get_metadata, set_metadata, update_metadata)
+    return {operation.__name__: operation for operation in named}
+
+
+def test_each_fault_of_the_network_in_each_operation_of_a_program(
+    resolver: Resolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTFS_SOCKET", str(tmp_path / "no-daemon"))
+    cells: list[tuple[str, Cell]] = []
+
+    def run(fault: str, operation: str, call: Callable[[], object]) -> None:
+        began, outcome = time.monotonic(), None
+        try:
+            with ends_in(DEADLINE_S):
+                call()
+        except Exception as error:
+            outcome = error
+        cells.append((fault, Cell(operation, outcome, time.monotonic() - began)))
+
+    with ExitStack() as stack:
+        threads: list[threading.Thread] = []
+        servers: list[FaultServer] = []
+        operations: dict[str, dict[str, Callable[[], object]]] = {}
+        for number, fault in enumerate(FAULTS):
+            server = stack.enter_context(FaultServer())
+            fill(server)
+            options = {**(place := location_of(server, HOSTS.get(fault, "127.0.0.1"))).options}
+            filesystem = pafs.S3FileSystem(**options, **place.secrets)
+            top = tmp_path / str(number)
+            operations[fault] = program_operations(Checkpoint(place.path, filesystem), top)
+            server.fault = fault if fault not in NAMES else ""
+            server.break_down()
+            servers.append(server)
+        for fault, calls in operations.items():
+            threads += [threading.Thread(target=run, args=(fault, *call)) for call in calls.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(cells) == len(threads) == len(FAULTS) * 4
+        assert [wrong for fault, cell in cells if (wrong := check(fault, cell))] == []
+        for server in servers:
+            server.heal()
+        resolver.healed.set()
+        for calls in operations.values():
+            for call in calls.values():
+                call()
+
+
 # -- the daemon's operations
 
 
@@ -373,6 +445,20 @@ async def test_each_fault_of_the_network_in_each_operation_of_the_daemon(
 
 
 # -- threads that hang in a library
+
+
+def test_a_library_that_hangs_holds_up_no_program(tmp_path: Path) -> None:
+    data = {"a": pattern(3 * PART_BYTES), METADATA_NAME: METADATA}
+    store = FakeStore(data)
+    hanging = store.block("read_into", at=2)
+    try:
+        with ends_in(0.3), pytest.raises(StoreTimeout, match=r"no answer within"):
+            copy_directory(store, tmp_path / "copy")
+        assert not (tmp_path / "copy" / "a").exists()
+        copy_directory(store, tmp_path / "copy")  # goes on, also while the thread still hangs
+    finally:
+        hanging.release.set()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()} == data
 
 
 async def test_a_library_that_hangs_keeps_few_threads_and_nobody_else(tmp_path: Path) -> None:

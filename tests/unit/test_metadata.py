@@ -111,7 +111,12 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(StoreTimeout, match="slow://ckpt: another process"):
                 change(store, {"a": 1})  # type: ignore[arg-type]
         metadata.update(other, {"a": 1})  # type: ignore[arg-type]
-    assert (store.puts, other.puts) == (0, 1)
+        other.name = "slow://ckpt?endpoint_override=another"
+        metadata.update(other, {"a": 1})  # type: ignore[arg-type]
+        other.name = "slow://ckpt?region=another"
+        with pytest.raises(StoreTimeout):
+            metadata.update(other, {"a": 1})  # type: ignore[arg-type]
+    assert (store.puts, other.puts) == (0, 2)
 
 
 def test_nothing_is_written_where_the_old_cannot_be_read() -> None:

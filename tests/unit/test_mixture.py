@@ -167,7 +167,9 @@ class Run:
         cache = self.view.rig.cache
         digest = next(
             digest
-            for digest, listed in zip(self.attachment.digests, self.attachment.listed, strict=True)
+            for digest, listed in zip(
+                self.attachment.snapshot.digests(), self.attachment.listed, strict=True
+            )
             if listed.path == path
         )
         if folder := cache.evict(digest):

@@ -54,7 +54,9 @@ def cached(bench: Bench, attachment: Attachment) -> set[str]:
     """The files that are in the cache as a whole."""
     return {
         file.path
-        for file, digest in zip(attachment.manifest.files, attachment.digests, strict=False)
+        for file, digest in zip(
+            attachment.manifest.files, attachment.snapshot.digests(), strict=False
+        )
         if bench.rig.cache.stored_bytes(digest, file.size) == file.size
     }
 

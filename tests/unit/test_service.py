@@ -446,7 +446,7 @@ async def test_one_that_ends_while_credentials_are_proved_is_attached_anew(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     first = await bench.attach()
-    bench.offload.latency_s = {"control": 15.0}
+    bench.offload.latency_s = {"control": 12.0}  # of opening the store, then of the proof
     found: list[Attachment] = []
 
     async def attach() -> None:
@@ -454,7 +454,7 @@ async def test_one_that_ends_while_credentials_are_proved_is_attached_anew(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(attach)
-        await trio.sleep(1)
+        await trio.sleep(13)
         bench.service.let_go(first)  # it lingers for 10 s only
     [second] = found
     assert bench.service.find(ME, second.name, None) is second
@@ -587,7 +587,7 @@ async def test_the_next_daemon_has_every_attachment(bench: Bench) -> None:
     assert found.pinned
     assert found.manifest == pinned.manifest
     assert found.attached_s == pinned.attached_s
-    assert found.digests == pinned.digests
+    assert found.snapshot.digests() == pinned.snapshot.digests()
     assert after.service.find(OTHER, other.name, None).directories == {held: 77}
     assert after.service.find(OTHER, other.name, None).open_handles == 1
     assert await read_of(after.service.vfs, file, 0, 10) == b"x"
@@ -626,6 +626,60 @@ async def test_the_next_daemon_knows_what_has_changed_since(bench: Bench) -> Non
     assert not found.pinned
     assert after.service.attachments.opened_for(found) == newer
     assert "secret" not in repr(found.location)
+
+
+async def test_the_next_daemon_makes_of_an_attachment_what_is_needed(bench: Bench) -> None:
+    attachment = await bench.attach(pinned=True)
+    attachment.file(0).pin_etag('"learned"')
+    after = await next_daemon(bench)
+    found = after.service.find(ME, attachment.name, None)
+    assert found._snapshot is None  # names, sizes and counts need none
+    assert after.service.vfs.statfs() == bench.service.vfs.statfs()
+    assert after.service.vfs.getattr(MOUNT_ROOT).nlink == 3
+    assert found._snapshot is None
+    inode = attachment.tree.root.children[b"c"].inode
+    assert await read_of(after.service.vfs, after.service.vfs.open(inode), 0, 10) == b"x"
+    assert found.file(0).pin.etag == '"learned"'
+
+
+async def test_what_went_wrong_is_known_to_the_next_daemon(bench: Bench) -> None:
+    attachment = await bench.attach(pinned=True)
+    store = bench.store(PLACE)
+    inode = attachment.tree.root.children[b"c"].inode
+    handle = bench.service.vfs.open(inode)
+    for number in range(300):  # it comes and goes
+        store.fail("read_into", AccessDenied(f"refused {number}"))
+        with pytest.raises(AccessDenied):
+            await read_of(bench.service.vfs, handle, 0, 1)
+        attachment.note(AccessDenied(f"also {number}"))
+    assert sum(len(data) for _, data in bench.handoff.journal.frames()) < 4096
+    after = await next_daemon(await next_daemon(bench))
+    found = after.service.find(ME, attachment.name, None)
+    assert found.own_error == attachment.own_error
+    assert found.own_error.endswith("also 299")
+    assert found.file(1).error == attachment.file(1).error
+    assert found.file(1).error.endswith("refused 299")
+    assert found.state(0) == "failing"
+    assert await read_of(after.service.vfs, after.service.vfs.open(inode), 0, 10) == b"x"
+    last = await next_daemon(after)
+    found = last.service.find(ME, attachment.name, None)
+    assert found.state(0) == "lazy"
+    assert found.file(1).error.endswith("refused 299")  # that was the last one
+    last.service.detach(found, force=True)
+    assert list(last.handoff.journal.frames()) == []
+
+
+async def test_a_store_that_does_not_open_holds_up_no_restart_for_long(
+    bench: Bench, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.attach()
+    bench.offload.latency_s = {"control": math.inf}
+    began = trio.current_time()
+    after = await next_daemon(bench)
+    assert after.shown() == []
+    assert trio.current_time() - began == 10
+    assert "did not open within 10 s" in caplog.text
+    caplog.clear()
 
 
 async def test_what_nobody_holds_after_a_restart_goes(

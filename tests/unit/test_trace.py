@@ -14,7 +14,7 @@ FILES = [ListedFile(f"f{i}", MIB * (i + 1), 0) for i in range(4)]
 
 def begin(traces: Traces | None = None, key: tuple[int, str] = KEY) -> tuple[Trace, float]:
     """A trace and about when it began."""
-    trace = (traces or Traces()).begin(key, ABOUT, FILES)
+    trace = (traces or Traces()).begin(key, ABOUT, lambda: FILES)
     return trace, time.perf_counter()
 
 

@@ -380,7 +380,7 @@ def _damage(view: View, attachment: Attachment, path: str) -> None:
     """Write over the cached bytes of a file on the disk, as far as they are not verified."""
     [digest] = [
         d
-        for d, f in zip(attachment.digests, attachment.manifest.files, strict=True)
+        for d, f in zip(attachment.snapshot.digests(), attachment.manifest.files, strict=True)
         if f.path == path
     ]
     if digest not in view.rig.cache._open:  # closed: all of it will be checked when it is used

@@ -14,6 +14,7 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 from trio.testing import MockClock
+from unit.diskfaults import Fault, planned
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload
 from unit.rig import CONTENT, LOCATION, UID, View, view_in
 
@@ -34,6 +35,7 @@ from ckptfs._model.location import Location
 from ckptfs.errors import (
     AccessDenied,
     Busy,
+    CacheError,
     CkptfsError,
     MetadataError,
     MetadataNotDict,
@@ -493,6 +495,27 @@ async def test_what_is_open_cannot_be_evicted(view: View, store: FakeStore) -> N
     view.vfs.release(file)
     await view.xattrs.set(inode, names.EVICT, b"", UID)
     assert await view.text(inode, names.CACHED) == "0"
+
+
+async def test_what_the_disk_keeps_is_not_said_to_be_evicted(
+    view: View, store: FakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    attachment = view.attach(store)
+    inode = view.stat(attachment, "config.json").inode
+    file = view.vfs.open(inode)
+    await view.read(file, 0, 5)
+    await view.quiet()
+    view.vfs.release(file)
+    with planned(Fault("rename", "EROFS", "always")) as plan:
+        plan.active = True
+        for place in (inode, root_of(attachment)):
+            with pytest.raises(CacheError, match=r"config\.json cannot be dropped .*: Read"):
+                await view.xattrs.set(place, names.EVICT, b"", UID)
+    assert "cannot be dropped" in await view.text(root_of(attachment), names.ERROR)
+    assert await view.text(inode, names.STATE) == "cached"
+    await view.xattrs.set(inode, names.EVICT, b"", UID)
+    assert await view.text(inode, names.STATE) == "lazy"
+    caplog.clear()
 
 
 # -- metadata: shown

@@ -1,0 +1,59 @@
+"""The store of a checkpoint for a program that asks it itself, without a daemon.
+
+S3 is read by our own client where the filesystem can be described: it ends in time by itself, and
+notices answers that are cut or too short, which pyarrow's takes for whole ones (the rest of the
+buffer is then whatever was in memory).
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Concatenate, ParamSpec, TypeVar
+
+from ckptfs._model.config import STORE_TIMEOUT_S
+from ckptfs._store.base import Store
+from ckptfs._store.describe import describe
+from ckptfs._store.filesystems import FileSystem, unwrapped
+from ckptfs._store.onfilesystem import store_on
+from ckptfs._store.resolve import open_store
+from ckptfs._store.timed import ANSWER_S, within
+from ckptfs.errors import LocationError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def store_of(filesystem: FileSystem, path: str) -> Store:
+    """The store at `path` on a filesystem of this very process, of whatever type.
+
+    Raises:
+        StoreTimeout: It did not open within `ANSWER_S`.
+    """
+    try:
+        location = describe(filesystem, path)
+        name = location.uri
+        if location.kind == "s3":
+            return within(ANSWER_S, name, open_store, location, STORE_TIMEOUT_S)
+    except LocationError:
+        name = f"{filesystem.type_name}:{path}"
+    return store_on(*unwrapped(filesystem, path), name)
+
+
+def ask(
+    filesystem: FileSystem,
+    path: str,
+    call: Callable[Concatenate[Store, P], T],
+    *args: P.args,
+    **more: P.kwargs,
+) -> T:
+    """What `call` makes of the store at `path`, and these arguments.
+
+    Raises:
+        StoreTimeout: There was no answer within `ANSWER_S`.
+    """
+    store = store_of(filesystem, path)
+
+    def run() -> T:
+        with closing(store):
+            return call(store, *args, **more)
+
+    return within(ANSWER_S, store.name, run)
