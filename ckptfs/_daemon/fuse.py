@@ -58,6 +58,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.MetadataNotDict: errno.EIO,
     errors.ExpressionError: errno.EIO,
     errors.RateError: errno.EIO,
+    errors.PlanError: errno.EIO,
     errors.PrefetchFailed: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,
