@@ -27,9 +27,12 @@ from ckptfs.errors import PlanError as PlanError
 from ckptfs.errors import PrefetchFailed as PrefetchFailed
 from ckptfs.errors import ProtocolError as ProtocolError
 from ckptfs.errors import RateError as RateError
+from ckptfs.errors import SizeError as SizeError
 from ckptfs.errors import StoreError as StoreError
+from ckptfs.errors import StoreNotAllowed as StoreNotAllowed
 from ckptfs.errors import StoreTimeout as StoreTimeout
 from ckptfs.errors import StoreUnavailable as StoreUnavailable
+from ckptfs.errors import UnknownStore as UnknownStore
 
 if TYPE_CHECKING:
     from ckptfs.checkpoint import Checkpoint as Checkpoint

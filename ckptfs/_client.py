@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ckptfs._config import load_config, log_path
+from ckptfs._config import Flags, flags_variable, load_config, log_path
 from ckptfs._filelock import locked, wait_unlocked
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
@@ -34,6 +34,8 @@ from ckptfs._model.wire import (
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
+    Reload,
+    Reloaded,
     Reply,
     Request,
     Restart,
@@ -46,7 +48,15 @@ from ckptfs._model.wire import (
     encode,
 )
 from ckptfs._requestid import new_request_id
-from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, NoDaemon, ProtocolError
+from ckptfs.errors import (
+    BY_CODE,
+    CkptfsError,
+    DaemonError,
+    NoDaemon,
+    ProtocolError,
+    StoreNotAllowed,
+    UnknownStore,
+)
 
 _START_WAIT_S = 60.0
 """Longest wait for a daemon that somebody else is starting."""
@@ -62,6 +72,7 @@ _SECRETS = frozenset(
         "AZURE_STORAGE_CLIENT_SECRET",
         "AZURE_STORAGE_CONNECTION_STRING",
         "AZURE_STORAGE_SAS_TOKEN",
+        "GOOGLE_OAUTH_ACCESS_TOKEN",
         "HF_TOKEN",
     ]
 )
@@ -70,6 +81,8 @@ demand does without."""
 _UCRED = struct.Struct("3i")
 
 R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
+
 _RANK_VARIABLES = "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
 """Where torchrun and Ray Train, Slurm, Open MPI and MPICH say which process of a job one is."""
 
@@ -154,18 +167,26 @@ class Connection:
 
         Raises what the store or the daemon says.
         """
-        request = Attach(
-            location=location,
-            pinned=pinned,
-            prefetch=list(prefetch),
-            plan=plan,
-            rank=rank_of_process(),
-        )
-        return self._request(request, Attached)
+
+        def attach(place: Location) -> Attached:
+            request = Attach(
+                location=place,
+                pinned=pinned,
+                prefetch=list(prefetch),
+                plan=plan,
+                rank=rank_of_process(),
+            )
+            return self._request(request, Attached)
+
+        return _at(location, attach)
 
     def detach(self, name: str, location: Location | None = None, *, force: bool = False) -> None:
         """End an attachment. Raises NotAttached or Busy."""
-        self._persist(Detach(name=name, location=location, force=force), Done)
+
+        def detach(place: Location | None) -> None:
+            self._persist(Detach(name=name, location=place, force=force), Done)
+
+        detach(None) if location is None else _at(location, detach)
 
     def status(self) -> StatusReply:
         """The daemon's state."""
@@ -173,7 +194,11 @@ class Connection:
 
     def trace(self, name: str, location: Location | None = None) -> Trace:
         """How a checkpoint was read. Raises NotAttached."""
-        return self._persist(GetTrace(name=name, location=location), Trace)
+
+        def trace(place: Location | None) -> Trace:
+            return self._persist(GetTrace(name=name, location=place), Trace)
+
+        return trace(None) if location is None else _at(location, trace)
 
     def activity(self) -> ActivityReply:
         """What was read and fetched since the daemon started."""
@@ -181,7 +206,12 @@ class Connection:
 
     def metadata_changed(self, location: Location) -> None:
         """Tell the daemon that a checkpoint's metadata was changed at the store."""
-        self._persist(MetadataChanged(location=location), Done)
+
+        def tell(place: Location) -> None:
+            public = msgspec.structs.replace(place, secrets={})
+            self._persist(MetadataChanged(location=public), Done)
+
+        _at(location, tell)
 
     def prefetch(
         self, name: str, wanted: Wanted, progress: Callable[[int, int], None]
@@ -213,6 +243,10 @@ class Connection:
                 state = self._persist(start, Prefetching)
             progress(state.cached + state.fetched, state.bytes)
         return state
+
+    def reload(self) -> Reloaded:
+        """Have the daemon read its configuration anew. Raises ConfigError: it keeps the old one."""
+        return self._persist(Reload(), Reloaded)
 
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""
@@ -265,6 +299,19 @@ class Connection:
                 return b"".join(parts)
             if length > _REPLY_BYTES_MAX:
                 raise ProtocolError("the daemon's answer is too long")
+
+
+def _at(location: Location, ask: Callable[[Location], T]) -> T:
+    """Ask about a location. A named store that the daemon does not know, or not for us, and that
+    our own configuration has, is asked about as the place that it is there."""
+    try:
+        return ask(location)
+    except (UnknownStore, StoreNotAllowed):
+        if "like" not in location.options:
+            raise
+    from ckptfs._store.named import own_location
+
+    return ask(own_location(location))
 
 
 def connect(config: Config | None = None, timeout_s: float | None = None) -> Connection:
@@ -390,11 +437,15 @@ def tell_metadata_changed(location: Location) -> None:
     Returns when attachments of it show that. Whatever fails, the change itself is done.
     """
     with contextlib.suppress(CkptfsError, OSError), connect() as connection:
-        connection.metadata_changed(msgspec.structs.replace(location, secrets={}))
+        connection.metadata_changed(location)
 
 
-def connect_or_start(config: Config, timeout_s: float | None = None) -> Connection:
+def connect_or_start(
+    config: Config, timeout_s: float | None = None, flags: Flags | None = None
+) -> Connection:
     """Connect to the daemon; where none is running, start one, whoever else does so too.
+
+    `flags`: of the command line, with which `config` was loaded.
 
     Raises CannotMount, ConfigError or DaemonError.
     """
@@ -405,24 +456,27 @@ def connect_or_start(config: Config, timeout_s: float | None = None) -> Connecti
         with contextlib.suppress(NoDaemon):
             return connect(config, timeout_s)
         # These travel with each request, and are for who asks: not for whoever asks next.
-        start(config, dict.fromkeys(_SECRETS & os.environ.keys(), ""))
+        start(dict.fromkeys(_secrets_in(os.environ, config), ""), flags)
         return connect(config, timeout_s)
 
 
-def start(config: Config, environment: Mapping[str, str] | None = None) -> None:
+def _secrets_in(environ: Mapping[str, str], config: Config) -> set[str]:
+    """Variables that hold credentials, those of named stores too."""
+    sources = [table.credentials for table in config.store.values()]
+    prefixes = {"", *(s.environment for s in sources if not isinstance(s, str))}
+    return {prefix + name for prefix in prefixes for name in _SECRETS} & environ.keys()
+
+
+def start(environment: Mapping[str, str] | None = None, flags: Flags | None = None) -> None:
     """Start a daemon in the background and wait until it serves.
 
-    `environment`: added to that of this process.
+    Args:
+        environment: Added to that of this process.
+        flags: Of the command line.
 
     Raises CannotMount, ConfigError or DaemonError.
     """
-    environment = {
-        **(environment or {}),
-        "CKPTFS_SOCKET": config.socket,
-        "CKPTFS_MOUNT": config.mount,
-        "CKPTFS_CACHE_DIR": config.cache_dir,
-    }
-    run_keeper(["--background"], environment)
+    run_keeper(["--background"], {**(environment or {}), **flags_variable(flags or Flags())})
 
 
 def run_keeper(

@@ -13,15 +13,17 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ckptfs import _client, _plans, _private
+from ckptfs import _client, _plans, _private, xattrs
 from ckptfs._scratch import scratch_directory
 from ckptfs._store import metadata as _metadata
+from ckptfs._store.base import Store
 from ckptfs._store.caller import ask, store_of
 from ckptfs._store.copy import Progress, copy_directory
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import (
     FileSystem,
     filesystem_of,
+    is_lent,
     local_filesystem,
     local_path_of,
     wrapped,
@@ -63,8 +65,8 @@ class Checkpoint:
 
         Args:
             path: A path on `filesystem`; without one a URI (``s3://…``, ``gs://…``, ``abfss://…``,
-                ``hdfs://…``, ``file://…``; through fsspec ``hf://…``, ``az://…``, ``https://…``) or
-                an absolute local path, also with ``~``.
+                ``hdfs://…``, ``file://…``; through fsspec ``hf://…``, ``az://…``, ``https://…``), a
+                path in a named store (``store:…``), or an absolute local path, also with ``~``.
             filesystem: A ``pyarrow.fs.FileSystem`` or an fsspec filesystem, which is wrapped.
 
         Raises:
@@ -195,7 +197,7 @@ class Checkpoint:
 
                 progress = stack.enter_context(progress_bar(f"copying {self.path}"))
             copy_directory(
-                stack.enter_context(contextlib.closing(store_of(self.filesystem, self.path))),
+                stack.enter_context(_readable(self.filesystem, self.path)),
                 Path(target),
                 include=included,
                 timeout_s=timeout_s,
@@ -212,15 +214,26 @@ class Checkpoint:
             MetadataError: What is stored is not JSON.
             AccessDenied, StoreError: The store's answer.
         """
+        if is_lent(self.filesystem):
+            with _readable(self.filesystem, self.path) as store:
+                return _metadata.read(store)
         return ask(self.filesystem, self.path, _metadata.read)
 
     def set_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Replace the metadata that is stored with the checkpoint, as a whole.
+        """Replace the metadata that is stored with the checkpoint, as a whole; in a store that only
+        the daemon knows key by key.
 
         Raises:
             TypeError, ValueError: It cannot be written as JSON; what is stored stays.
             AccessDenied, StoreError: The store's answer.
         """
+        if is_lent(self.filesystem):
+            with _client.leased(describe(self.filesystem, self.path)) as top:
+                shown = xattrs.metadata(top)
+                shown.update(metadata)
+                for key in shown.keys() - metadata.keys():
+                    del shown[key]
+            return
         ask(self.filesystem, self.path, _metadata.write, metadata)
         _tell_changed(self.filesystem, self.path)
 
@@ -232,6 +245,10 @@ class Checkpoint:
             MetadataNotDict: What is stored is no dict (also a TypeError).
             MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
         """
+        if is_lent(self.filesystem):
+            with _client.leased(describe(self.filesystem, self.path)) as top:
+                xattrs.metadata(top).update(metadata)
+            return
         ask(self.filesystem, self.path, _metadata.update, metadata)
         _tell_changed(self.filesystem, self.path)
 
@@ -258,9 +275,20 @@ def _existing(path: str) -> str:
 def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
     # The copy's lock file is beside it: in the scratch directory, and not left if we are killed.
     path = Path(stack.enter_context(scratch_directory("ckptfs-copy-")), "checkpoint")
-    with contextlib.closing(store_of(checkpoint.filesystem, checkpoint.path)) as store:
+    with _readable(checkpoint.filesystem, checkpoint.path) as store:
         copy_directory(store, path, include=include)
     return str(path)
+
+
+@contextlib.contextmanager
+def _readable(filesystem: FileSystem, path: str) -> Generator[Store]:
+    """The store to read from: of this process, or through the mount where only the daemon knows
+    it."""
+    with contextlib.ExitStack() as stack:
+        if is_lent(filesystem):
+            path = stack.enter_context(_client.leased(describe(filesystem, path)))
+            filesystem = local_filesystem()
+        yield stack.enter_context(contextlib.closing(store_of(filesystem, path)))
 
 
 @contextlib.contextmanager

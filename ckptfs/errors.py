@@ -25,6 +25,12 @@ class LocationError(CkptfsError, ValueError):
     code = "location"
 
 
+class UnknownStore(LocationError):
+    """No store of that name is configured where it was looked for."""
+
+    code = "unknown-store"
+
+
 class CheckpointNotFound(CkptfsError, FileNotFoundError):
     """There is no such bucket, container or directory."""
 
@@ -41,6 +47,12 @@ class AccessDenied(CkptfsError, PermissionError):
     """The store refused the credentials, or the daemon refused the user."""
 
     code = "access-denied"
+
+
+class StoreNotAllowed(AccessDenied):
+    """The daemon's named store is not for this user."""
+
+    code = "store-not-allowed"
 
 
 class StoreError(CkptfsError, OSError):
@@ -100,6 +112,12 @@ class RateError(CkptfsError, ValueError):
     """A bandwidth limit that is no number of bytes per second."""
 
     code = "rate"
+
+
+class SizeError(CkptfsError, ValueError):
+    """A limit that is no number of bytes."""
+
+    code = "size"
 
 
 class PrefetchFailed(CkptfsError):

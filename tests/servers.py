@@ -67,6 +67,11 @@ class Forwarder:
         if held:
             self._flows.clear()
 
+    def redirect(self, upstream: str) -> None:
+        """Lead new connections elsewhere."""
+        host, _, port = upstream.rpartition(":")
+        self._upstream = (host, int(port))
+
     def restore(self) -> None:
         """Accept connections (again)."""
         self._listener = socket.create_server(("127.0.0.1", self._port), backlog=128)

@@ -9,6 +9,7 @@ A daemon after another one restores what that had before it takes the kernel's r
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import logging
@@ -17,12 +18,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import trio
 
+from ckptfs._config import load_config
 from ckptfs._daemon import fuse, logs, passthrough
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.control import Control
@@ -30,7 +32,9 @@ from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.relay import Relay
+from ckptfs._daemon.reload import Reloading, tell_by
 from ckptfs._daemon.service import Service
+from ckptfs._daemon.stores import Stores, known_stores
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._model.config import Config
 from ckptfs._store.resolve import OpenStore, open_store
@@ -43,6 +47,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 def main() -> None:
     """Run the daemon until it is stopped, is idle, or its mount is gone."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is a reload: see `_run`
     parser = argparse.ArgumentParser()
     for name in ("fuse-fd", "listen-fd", "ready-fd", "keeper-pid", "passthrough", "after-another"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -56,6 +61,7 @@ def main() -> None:
     table, *journal = args.handoff_fds
     try:
         opener = _private_opener(pickled) if pickled else open_store
+        stores = Stores({} if pickled else known_stores(config.store), opener)
         handoff = Handoff(Fds(table, (journal[0], journal[1])))
         cache = Cache(
             Path(config.cache_dir),
@@ -75,8 +81,9 @@ def main() -> None:
     fds = args.fuse_fd, args.listen_fd, args.ready_fd
     status = 1
     try:
-        run = functools.partial(_run, config, cache, opener, handoff, *fds, why, limiter)
-        status = trio.run(functools.partial(run, after_another=bool(args.after_another)))
+        run = functools.partial(_run, config, cache, stores, handoff, *fds, why, limiter)
+        options = {"after_another": bool(args.after_another), "reloads": not pickled}
+        status = trio.run(functools.partial(run, **options))
         cache.shut()
     except BaseException:
         log.critical("the daemon cannot go on", exc_info=True)
@@ -94,7 +101,7 @@ def _private_opener(pickled: bytes) -> OpenStore:
 async def _run(
     config: Config,
     cache: Cache,
-    opener: OpenStore,
+    stores: Stores,
     handoff: Handoff,
     fuse_fd: int,
     listen_fd: int,
@@ -103,6 +110,7 @@ async def _run(
     limiter: logs.Limiter,
     *,
     after_another: bool,
+    reloads: bool,
 ) -> int:
     """Serve; returns the exit status."""
 
@@ -114,7 +122,15 @@ async def _run(
         offload = Offload(config.connections_max)
         fetcher = Fetcher(config, cache, offload, nursery)
         service = Service(
-            config, cache, fetcher, offload, nursery, forget_name, opener, handoff, why_passthrough
+            config,
+            cache,
+            fetcher,
+            offload,
+            nursery,
+            forget_name,
+            stores.open,
+            handoff,
+            why_passthrough,
         )
         lent = passthrough.Passthrough(fuse_fd, service.vfs, on=why_passthrough == passthrough.ON)
         operations = fuse.Operations(service)
@@ -126,16 +142,19 @@ async def _run(
             await service.restore()
             relay.take_over()
             service.restored()
-        control = Control(service, config)
+        told = tell_by(ready_fd)
+        parts = service, fetcher, offload, stores
+        reload = Reloading(config, load_config, told, *parts).reload if reloads else None
+        control = Control(service, config, stores, reload)
+        await nursery.start(_obey_signals, service, reload)
+        # From here to "ready" nothing is awaited: who is answered is so by a daemon that is ready.
         nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
-        nursery.start_soon(_stop_on_signal, service)
         nursery.start_soon(_stop_when_idle, service)
         nursery.start_soon(_serve_fuse, service, relay)
         if config.metrics:
             nursery.start_soon(_serve_metrics, config, service, offload)
         nursery.start_soon(_beat, handoff.beat, limiter.flush, service.reporter.sample)
         os.write(ready_fd, b"{}\n")
-        os.close(ready_fd)
         log.info("serving on %s", config.mount)
         await service.stopped.wait()
         log.info("ending")
@@ -150,10 +169,20 @@ async def _beat(*calls: Callable[[], None]) -> None:
         await trio.sleep(BEAT_S)
 
 
-async def _stop_on_signal(service: Service) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            service.stopped.set()
+async def _obey_signals(
+    service: Service,
+    reload: Callable[[], Awaitable[object]] | None,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            if number != signal.SIGHUP:
+                service.stopped.set()
+            elif reload is not None:
+                with contextlib.suppress(CkptfsError):  # it is in the log
+                    await reload()
 
 
 async def _stop_when_idle(service: Service) -> None:

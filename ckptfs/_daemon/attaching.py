@@ -97,7 +97,8 @@ class Attaching:
     async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
         known = self._attachments.get(key)
         if known is not None and known.in_use:
-            if location.secrets == self._attachments.opened_for(known).secrets:
+            opened = self._attachments.opened_for(known)
+            if (location.secrets, location.store) == (opened.secrets, opened.store):
                 return known
             store = await self._open(location, uid)
             await self._store_calls.run(uid, _prove_access, store, known.manifest)

@@ -42,6 +42,7 @@ class Attachments:
     Attributes:
         vfs: What `make_vfs` has made.
         traces: How they were read.
+        linger_s: As given; can be changed.
         last_end_s: When one ended last (event loop time).
     """
 
@@ -57,7 +58,7 @@ class Attachments:
         self.vfs = make_vfs(self.released)
         self.traces = Traces()
         self.activities = activities
-        self._linger_s = linger_s
+        self.linger_s = linger_s
         self._nursery = nursery
         self._journal = journal
         self._forget_name = forget_name
@@ -170,7 +171,7 @@ class Attachments:
             self._nursery.start_soon(self._linger, attachment, attachment.idle_since_s)
 
     async def _linger(self, attachment: Attachment, since_s: float) -> None:
-        await trio.sleep(self._linger_s)
+        await trio.sleep(self.linger_s)
         current = self._by_key.get(attachment.key) is attachment
         if current and not attachment.held and attachment.idle_since_s == since_s:
             self.remove(attachment)

@@ -55,6 +55,10 @@ class Buffers(Generic[Owner]):
         self._free: dict[int, list[Buffer[Owner]]] = {}
         self.total_bytes = 0
 
+    def resize(self, bytes_max: int) -> None:
+        """Have at most so many bytes from now on; what is too much goes as it is needed again."""
+        self._bytes_max = bytes_max
+
     def take(self, length: int) -> Buffer[Owner]:
         """A busy buffer of at least `length` bytes."""
         capacity = capacity_of(length)

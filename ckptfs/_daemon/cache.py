@@ -122,6 +122,12 @@ class Cache:
         )
         self._root = self._ledger.root
 
+    def resize(self, bytes_max: int, free_share_min: float, memory_bytes_max: int) -> None:
+        """Have other limits from now on, which hold with the next `reserve`."""
+        self._ledger.bytes_max = bytes_max
+        self._ledger.free_share_min = free_share_min
+        self.buffers.resize(memory_bytes_max)
+
     # -- start and end
 
     @property
@@ -457,8 +463,9 @@ class Cache:
 
     # -- room
 
-    def reserve(self, entry: CachedObject, length: int) -> Reservation:
-        """Decide what goes so that `length` more bytes of `entry` can be stored, and count them.
+    def reserve(self, entry: CachedObject | None, length: int) -> Reservation:
+        """Decide what goes so that `length` more bytes of `entry` can be stored, and count them;
+        without one, so that the limit holds.
 
         Run `make_room` (blocking) with the result and then `settle`. If the result still `stores`,
         write, and then `unreserve` what was not published; otherwise the bytes can only be kept in
@@ -466,7 +473,7 @@ class Cache:
         """
         result = Reservation(entry, length)
         spare = self._ledger.spare_bytes()
-        if entry.unreliable or spare is None:
+        if spare is None or (entry is not None and entry.unreliable):
             result.refuse()
             return result
         goal, result.folders = self._ledger.clear_out(result.bytes, spare)
@@ -497,9 +504,12 @@ class Cache:
                 reservation.freed_bytes += pages(block_length(index, entry.size))
             else:
                 reservation.kept_blocks.append((entry, index))
-        if not reservation.creates or reservation.freed_bytes < reservation.goal_bytes:
+        entry = reservation.entry
+        if entry is None or not reservation.creates:
             return NO_FILES
-        about, digest = reservation.entry.about, reservation.entry.digest
+        if reservation.freed_bytes < reservation.goal_bytes:
+            return NO_FILES
+        about, digest = entry.about, entry.digest
         try:
             return cachedir.create(self._root.folder(digest), about)
         except OSError as error:
@@ -520,7 +530,7 @@ class Cache:
         for entry, index in reservation.kept_blocks:  # they were taken out of the map
             self._bury(entry, block_length(index, entry.size))
         entry = reservation.entry
-        if reservation.creates:
+        if entry is not None and reservation.creates:
             entry.files = files
             reservation.stores = files is not NO_FILES
             if reservation.remains:

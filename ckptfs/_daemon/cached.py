@@ -93,7 +93,8 @@ class CachedObject:
 
 
 class Reservation:
-    """Room for one write to `entry`, and what `reserve` decided to remove for it.
+    """Room for one write to `entry`, and what `reserve` decided to remove for it. None: nothing is
+    to be written.
 
     Attributes:
         bytes: What was reserved on disk, the object's folder included where it has none yet.
@@ -105,10 +106,11 @@ class Reservation:
         remains: The folder was begun, and could be neither made nor removed.
     """
 
-    def __init__(self, entry: CachedObject, length: int) -> None:
+    def __init__(self, entry: CachedObject | None, length: int) -> None:
         self.entry = entry
-        self.creates = entry.files is NO_FILES
-        self.bytes = pages(length) + (folder_bytes(entry.size) if self.creates else 0)
+        self.creates = entry is not None and entry.files is NO_FILES
+        folder = folder_bytes(entry.size) if entry is not None and self.creates else 0
+        self.bytes = pages(length) + folder
         self.goal_bytes = 0
         self.freed_bytes = 0
         self.stores = True

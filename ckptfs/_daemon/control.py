@@ -11,6 +11,7 @@ took, and who has spent more than a second of that waits. Descriptors that are p
 taken: the kernel closes them.
 """
 
+import array
 import logging
 import math
 import os
@@ -24,8 +25,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from ckptfs._daemon.service import Service
+from ckptfs._daemon.stores import Peer, Stores
 from ckptfs._daemon.users import is_ours, limit_for
 from ckptfs._model.config import Config
+from ckptfs._model.location import Location
 from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
@@ -39,6 +42,7 @@ from ckptfs._model.wire import (
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
+    Reload,
     Reply,
     Request,
     Restart,
@@ -51,8 +55,11 @@ from ckptfs._requestid import request_id
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ckptfs._daemon.attachment import Attachment
     from ckptfs._daemon.prefetch import Prefetch
+    from ckptfs._model.wire import Reloaded
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +81,9 @@ _PROGRESS_S = 0.2
 _LOOKING = Status, Activity, GetTrace, PrefetchProgress
 """Requests that change nothing."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
+_SO_PEERGROUPS = 59  # asm-generic/socket.h
+_GROUPS_BYTES = 1024
+"""Most that ``socket.getsockopt`` takes."""
 
 
 class _Held:
@@ -94,10 +104,25 @@ class _User:
 
 
 class Control:
-    """Serves `service` on a listening unix socket."""
+    """Serves `service` on a listening unix socket.
 
-    def __init__(self, service: Service, config: Config) -> None:
+    Args:
+        service: Does what is asked.
+        config: Whom to serve.
+        stores: The named ones.
+        reload: Reads the configuration anew.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        config: Config,
+        stores: Stores | None = None,
+        reload: "Callable[[], Awaitable[Reloaded]] | None" = None,
+    ) -> None:
         self._service = service
+        self._stores = stores or Stores({})
+        self._reload = reload
         self._allow_other = config.allow_other
         self._mount = config.mount
         self._connections = 0
@@ -112,6 +137,7 @@ class Control:
         self._service.client_came()
         raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, gid = _UCRED.unpack(raw)
+        peer = Peer(uid, gid, _groups_of(stream))
         held = _Held(pid)
         user = self._users.setdefault(uid, _User())
         self._connections += 1
@@ -122,7 +148,7 @@ class Control:
                 async for line in lines:
                     if not is_ours(uid):
                         await _pace(user)
-                    reply = encode(await self._answer(line, uid, gid, held))
+                    reply = encode(await self._answer(line, peer, held))
                     with trio.fail_after(_SEND_S):
                         await stream.send_all(reply)
         except CkptfsError as error:  # the connection itself is at fault: say so and hang up
@@ -157,12 +183,12 @@ class Control:
                 f"more than {most} control connections to the ckptfs daemon; try again later"
             )
 
-    async def _answer(self, line: bytes, uid: int, gid: int, held: _Held) -> Reply:
+    async def _answer(self, line: bytes, peer: Peer, held: _Held) -> Reply:
         request = decode_request(line)
         token = request_id.set(request.request)
         try:
-            self._log(request, uid)
-            return await self._handle(request, uid, gid, held)
+            self._log(request, peer.uid)
+            return await self._handle(request, peer, held)
         except ProtocolError:
             raise
         except CkptfsError as error:
@@ -183,12 +209,13 @@ class Control:
         about = {"event": "request", "operation": operation, "uid": uid}
         log.log(level, "%s asked by uid %d", operation, uid, extra=about)
 
-    async def _handle(self, request: Request, uid: int, gid: int, held: _Held) -> Reply:
+    async def _handle(self, request: Request, peer: Peer, held: _Held) -> Reply:
+        uid = peer.uid
         if isinstance(request, Attach):
-            attachment = await self._service.attach(
-                request.location, uid, gid, pinned=request.pinned
-            )
+            location = self._stores.find(request.location, peer)
+            attachment = await self._service.attach(location, uid, peer.gid, pinned=request.pinned)
             held.attachments.append(attachment)
+            self._check_again(request.location, location, peer, attachment)
             if attachment.trace is not None:
                 attachment.trace.joined(held.pid, request.rank)
             if request.plan is not None:
@@ -207,7 +234,8 @@ class Control:
                 skipped=len(manifest.skipped),
             )
         if isinstance(request, Detach):
-            attachment = self._service.find(uid, request.name, request.location)
+            place = self._place(request.location, peer)
+            attachment = self._service.find(uid, request.name, place)
             self._service.detach(attachment, force=request.force)
             return Done()
         if isinstance(request, Status | Activity):
@@ -218,10 +246,11 @@ class Control:
                 self._users[uid].paid_s += _STATUS_COST * (time.perf_counter() - began_s)
             return reply
         if isinstance(request, MetadataChanged):
-            await self._service.metadata_changed(request.location, uid)
+            await self._service.metadata_changed(self._stores.find(request.location, peer), uid)
             return Done()
         if isinstance(request, GetTrace):
-            return self._service.trace(uid, request.name, request.location)
+            place = self._place(request.location, peer)
+            return self._service.trace(uid, request.name, place)
         if isinstance(request, StartPrefetch):
             return self._prefetch(request, uid, held)
         if isinstance(request, PrefetchProgress):
@@ -231,12 +260,34 @@ class Control:
                 await held.prefetch.ended.wait()
             return held.prefetch.state()
         if not is_ours(uid):
-            raise AccessDenied("only the daemon's own user may stop it")
+            raise AccessDenied("only the daemon's own user may reload, restart or stop it")
+        if isinstance(request, Reload):
+            if self._reload is None:
+                raise ProtocolError("this daemon has no configuration of its own to read")
+            return await self._reload()
         if isinstance(request, Restart):
             self._service.restart()
             return Done()
         self._service.stop(force=request.force)
         return Done()
+
+    def _place(self, location: Location | None, peer: Peer) -> Location | None:
+        return None if location is None else self._stores.find(location, peer)
+
+    def _check_again(
+        self, asked: Location, found: Location, peer: Peer, attachment: "Attachment"
+    ) -> None:
+        """The store may have got another table while it was listed."""
+        if found.store is None or attachment not in self._service.attachments:
+            return
+        try:
+            now = self._stores.find(asked, peer)
+        except CkptfsError:
+            self._service.detach(attachment, force=True)
+            raise
+        if now != found:
+            self._service.detach(attachment, force=True)
+            raise Busy(f"{found.uri}: the configuration was reloaded meanwhile; try again")
 
     def _prefetch(self, request: StartPrefetch, uid: int, held: _Held) -> Prefetching:
         if held.prefetch is not None and not held.prefetch.ended.is_set():
@@ -252,6 +303,16 @@ class Control:
 def _log_refusal(request: Request, error: CkptfsError) -> None:
     about = {"event": "refused", "operation": type(request).__name__, "error": error.code}
     log.info("%s refused: %s", type(request).__name__, error, extra=about)
+
+
+def _groups_of(stream: trio.SocketStream) -> frozenset[int]:
+    """All groups of who has connected; none where the kernel does not say (Linux < 4.13), or where
+    there are more than Python has room for (256)."""
+    try:
+        raw = stream.socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+    except OSError:
+        return frozenset()
+    return frozenset(array.array("I", raw))
 
 
 async def _pace(user: _User) -> None:

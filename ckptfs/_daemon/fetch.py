@@ -51,10 +51,6 @@ class Fetcher:
     ) -> None:
         self._cache = cache
         self._offload = offload
-        self._deadline_s = config.read_deadline_s
-        # A window that fills the cache would push out what was not read yet.
-        share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
-        self.window_bytes_max = min(config.window_bytes_max, share)
         slots = self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
@@ -62,6 +58,7 @@ class Fetcher:
         self._transfers = Transfers(offload, slots, cache.buffers, self._outages, nursery)
         parts = slots, self._outages, self._versions, self._transfers, self._storing
         self._spans = Spans(config, cache, *parts, nursery)
+        self._take_in(config)
         self._files_of: Counter[int] = Counter()  # open ones, by user
         descriptors_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._files_of_max = share_of(descriptors_max // 2)  # each takes two
@@ -86,6 +83,23 @@ class Fetcher:
     def hedged_requests(self) -> int:
         """How many requests were made a second time because the first one was slow."""
         return self._transfers.hedged_requests
+
+    def _take_in(self, config: Config) -> None:
+        self._deadline_s = config.read_deadline_s
+        # A window that fills the cache would push out what was not read yet.
+        share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
+        self.window_bytes_max = min(config.window_bytes_max, share)
+
+    async def configure(self, config: Config) -> None:
+        """Take in settings that have changed, the cache's too; returns when its limit holds."""
+        self._take_in(config)
+        self._spans.configure(config)
+        self._slots.resize(config.connections_max, config.in_flight_bytes_max)
+        self._offload.resize(config.connections_max)
+        self._cache.resize(
+            config.cache_bytes_max, config.cache_free_share_min, config.in_flight_bytes_max
+        )
+        await self._storing.shrink()
 
     # -- files
 

@@ -174,6 +174,7 @@ class Keeper:
         self._daemon: DaemonProcess | None = None
         self._spare: DaemonProcess | None = None
         self._is_ending = False
+        self._reload_asked = False
 
     def __enter__(self) -> "Keeper":
         return self
@@ -273,8 +274,12 @@ class Keeper:
         wait_s = _BEFORE_SPARE_S
         while True:
             how = self._daemon.wait(wait_s)
+            self._take_in(self._daemon.reloaded())
             if how is not None:
                 return how
+            if self._reload_asked:
+                self._reload_asked = False
+                self._daemon.reload()
             if self._spare is None and self._has_spare():
                 self._spare = self._new_process(after_another=True)
             if wait_s == handoff.BEAT_S:
@@ -284,6 +289,15 @@ class Keeper:
                 if heart.beats:
                     self._manager.alive()
             wait_s = handoff.BEAT_S
+
+    def _take_in(self, config: Config | None) -> None:
+        """The daemon has read its configuration anew: go on with that, too."""
+        if config is None:
+            return
+        self._held.config = config
+        if self._spare is not None and not self._has_spare():
+            self._spare.end(at_once=True)
+            self._spare = None
 
     def _has_spare(self) -> bool:
         config = self._held.config
@@ -438,7 +452,11 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _pass_on(self, number: int, _: object) -> None:
-        """A signal to end: let the daemon end first. `run` then returns."""
+        """A signal to end: let the daemon end first. `run` then returns. A hangup is a reload, but
+        in a terminal it is the terminal's end, and ours."""
+        if number == signal.SIGHUP and not os.isatty(2):
+            self._reload_asked = True
+            return
         self._is_ending = True
         if self._daemon is None:
             sys.exit(128 + number)

@@ -22,7 +22,7 @@ class Ledger:
     """The bytes in `directory`, at most `bytes_max` (0: no limit of its own).
 
     Args:
-        free_share_min: Share of the disk to leave free.
+        bytes_max, free_share_min: Attributes, too, that can be changed.
         is_open: Whether an object is open; these are counted by whoever has opened them.
         was_removed: Called when the directory was removed, and all that is not open with it.
 
@@ -45,7 +45,7 @@ class Ledger:
         was_removed: Callable[[], None],
     ) -> None:
         self.bytes_max = bytes_max
-        self._free_share_min = free_share_min
+        self.free_share_min = free_share_min
         self._is_open = is_open
         self._was_removed = was_removed
         self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
@@ -172,7 +172,7 @@ class Ledger:
         if not (self._is_indexed and self.root.is_there()) and not self._begin_anew():
             return None
         try:
-            return self.root.spare_bytes(self._free_share_min)
+            return self.root.spare_bytes(self.free_share_min)
         except OSError as error:
             warn("see how much space is left", error)
             return None

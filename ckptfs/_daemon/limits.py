@@ -29,8 +29,9 @@ def may_see(uid: int, attachment: Attachment) -> bool:
 
 
 def check_rights(uid: int, location: Location, config: Config) -> None:
-    """Raise AccessDenied where the daemon would lend its own rights to another user."""
-    if is_ours(uid) or config.lend_daemon_rights:
+    """Raise AccessDenied where the daemon would lend its own rights to another user. Who may use a
+    named store was decided when it was looked up."""
+    if is_ours(uid) or config.lend_daemon_rights or location.store is not None:
         return
     if lent := lent_for(location):
         raise AccessDenied(

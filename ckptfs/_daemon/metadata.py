@@ -46,11 +46,14 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class MetadataKeeper:
-    """Reads and changes metadata. All methods belong to the event loop."""
+    """Reads and changes metadata. All methods belong to the event loop.
+
+    `deadline_s`: Longest time for each; can be changed.
+    """
 
     def __init__(self, offload: Offload, deadline_s: float) -> None:
         self._offload = offload
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
 
     async def values(self, attachment: Attachment) -> dict[str, Any]:
         """Keys and values; {} where there are none, or where the file is no JSON object.
@@ -161,12 +164,12 @@ class MetadataKeeper:
         metadata = attachment.metadata
         try:
             try:
-                with trio.fail_after(self._deadline_s):
+                with trio.fail_after(self.deadline_s):
                     yield
             except trio.TooSlowError:
                 raise StoreTimeout(
                     f"{METADATA_NAME} in {attachment.location.uri}: no answer within "
-                    f"{self._deadline_s:g} s; try again"
+                    f"{self.deadline_s:g} s; try again"
                 ) from None
         except CkptfsError as error:
             if error is not metadata.error:  # that is an old one

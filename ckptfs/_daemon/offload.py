@@ -50,6 +50,10 @@ class Offload:
         self._compute = _Lane(_COMPUTE_THREADS, 0)
         self._names = _Lane(1, 0)
 
+    def resize(self, data_threads: int) -> None:
+        """Run so many ranged reads at the same time from now on."""
+        self._data.resize(data_threads)
+
     async def data(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a ranged read."""
         return await self._data.run(functools.partial(function, *args, **kwargs))
@@ -108,6 +112,11 @@ class _Lane:
             if thread.abandon():
                 self._add_left_behind(1)
             raise
+
+    def resize(self, width: int) -> None:
+        """Have that width from now on."""
+        self._width = width
+        self._add_left_behind(0)
 
     def _add_left_behind(self, count: int) -> None:
         self._left_behind += count

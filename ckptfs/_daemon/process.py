@@ -5,6 +5,7 @@ waits for its configuration, which `activate` gives it. So a spare one takes ove
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -27,6 +28,9 @@ _END_WAIT_S = 5.0
 _HEART_STOPPED_BEATS = 10
 """So many looks in a row, one each `BEAT_S`, at a heart that does not beat: the daemon is stuck.
 Looks are counted, and not seconds, so that a machine that was asleep has no stuck daemon."""
+_F_SETPIPE_SZ = 1031  # linux/fcntl.h
+_REPORT_BYTES_MAX = 1 << 20
+"""Room for what a daemon reports: the most that a pipe of any user may have (pipe(7))."""
 ASKED_FOR_NEXT = "has asked for the next one"
 """How a daemon has ended that wants to be followed by another."""
 
@@ -51,7 +55,10 @@ class DaemonProcess:
         *,
         after_another: bool,
     ) -> None:
-        self._ready, theirs = os.pipe()
+        self._reports, theirs = os.pipe()
+        self._told = b""
+        with contextlib.suppress(OSError):  # then a long report waits until it is read
+            fcntl.fcntl(theirs, _F_SETPIPE_SZ, _REPORT_BYTES_MAX)
         options = {
             "--fuse-fd": fuse_fd,
             "--listen-fd": listen_fd,
@@ -81,9 +88,24 @@ class DaemonProcess:
         with contextlib.suppress(BrokenPipeError):  # then it has no report, either
             given.write(msgspec.json.encode(config) + b"\n" + pickled)
             given.close()
-        line = read_line(self._ready, READY_WAIT_S)
-        self._close_ready()
+        line, _, self._told = read_line(self._reports, READY_WAIT_S).partition(b"\n")
         _raise_reported(line, "the daemon did not come up; see its log")
+        os.set_blocking(self._reports, False)
+
+    def reloaded(self) -> Config | None:
+        """The configuration that it has read since it was last asked for one, if it has."""
+        if self._reports < 0:  # it was ended
+            return None
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._reports, _REPORT_BYTES_MAX):
+                self._told += data
+        *lines, self._told = self._told.split(b"\n")
+        return msgspec.json.decode(lines[-1], type=Config) if lines else None
+
+    def reload(self) -> None:
+        """Have it read its configuration anew."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGHUP)
 
     def wait(self, timeout_s: float) -> str | None:
         """Wait for its end: how that was, "" if as it should; None: the time is over."""
@@ -104,7 +126,7 @@ class DaemonProcess:
 
     def end(self, *, at_once: bool = False) -> None:
         """Have it ended; `at_once`: not asking it."""
-        self._close_ready()
+        self._close_reports()
         if not at_once:
             self.terminate()
             if self.wait(_END_WAIT_S) is not None:
@@ -112,10 +134,10 @@ class DaemonProcess:
         self._process.kill()
         self.wait(_END_WAIT_S)  # a dead disk may keep it for longer
 
-    def _close_ready(self) -> None:
-        if self._ready >= 0:
-            os.close(self._ready)
-            self._ready = -1
+    def _close_reports(self) -> None:
+        if self._reports >= 0:
+            os.close(self._reports)
+            self._reports = -1
 
 
 class Heart:

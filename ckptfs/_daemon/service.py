@@ -115,6 +115,11 @@ class Service:
     async def _find_command(self, usage: Usage) -> None:
         usage.command = await self._offload.names(command, usage.pid) or usage.command
 
+    def configure(self, config: Config) -> None:
+        """Take in settings that have changed. What is read from `config` itself is so already."""
+        self.attachments.linger_s = config.linger_s
+        self.metadata.deadline_s = config.read_deadline_s
+
     async def metadata_changed(self, location: Location, uid: int) -> None:
         """This user has changed the metadata of the checkpoint at `location` at the store."""
         for attachment in self.attachments:
@@ -198,8 +203,8 @@ class Service:
 
     async def wait_idle(self) -> None:
         """Return when nobody has used the daemon for `idle_exit_s`."""
-        idle_exit_s = self._config.idle_exit_s
         while True:
+            idle_exit_s = self._config.idle_exit_s
             used = self._clients or len(self.attachments) or not idle_exit_s
             last_use_s = max(self._last_client_s, self.attachments.last_end_s)
             left_s = last_use_s + idle_exit_s - trio.current_time()

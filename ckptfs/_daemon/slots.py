@@ -110,6 +110,11 @@ class Slots:
             waiting[ticket.priority] += 1
         return SlotsInUse(len(self._running), self._bytes, waiting)
 
+    def resize(self, places_max: int, bytes_max: int) -> None:
+        """Have so many from now on. What is given out comes back by itself."""
+        self._places_max, self._bytes_max = places_max, bytes_max
+        self._grant()
+
     async def acquire(self, ticket: Ticket) -> None:
         """Wait for a place and room for the bytes; `release_place` and `release_bytes` give them
         back. Cancelling leaves the queue."""

@@ -122,12 +122,16 @@ class Spans:
         self._transfers = transfers
         self._storing = storing
         self._nursery = nursery
-        self._deadline_s = config.read_deadline_s
-        self._blocks_max = max(1, config.span_bytes_max // BLOCK_BYTES)
+        self.configure(config)
         self._flights: dict[tuple[str, int], Span] = {}
         self._prefetched: Counter[tuple[str, int]] = Counter()  # how many prefetches ask for it now
         self.fetched_bytes = 0
         self.fetched_spans = 0
+
+    def configure(self, config: Config) -> None:
+        """Take in settings that have changed."""
+        self._deadline_s = config.read_deadline_s
+        self._blocks_max = max(1, config.span_bytes_max // BLOCK_BYTES)
 
     # -- asking for them
 

@@ -45,8 +45,12 @@ class Storing:
             freed = await self._offload.disk(self._cache.take_out, entry, blocks)
             self._cache.give_back(entry, length, freed)
 
-    async def _make_room(self, entry: CachedObject, length: int) -> bool:
-        """Whether `length` bytes may be written to the cache; they are reserved then."""
+    async def shrink(self) -> None:
+        """Have the cache within its limit, which may have become lower."""
+        await self._make_room(None, 0)
+
+    async def _make_room(self, entry: CachedObject | None, length: int) -> bool:
+        """Whether `length` bytes of `entry` may be written to the cache; they are reserved then."""
         async with self._room:
             reservation = self._cache.reserve(entry, length)
             if not reservation.needs_work:

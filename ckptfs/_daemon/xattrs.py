@@ -405,4 +405,4 @@ def _glob_of(node: Node) -> str:
 
 def _uri(location: Location, node: Node) -> str:
     path = f"{location.path}/{_path_of(node)}".rstrip("/")
-    return Location(location.kind, path, location.options).uri
+    return msgspec.structs.replace(location, path=path).uri

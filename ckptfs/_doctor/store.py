@@ -20,6 +20,7 @@ from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
 from ckptfs._doctor.node import Node
 from ckptfs._model.location import Location
 from ckptfs._model.units import size_text
+from ckptfs._store.awskeys import FixedKeys, source_of
 from ckptfs._store.base import pin_of
 from ckptfs._store.deadline import ends_in
 from ckptfs._store.s3client import S3Client
@@ -77,16 +78,19 @@ class Remote:
         # Not at the top: pyarrow is for those that have a URI.
         from ckptfs._store.describe import describe
         from ckptfs._store.filesystems import filesystem_of
-        from ckptfs._store.resolve import open_store
+        from ckptfs._store.named import open_place
 
-        self._location = describe(*filesystem_of(self._uri))
-        self._store = open_store(self._location, self._node.config.store_timeout_s)
+        described = describe(*filesystem_of(self._uri))
+        timeout_s = self._node.config.store_timeout_s
+        self._location, self._store = open_place(described, timeout_s)
         self._opened.callback(self._store.close)
         return ok(self._location.uri)
 
     def credentials(self) -> Outcome:
         """Whether there are credentials, and where they come from. They are never shown."""
         location = self._location
+        if location.store is not None:
+            return ok(f"those of the store {location.store.name!r} (ckptfs config shows where)")
         if location.kind == "s3":
             return self._credentials_of_s3()
         if location.secrets:
@@ -99,8 +103,6 @@ class Remote:
         return ok(f"none are given: the daemon's {lent} will do, or not: see store-list")
 
     def _credentials_of_s3(self) -> Outcome:
-        from ckptfs._store.awskeys import source_of
-
         secrets = self._location.secrets
         options = msgspec.convert({**self._location.options, **secrets}, S3Options)
         if options.anonymous:
@@ -232,7 +234,7 @@ def endpoint_of(location: Location) -> Endpoint | None:
     if location.kind == "s3":
         bucket = location.path.partition("/")[0]
         known = msgspec.convert(location.options, S3Options)
-        return _endpoint(*S3Client(bucket, known, lambda: None, _STEP_S).endpoint)
+        return _endpoint(*S3Client(bucket, known, FixedKeys(None), _STEP_S).endpoint)
     default = {
         "gcs": "storage.googleapis.com",
         "azure": f"{account}{options.get('blob_storage_authority', '.blob.core.windows.net')}",

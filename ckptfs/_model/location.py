@@ -14,9 +14,9 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-Kind = Literal["s3", "gcs", "azure", "hdfs", "local", "hf", "http", "az", "private"]
+Kind = Literal["s3", "gcs", "azure", "hdfs", "local", "hf", "http", "az", "private", "named"]
 """Types of filesystems. `hf`, `http` and `az` are fsspec's; `private` is one that is not described:
-a private daemon has the filesystem itself."""
+a private daemon has the filesystem itself; `named` is a store that the daemon is to look up."""
 Option = str | int | float | bool
 
 # Checked where a location arrives from another process. S3's keys have 1,024 bytes at most, and
@@ -34,6 +34,7 @@ _SCHEMES: dict[Kind, str] = {  # not of http, whose paths are whole URLs
     "hf": "hf",
     "az": "az",
     "private": "private",
+    "named": "",
 }
 
 # Options that tell one store from another of the same kind. A region or a timeout does not.
@@ -47,7 +48,15 @@ _IDENTITY: dict[Kind, tuple[str, ...]] = {
     "http": (),
     "az": ("account_name",),
     "private": (),
+    "named": ("store",),
 }
+
+
+class StoreRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named store, by whose credentials a location is read, and its own path."""
+
+    name: str
+    root: str
 
 
 class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -60,12 +69,15 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         path: Path on it, without leading scheme or trailing slash, e.g. ``bucket/run/checkpoint``.
         options: Public constructor options of the filesystem (allow-listed where it is built).
         secrets: Credentials among its options. Never printed, hashed or stored.
+        store: The named store that it lies in. Only a daemon itself says so, of what it has looked
+            up: see ``ckptfs._daemon.stores``.
     """
 
     kind: Kind
     path: Annotated[str, msgspec.Meta(max_length=8192)]
     options: Annotated[dict[_Name, _Text | int | float | bool], _FEW] = {}
     secrets: Annotated[dict[_Name, _Text], _FEW] = {}
+    store: StoreRef | None = None
 
     def __repr__(self) -> str:
         return f"Location({self.uri!r})"
@@ -95,6 +107,10 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
     @property
     def uri(self) -> str:
         """A URI without secrets, that names this directory and can be attached again."""
+        if self.store is not None:
+            return f"{self.store.name}:{self.path[len(self.store.root) :].lstrip('/')}"
+        if self.kind == "named":
+            return f"{self.options.get('store', '')}:{self.path}"
         if self.kind == "local":
             return "file://" + quote(self.path)
         if self.kind == "http":

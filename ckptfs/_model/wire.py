@@ -113,6 +113,10 @@ class Restart(Asked, frozen=True, tag="restart"):
     everything. The program of its keeper is replaced, too."""
 
 
+class Reload(Asked, frozen=True, tag="reload"):
+    """Read the configuration anew. Reply: `Reloaded`, when it counts."""
+
+
 class Stop(Asked, frozen=True, tag="stop"):
     """End the daemon and its mount. Refused while something is held, unless `force`."""
 
@@ -128,6 +132,7 @@ Request = (
     | StartPrefetch
     | PrefetchProgress
     | GetTrace
+    | Reload
     | Restart
     | Stop
 )
@@ -217,6 +222,16 @@ class Trace(Message, frozen=True, tag="trace-reply"):
     left_out: int
     lent: list[int]
     restarts: int
+
+
+class Reloaded(Message, frozen=True, tag="reloaded"):
+    """Reply to `Reload`: the settings that have changed, and those that are others in the file but
+    cannot change while the daemon runs. `ended`: the URIs of checkpoints whose users have no right
+    to them any more, or whose named store is gone or elsewhere."""
+
+    changed: list[str]
+    unchanged: list[str]
+    ended: list[str]
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -377,7 +392,7 @@ class ActivityReply(Message, frozen=True, tag="activity-reply"):
     checkpoints_left_out: int
 
 
-Reply = Attached | Done | Failed | Prefetching | StatusReply | ActivityReply | Trace
+Reply = Attached | Done | Failed | Prefetching | Reloaded | StatusReply | ActivityReply | Trace
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

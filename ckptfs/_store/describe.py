@@ -18,8 +18,10 @@ from ckptfs._store.filesystems import (
     fsspec_name,
     fsspec_of,
     refuse_secrets_in,
+    store_name_of,
     unwrapped,
 )
+from ckptfs._store.named import asked_for
 from ckptfs.errors import LocationError
 
 
@@ -70,6 +72,8 @@ def describe(
         LocationError: There is no path, or credentials are in it.
     """
     filesystem, path = unwrapped(filesystem, path)
+    if store := store_name_of(filesystem):
+        return asked_for(store, path.strip("/"))
     kind, arguments = _arguments_of(filesystem)
     path = path.rstrip("/")
     if not path and kind in ("s3", "gcs", "azure", "hf", "az"):

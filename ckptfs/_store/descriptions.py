@@ -41,7 +41,7 @@ DESCRIPTIONS: dict[Kind, Description] = {
         frozenset(
             ["anonymous", "scheme", "endpoint_override", "target_service_account", "project_id"]
         ),
-        frozenset(),
+        frozenset({"access_token"}),
     ),
     "azure": Description(
         "AzureFileSystem",

@@ -10,8 +10,11 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.manifest import printable
+from ckptfs._model.stores import check_below, split_named
 from ckptfs._store import fsspec
 from ckptfs._store.arrow import translate_error
+from ckptfs._store.named import own_table
+from ckptfs._store.namedfs import StoreHandler
 from ckptfs._store.timed import ANSWER_S, within
 from ckptfs.errors import LocationError, StoreTimeout
 
@@ -20,12 +23,16 @@ FileSystem: TypeAlias = Any
 
 
 def filesystem_of(uri: str) -> tuple[FileSystem, str]:
-    """The pyarrow filesystem and the path that `uri` (or an absolute path, also with ``~``) names.
+    """The pyarrow filesystem and the path that `uri`, ``store:path`` or an absolute path (also with
+    ``~``) names.
 
     Raises:
         LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
         StoreError: The store was asked for the bucket's region.
     """
+    if found := split_named(uri):
+        check_below(*found)
+        return pafs.PyFileSystem(StoreHandler(found[0])), found[1]
     text = os.path.expanduser(uri)
     shown = without_userinfo(text)
     scheme = text.partition("://")[0].lower()
@@ -83,6 +90,18 @@ def unwrapped(filesystem: FileSystem, path: str) -> tuple[FileSystem, str]:
         else:
             return filesystem, path.rstrip("/") or path
         path = f"{prefix.rstrip('/')}/{path.lstrip('/')}"
+
+
+def store_name_of(filesystem: FileSystem) -> str:
+    """The name of the store that an unwrapped filesystem is; "": it is none."""
+    handler = getattr(filesystem, "handler", None)
+    return handler.name if isinstance(handler, StoreHandler) else ""
+
+
+def is_lent(filesystem: FileSystem) -> bool:
+    """Whether it is a store that only a daemon may know, and not this process's configuration."""
+    name = store_name_of(unwrapped(filesystem, "")[0])
+    return bool(name) and own_table(name) is None
 
 
 def fsspec_of(filesystem: FileSystem) -> Any:

@@ -27,8 +27,9 @@ def _s3(options: Mapping[str, Option]) -> str:
 
 
 def _gcs(options: Mapping[str, Option]) -> str:
-    # An access token is not described, and a service account is impersonated by somebody else.
-    alone = options.get("anonymous") and not options.get("target_service_account")
+    # A service account is impersonated by somebody else.
+    own = options.get("anonymous") or options.get("access_token")
+    alone = own and not options.get("target_service_account")
     return "" if alone else "Google credentials"
 
 

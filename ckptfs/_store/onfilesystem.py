@@ -3,7 +3,7 @@
 """Stores on filesystems of pyarrow or fsspec: a Location's, or one of this process."""
 
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pyarrow as pa
@@ -14,9 +14,18 @@ from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
-from ckptfs._store.filesystems import FileSystem, fsspec_of, wrapped
+from ckptfs._store.filesystems import (
+    FileSystem,
+    fsspec_of,
+    store_name_of,
+    wrapped,
+)
 from ckptfs._store.fsspec import FsspecStore
+from ckptfs._store.named import open_own
 from ckptfs.errors import LocationError
+
+_TIMEOUT_S = 3.0
+"""As `Config.store_timeout_s`, for filesystems that are no daemon's."""
 
 
 def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
@@ -24,8 +33,18 @@ def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s
 
     Raises LocationError.
     """
+    filesystem = _built(location, options, timeout_s)
+    return store_on(filesystem, location.path, location.uri)
+
+
+def filesystem_for(location: Location) -> FileSystem:
+    """A pyarrow filesystem with the options and secrets of a location. Raises LocationError."""
+    return _built(location, {**location.options, **location.secrets}, _TIMEOUT_S)
+
+
+def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> FileSystem:
     try:
-        filesystem = _BUILDERS[location.kind](options, timeout_s)
+        return _BUILDERS[location.kind](options, timeout_s)
     except ImportError as error:
         needed = fsspec.PACKAGES.get(location.kind) or error.name
         raise LocationError(
@@ -34,20 +53,28 @@ def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         cause = str(error).partition("\n")[0]
         raise LocationError(f"{location.uri}: {cause}; check the options") from None
-    return store_on(filesystem, location.path, location.uri)
 
 
 def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
+    if store := store_name_of(filesystem):
+        return open_own(store, path.strip("/"), _TIMEOUT_S)
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
     return BoundedStore(FsspecStore(inner, path, name))
 
 
+def _s3(options: Mapping[str, Any], _: float) -> FileSystem:
+    return pafs.S3FileSystem(**options)
+
+
 def _gcs(options: Mapping[str, Any], timeout_s: float) -> FileSystem:
+    token: dict[str, Any] = {}
+    if options.get("access_token"):  # whoever gave it brings another one in time
+        token["credential_token_expiration"] = datetime.now(timezone.utc) + timedelta(days=1)
     # The default is 15 minutes of silent retries.
-    return pafs.GcsFileSystem(**options, retry_time_limit=timedelta(seconds=timeout_s))
+    return pafs.GcsFileSystem(**options, **token, retry_time_limit=timedelta(seconds=timeout_s))
 
 
 def _azure(options: Mapping[str, Any], _: float) -> FileSystem:
@@ -67,6 +94,7 @@ def _of_fsspec(protocol: str) -> Callable[[Mapping[str, Any], float], FileSystem
 
 
 _BUILDERS: dict[Kind, Callable[[Mapping[str, Any], float], FileSystem]] = {
+    "s3": _s3,
     "gcs": _gcs,
     "azure": _azure,
     "hdfs": _hdfs,

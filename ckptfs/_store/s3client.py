@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 
 from ckptfs._requestid import request_id
 from ckptfs._store import deadline, progress
-from ckptfs._store.awskeys import Chain
+from ckptfs._store.awskeys import KeySource
 from ckptfs._store.requests import (
     REQUESTS,
     Kind,
@@ -43,7 +43,7 @@ from ckptfs._store.requests import (
     outcome_of_status,
 )
 from ckptfs._store.s3options import S3Options
-from ckptfs._store.sigv4 import encoded, encoded_query, signed
+from ckptfs._store.sigv4 import Keys, encoded, encoded_query, signed
 from ckptfs.errors import CkptfsError
 
 _IDLE_MAX = 32
@@ -60,6 +60,8 @@ _ERROR_BYTES_MAX = 64 << 10
 """Of an answer that is an error, of which only code and message are of interest."""
 _PROGRAM = f"ckptfs/{version_of('ckptfs')}"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9/+=_-]{1,128}")
+_REFUSED = frozenset([400, 401, 403])
+"""What keys that have expired or were revoked are answered with; 400 is that of ExpiredToken."""
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
 _OWN_REGION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a location may say: it becomes a part of a host's name, and must not lead to another one."""
@@ -115,7 +117,7 @@ class S3Client:
     Raises OSError: The certificates cannot be read; ValueError: The region cannot be one.
     """
 
-    def __init__(self, bucket: str, options: S3Options, keys: Chain, timeout_s: float) -> None:
+    def __init__(self, bucket: str, options: S3Options, keys: KeySource, timeout_s: float) -> None:
         if options.region and not _OWN_REGION.fullmatch(options.region):
             raise ValueError(f"{options.region!r} is no region")
         self._bucket = bucket
@@ -180,13 +182,17 @@ class S3Client:
         """
         kind = _kind_of(method, query, headers)
         with counted(kind, _outcome_of), _translated():
-            connection, response = self._send(method, key, query, headers, body)
+            keys = self._keys.keys()
+            connection, response = self._send(method, key, query, headers, body, keys)
             if region := self._other_region(response):
                 REQUESTS.count(kind, "redirected")
                 _close(connection)
                 self._region = region
                 self._close_idle()  # those may lead to a host of the other region
-                connection, response = self._send(method, key, query, headers, body)
+                connection, response = self._send(method, key, query, headers, body, keys)
+            elif response.status in _REFUSED and self._has_other_keys(keys, connection):
+                keys = self._keys.keys()
+                connection, response = self._send(method, key, query, headers, body, keys)
             try:
                 if response.status not in expected:
                     raise _error_of(response)
@@ -201,11 +207,11 @@ class S3Client:
         query: Mapping[str, str] | None,
         headers: Mapping[str, str] | None,
         body: bytes,
+        keys: Keys | None,
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         host, path = self._address(key)
         text = encoded_query(query or {})
         target = f"{path}?{text}" if text else path
-        keys = self._keys()
         while True:
             connection, is_kept = self._take(host)
             all_headers = {**(headers or {}), "host": host}
@@ -225,6 +231,16 @@ class S3Client:
             except BaseException:
                 _close(connection)
                 raise
+
+    def _has_other_keys(self, refused: Keys | None, connection: http.client.HTTPConnection) -> bool:
+        """Whether to try again; the connection is of no more use then."""
+        renewed = True
+        try:
+            renewed = self._keys.renew(refused)
+        finally:
+            if renewed:
+                connection.close()
+        return renewed
 
     def _address(self, key: str) -> tuple[str, str]:
         """Host (with its port, where that is not the scheme's own) and encoded path."""

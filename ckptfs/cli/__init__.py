@@ -5,6 +5,7 @@ import typer
 from ckptfs.cli import (
     checkpoints,
     completion,
+    config,
     daemon,
     doctor,
     find,
@@ -27,6 +28,8 @@ app = typer.Typer(
 app.command("mount")(daemon.mount)
 app.command("umount")(daemon.umount)
 app.command("restart")(daemon.restart)
+app.command("config")(config.config)
+app.command("reload")(config.reload)
 app.command("status")(daemon.status)
 app.command("top")(top.top)
 app.command("attach")(checkpoints.attach)

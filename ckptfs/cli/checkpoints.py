@@ -12,10 +12,13 @@ from ckptfs._config import load_config
 from ckptfs._model import attributes, formats
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
+from ckptfs._model.stores import is_uri
 from ckptfs.cli import completion, output
 from ckptfs.errors import NotAttached
 
-UriArgument = Annotated[str, typer.Argument(metavar="URI", help="E.g. s3://bucket/run/checkpoint.")]
+UriArgument = Annotated[
+    str, typer.Argument(metavar="URI", help="E.g. s3://bucket/run/checkpoint, or store:run/…")
+]
 PathOrUriArgument = Annotated[
     str,
     typer.Argument(
@@ -76,7 +79,7 @@ def ls(
     list_ = _list_tensors if tensors else _list_files
     if not path_or_uri:
         _list_attachments(as_json)
-    elif "://" in path_or_uri:
+    elif is_uri(path_or_uri):
         with _client.leased(location_of(path_or_uri)) as path:
             list_(path, as_json)
     else:
@@ -180,7 +183,11 @@ def _walk(top: str) -> Iterator[str]:
 
 def location_of(uri: str) -> Location:
     """The place that a URI names. Raises LocationError."""
-    # Not at the top: `status` and `umount` need no pyarrow.
+    # Not at the top: `status` and `umount` need no pyarrow, nor does a named store.
+    from ckptfs._store.named import named
+
+    if (location := named(uri)) is not None:
+        return location
     from ckptfs._store.describe import describe
     from ckptfs._store.filesystems import filesystem_of
 
@@ -189,7 +196,7 @@ def location_of(uri: str) -> Location:
 
 def name_in_mount(path: str) -> str | None:
     """The attachment's directory name that a path inside the mount begins with; None for a URI."""
-    if "://" in path:
+    if is_uri(path):
         return None
     mount = load_config().mount
     relative = os.path.relpath(os.path.abspath(path), mount)

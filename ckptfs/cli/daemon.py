@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from ckptfs import _client
-from ckptfs._config import load_config, log_path
+from ckptfs._config import flags_variable, load_config, log_path
+from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._model.wire import AttachmentStatus
+from ckptfs.cli import config as flags
 from ckptfs.cli import output
-from ckptfs.errors import DaemonError
+from ckptfs.errors import DaemonError, NoDaemon
 
 _END_WAIT_S = 20.0
 _PAUSE_S = 0.05
@@ -23,14 +25,38 @@ def mount(
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay in the foreground, log to stderr.")
     ] = False,
+    file: flags.ConfigFlag = "",
+    socket: flags.SocketFlag = "",
+    mount: flags.MountFlag = "",
+    cache_dir: flags.CacheDirFlag = "",
+    cache_size: flags.CacheSizeFlag = "",
+    allow_other: flags.AllowOtherFlag = None,
+    others: flags.SetFlag = None,
 ) -> None:
-    """Start the daemon and its mount, where it is not running yet; prints the mount point."""
-    config = load_config()
+    """Start the daemon and its mount, where it is not running yet; prints the mount point.
+
+    Flags win over the environment, and that over the file. ckptfs help config explains all
+    settings.
+    """
+    given = flags.flags_of(file, socket, mount, cache_dir, cache_size, allow_other, others)
+    config = load_config(flags=given)
     if foreground:
         os.chdir("/")
+        os.environ.update(flags_variable(given))
         os.execv(sys.executable, [sys.executable, "-m", "ckptfs._daemon.keeper"])
-    _client.connect_or_start(config).close()
+    if given.values.keys() - {"socket"}:
+        _refuse_if_running(config)
+    _client.connect_or_start(config, flags=given).close()
     print(config.mount)
+
+
+def _refuse_if_running(config: Config) -> None:
+    """The flags would have no effect."""
+    with contextlib.suppress(NoDaemon), _client.connect(config):
+        raise DaemonError(
+            f"a ckptfs daemon is already running at {config.socket}; ckptfs umount ends it, and "
+            "ckptfs reload has it read its file anew"
+        )
 
 
 def umount(

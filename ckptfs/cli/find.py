@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from ckptfs._config import load_config
+from ckptfs._model.stores import is_uri
 from ckptfs._model.where import Expression
 from ckptfs._store.search import Found, search
 from ckptfs.cli import output
+from ckptfs.cli.checkpoints import location_of
 
 
 def find(
@@ -70,15 +72,12 @@ def find(
 def _search(uri: str, condition: Expression | None) -> list[Found]:
     # Not at the top: rich.progress is slow to import, and `status` and `umount` need no pyarrow.
     from ckptfs._progress import progress_bar
-    from ckptfs._store.describe import describe
-    from ckptfs._store.filesystems import filesystem_of
-    from ckptfs._store.resolve import open_store
+    from ckptfs._store.named import open_place
     from ckptfs._store.timed import TimedStore
 
-    if "://" not in uri:
+    if not is_uri(uri):
         uri = os.path.abspath(os.path.expanduser(uri))
-    location = describe(*filesystem_of(uri))
-    store = open_store(location, load_config().store_timeout_s)
+    location, store = open_place(location_of(uri), load_config().store_timeout_s)
     notes: list[str] = []
     found: list[Found] = []
     searched = 0

@@ -8,15 +8,20 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
-from typing import Annotated, Any, cast
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
 from ckptfs import _client, xattrs
 from ckptfs._model.manifest import printable
+from ckptfs._model.stores import is_uri, split_named
+from ckptfs._store.named import own_table
 from ckptfs.cli import completion, output
+from ckptfs.cli.checkpoints import location_of
 from ckptfs.errors import LocationError, MetadataError, MetadataNotDict, NotAttached
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Show and change a checkpoint's own metadata.", no_args_is_help=True, rich_markup_mode=None
@@ -101,7 +106,10 @@ def _no_such_key(target: str, key: str) -> MetadataError:
 
 
 def metadata_of(target: str) -> MutableMapping[str, Any]:
-    if "://" not in target:
+    named = split_named(target)
+    if named is not None and own_table(named[0]) is None:
+        return _Lent(target)
+    if not is_uri(target):
         try:
             return xattrs.metadata(target)
         except NotAttached:
@@ -109,6 +117,37 @@ def metadata_of(target: str) -> MutableMapping[str, Any]:
         except FileNotFoundError:
             raise LocationError(f"{target} does not exist; check the path") from None
     return _Stored(target)
+
+
+class _Lent(MutableMapping[str, Any]):
+    """The metadata of a checkpoint in a store that only the daemon may know: it is attached for
+    each look and change."""
+
+    def __init__(self, target: str) -> None:
+        self._location = location_of(target)
+
+    def _do(self, what: Callable[[MutableMapping[str, Any]], T]) -> T:
+        with _client.leased(self._location) as path:
+            return what(xattrs.metadata(path))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._do(lambda metadata: metadata[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._do(list))
+
+    def __len__(self) -> int:
+        return self._do(len)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._do(lambda metadata: metadata.__setitem__(key, value))
+
+    def __delitem__(self, key: str) -> None:
+        self._do(lambda metadata: metadata.__delitem__(key))
+
+    def update(self, changes: Any = (), /, **more: Any) -> None:
+        """Set several keys by one attachment."""
+        self._do(lambda metadata: metadata.update(changes, **more))
 
 
 class _Stored(MutableMapping[str, Any]):

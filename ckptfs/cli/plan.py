@@ -9,6 +9,7 @@ from ckptfs import _client, _plans, xattrs
 from ckptfs._model import plan as plans
 from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
+from ckptfs._model.stores import is_uri
 from ckptfs.cli import output, prefetch
 from ckptfs.cli.checkpoints import PathOrUriArgument, location_of, name_in_mount
 from ckptfs.cli.meta import metadata_of
@@ -66,7 +67,7 @@ def show(
     as_json: output.JsonOption = False,
 ) -> None:
     """Show a plan: what is read, in this order, by which ranks."""
-    plan = _plans.kept(location_of(source)) if "://" in source else None
+    plan = _plans.kept(location_of(source)) if is_uri(source) else None
     plan = plan or _plans.read(source)
     if as_json:
         output.print_json(plan)
@@ -105,7 +106,7 @@ def apply(
     as_json: output.JsonOption = False,
 ) -> None:
     """Fetch what a plan names into the node's cache, in its order, and wait for it."""
-    uri = path_or_uri if "://" in path_or_uri else xattrs.read(path_or_uri).uri
+    uri = path_or_uri if is_uri(path_or_uri) else xattrs.read(path_or_uri).uri
     plan = _plans.read(source) if source else _plans.kept(location_of(uri))
     if plan is None:
         raise PlanError(f"there is no plan for {uri}; ckptfs plan save makes one, or give --plan")

@@ -14,6 +14,7 @@ from ckptfs import _client, xattrs
 from ckptfs._client import Connection
 from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
+from ckptfs._model.stores import is_uri
 from ckptfs._model.units import parse_rate
 from ckptfs._model.wire import Prefetching
 from ckptfs.cli import output
@@ -96,7 +97,7 @@ def _found(
 ) -> Generator[tuple[Connection, str, Sequence[str]]]:
     """A connection to the daemon that has the checkpoint, its name there, and the globs as seen
     from its root. A URI is attached as long as the context lasts."""
-    if "://" in path_or_uri:
+    if is_uri(path_or_uri):
         with (
             _client.attached(location_of(path_or_uri)) as (_, reply),
             _client.connect() as connection,

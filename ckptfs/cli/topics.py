@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 _TOPICS = {
+    "config": ("CONFIGURATION.md", "all settings, and named stores"),
     "semantics": ("SEMANTICS.md", "what a mounted checkpoint promises"),
     "metrics": ("METRICS.md", "what a daemon tells Prometheus"),
 }
@@ -31,13 +32,14 @@ def help_(
         str,
         typer.Argument(
             metavar="COMMAND|TOPIC",
-            help="A command, 'semantics' or 'metrics'.",
+            help="A command, 'config', 'semantics' or 'metrics'.",
             autocompletion=complete_topic,
             show_default=False,
         ),
     ] = "",
 ) -> None:
-    """Explain a command, or what a mounted checkpoint promises (semantics), or the metrics."""
+    """Explain a command, all settings (config), what a mounted checkpoint promises (semantics), or
+    the metrics."""
     parent = context.find_root()
     if topic in _TOPICS:
         _print_document(files("ckptfs").joinpath(_TOPICS[topic][0]).read_text())

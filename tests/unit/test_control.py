@@ -16,6 +16,7 @@ from unit.test_service import PLACE, SETTINGS, Bench
 
 from ckptfs._daemon import control as control_module
 from ckptfs._daemon.control import Control
+from ckptfs._daemon.stores import Peer
 from ckptfs._model.location import Location
 from ckptfs._model.wire import (
     LINE_BYTES_MAX,
@@ -386,7 +387,7 @@ async def test_nobody_prefetches_what_another_user_attached(
 ) -> None:
     await server.service.attach(PLACE, 4242, 4242, pinned=True)
     request = encode(StartPrefetch(name=server.shown()[0], globs=["*"]))
-    reply = await server.control._answer(request, 4243, 4243, control_module._Held(0))
+    reply = await server.control._answer(request, Peer(4243, 4243), control_module._Held(0))
     assert isinstance(reply, Failed)
     assert reply.code == "not-attached"
 
@@ -415,7 +416,7 @@ async def test_other_users_are_served_only_if_configured(
     server.control._allow_other = True
     server.control._admit(stranger, 1)
     reply = await server.control._answer(
-        encode(Stop(force=True)), stranger, stranger, control_module._Held(0)
+        encode(Stop(force=True)), Peer(stranger, stranger), control_module._Held(0)
     )
     assert isinstance(reply, Failed)
     assert reply.code == "access-denied"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptfs._model.units import parse_rate, size_text
-from ckptfs.errors import RateError
+from ckptfs._model.units import parse_rate, parse_size, size_text
+from ckptfs.errors import RateError, SizeError
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,18 @@ def test_anything_is_a_rate_or_refused(text: str) -> None:
 )
 def test_sizes(count: int, text: str) -> None:
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("500G", 500 * 10**9), ("1.5TiB", 3 << 39), (" 64 Mi ", 64 << 20), ("5B", 5)],
+)
+def test_sizes_are_understood(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "5M/s", "G", "1e9", "99999T", "5 apples", "5\n6"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(SizeError) as caught:
+        parse_size(text)
+    assert "\n" not in str(caught.value)

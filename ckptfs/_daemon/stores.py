@@ -1,0 +1,166 @@
+"""The named stores that this daemon knows: what a name stands for, who may use it, and opening it.
+
+A client sends a name and a path in it. What a name stands for is looked up here (`find`), and the
+credentials are read here: who may use a store (`users` and `groups` of its table, and always root
+and the daemon's own user) never gets them, and gets nowhere but below its URI.
+
+A location that has been looked up says so in `Location.store`. On the control socket that field is
+refused, because it stands for the permission.
+"""
+
+import grp
+import logging
+import os
+import pwd
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+from ckptfs._daemon.users import is_ours
+from ckptfs._model.location import Location
+from ckptfs._model.stores import Credentials, StoreTable, Who
+from ckptfs._store.base import Store
+from ckptfs._store.resolve import OpenStore, open_store
+from ckptfs.errors import CkptfsError, LocationError, ProtocolError, StoreNotAllowed, UnknownStore
+
+log = logging.getLogger(__name__)
+
+OpenNamed: TypeAlias = Callable[[Location, float, Credentials], Store]
+_OPTIONS = frozenset(["store", "like"])
+
+
+class Peer(NamedTuple):
+    """Who asks, as the kernel says; `groups` are the further ones."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int] = frozenset()
+
+
+class Known(NamedTuple):
+    """A table, and the numbers of who may use it; None: everybody."""
+
+    table: StoreTable
+    uids: frozenset[int] | None
+    gids: frozenset[int] | None
+
+    def allows(self, peer: Peer) -> bool:
+        """Whether they may use it."""
+        return (
+            is_ours(peer.uid)
+            or self.uids is None
+            or self.gids is None
+            or peer.uid in self.uids
+            or not self.gids.isdisjoint([peer.gid, *peer.groups])
+        )
+
+
+def known_stores(tables: Mapping[str, StoreTable]) -> dict[str, Known]:
+    """Blocking (a directory service may be asked). The tables with the numbers of users and groups.
+
+    A name that nobody has is noted in the log, and allows nobody.
+    """
+    return {
+        name: Known(
+            table,
+            _numbers(name, table.users, lambda user: pwd.getpwnam(user).pw_uid),
+            _numbers(name, table.groups, lambda group: grp.getgrnam(group).gr_gid),
+        )
+        for name, table in tables.items()
+    }
+
+
+def _numbers(store: str, who: Who, number_of: Callable[[str], int]) -> frozenset[int] | None:
+    if isinstance(who, str):
+        return None
+    found: set[int] = set()
+    for each in who:
+        try:
+            found.add(each if isinstance(each, int) else number_of(each))
+        except KeyError:
+            log.warning("store.%s: there is no user or group %r on this machine", store, each)
+    return frozenset(found)
+
+
+class Stores:
+    """The named stores, and all others, for `open`.
+
+    Args:
+        known: The named ones.
+        open_plain: Opens what has no name.
+        open_named: Opens what has one, with its credentials.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[str, Known],
+        open_plain: OpenStore = open_store,
+        open_named: OpenNamed = open_store,
+    ) -> None:
+        self.known = dict(known)
+        self._open_plain = open_plain
+        self._open_named = open_named
+
+    def find(self, location: Location, peer: Peer) -> Location:
+        """The place that a client asks for. Other locations than named ones are what they say.
+
+        Raises UnknownStore, StoreNotAllowed, and LocationError for a path that leads out of it.
+        """
+        if location.store is not None:
+            raise ProtocolError("a client does not say by whose credentials a location is read")
+        if location.kind != "named":
+            return location
+        name, like = location.options.get("store"), location.options.get("like")
+        if not isinstance(name, str) or location.secrets or location.options.keys() - _OPTIONS:
+            raise LocationError("no name of a store")
+        known = self.known.get(name)
+        if known is None or (like is not None and like != known.table.like()):
+            raise UnknownStore(
+                f"{location.uri}: the ckptfs daemon knows no store {name!r}"
+                f"{' like yours' if known else ''}; add [store.{name}] to its configuration, and "
+                "ckptfs reload"
+            )
+        if not known.allows(peer):
+            raise StoreNotAllowed(
+                f"{location.uri}: the store {name!r} of the ckptfs daemon is not for uid "
+                f"{peer.uid}; have that added to its users or groups"
+            )
+        return known.table.location(name, location.path)
+
+    def open(self, location: Location, timeout_s: float) -> Store:
+        """See ``resolve.open_store``. Raises LocationError, too, for what a named store was."""
+        if location.store is None:
+            return self._open_plain(location, timeout_s)
+        known = self.known.get(location.store.name)
+        if known is None or not self._leads_to(location):
+            raise LocationError(
+                f"{location.uri}: the store {location.store.name!r} is no longer what it was; "
+                "attach it again"
+            )
+        return self._open_named(location, timeout_s, known.table.credentials)
+
+    def still_for(self, location: Location, uid: int, gid: int) -> bool:
+        """Blocking. Whether a location that was looked up earlier is still what its name stands
+        for, and for that user."""
+        if location.store is None:
+            return True
+        known = self.known.get(location.store.name)
+        groups = _groups_of(uid, gid)
+        return (
+            known is not None and self._leads_to(location) and known.allows(Peer(uid, gid, groups))
+        )
+
+    def _leads_to(self, location: Location) -> bool:
+        assert location.store is not None
+        below = location.path[len(location.store.root) :].lstrip("/")
+        known = self.known[location.store.name]
+        try:
+            return known.table.location(location.store.name, below) == location
+        except CkptfsError:
+            return False
+
+
+def _groups_of(uid: int, gid: int) -> frozenset[int]:
+    try:
+        return frozenset(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+    except KeyError:
+        return frozenset([gid])

@@ -1,0 +1,184 @@
+"""Credentials of a named store: from a file or from the environment.
+
+**Files** are what ssh would take for a key: of this user or root, and not for others to read. One
+that changes (a rotation) is read anew with the next request. Whatever is wrong with the new one,
+and while it is not there, the last ones that were good go on; that is logged once.
+
+The names in a file are those of AWS's credentials files, of what `credential_process` prints
+(JSON), or the options of the filesystem.
+"""
+
+import configparser
+import json
+import logging
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ckptfs._model.location import Kind
+from ckptfs._model.stores import CredentialSource
+from ckptfs.errors import AccessDenied
+
+log = logging.getLogger(__name__)
+
+_FILE_BYTES_MAX = 64 << 10
+
+# Names in files; before which the environment's prefix comes, in capitals.
+_NAMES: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "s3": {
+        "access_key": ("aws_access_key_id", "AccessKeyId", "access_key"),
+        "secret_key": ("aws_secret_access_key", "SecretAccessKey", "secret_key"),
+        "session_token": ("aws_session_token", "SessionToken", "session_token"),
+    },
+    "gcs": {"access_token": ("google_oauth_access_token", "access_token")},
+    "azure": {
+        name: (f"azure_storage_{name}", name)
+        for name in ("account_key", "sas_token", "tenant_id", "client_id", "client_secret")
+    },
+}
+_NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "s3": (("access_key", "secret_key"),),
+    "gcs": (("access_token",),),
+    "azure": (("account_key",), ("sas_token",), ("tenant_id", "client_id", "client_secret")),
+}
+"""One of these groups has to be there."""
+
+
+class SecretFile:
+    """The credentials in a file, as they are now. May be used from any thread.
+
+    Args:
+        path: As it is configured.
+        profile: The section of an INI file; "": ``default``, or the only one.
+        kind: Of the store.
+    """
+
+    def __init__(self, path: str, profile: str, kind: Kind) -> None:
+        self._path = _absolute(path)
+        self._profile = profile
+        self._kind: Kind = kind
+        self._lock = threading.Lock()  # guards the two below
+        self._seen: tuple[int, ...] = ()
+        self._secrets: dict[str, str] | None = None
+
+    def current(self) -> dict[str, str]:
+        """The secrets, by the name of the filesystem's option. Raises AccessDenied where there
+        never were any."""
+        with self._lock:
+            try:
+                now = _signature(os.stat(self._path))
+            except OSError:
+                now = (0,)
+            if now != self._seen:
+                self._seen = now
+                try:
+                    self._secrets = self._read()
+                except AccessDenied as error:
+                    if self._secrets is None:
+                        self._seen = ()
+                        raise
+                    log.warning("%s; the credentials that it had before go on", error)
+            assert self._secrets is not None
+            return self._secrets
+
+    def _read(self) -> dict[str, str]:
+        try:
+            with open(self._path, "rb", opener=_open_at_once) as file:
+                _refuse_others(self._path, os.fstat(file.fileno()))
+                text = file.read(_FILE_BYTES_MAX).decode()
+        except AccessDenied:  # which is an OSError, too
+            raise
+        except OSError as error:
+            raise AccessDenied(
+                f"credentials {self._path}: {error.strerror}; check the store's table"
+            ) from None
+        except UnicodeDecodeError:
+            raise AccessDenied(f"credentials {self._path}: not text") from None
+        values = _of_json(text) if text.lstrip().startswith("{") else _of_ini(text, self._profile)
+        if values is None:  # nothing of the text is shown
+            raise AccessDenied(
+                f"credentials {self._path}: neither a JSON object of strings nor an INI file with "
+                f"the section [{self._profile or 'default'}]"
+            )
+        return _picked(values, self._kind, f"credentials {self._path}")
+
+
+def environment_secrets(
+    source: CredentialSource, kind: Kind, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The secrets in variables with a prefix. Raises AccessDenied where there are none."""
+    prefix = source.environment
+    known = {name for names in _NAMES[kind].values() for name in names[:1]}
+    values = {name: environ.get(prefix + name.upper(), "") for name in known}
+    return _picked(values, kind, f"credentials in the environment ({prefix}…)", prefix)
+
+
+def _picked(
+    values: Mapping[str, str], kind: Kind, where: str, prefix: str | None = None
+) -> dict[str, str]:
+    found = {
+        option: next((values[name] for name in names if values.get(name)), "")
+        for option, names in _NAMES[kind].items()
+    }
+    if not any(all(found[option] for option in group) for group in _NEEDED[kind]):
+        groups = [[_NAMES[kind][option][0] for option in group] for group in _NEEDED[kind]]
+        if prefix is not None:
+            groups = [[prefix + name.upper() for name in group] for group in groups]
+        wanted = ", or ".join(" and ".join(group) for group in groups)
+        raise AccessDenied(f"{where}: incomplete; {wanted} must be there")
+    return {option: value for option, value in found.items() if value}
+
+
+def _absolute(path: str) -> Path:
+    """Where a relative path is, is systemd's (LoadCredential= in systemd.exec(5))."""
+    if os.path.isabs(path):
+        return Path(path)
+    directory = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    if not directory:
+        raise AccessDenied(
+            f"credentials {path}: a relative path is one in $CREDENTIALS_DIRECTORY, which is not "
+            "set; give an absolute one, or LoadCredential= in the unit"
+        )
+    return Path(directory, path)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # not waiting for who writes to a FIFO
+
+
+def _signature(info: os.stat_result) -> tuple[int, ...]:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _refuse_others(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise AccessDenied(f"credentials {path}: is no regular file")
+    # A group may read: what Kubernetes and systemd hand to a service is its group's.
+    if info.st_mode & 0o027 or info.st_uid not in (0, os.geteuid()):
+        raise AccessDenied(
+            f"credentials {path}: belongs to another user, or is for others to read or for a group "
+            "to write; chmod 600, or chown it"
+        )
+
+
+def _of_json(text: str) -> dict[str, str] | None:
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    values = cast("dict[str, Any]", found)
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def _of_ini(text: str, profile: str) -> dict[str, str] | None:
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        return None
+    names = parser.sections()
+    name = profile or ("default" if "default" in names or len(names) != 1 else names[0])
+    return dict(parser.items(name)) if name in names else None
