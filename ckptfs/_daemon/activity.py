@@ -215,6 +215,10 @@ class Activity:
         usage.opens += 1
         return usage
 
+    def commands(self) -> dict[int, str]:
+        """What the processes run that are told apart."""
+        return {pid: usage.command for pid, usage in self._by_pid.items()}
+
     def holds(self, pid: int) -> None:
         """That process holds the checkpoint, though it may not have read of it."""
         self._usage_of(pid)

@@ -100,6 +100,8 @@ class Attachments:
         for scope in attachment.background:
             scope.cancel()
         self.vfs.remove(attachment)
+        if attachment.trace is not None:
+            attachment.trace.named(attachment.activity.commands())
         self.traces.end(attachment.key)
         attachment.activity.end()
         del self._by_key[attachment.key]

@@ -133,6 +133,7 @@ class Exporter:
         found.add("fetched_bytes", now.fetched_bytes)
         found.add("fetched_spans", now.fetched_spans)
         found.add("fetch_retries", activities.retries)
+        found.add("hedged_requests", now.hedged)
         found.add("fetch_failures", {(code,): n for code, n in activities.failures.items()})
         found.add("fetches_running", now.running)
         found.add("fetches_waiting", {(name,): n for name, n in now.queue.items()})

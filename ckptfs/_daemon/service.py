@@ -135,6 +135,7 @@ class Service:
         if trace is None or not trace.has_ended:
             attachment = self.find(uid, name, location)
             trace = traces.find(attachment.key) or traces.running(attachment.key)
+            trace.named(attachment.activity.commands())
         return Trace(
             mount=self._config.mount,
             name="" if attachment is None or trace.has_ended else attachment.name,

@@ -148,6 +148,7 @@ class Reporter:
             fetched_bytes=self._fetcher.fetched_bytes,
             fetched_spans=self._fetcher.fetched_spans,
             retries=activities.retries,
+            hedged=self._fetcher.hedged_requests,
             failures=dict(activities.failures),
             running=slots.running,
             in_flight_bytes=slots.bytes,

@@ -8,7 +8,7 @@ left out: a restore is at the beginning.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ckptfs._daemon import processes
@@ -120,7 +120,7 @@ class Trace:
         if latest is None:
             latest = self._latest[file, pid] = deque(maxlen=_CURSORS)
             if pid and pid not in self._commands and len(self._commands) < _PROCESSES_MAX:
-                self._commands[pid] = processes.command(pid)
+                self._commands[pid] = processes.name(pid)
         latest.appendleft(access)
 
     def fetched(
@@ -172,6 +172,12 @@ class Trace:
             TracedProcess(pid, command, self._ranks.get(pid, -1))
             for pid, command in self._commands.items()
         ]
+
+    def named(self, commands: Mapping[int, str]) -> None:
+        """What these processes run, as far as it is known by now."""
+        for pid, command in commands.items():
+            if pid in self._commands and command:
+                self._commands[pid] = command
 
     def end(self) -> None:
         """Nothing comes any more: keep only what `files` needs."""

@@ -67,6 +67,7 @@ _NODE = (
     Metric("fetched_bytes", "counter", "Bytes that came from stores and could be used."),
     Metric("fetched_spans", "counter", "Requests for data in which they came."),
     Metric("fetch_retries", "counter", "Attempts to fetch after one that had failed."),
+    Metric("hedged_requests", "counter", "Second requests, because the first one took long."),
     Metric("fetch_failures", "counter", "Attempts to fetch that failed.", ("error",)),
     Metric("fetches_running", "gauge", "Requests for data that are under way."),
     Metric("fetches_waiting", "gauge", "Requests for data that wait for a place.", ("priority",)),

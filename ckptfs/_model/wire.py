@@ -364,6 +364,8 @@ class ActivityReply(Message, frozen=True, tag="activity-reply"):
     room for, the busiest ones first.
 
     Attributes:
+        retries: Attempts after one that had failed; `hedged`: second requests beside one that took
+            long.
         running, in_flight_bytes: Transfers that are under way now, and their bytes.
         queue: Transfers that wait for a place now, by priority.
     """
@@ -382,6 +384,7 @@ class ActivityReply(Message, frozen=True, tag="activity-reply"):
     fetched_bytes: int
     fetched_spans: int
     retries: int
+    hedged: int
     failures: dict[str, int]
     running: int
     in_flight_bytes: int

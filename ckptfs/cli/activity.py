@@ -78,6 +78,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     request_p50_s: float | None
     request_p99_s: float | None
     retries: int
+    hedged: int
     running: int
     in_flight_bytes: int
     queue: dict[str, int]
@@ -136,6 +137,7 @@ def picture(before: ActivityReply, after: ActivityReply, now_s: float, sort: Sor
         request_p50_s=percentile(times, 0.5),
         request_p99_s=percentile(times, 0.99),
         retries=after.retries,
+        hedged=after.hedged,
         running=after.running,
         in_flight_bytes=after.in_flight_bytes,
         queue=after.queue,

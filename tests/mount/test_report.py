@@ -72,7 +72,7 @@ def test_it_tells_what_was_read_and_fetched(
     read = [(start, stop) for _, _, start, stop, *_ in told["accesses"]]
     assert min(start for start, _ in read) == 0
     assert max(stop for _, stop in read) >= 12 * MIB
-    ((pid, command),) = told["processes"]
+    ((pid, command, _),) = told["processes"]
     assert "python" in command
     assert {access[1] for access in told["accesses"]} == {pid}
     text = page.read_text()

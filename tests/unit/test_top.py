@@ -57,6 +57,7 @@ def look(at_s: float = 0.0, pid: int = 1, factor: int = 1, checkpoints: int = 2)
         fetched_bytes=8 * MIB * factor,
         fetched_spans=2 * factor,
         retries=3,
+        hedged=4,
         failures={"store-timeout": 2},
         running=4,
         in_flight_bytes=MIB,

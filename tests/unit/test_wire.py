@@ -122,6 +122,7 @@ REPLIES: list[Reply] = [
         fetched_bytes=5,
         fetched_spans=6,
         retries=7,
+        hedged=1,
         failures={"store-timeout": 1},
         running=8,
         in_flight_bytes=9,
