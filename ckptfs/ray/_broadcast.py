@@ -200,7 +200,7 @@ def join(peers: Mapping[str, Any]) -> tuple[dict[str, Joined], dict[str, Failure
     joined: dict[str, Joined] = {}
     failed: dict[str, Failure] = {}
     for ref, name in _as_they_come(refs, _JOIN_S):
-        answer = _answer(ref)
+        answer = answer_of(ref)
         if isinstance(answer, Joined):
             joined[name] = answer
         else:
@@ -220,7 +220,7 @@ def _as_they_come(refs: Mapping[Any, str], timeout_s: float) -> Iterator[tuple[A
         yield from ((ref, refs[ref]) for ref in ready)
 
 
-def _answer(ref: Any) -> Any:
+def answer_of(ref: Any) -> Any:
     """What an actor has answered; a `Failure` where Ray has."""
     try:
         return ray.get(ref)
@@ -325,7 +325,7 @@ def _version_of(joined: Mapping[str, Joined], failed: Mapping[str, Failure], pat
 
 def _files(partners: Mapping[str, Any]) -> list[tuple[str, int]]:
     for peer in partners.values():
-        answer = _answer(peer.files.remote())
+        answer = answer_of(peer.files.remote())
         if not isinstance(answer, Failure):
             return answer
     raise CheckpointNotFound("no node could list the checkpoint's files")
@@ -341,7 +341,7 @@ def _what_is_there(
     has: dict[str, set[int]] = {name: set() for name in partners}
     refs = {partners[n].cached.remote(files): n for n in partners if joined[n].cached}
     for ref, name in _as_they_come(refs, _JOIN_S):
-        answer = _answer(ref)
+        answer = answer_of(ref)
         if not isinstance(answer, Failure):
             whole = {file[0] for file, is_whole in zip(files, answer, strict=True) if is_whole}
             has[name] = {
@@ -406,7 +406,7 @@ class _Run:
             if ref in self._pending:
                 what, chunk, name = self._pending.pop(ref)
                 self._heard_s[name] = self._moved_s = time.monotonic()
-                answer = _answer(ref)
+                answer = answer_of(ref)
                 if isinstance(answer, Failure) and answer.code == "lost":
                     self._lost(name, answer)
                 elif what == "give":

@@ -114,7 +114,7 @@ class Course:
     def next_give(self) -> tuple[int, str, bool] | None:
         """A chunk that is to be given now, by whom, and whether it is to be carried to others; it
         is under way from now on."""
-        while self._queue:
+        while self._queue or self._bring_back():
             chunk = self._queue[-1]
             wanting = self._wanting(chunk)
             if not wanting:
@@ -123,20 +123,19 @@ class Course:
             length = self._bytes[chunk]
             if self._under_way and self._under_way_bytes + length > self._window_bytes:
                 return None
-            giver = self._giver(chunk)
-            if giver is None:
-                if self._could_give(chunk):
-                    return None  # they are all busy
-                self._drop(chunk)
+            able = self._could_give(chunk)
+            if not able:
+                self._dropped.add(self._queue.pop())
                 continue
+            giver = min(able, key=lambda name: len(self._nodes[name].giving))
+            if len(self._nodes[giver].giving) >= self._gives_max:
+                return None  # they are all busy
             self._queue.pop()
             self._tries[chunk] += 1
             self._under_way[chunk] = set()
             self._under_way_bytes += length
             self._nodes[giver].giving.add(chunk)
             return chunk, giver, wanting != [giver]
-        if not self._under_way:
-            self._bring_back()
         return None
 
     def _wanting(self, chunk: int) -> list[str]:
@@ -154,21 +153,16 @@ class Course:
         # One that is full does not get it into its cache by reading it.
         return having or [n for n in fresh if not self._nodes[n].is_full]
 
-    def _giver(self, chunk: int) -> str | None:
-        idle = [n for n in self._could_give(chunk) if len(self._nodes[n].giving) < self._gives_max]
-        return min(idle, key=lambda n: len(self._nodes[n].giving), default=None)
-
-    def _drop(self, chunk: int) -> None:
-        self._queue.remove(chunk)
-        self._dropped.add(chunk)
-
-    def _bring_back(self) -> None:
-        """All the others are done: go on with those that were set aside."""
+    def _bring_back(self) -> bool:
+        """If all the others are done, go on with those that were set aside and are idle by now:
+        whether there are any."""
         back = [node for node in self._nodes.values() if node.is_aside and not node.taking]
+        if self._under_way or not back:
+            return False
         for node in back:
             node.is_aside = False
-        if back:
-            self._queue = [c for c in range(len(self._bytes)) if c not in self._dropped][::-1]
+        self._queue = [c for c in range(len(self._bytes)) if c not in self._dropped][::-1]
+        return True
 
     # -- what has happened
 
