@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 import ray.cloudpickle
-from conftest import daemons, wait_until
+from conftest import wait_until
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s3server import S3Server
@@ -24,7 +24,7 @@ import ckptfs.ray._broadcast as broadcast_module
 from ckptfs import Checkpoint, CheckpointNotFound, LocationError
 from ckptfs.ray._peer import Peer
 
-from .members import OBJECT_STORE_BYTES, Member, Members, members
+from .members import OBJECT_STORE_BYTES, Member, Members
 
 pytestmark = pytest.mark.mount
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
@@ -34,28 +34,6 @@ SLOW_RATE = 2 * MIB
 """Bytes per second of a connection to the slow server: a chunk of 4 MiB takes two seconds."""
 LARGE = {"a.bin": 17 * MIB + 5, "b.bin": 13 * MIB}
 SMALL = {f"rank-{i}.json": 1000 + i for i in range(20)} | {"empty": 0, "deep/er/x": 7}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Members]:
-    """Three nodes."""
-    with members(3) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def nodes(cluster: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Member]]:
-    """The nodes; this process is connected to the cluster. Their daemons end with the test."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    ray.init(address=cluster.members[0].address, log_to_driver=False)
-    try:
-        yield cluster.members[:3]
-    finally:
-        ray.shutdown()
-        for member in cluster.members:
-            member.forget()
-        wait_until(lambda: not daemons())
 
 
 def make(folder: Path) -> dict[str, str]:
@@ -181,10 +159,10 @@ def in_the_middle(
 
 
 def test_a_node_that_dies_in_the_middle(
-    nodes: list[Member], cluster: Members, slow: S3Server, bucket: Path, content: dict[str, str]
+    nodes: list[Member], machines: Members, slow: S3Server, bucket: Path, content: dict[str, str]
 ) -> None:
     checkpoint = Checkpoint(f"{bucket.name}/run/checkpoint", slow.filesystem())
-    fourth = cluster.add()
+    fourth = machines.add()
     with in_the_middle([*nodes, fourth], checkpoint) as reports:
         fourth.kill()
     (report,) = reports
