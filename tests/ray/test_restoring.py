@@ -101,7 +101,6 @@ def test_all_nodes_of_a_run_restore_for_one_download(
     trainer.fit()
     size = 2 * (WEIGHTS_BYTES + 1)  # of both checkpoints
     fetched = [member.status().fetched_bytes for member in nodes if member.node.socket.exists()]
-    assert len(fetched) == 2
     assert sum(fetched) == size
-    assert max(fetched) < size
+    assert sum(count > 0 for count in fetched) >= 2  # they may be others after the failure
     assert size <= s3.traffic().bytes_to_client <= 1.1 * size
