@@ -2,8 +2,9 @@
 
 Three ways, in turns, from a store that gives each connection so much a second: Ray's own
 (``ray.train.Checkpoint.to_directory`` on every node), ckptfs on every node for itself, and
-``ckptfs.ray.broadcast``. Measured from the driver, until all nodes have read every byte; and what
-the server has sent. Nodes are Ray nodes on this machine; each has a daemon and a cache of its own,
+``ckptfs.ray.broadcast``. Measured from the driver: until all nodes have the bytes (but for the
+second way, which begins to read at once), until they have read every byte; and what the server has
+sent. Nodes are Ray nodes on this machine; each has a daemon and a cache of its own,
 and the disk and the CPUs are shared by all of them and the server.
 
     ./scripts/setup --ray
@@ -38,6 +39,8 @@ from ckptfs import Checkpoint  # noqa: E402
 
 MIB = 1 << 20
 SHARDS = 4
+OBJECT_STORE_BYTES = 400 * MIB
+"""Of each node. A broadcast uses a quarter of it."""
 
 
 def digest_of(folder: str) -> str:
@@ -56,10 +59,20 @@ def mounted(checkpoint: Checkpoint) -> str:
         return digest_of(path)
 
 
-def copied(path: str, filesystem: Any, scratch: str) -> str:
-    """Copy it as Ray does, and read the copy."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        return digest_of(ray.train.Checkpoint(path, filesystem).to_directory(folder))
+def copied(path: str, filesystem: Any, folder: str) -> None:
+    """Copy it as Ray does."""
+    own = os.path.join(folder, ray.get_runtime_context().get_node_id())
+    ray.train.Checkpoint(path, filesystem).to_directory(own)
+
+
+def read_copy(folder: str) -> str:
+    """Read what `copied` has made."""
+    return digest_of(os.path.join(folder, ray.get_runtime_context().get_node_id()))
+
+
+def line(way: str, there_s: float, read_s: float, sent: float) -> str:
+    """A result."""
+    return f"{way:10} there {there_s:6.1f} s, read {read_s:6.1f} s, sent {sent:.3f} x"
 
 
 def nothing() -> None:
@@ -87,8 +100,9 @@ class Bench:
         ]
         assert set(ray.get(refs)) <= {self.digest, None}, "a node has read something else"
 
-    def run(self, way: str) -> tuple[float, float]:
-        """Seconds, and what the server has sent as a multiple of the checkpoint."""
+    def run(self, way: str) -> tuple[float, float, float]:
+        """Seconds until it is there, and until it is read; and what the server has sent as a
+        multiple of the checkpoint."""
         for node in self.nodes:
             node.forget()
         self.on_all(nothing)
@@ -96,16 +110,19 @@ class Bench:
         checkpoint = Checkpoint(self.path, filesystem)
         self.server.reset_traffic()
         began_s = time.perf_counter()
-        if way == "ray":
-            self.on_all(copied, self.path, filesystem, str(self.server.root))
-        else:
-            if way == "broadcast":
+        with tempfile.TemporaryDirectory() as folder:
+            if way == "ray":
+                self.on_all(copied, self.path, filesystem, folder)
+            elif way == "broadcast":
                 report = ckptfs.ray.broadcast(checkpoint, progress=False)
                 assert report.is_complete, report
-                print(f"  brought in {report.seconds:.1f} s", flush=True)
-            self.on_all(mounted, checkpoint)
-        seconds = time.perf_counter() - began_s
-        return seconds, self.server.traffic().bytes_to_client / self.size
+            there_s = time.perf_counter() - began_s
+            if way == "ray":
+                self.on_all(read_copy, folder)
+            else:
+                self.on_all(mounted, checkpoint)
+            read_s = time.perf_counter() - began_s
+        return there_s, read_s, self.server.traffic().bytes_to_client / self.size
 
 
 def main() -> None:
@@ -119,7 +136,10 @@ def main() -> None:
     tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="b")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     rate = int(given.rate * 1e6)
-    with S3Server(counted=True, connection_rate=rate) as server, members(given.nodes) as cluster:
+    with (
+        S3Server(counted=True, connection_rate=rate) as server,
+        members(given.nodes, OBJECT_STORE_BYTES) as cluster,
+    ):
         folder = server.bucket_dir("bench") / "checkpoint"
         folder.mkdir()
         for index in range(SHARDS):
@@ -129,17 +149,26 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         ray.init(address=cluster.members[0].address, log_to_driver=False)
         bench = Bench(server, cluster.members, "bench/checkpoint", size)
-        results: dict[str, list[tuple[float, float]]] = {"ray": [], "mount": [], "broadcast": []}
+        results: dict[str, list[tuple[float, float, float]]] = {
+            "ray": [],
+            "mount": [],
+            "broadcast": [],
+        }
         for _ in range(given.rounds):
             for way, found in results.items():
                 found.append(bench.run(way))
-                print(f"{way:10} {found[-1][0]:7.1f} s, sent {found[-1][1]:.3f} x", flush=True)
+                print(line(way, *found[-1]), flush=True)
         ray.shutdown()
-    medians = {way: statistics.median(s for s, _ in found) for way, found in results.items()}
-    print(f"\n{given.nodes} nodes, {size / MIB:.0f} MiB, {given.rate:g} MB/s per connection")
-    for way, found in results.items():
-        ratio = medians[way] / medians["ray"]
-        print(f"{way:10} {medians[way]:7.1f} s, {ratio:.2f} of ray's, sent {found[-1][1]:.3f} x")
+    medians = {
+        way: tuple(map(statistics.median, zip(*found, strict=True)))
+        for way, found in results.items()
+    }
+    print(
+        f"\n{given.nodes} nodes, {size / MIB:.0f} MiB, {given.rate:g} MB/s per connection: medians"
+    )
+    for way, median in medians.items():
+        ratios = [mine / rays for mine, rays in zip(median, medians["ray"], strict=True)]
+        print(f"{line(way, *median)}   ({ratios[0]:.2f} and {ratios[1]:.2f} of ray's)")
 
 
 if __name__ == "__main__":

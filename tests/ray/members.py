@@ -55,7 +55,7 @@ class Member:
             name,
             {
                 "num_cpus": 2,
-                "object_store_memory": OBJECT_STORE_BYTES,
+                "object_store_memory": cluster.object_store_bytes,
                 "env_vars": self.node.environment,
                 "include_dashboard": False,
             },
@@ -97,7 +97,8 @@ class Member:
 class Members:
     """The cluster. The first node that is added is its head."""
 
-    def __init__(self) -> None:
+    def __init__(self, object_store_bytes: int) -> None:
+        self.object_store_bytes = object_store_bytes
         self.folder = Path(tempfile.mkdtemp(prefix="r"))  # short: there are sockets in it
         (self.folder / "ray").mkdir()
         self._owner = subprocess.Popen(
@@ -137,9 +138,9 @@ class Members:
 
 
 @contextlib.contextmanager
-def members(count: int) -> Iterator[Members]:
+def members(count: int, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[Members]:
     """A cluster of `count` nodes."""
-    cluster = Members()
+    cluster = Members(object_store_bytes)
     try:
         for _ in range(count):
             cluster.add()
