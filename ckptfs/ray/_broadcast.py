@@ -35,11 +35,15 @@ from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs.checkpoint import Checkpoint
 from ckptfs.errors import (
     BY_CODE,
+    AccessDenied,
     CheckpointNotFound,
     DaemonError,
     LimitExceeded,
     LocationError,
+    NoDaemon,
+    NotAttached,
     ObjectChanged,
+    ProtocolError,
 )
 from ckptfs.ray._course import Chunk, Course, chunks_of
 from ckptfs.ray._peer import Failure, Gave, Joined, Peer
@@ -56,6 +60,8 @@ _TURNS = 32
 worth its messages (some thousand a second are what one driver can send)."""
 _GIVE_BYTES_MAX = 128 << 20
 """Most bytes that a node gives at the same time: what its daemon has in flight at most."""
+_GIVES_MAX = 16
+"""Most chunks that a node gives at the same time: as many as its daemon has requests."""
 _TAKES_MAX = 4
 """Chunks that a node takes at the same time, of those that wait for it."""
 _WINDOW_SHARE = 4
@@ -65,12 +71,17 @@ _JOIN_S = 120.0
 _PATIENCE_S = 10.0
 """How long all may wait for a slow node before they go on without it."""
 _PROGRESS_S = 0.25
+_HOPELESS = frozenset(
+    ["lost", *(e.code for e in (AccessDenied, DaemonError, NoDaemon, NotAttached, ProtocolError))]
+)
+"""Errors after which there is no point in asking a node for anything else: its actor is gone, or
+its daemon is, or it does not exchange blocks with this user or in this version."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
     """One node's part. Bytes; `left`: what it lacks and reads from the store when it is needed.
-    `error`: why, or ""."""
+    `error`: what went wrong there first, or ""; it may have been put right."""
 
     read: int
     taken: int
@@ -260,7 +271,7 @@ def _broadcast(
     with ExitStack() as stack:
         # How large a chunk is good depends on the files, which a node has to say.
         chunk_bytes_max = max(BLOCK_BYTES, min(_CHUNK_BYTES_MAX, window_bytes // _WINDOW_SHARE))
-        peers = start_peers(filesystem, path, ids, chunk_bytes_max, _THREADS_OF_GIVES)
+        peers = start_peers(filesystem, path, ids, chunk_bytes_max, _GIVES_MAX)
         stack.callback(end, peers)
         joined, failed = join(peers)
         version = _version_of(joined, failed, path)
@@ -273,7 +284,7 @@ def _broadcast(
         chunk_bytes = _chunk_bytes(size, len(partners), chunk_bytes_max)
         chunks = chunks_of(files, chunk_bytes)
         has = _what_is_there(partners, joined, files, chunks)
-        gives_max = max(2, min(_THREADS_OF_GIVES, _GIVE_BYTES_MAX // chunk_bytes))
+        gives_max = max(2, min(_GIVES_MAX, _GIVE_BYTES_MAX // chunk_bytes))
         course = Course(chunks, has, window_bytes, gives_max)
         show = stack.enter_context(_bar(f"broadcasting {path}")) if progress else None
         run = _Run(course, chunks, partners, timeout_s, show)
@@ -290,16 +301,12 @@ def _broadcast(
         }
     report = BroadcastReport(version, len(files), size, nodes, time.monotonic() - began_s)
     for name, node in nodes.items():
-        if node.error or node.left:
+        if node.left:
             log.warning(
-                "broadcast of %s: node %s reads %d bytes from the store itself%s",
-                *(path, name, node.left, f": {node.error}" if node.error else ""),
+                "broadcast of %s: node %s reads %d bytes from the store itself: %s",
+                *(path, name, node.left, node.error or "they could not be brought"),
             )
     return report
-
-
-_THREADS_OF_GIVES = 16
-"""Most chunks that a node gives at the same time: as many as its daemon has requests."""
 
 
 def _smallest_object_store(ids: Sequence[str]) -> int:
@@ -407,7 +414,7 @@ class _Run:
                 what, chunk, name = self._pending.pop(ref)
                 self._heard_s[name] = self._moved_s = time.monotonic()
                 answer = answer_of(ref)
-                if isinstance(answer, Failure) and answer.code == "lost":
+                if isinstance(answer, Failure) and answer.code in _HOPELESS:
                     self._lost(name, answer)
                 elif what == "give":
                     self._gave(chunk, name, answer)
@@ -475,7 +482,8 @@ class _Run:
 @contextmanager
 def _bar(what: str) -> Generator[Callable[[int, int], None]]:
     """A bar in the driver, wherever this runs."""
-    if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+    worker = getattr(ray.get_runtime_context(), "worker", None)  # a Ray client has none
+    if worker is None or worker.mode != ray.WORKER_MODE:
         from ckptfs._progress import progress_bar  # rich is slow to import
 
         with progress_bar(what) as show:

@@ -19,6 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s3server import S3Server
 
+import ckptfs
 import ckptfs.ray
 import ckptfs.ray._broadcast as broadcast_module
 from ckptfs import Checkpoint, CheckpointNotFound, LocationError
@@ -260,6 +261,53 @@ def test_what_cannot_be_brought_is_read_from_the_store(
     assert sum(part.taken for part in report.nodes.values()) == 0
     assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
     assert sum(fetched(nodes)) == 3 * size_of(content)
+
+
+class Silent(Peer):
+    """Takes for ever, on the node with the file `silent`."""
+
+    def take(self, chunk: Any, sums: Any, data: Any) -> Any:
+        if Path(os.environ["CKPTFS_MOUNT"]).with_name("silent").exists():
+            threading.Event().wait()
+        return super().take(chunk, sums, data)
+
+
+def test_a_silent_node_is_given_up(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(broadcast_module, "Peer", Silent)
+    marker = nodes[2].node.folder / "silent"
+    marker.touch()
+    report = ckptfs.ray.broadcast(checkpoint, timeout_s=15)
+    marker.unlink()
+    assert report.nodes[nodes[2].id].error == "no answer for 15 s"
+    assert [report.nodes[member.id].left for member in nodes[:2]] == [0, 0]
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+
+
+class Refusing(Peer):
+    """Its daemon does not exchange blocks with this user."""
+
+    def _ask(self, question: Any) -> Any:
+        raise ckptfs.AccessDenied("refused, as the test wants it")
+
+
+def test_daemons_that_exchange_nothing_with_this_user(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(broadcast_module, "Peer", Refusing)
+    report = ckptfs.ray.broadcast(checkpoint)
+    assert {part.error for part in report.nodes.values()} == {"refused, as the test wants it"}
+    assert all(part.left == report.bytes for part in report.nodes.values())
+    assert on(nodes[0], read, checkpoint) == content
 
 
 @ray.remote(num_cpus=0)
