@@ -75,8 +75,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_LOOKING = Status, Activity, GetTrace, PrefetchProgress
-"""Requests that change nothing."""
+_OFTEN = Status, Activity, GetTrace, PrefetchProgress, GiveBlocks, TakeBlocks
+"""Requests that change nothing, or come by the thousand."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
@@ -185,8 +185,8 @@ class Control:
 
     @staticmethod
     def _log(request: Request, uid: int) -> None:
-        """What only looks is asked many times a second."""
-        level = logging.DEBUG if isinstance(request, _LOOKING) else logging.INFO
+        """What is asked many times a second is only noted where that is wanted."""
+        level = logging.DEBUG if isinstance(request, _OFTEN) else logging.INFO
         operation = type(request).__name__
         about = {"event": "request", "operation": operation, "uid": uid}
         log.log(level, "%s asked by uid %d", operation, uid, extra=about)

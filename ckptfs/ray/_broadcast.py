@@ -5,9 +5,9 @@
 """A cluster gets a checkpoint for the price of one download.
 
 `broadcast` has each part of a checkpoint read from the store by one node, and taken to the caches
-of the others through Ray's object store; ``_course`` decides who does what, ``_peer`` is a node's
-end. What it could not bring, each node reads from the store when it is needed: after a broadcast a
-checkpoint is read as ever, through a mount of the node's daemon.
+of the others through Ray's object store; ``_course`` decides who does what, ``_peer`` is a
+node's end. What it could not bring, each node reads from the store when it is needed: after a
+broadcast a checkpoint is read as ever, through a mount of the node's daemon.
 
 **Versions.** Each node attaches the checkpoint, with its own credentials. The version that most of
 them see is the cluster's; a node that sees another one takes no part. The daemons verify each block
@@ -19,39 +19,41 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ckptfs._model.blocks import BLOCK_BYTES
-from ckptfs._store.describe import NotDescribable, describe
-from ckptfs._store.filesystems import FileSystem, local_path_of
-from ckptfs.checkpoint import Checkpoint
+from ckptfs._store.filesystems import FileSystem
 from ckptfs.errors import (
     BY_CODE,
     AccessDenied,
     CheckpointNotFound,
     DaemonError,
     LimitExceeded,
-    LocationError,
     NoDaemon,
     NotAttached,
     ObjectChanged,
     ProtocolError,
 )
 from ckptfs.ray._course import Chunk, Course, chunks_of
-from ckptfs.ray._peer import Failure, Gave, Joined, Peer
+from ckptfs.ray._nodes import (
+    Nodes,
+    answer_of,
+    as_they_come,
+    end,
+    join,
+    node_ids,
+    place_of,
+    smallest_object_store,
+    start_peers,
+)
+from ckptfs.ray._peer import Failure, Gave, Joined
 
 log = logging.getLogger(__name__)
-
-Nodes = Literal["all"] | list[str] | Any
-"""All nodes of the cluster, these (hex ids), or those of a ``PlacementGroup``'s bundles."""
 
 _CHUNK_BYTES_MIN = 4 << 20
 _CHUNK_BYTES_MAX = 64 << 20
@@ -62,12 +64,8 @@ _GIVE_BYTES_MAX = 128 << 20
 """Most bytes that a node gives at the same time: what its daemon has in flight at most."""
 _GIVES_MAX = 16
 """Most chunks that a node gives at the same time: as many as its daemon has requests."""
-_TAKES_MAX = 4
-"""Chunks that a node takes at the same time, of those that wait for it."""
 _WINDOW_SHARE = 4
 """A quarter of the smallest object store may be used."""
-_JOIN_S = 120.0
-"""Longest wait for a node to attach: a daemon is started, and the store lists."""
 _PATIENCE_S = 10.0
 """How long all may wait for a slow node before they go on without it."""
 _PROGRESS_S = 0.25
@@ -154,99 +152,6 @@ def broadcast(
     return _broadcast(filesystem, path, ids, files, progress=progress, **options)
 
 
-def place_of(checkpoint: Any) -> tuple[FileSystem, str]:
-    """Filesystem and path of a checkpoint that daemons of other nodes can attach.
-
-    Raises LocationError.
-    """
-    if isinstance(checkpoint, str):
-        checkpoint = Checkpoint(checkpoint)
-    filesystem, path = checkpoint.filesystem, checkpoint.path
-    if local_path_of(filesystem, path) is not None:
-        raise LocationError(f"{path} is a local directory: other nodes cannot attach it")
-    try:
-        describe(filesystem, path)
-    except NotDescribable as error:
-        raise LocationError(f"other nodes cannot attach the checkpoint: {error}") from None
-    return filesystem, path
-
-
-def node_ids(nodes: Nodes) -> list[str]:
-    """The living nodes that are meant. Raises ValueError."""
-    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    if isinstance(nodes, PlacementGroup):
-        ray.get(nodes.ready())
-        found = placement_group_table(nodes)["bundles_to_node_id"].values()
-    elif nodes == "all":
-        found = sorted(living)
-    elif isinstance(nodes, str):
-        raise ValueError(f'nodes must be "all", a list of node ids or a placement group: {nodes!r}')
-    else:
-        found = nodes
-    ids = list(dict.fromkeys(found))
-    if unknown := [name for name in ids if name not in living]:
-        raise ValueError(f"no living node of the cluster has the id {', '.join(unknown)}")
-    if not ids:
-        raise ValueError("the checkpoint is to be brought to no node")
-    return ids
-
-
-def start_peers(
-    filesystem: FileSystem, path: str, ids: Sequence[str], chunk_bytes: int, gives_max: int
-) -> dict[str, Any]:
-    """An actor on each node; it takes none of the resources that jobs ask for."""
-    groups = {"give": gives_max, "take": _TAKES_MAX}
-    remote = ray.remote(num_cpus=0, concurrency_groups=groups)(Peer)
-    return {
-        name: remote.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)
-        ).remote(filesystem, path, chunk_bytes)
-        for name in ids
-    }
-
-
-def join(peers: Mapping[str, Any]) -> tuple[dict[str, Joined], dict[str, Failure]]:
-    """Have them attach the checkpoint: those that have, and the others."""
-    refs = {peer.join.remote(): name for name, peer in peers.items()}
-    joined: dict[str, Joined] = {}
-    failed: dict[str, Failure] = {}
-    for ref, name in _as_they_come(refs, _JOIN_S):
-        answer = answer_of(ref)
-        if isinstance(answer, Joined):
-            joined[name] = answer
-        else:
-            failed[name] = answer
-    for name in peers.keys() - joined.keys() - failed.keys():
-        failed[name] = Failure("ray", f"the node has not attached it within {_JOIN_S:g} s")
-    return joined, failed
-
-
-def _as_they_come(refs: Mapping[Any, str], timeout_s: float) -> Iterator[tuple[Any, str]]:
-    waiting, end_s = list(refs), time.monotonic() + timeout_s
-    while waiting:
-        left_s = max(0.0, end_s - time.monotonic())
-        ready, waiting = ray.wait(waiting, timeout=left_s, fetch_local=False)
-        if not ready:
-            return
-        yield from ((ref, refs[ref]) for ref in ready)
-
-
-def answer_of(ref: Any) -> Any:
-    """What an actor has answered; a `Failure` where Ray has."""
-    try:
-        return ray.get(ref)
-    except RayActorError as error:
-        return Failure("lost", str(error).splitlines()[0])
-    except RayError as error:
-        return Failure("ray", f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-
-
-def end(peers: Mapping[str, Any]) -> None:
-    """End the actors; each gives its attachment back."""
-    for peer in peers.values():
-        ray.kill(peer)
-
-
 def chosen(files: Sequence[tuple[str, int]], globs: Sequence[str]) -> list[tuple[str, int]]:
     """Those that match, in the order of the globs, each once; all where there are none."""
     found: dict[tuple[str, int], None] = {}
@@ -267,7 +172,7 @@ def _broadcast(
     timeout_s: float,
 ) -> BroadcastReport:
     began_s = time.monotonic()
-    window_bytes = window_bytes or _smallest_object_store(ids) // _WINDOW_SHARE
+    window_bytes = window_bytes or smallest_object_store(ids) // _WINDOW_SHARE
     with ExitStack() as stack:
         # How large a chunk is good depends on the files, which a node has to say.
         chunk_bytes_max = max(BLOCK_BYTES, min(_CHUNK_BYTES_MAX, window_bytes // _WINDOW_SHARE))
@@ -309,11 +214,6 @@ def _broadcast(
     return report
 
 
-def _smallest_object_store(ids: Sequence[str]) -> int:
-    sizes = {n["NodeID"]: int(n["Resources"].get("object_store_memory", 0)) for n in ray.nodes()}
-    return min(sizes.get(name, 0) for name in ids)
-
-
 def _chunk_bytes(size: int, nodes: int, most: int) -> int:
     fair = size // (nodes * _TURNS)
     return min(most, max(_CHUNK_BYTES_MIN, fair)) // BLOCK_BYTES * BLOCK_BYTES
@@ -347,7 +247,7 @@ def _what_is_there(
     """The chunks that nodes have, because they have all files of which these are parts."""
     has: dict[str, set[int]] = {name: set() for name in partners}
     refs = {partners[n].cached.remote(files): n for n in partners if joined[n].cached}
-    for ref, name in _as_they_come(refs, _JOIN_S):
+    for ref, name in as_they_come(refs):
         answer = answer_of(ref)
         if not isinstance(answer, Failure):
             whole = {file[0] for file, is_whole in zip(files, answer, strict=True) if is_whole}

@@ -24,6 +24,7 @@ from ckptfs import _client, xattrs
 from ckptfs._config import load_config
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._model.plan import Wanted
 from ckptfs._model.wire import GiveBlocks, TakeBlocks
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem
@@ -136,7 +137,7 @@ class Peer:
         """Fetch files from the store; returns when they are there: bytes there, and of all."""
         try:
             with _connect() as connection:
-                done = connection.prefetch(self._name, globs, 0, _ignore)
+                done = connection.prefetch(self._name, Wanted(list(globs)), _ignore)
         except (CkptfsError, OSError) as error:
             return _failure(error)
         if done.early_code:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptfs.errors import BY_CODE, DaemonError, PrefetchFailed
-from ckptfs.ray._broadcast import Nodes, answer_of, end, join, node_ids, place_of, start_peers
+from ckptfs.ray._nodes import Nodes, answer_of, end, join, node_ids, place_of, start_peers
 
 
 class Warming:

@@ -21,7 +21,7 @@ from s3server import S3Server
 
 import ckptfs
 import ckptfs.ray
-import ckptfs.ray._broadcast as broadcast_module
+import ckptfs.ray._nodes as nodes_module
 from ckptfs import Checkpoint, CheckpointNotFound, LocationError
 from ckptfs.ray._peer import Peer
 
@@ -232,7 +232,7 @@ def test_blocks_that_are_damaged_on_the_way_come_again(
     content: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(broadcast_module, "Peer", Noisy)
+    monkeypatch.setattr(nodes_module, "Peer", Noisy)
     report = ckptfs.ray.broadcast(checkpoint)
     assert report.is_complete
     assert all("damaged" in part.error for part in report.nodes.values())
@@ -255,7 +255,7 @@ def test_what_cannot_be_brought_is_read_from_the_store(
     content: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(broadcast_module, "Peer", Broken)
+    monkeypatch.setattr(nodes_module, "Peer", Broken)
     report = ckptfs.ray.broadcast(checkpoint)
     assert not report.is_complete
     assert sum(part.taken for part in report.nodes.values()) == 0
@@ -279,7 +279,7 @@ def test_a_silent_node_is_given_up(
     content: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(broadcast_module, "Peer", Silent)
+    monkeypatch.setattr(nodes_module, "Peer", Silent)
     marker = nodes[2].node.folder / "silent"
     marker.touch()
     report = ckptfs.ray.broadcast(checkpoint, timeout_s=15)
@@ -303,7 +303,7 @@ def test_daemons_that_exchange_nothing_with_this_user(
     content: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(broadcast_module, "Peer", Refusing)
+    monkeypatch.setattr(nodes_module, "Peer", Refusing)
     report = ckptfs.ray.broadcast(checkpoint)
     assert {part.error for part in report.nodes.values()} == {"refused, as the test wants it"}
     assert all(part.left == report.bytes for part in report.nodes.values())
