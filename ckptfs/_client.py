@@ -31,6 +31,8 @@ from ckptfs._model.wire import (
     Done,
     Failed,
     GetTrace,
+    GiveBlocks,
+    Given,
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
@@ -43,6 +45,8 @@ from ckptfs._model.wire import (
     Status,
     StatusReply,
     Stop,
+    TakeBlocks,
+    Taken,
     Trace,
     decode_reply,
     encode,
@@ -248,6 +252,19 @@ class Connection:
         """Have the daemon read its configuration anew. Raises ConfigError: it keeps the old one."""
         return self._persist(Reload(), Reloaded)
 
+    def give(self, request: GiveBlocks, memfd: int) -> Given:
+        """Have blocks written into `memfd`, which has to be long enough. Raises what a read would
+        raise."""
+        return self._persist(request, Given, memfd)
+
+    def take(self, request: TakeBlocks, memfd: int) -> Taken:
+        """Put blocks from `memfd` into the cache.
+
+        Raises AccessDenied where the daemon takes none from this user, LimitExceeded where it has
+        no room for them, StoreError or ObjectChanged where it refuses them.
+        """
+        return self._persist(request, Taken, memfd)
+
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""
         with contextlib.suppress(ConnectionResetError):  # it may end before it has answered
@@ -262,19 +279,19 @@ class Connection:
         """Where the attachment is, as this process sees it."""
         return os.path.join(self._mount or attached.mount, attached.name)
 
-    def _persist(self, request: Request, expected: type[R]) -> R:
+    def _persist(self, request: Request, expected: type[R], fd: int = -1) -> R:
         """Ask what can be asked twice: also the next daemon, if this one dies."""
         for _ in range(_TRIES):
             with contextlib.suppress(ConnectionResetError):
-                return self._request(request, expected)
+                return self._request(request, expected, fd)
             self._reconnect()
-        return self._request(request, expected)
+        return self._request(request, expected, fd)
 
-    def _request(self, request: Request, expected: type[R]) -> R:
+    def _request(self, request: Request, expected: type[R], fd: int = -1) -> R:
         request = msgspec.structs.replace(request, request=new_request_id())
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have hung up with a reason
-                self._socket.sendall(encode(request))
+                self._send(encode(request), fd)
             reply = decode_reply(self._read_line())
         except TimeoutError:
             raise DaemonError(
@@ -285,6 +302,12 @@ class Connection:
         if not isinstance(reply, expected):
             raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
         return reply
+
+    def _send(self, line: bytes, fd: int) -> None:
+        """Send it, and with its first byte the descriptor, if there is one."""
+        if fd >= 0:
+            line = line[socket.send_fds(self._socket, [line], [fd]) :]
+        self._socket.sendall(line)
 
     def _read_line(self) -> bytes:
         parts: list[bytes] = []

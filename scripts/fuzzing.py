@@ -64,6 +64,8 @@ def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         wire.MetadataChanged(location=place),
         wire.StartPrefetch(name="x", globs=["*"], rate=1),
         wire.PrefetchProgress(),
+        wire.GiveBlocks(name="x", path="a/b", first=1, count=2),
+        wire.TakeBlocks(name="x", path="a/b", first=1, etag='"e"', sums=[1, 1 << 63]),
         wire.Stop(force=True),
     ]
 

@@ -66,7 +66,8 @@ class Traffic:
 class S3Server:
     """`rclone serve s3` over `root` (a folder of its own if None), as a context manager.
 
-    With `counted`, clients talk to a `CountingProxy` in front of it: see `traffic`.
+    With `counted`, clients talk to a `CountingProxy` in front of it: see `traffic`. It gives each
+    connection at most `connection_rate` bytes per second (0: no limit).
     """
 
     access_key = "ckptfs-test"
@@ -79,9 +80,12 @@ class S3Server:
     endpoint: str
     """"127.0.0.1:port"."""
 
-    def __init__(self, root: Path | None = None, *, counted: bool = False) -> None:
+    def __init__(
+        self, root: Path | None = None, *, counted: bool = False, connection_rate: int = 0
+    ) -> None:
         self._root = root
         self._counted = counted
+        self._connection_rate = connection_rate
         self._proxy: CountingProxy | None = None
         self._cleanup = ExitStack()
 
@@ -92,7 +96,9 @@ class S3Server:
             self.root.mkdir(exist_ok=True)
             self.endpoint = self._start(scratch, stack)
             if self._counted:
-                self._proxy = stack.enter_context(CountingProxy(self.endpoint))
+                self._proxy = stack.enter_context(
+                    CountingProxy(self.endpoint, self._connection_rate)
+                )
                 self.endpoint = self._proxy.endpoint
             self._cleanup = stack.pop_all()
         return self
@@ -190,19 +196,23 @@ class S3Server:
 
 
 class CountingProxy:
-    """A TCP proxy in front of `upstream` ("host:port") that counts, as a context manager."""
+    """A TCP proxy in front of `upstream` ("host:port") that counts, as a context manager.
+
+    `connection_rate`: most bytes per second to the client of one connection; 0: no limit.
+    """
 
     endpoint: str
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, connection_rate: int = 0) -> None:
         self._upstream = upstream
+        self._connection_rate = connection_rate
         self._asking = threading.Lock()
         self._cleanup = ExitStack()
 
     def __enter__(self) -> CountingProxy:
         with ExitStack() as stack:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, self._upstream],
+                [sys.executable, __file__, self._upstream, str(self._connection_rate)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
@@ -262,9 +272,10 @@ Pump: TypeAlias = "Callable[[socket.socket, socket.socket, _Counts], None]"
 
 
 class _Counts:
-    """The counters, shared by the threads of all connections."""
+    """The counters, shared by the threads of all connections, and what each connection may have."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection_rate: int) -> None:
+        self.connection_rate = connection_rate
         self._lock = threading.Lock()
         self.reset()
 
@@ -329,8 +340,13 @@ class _RequestParser:
 
 
 def _pump_to_client(server: socket.socket, client: socket.socket, counts: _Counts) -> None:
-    buffer = memoryview(bytearray(PROXY_BUFFER_BYTES))
+    rate = counts.connection_rate
+    buffer = memoryview(bytearray(min(PROXY_BUFFER_BYTES, rate // 20 or PROXY_BUFFER_BYTES)))
+    paid_s = 0.0
     while count := server.recv_into(buffer):
+        if rate:
+            paid_s = max(paid_s, time.monotonic()) + count / rate
+            time.sleep(max(0.0, paid_s - time.monotonic()))
         # Before the client has them: then a snapshot taken by the receiver is complete.
         counts.add_to_client(count)
         client.sendall(buffer[:count])
@@ -380,10 +396,10 @@ def _accept_connections(
         ).start()
 
 
-def _run_proxy(upstream: str) -> None:
+def _run_proxy(upstream: str, connection_rate: int) -> None:
     """Serve until the standard input ends: each line is a command, answered by a line of JSON."""
     host, _, port = upstream.rpartition(":")
-    counts = _Counts()
+    counts = _Counts(connection_rate)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     threading.Thread(
         target=_accept_connections, args=(listener, (host, int(port)), counts), daemon=True
@@ -403,4 +419,4 @@ def _run_proxy(upstream: str) -> None:
 
 
 if __name__ == "__main__":
-    _run_proxy(sys.argv[1])
+    _run_proxy(sys.argv[1], int(sys.argv[2]))

@@ -7,8 +7,9 @@ and its prefetch ends with it: that a client is gone is noticed because nothing 
 Nobody is trusted to be quick, or to stop. A message has to be there, and its reply taken, within
 some seconds. Of the connections one user other than root and the daemon's own may have a quarter,
 and the requests of such a user are paced: each costs `_REQUEST_S`, a status several times what it
-took, and who has spent more than a second of that waits. Descriptors that are passed along are not
-taken: the kernel closes them.
+took, and who has spent more than a second of that waits. Descriptors that such a user passes along
+are not taken: the kernel closes them. One of root or the daemon's own user is for the request that
+it came with.
 """
 
 import array
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs._daemon.descriptors import Passed
 from ckptfs._daemon.service import Service
 from ckptfs._daemon.stores import Peer, Stores
 from ckptfs._daemon.users import is_ours, limit_for
@@ -39,6 +41,7 @@ from ckptfs._model.wire import (
     Done,
     Failed,
     GetTrace,
+    GiveBlocks,
     MetadataChanged,
     Prefetching,
     PrefetchProgress,
@@ -48,6 +51,7 @@ from ckptfs._model.wire import (
     Restart,
     StartPrefetch,
     Status,
+    TakeBlocks,
     decode_request,
     encode,
 )
@@ -78,8 +82,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_LOOKING = Status, Activity, GetTrace, PrefetchProgress
-"""Requests that change nothing."""
+_OFTEN = Status, Activity, GetTrace, PrefetchProgress, GiveBlocks, TakeBlocks
+"""Requests that change nothing, or come by the thousand."""
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 _SO_PEERGROUPS = 59  # asm-generic/socket.h
 _GROUPS_BYTES = 1024
@@ -93,6 +97,7 @@ class _Held:
         self.pid = pid
         self.attachments: list[Attachment] = []
         self.prefetch: Prefetch | None = None
+        self.passed = Passed()
 
 
 class _User:
@@ -144,11 +149,13 @@ class Control:
         user.connections += 1
         try:
             self._admit(uid, user.connections)
-            async with aclosing(_lines(stream)) as lines:
+            passed = held.passed if is_ours(uid) else None
+            async with aclosing(_lines(stream, passed)) as lines:
                 async for line in lines:
                     if not is_ours(uid):
                         await _pace(user)
                     reply = encode(await self._answer(line, peer, held))
+                    held.passed.close()
                     with trio.fail_after(_SEND_S):
                         await stream.send_all(reply)
         except CkptfsError as error:  # the connection itself is at fault: say so and hang up
@@ -159,6 +166,7 @@ class Control:
         except Exception:  # whatever a client does, it must not take the daemon with it
             log.exception("unexpected error on a control connection")
         finally:
+            held.passed.close()
             if held.prefetch is not None:
                 held.prefetch.cancel()
             for attachment in held.attachments:
@@ -203,8 +211,8 @@ class Control:
 
     @staticmethod
     def _log(request: Request, uid: int) -> None:
-        """What only looks is asked many times a second."""
-        level = logging.DEBUG if isinstance(request, _LOOKING) else logging.INFO
+        """What is asked many times a second is only noted where that is wanted."""
+        level = logging.DEBUG if isinstance(request, _OFTEN) else logging.INFO
         operation = type(request).__name__
         about = {"event": "request", "operation": operation, "uid": uid}
         log.log(level, "%s asked by uid %d", operation, uid, extra=about)
@@ -260,11 +268,20 @@ class Control:
                 await held.prefetch.ended.wait()
             return held.prefetch.state()
         if not is_ours(uid):
-            raise AccessDenied("only the daemon's own user may reload, restart or stop it")
+            raise AccessDenied(
+                "only root and the daemon's own user may reload, restart or stop it, or exchange "
+                "blocks with it"
+            )
         if isinstance(request, Reload):
             if self._reload is None:
                 raise ProtocolError("this daemon has no configuration of its own to read")
             return await self._reload()
+        if isinstance(request, GiveBlocks | TakeBlocks):
+            attachment = self._service.find(uid, request.name, None)
+            with self._service.holding(attachment), held.passed.used() as memfd:
+                if isinstance(request, GiveBlocks):
+                    return await self._service.exchange.give(attachment, request, memfd)
+                return await self._service.exchange.take(attachment, request, memfd)
         if isinstance(request, Restart):
             self._service.restart()
             return Done()
@@ -322,9 +339,9 @@ async def _pace(user: _User) -> None:
     await trio.sleep_until(start_s)
 
 
-async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
-    """Requests, one per line. Raises ProtocolError for one that is too long or too slow,
-    TooSlowError for silence."""
+async def _lines(stream: trio.SocketStream, passed: Passed | None) -> AsyncGenerator[bytes, None]:
+    """Requests, one per line; `passed` keeps the descriptor that came with the last one. Raises
+    ProtocolError for one that is too long or too slow, TooSlowError for silence."""
     pending = bytearray()
     looked_at = 0
     began_s = math.inf  # when the first byte of an unfinished message came
@@ -341,7 +358,10 @@ async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
         began_s = min(began_s, now_s) if pending else math.inf
         try:
             with trio.fail_at(min(now_s + _IDLE_S, began_s + _MESSAGE_S)):
-                data = await stream.receive_some(65536)
+                if passed is None:
+                    data = await stream.receive_some(65536)
+                else:
+                    data = await passed.receive(stream, 65536)
         except trio.TooSlowError:
             if not pending:
                 raise

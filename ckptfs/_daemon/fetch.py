@@ -25,7 +25,7 @@ from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.readahead import Readahead
 from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority, Slots, SlotsInUse
-from ckptfs._daemon.spans import Spans
+from ckptfs._daemon.spans import Fill, Spans
 from ckptfs._daemon.storing import Storing
 from ckptfs._daemon.transfers import Transfers
 from ckptfs._daemon.users import share_of
@@ -236,6 +236,16 @@ class Fetcher:
             with self._spans.prefetching(entry, blocks):
                 if not await self._ensure(file, entry, blocks, priority):
                     await self._ensure(file, entry, blocks, priority)
+
+    async def take_in(self, file: RemoteFile, blocks: range, fill: Fill) -> int:
+        """Bring what is missing of `blocks` of an open file, whose version is known, into the cache
+        from somewhere else than the store: how many bytes. Raises what `fill` raises, and
+        ObjectChanged."""
+        entry = file.entry
+        with self._cache.held(entry):
+            if any(entry.state[i] == DYING for i in blocks):
+                await self._storing.until_no_hole()
+            return await self._spans.take_in(file, entry, blocks, fill)
 
     async def _learn(self, file: RemoteFile, entry: CachedObject) -> None:
         await self._outages.persist(file, lambda: self._versions.learn(file, entry))

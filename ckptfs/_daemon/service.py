@@ -13,6 +13,7 @@ from ckptfs._daemon.activity import Activities, Usage
 from ckptfs._daemon.attaching import Attaching
 from ckptfs._daemon.attachments import Attachments
 from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.exchange import Exchange
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.limits import StoreCalls, may_see
@@ -59,6 +60,7 @@ class Service:
     Attributes:
         attachments: All of them, and who holds them.
         vfs: The tree that the kernel sees; `xattrs`, `metadata`: likewise.
+        exchange: Blocks that go to other nodes, or come from there.
         reporter: Knows what happens.
         stopped: Set when the daemon is to end; `restarts`: and to be followed by another one.
         attach, detach, find, hold, let_go, released, prefetch, prefetch_unheld, status,
@@ -95,10 +97,11 @@ class Service:
             config, attachments, self.metadata, self._store_calls, open_store, handoff
         )
         self._prefetches = Prefetches(fetcher, cache, offload, nursery)
+        self.exchange = Exchange(fetcher, cache)
         self.attach = self._attaching.attach
         self.detach, self.find = attachments.detach, attachments.find
         self.hold, self.let_go = attachments.hold, attachments.let_go
-        self.released = attachments.released
+        self.released, self.holding = attachments.released, attachments.holding
         self.prefetch = self._prefetches.begin
         self.prefetch_unheld = self._prefetches.begin_unheld
         self.reporter = Reporter(config, attachments, cache, fetcher, handoff, passthrough)

@@ -23,11 +23,12 @@ its thread, and the buffer with it.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 import trio
 
@@ -53,6 +54,10 @@ _PURPOSES: dict[Priority, Purpose] = {
     Priority.READAHEAD: "readahead",
     Priority.PREFETCH: "prefetch",
 }
+
+
+Fill = Callable[[int, memoryview], None]
+"""Fills a buffer with consecutive blocks of the pinned version, from that one on."""
 
 
 class Span:
@@ -177,12 +182,15 @@ class Spans:
             self._slots.raise_priority(span.ticket, priority)
 
     def _start(self, span: Span) -> None:
+        self._register(span)
+        self._nursery.start_soon(self._run, span)
+
+    def _register(self, span: Span) -> None:
         digest = span.entry.digest
         self._flights.update(dict.fromkeys(((digest, i) for i in span.blocks), span))
         span.file.flights += 1
         span.file.activity.in_flight += 1
         span.entry.users += 1  # the file may be closed before the span ends, or even starts
-        self._nursery.start_soon(self._run, span)
 
     @contextlib.contextmanager
     def prefetching(self, entry: CachedObject, blocks: range) -> Generator[None]:
@@ -208,6 +216,39 @@ class Spans:
             if not any((entry.digest, i) in self._prefetched for i in span.blocks):
                 span.dropped = True
                 span.scope.cancel()
+
+    async def take_in(
+        self, file: RemoteFile, entry: CachedObject, blocks: range, fill: Fill
+    ) -> int:
+        """Have those of `blocks` that are nowhere here, and that nobody fetches, from `fill`: how
+        many bytes. Who wants one meanwhile waits for it, and fetches it if this fails. Raises what
+        `fill` raises."""
+        taken_bytes = 0
+        for index in runs(blocks, self._blocks_max):
+            absent = [i for i in entry.absent(index) if (entry.digest, i) not in self._flights]
+            for run in runs(absent, self._blocks_max):
+                span = Span(file, entry, run, Priority.DEMAND, file.activity.background)
+                span.ticket.store = None  # a dark store does not hold it up
+                await self._take_in(span, fill)
+                taken_bytes += span.length
+        return taken_bytes
+
+    async def _take_in(self, span: Span, fill: Fill) -> None:
+        entry, ticket = span.entry, span.ticket
+        self._register(span)
+        try:
+            await self._slots.acquire(ticket)
+            fill_span = functools.partial(fill, span.blocks.start)
+            got = await self._transfers.bring(fill_span, span.length, ticket)
+            self._arrived(span, got)
+            with trio.CancelScope(shield=True):
+                await self._storing.store(entry, span.blocks, got.buffer)
+        finally:
+            if not span.done.is_set():
+                span.error = StoreUnavailable(
+                    f"{span.file.name}: another node did not bring it whole"
+                )
+            self._end(span)
 
     # -- their life
 
@@ -275,17 +316,25 @@ class Spans:
         span.begun_s = time.perf_counter()
         offset = span.blocks.start * BLOCK_BYTES
         got = await self._transfers.read(file.store, file.pin, offset, span.length, ticket)
-        try:
-            if not got.is_confirmed:
+        if not got.is_confirmed:
+            try:
                 await self._versions.confirm(file)
-            self._versions.check_cached(file, entry, "meanwhile")
-        except BaseException:
-            self._transfers.give_up(got)
-            raise
+            except BaseException:
+                self._transfers.give_up(got)
+                raise
+        self._arrived(span, got)
         self.fetched_bytes += span.length
         self.fetched_spans += 1
         file.activity.fetched(span.usage, span.length)
-        self._cache.keep(entry, span.blocks, got.buffer)
+
+    def _arrived(self, span: Span, got: Transferred) -> None:
+        """Let the readers go on. Raises ObjectChanged if the cache has another version by now."""
+        try:
+            self._versions.check_cached(span.file, span.entry, "meanwhile")
+        except BaseException:
+            self._transfers.give_up(got)
+            raise
+        self._cache.keep(span.entry, span.blocks, got.buffer)
         span.transferred = got
         span.arrived_s = time.perf_counter()
         span.done.set()

@@ -14,6 +14,7 @@ thread.
 
 import logging
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,6 +160,25 @@ class Transfers:
             transfer.result = got
         else:
             self.give_up(got)
+
+    async def bring(
+        self, fill: Callable[[memoryview], None], length: int, ticket: Ticket
+    ) -> Transferred:
+        """As `read`, but `fill` brings the bytes, of the pinned version, and no store. Raises what
+        it raises."""
+        buffer = self._buffers.take(length)
+        try:
+            await self._offload.data(fill, buffer.view[:length])
+        except BaseException as error:
+            self._slots.release_bytes(ticket)
+            if isinstance(error, trio.Cancelled):
+                self._buffers.abandon(buffer)
+            else:
+                self._buffers.release(buffer)
+            raise
+        finally:
+            self._slots.release_place(ticket)
+        return Transferred(buffer, ticket, is_confirmed=True)
 
     # -- hedging
 

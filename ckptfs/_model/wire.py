@@ -18,6 +18,8 @@ from ckptfs.errors import ProtocolError
 
 LINE_BYTES_MAX = 1 << 20
 """Longest message: a location is below 64 KiB, a status of 1,000 attachments below 1 MiB."""
+PIECE_BLOCKS_MAX = 16
+"""Most blocks that one message is about: 16 MiB, so that the round trip counts for little."""
 GLOBS_MAX = 10_000
 """Most globs of one prefetch: each is compared with each file."""
 REQUEST_ID = r"^[A-Za-z0-9_.-]{0,64}\Z"
@@ -100,6 +102,30 @@ class PrefetchProgress(Asked, frozen=True, tag="prefetch-progress"):
     ended."""
 
 
+class GiveBlocks(Asked, frozen=True, tag="give-blocks"):
+    """Write `count` blocks from `first` on of the file `path` of the attachment `name` to the
+    memfd that is passed along (SCM_RIGHTS), from byte `at` on. Reply: `Given`."""
+
+    name: str
+    path: Annotated[str, msgspec.Meta(max_length=4096)]
+    first: Annotated[int, msgspec.Meta(ge=0)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=PIECE_BLOCKS_MAX)]
+    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+
+
+class TakeBlocks(Asked, frozen=True, tag="take-blocks"):
+    """Take consecutive blocks from `first` on of such a file into the cache. Their bytes are in the
+    memfd that is passed along, from byte `at` on; `etag` and `sums` are those of `Given`. Reply:
+    `Taken`."""
+
+    name: str
+    path: Annotated[str, msgspec.Meta(max_length=4096)]
+    first: Annotated[int, msgspec.Meta(ge=0)]
+    etag: Annotated[str, msgspec.Meta(max_length=4096)]
+    sums: Annotated[list[int], msgspec.Meta(min_length=1, max_length=PIECE_BLOCKS_MAX)]
+    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+
+
 class GetTrace(Asked, frozen=True, tag="trace"):
     """Ask how a checkpoint was read, named by its directory inside the mount or by its location; by
     its location also when nobody holds it any more. Reply: `Trace`."""
@@ -131,6 +157,8 @@ Request = (
     | MetadataChanged
     | StartPrefetch
     | PrefetchProgress
+    | GiveBlocks
+    | TakeBlocks
     | GetTrace
     | Reload
     | Restart
@@ -153,6 +181,22 @@ class Attached(Message, frozen=True, tag="attached"):
 
 class Done(Message, frozen=True, tag="done"):
     """Reply to `Detach`, `MetadataChanged`, `Restart` and `Stop`."""
+
+
+class Given(Message, frozen=True, tag="given"):
+    """Reply to `GiveBlocks`: the file's ETag ("": the store has none), and the blocks' checksums as
+    the cache has them."""
+
+    etag: str
+    sums: list[int]
+
+
+class Taken(Message, frozen=True, tag="taken"):
+    """Reply to `TakeBlocks`: how many bytes came into the cache, and how many were there, or on
+    their way from the store."""
+
+    taken: int
+    had: int
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -395,7 +439,18 @@ class ActivityReply(Message, frozen=True, tag="activity-reply"):
     checkpoints_left_out: int
 
 
-Reply = Attached | Done | Failed | Prefetching | Reloaded | StatusReply | ActivityReply | Trace
+Reply = (
+    Attached
+    | Done
+    | Failed
+    | Given
+    | Prefetching
+    | Reloaded
+    | StatusReply
+    | ActivityReply
+    | Taken
+    | Trace
+)
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node, wait_until
+from conftest import Node, daemons, wait_until
 from pyarrow.fs import FileSelector, S3FileSystem
 from s3server import S3Server
+
+from .members import Member, Members, members
 
 _spec = importlib.util.find_spec("ray")
 # Without Ray, this very folder is found under that name; it has no origin.
@@ -89,6 +91,30 @@ def cluster() -> Iterator[str]:
             owner.communicate()
         assert owner.returncode == 0
         wait_until(lambda: not processes_with("TEST_CLUSTER", folder))
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[Members]:
+    """A cluster of three nodes, each with a daemon of its own."""
+    with members(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def nodes(machines: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Member]]:
+    """Its nodes; this process is connected to it. Daemons and caches end with the test."""
+    import ray
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    ray.init(address=machines.members[0].address, log_to_driver=False)
+    try:
+        yield machines.members[:3]
+    finally:
+        ray.shutdown()
+        for member in machines.members:
+            member.forget()
+        wait_until(lambda: not daemons())
 
 
 def processes_with(name: str, value: str) -> dict[int, str]:

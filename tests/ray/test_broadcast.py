@@ -1,0 +1,369 @@
+"""A checkpoint comes to all nodes of a cluster, for one download, whatever happens meanwhile."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.cloudpickle
+from conftest import wait_until
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from s3server import S3Server
+
+import ckptfs
+import ckptfs.ray
+import ckptfs.ray._nodes as nodes_module
+from ckptfs import Checkpoint, CheckpointNotFound, LocationError
+from ckptfs.ray._peer import Peer
+
+from .members import OBJECT_STORE_BYTES, Member, Members
+
+pytestmark = pytest.mark.mount
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
+
+MIB = 1 << 20
+SLOW_RATE = 2 * MIB
+"""Bytes per second of a connection to the slow server: a chunk of 4 MiB takes two seconds."""
+LARGE = {"a.bin": 17 * MIB + 5, "b.bin": 13 * MIB}
+SMALL = {f"rank-{i}.json": 1000 + i for i in range(20)} | {"empty": 0, "deep/er/x": 7}
+
+
+def make(folder: Path) -> dict[str, str]:
+    """Write a checkpoint; returns the digests of its files."""
+    for name, size in (LARGE | SMALL).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(os.urandom(size))
+    return digests_in(str(folder))
+
+
+def digests_in(folder: str) -> dict[str, str]:
+    """SHA-256 of each file; of one that cannot be read, why."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            try:
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                found[name] = errno.errorcode[error.errno or 0]
+    return found
+
+
+@pytest.fixture
+def checkpoint(bucket: Path, s3: S3Server) -> Checkpoint:
+    return Checkpoint(f"{bucket.name}/run/checkpoint", s3.filesystem())
+
+
+@pytest.fixture
+def content(bucket: Path) -> dict[str, str]:
+    return make(bucket / "run" / "checkpoint")
+
+
+def on(member: Member, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function on that node."""
+    strategy = NodeAffinitySchedulingStrategy(member.id, soft=False)
+    task = ray.remote(num_cpus=0)(function)
+    return ray.get(task.options(scheduling_strategy=strategy).remote(*arguments))
+
+
+def read(checkpoint: Checkpoint) -> dict[str, str]:
+    with checkpoint.as_directory(mode="mount") as path:
+        return digests_in(path)
+
+
+def fetched(nodes: list[Member]) -> list[int]:
+    """Bytes that each node's daemon has read from the store."""
+    return [member.status().fetched_bytes for member in nodes]
+
+
+def size_of(content: dict[str, str]) -> int:
+    return sum((LARGE | SMALL)[name] for name in content)
+
+
+def test_each_byte_comes_from_the_store_once_for_three_nodes(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    report = ckptfs.ray.broadcast(checkpoint)
+    size = size_of(content)
+    assert report.is_complete
+    assert (report.files, report.bytes) == (len(content), size)
+    assert report.nodes.keys() == {member.id for member in nodes}
+    parts = report.nodes.values()
+    assert all(part.read + part.taken == size and not part.error for part in parts)
+    assert sum(part.read for part in parts) == size
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    assert sum(fetched(nodes)) == size
+    assert s3.traffic().bytes_to_client <= 1.05 * size
+
+    # A machine that takes the place of one gets everything from the others.
+    s3.reset_traffic()
+    nodes[1].forget()
+    report = ckptfs.ray.broadcast(checkpoint, on="task")
+    assert report.is_complete
+    assert report.nodes[nodes[1].id].taken == size
+    assert on(nodes[1], read, checkpoint) == content
+    assert fetched(nodes)[1] == 0
+    assert s3.traffic().bytes_to_client <= 0.05 * size
+
+
+def test_what_is_named_comes_to_the_nodes_of_a_placement_group(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    group = placement_group([{"CPU": 1}] * 2, "STRICT_SPREAD")
+    report = ckptfs.ray.broadcast(checkpoint, group, ["rank-*", "b.bin"])
+    remove_placement_group(group)
+    assert report.is_complete
+    assert report.bytes == LARGE["b.bin"] + sum(v for k, v in SMALL.items() if "rank" in k)
+    cached = [m.attachment() for m in nodes if m.id in report.nodes]
+    assert [a and a.cached for a in cached] == [report.bytes] * 2
+    assert s3.traffic().bytes_to_client <= 1.05 * report.bytes
+
+
+@pytest.fixture
+def slow(bucket: Path) -> Iterator[S3Server]:
+    """A server whose connections are slow, so that a broadcast has a middle."""
+    with S3Server(bucket.parent, counted=True, connection_rate=SLOW_RATE) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def in_the_middle(
+    nodes: list[Member], checkpoint: Checkpoint, **options: Any
+) -> Iterator[list[ckptfs.ray.BroadcastReport]]:
+    """Something happens when a broadcast has begun to bring what it is to bring; at the end of the
+    context it has ended, and the list has its report."""
+    reports: list[ckptfs.ray.BroadcastReport] = []
+    thread = threading.Thread(
+        target=lambda: reports.append(ckptfs.ray.broadcast(checkpoint, **options))
+    )
+    thread.start()
+
+    def has_begun() -> bool:
+        attachments = [member.attachment() for member in nodes]
+        return all(a is not None and a.cached > 0 for a in attachments)
+
+    try:
+        wait_until(has_begun, 60)
+        assert thread.is_alive()
+        yield reports
+    finally:
+        thread.join()
+
+
+def test_a_node_that_dies_in_the_middle(
+    nodes: list[Member], machines: Members, slow: S3Server, bucket: Path, content: dict[str, str]
+) -> None:
+    checkpoint = Checkpoint(f"{bucket.name}/run/checkpoint", slow.filesystem())
+    fourth = machines.add()
+    with in_the_middle([*nodes, fourth], checkpoint) as reports:
+        fourth.kill()
+    (report,) = reports
+    assert not report.is_complete
+    assert report.nodes[fourth.id].error
+    assert [report.nodes[member.id].left for member in nodes] == [0, 0, 0]
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    # What the dead one had read, and nobody had taken yet, was read again.
+    again = sum(fetched([*nodes, fourth])) - size_of(content)
+    assert again <= report.nodes[fourth.id].read + OBJECT_STORE_BYTES // 4
+
+
+def test_a_daemon_that_is_killed_in_the_middle(
+    nodes: list[Member], slow: S3Server, bucket: Path, content: dict[str, str]
+) -> None:
+    checkpoint = Checkpoint(f"{bucket.name}/run/checkpoint", slow.filesystem())
+    with in_the_middle(nodes, checkpoint) as reports:
+        os.kill(nodes[1].status().pid, signal.SIGKILL)
+    (report,) = reports
+    assert report.is_complete
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    assert nodes[1].status().restarts == 1
+
+
+def test_an_object_that_changes_in_the_middle(
+    nodes: list[Member], slow: S3Server, bucket: Path, content: dict[str, str]
+) -> None:
+    checkpoint = Checkpoint(f"{bucket.name}/run/checkpoint", slow.filesystem())
+    changed = bucket / "run" / "checkpoint" / "b.bin"
+    with in_the_middle(nodes, checkpoint) as reports:
+        os.truncate(changed, 0)
+        changed.write_bytes(bytes(LARGE["b.bin"]))
+        # The attachments stay: they are what was pinned.
+        held = [member.connection() for member in nodes]
+        for member, connection in zip(nodes, held, strict=True):
+            attachment = member.attachment()
+            assert attachment is not None
+            connection.prefetch(attachment.name, ["empty"], 0, lambda *_: None)
+    (report,) = reports
+    assert not report.is_complete
+    for member in nodes:
+        found = on(member, read, checkpoint)
+        assert found.pop("b.bin") in ("ESTALE", content["b.bin"])
+        assert found == {name: v for name, v in content.items() if name != "b.bin"}
+    for connection in held:
+        connection.close()
+
+
+class Noisy(Peer):
+    """Whatever it takes for the first time was damaged on the way."""
+
+    def take(self, chunk: Any, sums: Any, data: Any) -> Any:
+        import numpy as np
+
+        if chunk not in self.__dict__.setdefault("seen", set()):
+            self.seen.add(chunk)
+            data = np.array(data)
+            data[len(data) // 2] ^= 1
+        return super().take(chunk, sums, data)
+
+
+def test_blocks_that_are_damaged_on_the_way_come_again(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes_module, "Peer", Noisy)
+    report = ckptfs.ray.broadcast(checkpoint)
+    assert report.is_complete
+    assert all("damaged" in part.error for part in report.nodes.values())
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    assert sum(fetched(nodes)) == size_of(content)
+    assert all("damaged or of another version: refused" in m.node.log() for m in nodes)
+
+
+class Broken(Peer):
+    """Whatever it takes is damaged."""
+
+    def take(self, chunk: Any, sums: Any, data: Any) -> Any:
+        return super().take(chunk, sums, data * 0)
+
+
+def test_what_cannot_be_brought_is_read_from_the_store(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes_module, "Peer", Broken)
+    report = ckptfs.ray.broadcast(checkpoint)
+    assert not report.is_complete
+    assert sum(part.taken for part in report.nodes.values()) == 0
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    assert sum(fetched(nodes)) == 3 * size_of(content)
+
+
+class Silent(Peer):
+    """Takes for ever, on the node with the file `silent`."""
+
+    def take(self, chunk: Any, sums: Any, data: Any) -> Any:
+        if Path(os.environ["CKPTFS_MOUNT"]).with_name("silent").exists():
+            threading.Event().wait()
+        return super().take(chunk, sums, data)
+
+
+def test_a_silent_node_is_given_up(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes_module, "Peer", Silent)
+    marker = nodes[2].node.folder / "silent"
+    marker.touch()
+    report = ckptfs.ray.broadcast(checkpoint, timeout_s=15)
+    marker.unlink()
+    assert report.nodes[nodes[2].id].error == "no answer for 15 s"
+    assert [report.nodes[member.id].left for member in nodes[:2]] == [0, 0]
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+
+
+class Refusing(Peer):
+    """Its daemon does not exchange blocks with this user."""
+
+    def _ask(self, question: Any) -> Any:
+        raise ckptfs.AccessDenied("refused, as the test wants it")
+
+
+def test_daemons_that_exchange_nothing_with_this_user(
+    nodes: list[Member],
+    s3: S3Server,
+    checkpoint: Checkpoint,
+    content: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes_module, "Peer", Refusing)
+    report = ckptfs.ray.broadcast(checkpoint)
+    assert {part.error for part in report.nodes.values()} == {"refused, as the test wants it"}
+    assert all(part.left == report.bytes for part in report.nodes.values())
+    assert on(nodes[0], read, checkpoint) == content
+
+
+@ray.remote(num_cpus=0)
+class Hoarder:
+    """Fills its node's object store."""
+
+    def __init__(self) -> None:
+        self.held = [ray.put(bytes(8 * MIB)) for _ in range(OBJECT_STORE_BYTES // (8 * MIB))]
+
+    def count(self) -> int:
+        return len(self.held)
+
+
+def test_a_full_object_store(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    strategies = (NodeAffinitySchedulingStrategy(member.id, soft=False) for member in nodes)
+    hoarders = [Hoarder.options(scheduling_strategy=s).remote() for s in strategies]
+    assert ray.get([hoarder.count.remote() for hoarder in hoarders]) == [12] * 3
+    ckptfs.ray.broadcast(checkpoint)
+    assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+
+
+def test_a_cache_that_is_too_small_takes_what_it_can_hold(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    nodes[2].node.configure(cache_bytes_max=12 * MIB)
+    try:
+        report = ckptfs.ray.broadcast(checkpoint)
+        assert report.nodes[nodes[2].id].left > 0
+        assert [report.nodes[member.id].left for member in nodes[:2]] == [0, 0]
+        assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
+    finally:
+        nodes[2].node.configure()
+
+
+def test_mistakes_are_said(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(LocationError, match="is a local directory"):
+        ckptfs.ray.broadcast(str(tmp_path))
+    with pytest.raises(ValueError, match="no living node of the cluster has the id 1234"):
+        ckptfs.ray.broadcast(checkpoint, ["1234"])
+    with pytest.raises(ValueError, match="to no node"):
+        ckptfs.ray.broadcast(checkpoint, [])
+    with pytest.raises(CheckpointNotFound, match="no node could attach"):
+        ckptfs.ray.broadcast(checkpoint)
+
+
+def test_each_node_is_warmed_with_what_it_needs(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    wanted = {nodes[0].id: ["a.bin"], nodes[1].id: ["b.bin", "rank-1.json"]}
+    sizes = ckptfs.ray.warm(checkpoint, wanted).wait()
+    assert sizes == {
+        nodes[0].id: LARGE["a.bin"],
+        nodes[1].id: LARGE["b.bin"] + SMALL["rank-1.json"],
+    }
+    assert fetched(nodes[:2]) == list(sizes.values())

@@ -1,0 +1,400 @@
+"""What one daemon gives, another takes: whole, verified, once, and from nobody else."""
+
+import array
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+import trio.lowlevel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.fakes import MIB, FakeStore, pattern
+from unit.test_control import Client, Server
+from unit.test_control_abuse import as_other, server_in
+from unit.test_service import PLACE
+
+from ckptfs._model.wire import (
+    PIECE_BLOCKS_MAX,
+    Attach,
+    Attached,
+    Failed,
+    GiveBlocks,
+    Given,
+    Reply,
+    Request,
+    Status,
+    StatusReply,
+    TakeBlocks,
+    Taken,
+    decode_reply,
+    encode,
+)
+
+__all__ = ["as_other"]
+DATA = pattern(5 * MIB + 7)
+FILES = {"a/b": DATA, "small": b"abc", "empty": b"", ".metadata.json": b"{}"}
+
+
+class Node:
+    """A daemon, and a client of it that has attached the checkpoint."""
+
+    def __init__(self, server: Server, client: Client, name: str) -> None:
+        self.server = server
+        self.client = client
+        self.name = name
+
+    async def ask(self, request: Request, *fds: int) -> Reply:
+        """Send a request with descriptors; returns its reply."""
+        passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        sent = await self.client.stream.socket.sendmsg([encode(request)], passed)
+        assert sent == len(encode(request))
+        return decode_reply(await self.client.line())
+
+    async def give(
+        self, memfd: int, first: int, count: int, path: str = "a/b", at: int = 0
+    ) -> Reply:
+        request = GiveBlocks(name=self.name, path=path, first=first, count=count, at=at)
+        return await self.ask(request, memfd)
+
+    async def take(
+        self, memfd: int, first: int, given: Reply, path: str = "a/b", at: int = 0
+    ) -> Reply:
+        assert isinstance(given, Given)
+        etag, sums = given.etag, given.sums
+        request = TakeBlocks(name=self.name, path=path, first=first, etag=etag, sums=sums, at=at)
+        return await self.ask(request, memfd)
+
+    async def quiet(self) -> None:
+        """Return when nothing is in flight any more."""
+        with trio.fail_after(10):
+            while self.server.rig.fetcher.slots().bytes:  # noqa: ASYNC110 - of threads
+                await trio.sleep(0.002)
+
+    async def read(self, path: str = "a/b") -> bytes:
+        """All of the file, through the cache."""
+        rig, attachment = self.server.rig, next(iter(self.server.service.attachments))
+        index = [file.path for file in attachment.listed].index(path)
+        file = attachment.file(index)
+        with rig.fetcher.opened(file):
+            return await rig.read(file, 0, file.pin.size)
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore(FILES)
+
+
+@pytest.fixture
+async def nodes(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, store: FakeStore
+) -> AsyncIterator[list[Node]]:
+    """Two nodes that have attached the same checkpoint."""
+    async with AsyncExitStack() as stack:
+        nodes: list[Node] = []
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            sock = tmp_path_factory.mktemp("s") / "s"
+            server = await stack.enter_async_context(server_in(tmp_path / name, sock))
+            server.stores[PLACE.path] = store
+            client = await server.connect()
+            attached = await client.ask(Attach(location=PLACE))
+            assert isinstance(attached, Attached)
+            nodes.append(Node(server, client, attached.name))
+        yield nodes
+
+
+@pytest.fixture
+def memfd() -> Iterator[int]:
+    fd = os.memfd_create("blocks")
+    os.truncate(fd, 8 * MIB)
+    yield fd
+    os.close(fd)
+
+
+async def test_blocks_cross_the_network_once_for_two_nodes(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 1, 5, at=100)
+    assert os.pread(memfd, 5 * MIB, 100)[: len(DATA) - MIB] == DATA[MIB:]
+    assert await taker.take(memfd, 1, given, at=100) == Taken(taken=4 * MIB + 7, had=0)
+    assert await taker.take(memfd, 1, given, at=100) == Taken(taken=0, had=4 * MIB + 7)
+    reads = len(store.reads("a/b"))
+    assert await taker.read() == DATA
+    fetched = store.reads("a/b")[reads:]
+    assert [(call.offset, call.length) for call in fetched] == [(0, MIB)]
+    status = await taker.ask(Status())
+    assert isinstance(status, StatusReply)
+    assert status.fetched_bytes == MIB
+    await taker.quiet()
+
+
+async def test_what_was_taken_outlives_the_daemon(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, taker = nodes
+    await taker.take(memfd, 0, await giver.give(memfd, 0, 6))
+    attachment = next(iter(taker.server.service.attachments))
+    assert attachment.cached_bytes(taker.server.rig.cache) == len(DATA)
+
+
+@pytest.mark.parametrize("what", ["bytes", "order", "sums", "cut"])
+async def test_damaged_blocks_are_refused_and_fetched(
+    nodes: list[Node], store: FakeStore, memfd: int, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 6)
+    assert isinstance(given, Given)
+    if what == "bytes":
+        os.pwrite(memfd, bytes([DATA[MIB + 5] ^ 1]), MIB + 5)
+    elif what == "order":
+        os.pwrite(memfd, DATA[2 * MIB : 3 * MIB], MIB)
+    elif what == "sums":
+        given = msgspec.structs.replace(given, sums=given.sums[::-1])
+    else:
+        os.ftruncate(memfd, MIB)
+    refused = await taker.take(memfd, 0, given)
+    assert isinstance(refused, Failed)
+    if what == "cut":
+        assert (refused.code, await taker.client.line()) == ("protocol", b"")
+    else:
+        assert refused.code == "store"
+        assert "damaged or of another version" in refused.message
+        assert caplog.messages == [refused.message]
+    caplog.clear()
+    before = len(store.reads())
+    assert await taker.read() == DATA
+    assert sum(call.length for call in store.reads()[before:]) == len(DATA)
+    attachment = next(iter(taker.server.service.attachments))
+    assert attachment.error == ""
+    await taker.quiet()
+
+
+async def test_another_version_is_refused(
+    nodes: list[Node], store: FakeStore, memfd: int, tmp_path: Path
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 6)
+    # Same size and time: only the ETag tells them apart.
+    store.overwrite("a/b", pattern(len(DATA), 1), mtime_ns=store.pin("a/b").mtime_ns)
+    refused = await taker.take(memfd, 0, given)
+    assert isinstance(refused, Failed)
+    assert refused.code == "object-changed"
+    assert await taker.read() == pattern(len(DATA), 1)
+
+
+async def test_an_object_that_changes_is_not_given(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 2)
+    await taker.take(memfd, 0, given)
+    store.overwrite("a/b", pattern(len(DATA), 1))
+    failed = await giver.give(memfd, 0, 6)
+    assert isinstance(failed, Failed)
+    assert failed.code == "object-changed"
+    assert isinstance(await giver.give(memfd, 0, 2), Given)  # it has them
+
+
+async def test_a_reader_waits_for_what_is_being_taken(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 6)
+    before = len(store.reads())
+    taker.server.rig.offload.latency_s["data"] = 0.2
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        while not next(iter(taker.server.service.attachments)).activity.in_flight:
+            await trio.lowlevel.checkpoint()
+        read.append(await taker.read())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader)
+        assert isinstance(await taker.take(memfd, 0, given), Taken)
+    assert read == [DATA]
+    assert len(store.reads()) == before
+
+
+async def test_a_reader_that_waits_for_damaged_blocks_fetches_them(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 6)
+    os.pwrite(memfd, bytes(MIB), 0)
+    taker.server.rig.offload.latency_s["data"] = 0.2
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        while not next(iter(taker.server.service.attachments)).activity.in_flight:
+            await trio.lowlevel.checkpoint()
+        read.append(await taker.read())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader)
+        assert isinstance(await taker.take(memfd, 0, given), Failed)
+    assert read == [DATA]
+
+
+async def test_no_more_is_taken_than_the_cache_can_hold(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, memfd: int
+) -> None:
+    sock = tmp_path_factory.mktemp("s") / "s"
+    async with server_in(tmp_path, sock, cache_bytes_max=4 * MIB) as server:
+        server.stores[PLACE.path] = FakeStore(FILES)
+        client = await server.connect()
+        attached = await client.ask(Attach(location=PLACE))
+        assert isinstance(attached, Attached)
+        node = Node(server, client, attached.name)
+        given = await node.give(memfd, 0, 6)
+        refused = await node.take(memfd, 0, given)
+        assert isinstance(refused, Failed)
+        assert refused.code == "limit"
+        assert isinstance(await node.take(memfd, 0, await node.give(memfd, 0, 2)), Taken)
+
+
+async def test_other_users_can_neither_give_nor_take(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, memfd: int, as_other: None
+) -> None:
+    sock = tmp_path_factory.mktemp("s") / "s"
+    async with server_in(tmp_path, sock, allow_other=True) as server:
+        server.stores[PLACE.path] = FakeStore(FILES)
+        client = await server.connect()
+        attached = await client.ask(Attach(location=PLACE))
+        assert isinstance(attached, Attached)
+        node = Node(server, client, attached.name)
+        before = len(os.listdir("/proc/self/fd"))
+        for request in (
+            GiveBlocks(name=node.name, path="a/b", first=0, count=1),
+            TakeBlocks(name=node.name, path="a/b", first=0, etag="", sums=[1]),
+        ):
+            refused = await node.ask(request, memfd)
+            assert isinstance(refused, Failed)
+            assert refused.code == "access-denied"
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+BAD: list[tuple[str, int, int, str]] = [
+    ("a/b", 5, 2, "protocol"),
+    ("a/b", 6, 1, "protocol"),
+    ("empty", 0, 1, "protocol"),
+    ("a", 0, 1, "not-attached"),
+    ("", 0, 1, "not-attached"),
+    ("../a/b", 0, 1, "not-attached"),
+    ("a/b/c", 0, 1, "not-attached"),
+    ("\ud800", 0, 1, "protocol"),
+    (".metadata.json", 0, 1, "not-attached"),  # it is in no version
+]
+
+
+@pytest.mark.parametrize(("path", "first", "count", "code"), BAD)
+async def test_what_is_not_there_is_not_exchanged(
+    nodes: list[Node], memfd: int, path: str, first: int, count: int, code: str
+) -> None:
+    if path == "\ud800":
+        line = b'{"op":"give-blocks","name":"x","path":"\\ud800","first":0,"count":1}\n'
+        failed = await nodes[0].client.ask(line)
+    else:
+        failed = await nodes[0].give(memfd, first, count, path)
+    assert isinstance(failed, Failed)
+    assert failed.code == code
+
+
+async def test_descriptors_that_are_no_memfd_are_refused(
+    nodes: list[Node], tmp_path: Path, memfd: int
+) -> None:
+    reading, writing = os.pipe()
+    name = nodes[0].name
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate(8 * MIB)
+        for fds in ([reading], [file.fileno()], []):
+            node = Node(nodes[0].server, await nodes[0].server.connect(), name)
+            request = GiveBlocks(name=name, path="a/b", first=0, count=1)
+            failed = await node.ask(request, *fds)
+            assert isinstance(failed, Failed)
+            assert (failed.code, await node.client.line()) == ("protocol", b"")
+    for fd in (reading, writing):
+        os.close(fd)
+
+
+async def test_descriptors_that_nobody_needs_are_closed(nodes: list[Node], memfd: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        assert isinstance(await nodes[0].ask(Status(), memfd, memfd, memfd), StatusReply)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert isinstance(await nodes[0].give(memfd, 0, 1), Given)
+    await nodes[0].quiet()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_sealed_memfd_can_be_taken_from_but_not_given_to(nodes: list[Node]) -> None:
+    import fcntl
+
+    giver, taker = nodes
+    fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    try:
+        os.truncate(fd, MIB)
+        given = await giver.give(fd, 0, 1)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
+        assert await taker.take(fd, 0, given) == Taken(taken=MIB, had=0)
+        failed = await giver.give(fd, 1, 1)
+        assert isinstance(failed, Failed)
+        assert failed.code == "store"
+    finally:
+        os.close(fd)
+
+
+@settings(max_examples=40)
+@given(
+    path=st.sampled_from(["a/b", "small", "empty", "a", "x", ""]),
+    first=st.integers(0, 7) | st.integers(0, 1 << 70),
+    count=st.integers(-1, PIECE_BLOCKS_MAX + 1),
+    at=st.integers(0, 9 * MIB) | st.integers(-1, 1 << 65),
+    sums=st.lists(st.integers(0, (1 << 64) - 1), max_size=PIECE_BLOCKS_MAX + 1),
+    gives=st.booleans(),
+)
+def test_no_request_harms_the_daemon(
+    tmp_path_factory: pytest.TempPathFactory,
+    path: str,
+    first: int,
+    count: int,
+    at: int,
+    sums: list[int],
+    gives: bool,
+) -> None:
+    async def run() -> None:
+        fd = os.memfd_create("blocks")
+        os.truncate(fd, 2 * MIB)
+        folder = tmp_path_factory.mktemp("f")
+        try:
+            async with server_in(folder, tmp_path_factory.mktemp("s") / "s") as server:
+                server.stores[PLACE.path] = FakeStore(FILES)
+                client = await server.connect()
+                attached = await client.ask(Attach(location=PLACE))
+                assert isinstance(attached, Attached)
+                message = {"op": "give-blocks", "name": attached.name, "path": path} | {
+                    "first": first,
+                    "at": at,
+                }
+                message |= (
+                    {"count": count} if gives else {"op": "take-blocks", "etag": "", "sums": sums}
+                )
+                line = msgspec.json.encode(message) if first < 1 << 63 and at < 1 << 63 else b"{}"
+                passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+                await client.stream.socket.sendmsg([line + b"\n"], passed)
+                reply = decode_reply(await client.line())
+                assert isinstance(reply, Failed | Given)
+                again = await server.connect()
+                assert isinstance(await again.ask(Status()), StatusReply)
+                assert os.fstat(fd).st_size == 2 * MIB
+                assert server.rig.fetcher.slots().bytes == 0
+        finally:
+            os.close(fd)
+
+    trio.run(run)
