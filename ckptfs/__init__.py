@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptfs.errors import AccessDenied as AccessDenied
 from ckptfs.errors import Busy as Busy
+from ckptfs.errors import CacheError as CacheError
 from ckptfs.errors import CannotMount as CannotMount
 from ckptfs.errors import CheckpointIsFile as CheckpointIsFile
 from ckptfs.errors import CheckpointNotFound as CheckpointNotFound
@@ -29,6 +30,7 @@ from ckptfs.errors import RateError as RateError
 from ckptfs.errors import StoreError as StoreError
 from ckptfs.errors import StoreTimeout as StoreTimeout
 from ckptfs.errors import StoreUnavailable as StoreUnavailable
+from ckptfs.errors import UnitError as UnitError
 
 if TYPE_CHECKING:
     from ckptfs.checkpoint import Checkpoint as Checkpoint

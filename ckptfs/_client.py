@@ -27,6 +27,9 @@ from ckptfs._model.wire import (
     ActivityReply,
     Attach,
     Attached,
+    CacheNews,
+    CacheProgress,
+    CacheRequest,
     Detach,
     Done,
     Failed,
@@ -213,6 +216,27 @@ class Connection:
                 state = self._persist(start, Prefetching)
             progress(state.cached + state.fetched, state.bytes)
         return state
+
+    def cache(self, request: CacheRequest, tell: Callable[[CacheNews], None]) -> None:
+        """Have a command on the cache carried out; returns when it has ended. It ends with the
+        connection.
+
+        `tell` is called several times a second with what is new, and at last with the end.
+
+        Raises what the daemon says, and DaemonError if it ends.
+        """
+        try:
+            news = self._request(request, CacheNews)
+            while not news.ended:
+                tell(news)
+                news = self._request(CacheProgress(), CacheNews)
+        except ConnectionResetError:
+            raise DaemonError(
+                f"the ckptfs daemon at {self._path} ended meanwhile; try again"
+            ) from None
+        tell(news)
+        if news.early_code:
+            raise BY_CODE.get(news.early_code, CkptfsError)(news.early_message)
 
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""

@@ -90,6 +90,12 @@ class ExpressionError(CkptfsError, ValueError):
     code = "expression"
 
 
+class UnitError(CkptfsError, ValueError):
+    """A size or an age that is none."""
+
+    code = "unit"
+
+
 class RateError(CkptfsError, ValueError):
     """A bandwidth limit that is no number of bytes per second."""
 
@@ -100,6 +106,12 @@ class PrefetchFailed(CkptfsError):
     """Some of the files that were to be fetched could not be."""
 
     code = "prefetch-failed"
+
+
+class CacheError(CkptfsError):
+    """A command on the cache found damage, or could not do all that was asked."""
+
+    code = "cache"
 
 
 class ConfigError(CkptfsError, ValueError):

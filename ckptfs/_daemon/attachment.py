@@ -11,7 +11,7 @@ import trio
 
 from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cache import Cache
-from ckptfs._daemon.cachedir import ObjectKey
+from ckptfs._daemon.cachedir import ObjectKey, Origin
 from ckptfs._daemon.records import EtagLearned, FileHidden, FileShown, PinSet, Record, unrecorded
 from ckptfs._daemon.remote import RemoteFile, State, stamped
 from ckptfs._daemon.trace import About, Trace
@@ -56,6 +56,7 @@ class Attachment:
         location: Where it is, without credentials.
         manifest: What it held when it was attached.
         name: Its directory inside the mount.
+        origin: What the cache says of its files.
         listed: The manifest's files, and behind them newer versions (of the metadata file).
         digests: Cache digest of each of them.
         replaced: Positions of those that are no longer shown.
@@ -107,9 +108,10 @@ class Attachment:
         self.attached_s = attached_s or time.time()
         self.tree = Tree(ordinal, manifest, int(self.attached_s * 1e9))
         # Users of one place have a directory each.
-        self.name = f"{location.name}-{location.digest}"
+        self.name = location.directory
         if uid != os.geteuid():
             self.name += f"-{uid}"
+        self.origin = Origin(location.directory, location.uri, location.path, manifest.size, uid)
         self.files: dict[int, RemoteFile] = {}
         self.directories: dict[int, int] = {}
         self.open_handles = 0
@@ -157,7 +159,7 @@ class Attachment:
         listed = self.listed[index]
         key = object_key(self.location, listed)
         user = None if is_ours(self.uid) else self.uid
-        return RemoteFile(self.store, key, pin_of(listed), self.activity, user)
+        return RemoteFile(self.store, key, pin_of(listed), self.activity, user, self.origin)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""

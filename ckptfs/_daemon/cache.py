@@ -56,9 +56,11 @@ from ckptfs._daemon.cached import (
 )
 from ckptfs._daemon.cachedir import (
     NO_FILES,
+    UNKNOWN,
     About,
     ObjectKey,
-    folder_bytes,
+    Origin,
+    Stored,
 )
 from ckptfs._daemon.cacheroot import warn
 from ckptfs._daemon.ledger import Ledger
@@ -150,10 +152,12 @@ class Cache:
         """Bytes on disk of an object of `size` bytes, whether it is open or not."""
         if entry := self._open.get(digest):
             return entry.stored_bytes()
-        return min(size, max(0, self._ledger.bytes_of(digest) - folder_bytes(size)))
+        stored = self._ledger.stored(digest)
+        return stored.data_bytes if stored else 0
 
-    def open(self, key: ObjectKey) -> CachedObject:
-        """The object of `key`. Each call needs a `close`.
+    def open(self, key: ObjectKey, origin: Origin = UNKNOWN) -> CachedObject:
+        """The object of `key`; `origin` is what it is cached for, if it is not yet. Each call needs
+        a `close`.
 
         Small synchronous IO if it is on disk. A new object gets its folder with its first block.
         Raises LimitExceeded where the process has no descriptors left for it.
@@ -162,7 +166,7 @@ class Cache:
         entry = self._open.get(digest)
         if entry is None:
             on_disk = self._ledger.take(digest)
-            entry = self._open[digest] = self._open_folder(digest, key, on_disk)
+            entry = self._open[digest] = self._open_folder(digest, key, origin, on_disk)
             self._ledger.used_bytes += entry.disk_bytes()
         entry.users += 1
         return entry
@@ -197,7 +201,9 @@ class Cache:
         if on_disk and not entry.orphaned:
             on_disk = self._close_folder(entry, on_disk)
             if on_disk:
-                self._ledger.put(digest, on_disk)
+                about = entry.about
+                stored = Stored(on_disk, entry.size, time.time(), about.origin)
+                self._ledger.put(digest, stored)
 
     def _close_folder(self, entry: CachedObject, on_disk: int) -> int:
         """See what becomes of a folder; bytes of it that stay in the cache."""
@@ -398,6 +404,42 @@ class Cache:
         """Whether somebody reads or fetches the object."""
         return digest in self._open
 
+    # -- all of it
+
+    @property
+    def removed_at_start(self) -> int:
+        """How many objects were not whole, or of another format."""
+        return self._ledger.removed
+
+    def contents(self) -> list[tuple[str, Stored]]:
+        """All that is on the disk, by digest: least recently used first, and then what is open."""
+        now_s = time.time()
+        opened = [
+            (digest, Stored(entry.disk_bytes(), entry.size, now_s, entry.about.origin))
+            for digest, entry in self._open.items()
+            if entry.disk_bytes()
+        ]
+        return self._ledger.closed() + opened
+
+    def closed(self, digest: str) -> Stored | None:
+        """What is on the disk of an object that nobody has open."""
+        return self._ledger.stored(digest)
+
+    def opened(self, digest: str) -> CachedObject | None:
+        """The object, if somebody has it open."""
+        return self._open.get(digest)
+
+    def folder(self, digest: str) -> Path:
+        """Where an object is. Only as long as the cache is in use."""
+        return self._root.folder(digest)
+
+    def surplus_bytes(self, bytes_max: int) -> int:
+        """How many bytes are too many for that limit (0: none), and for the share of the disk that
+        is to be left free."""
+        spare = self._ledger.spare_bytes()
+        over = self.used_bytes - bytes_max if bytes_max else 0
+        return max(0, over, -spare if spare is not None else 0)
+
     # -- what is dropped
 
     def evict(self, digest: str) -> Path | None:
@@ -423,7 +465,9 @@ class Cache:
                 self._ledger.used_bytes -= entry.dead_bytes
                 entry.dead_bytes, entry.unreliable = 0, False
 
-    def _open_folder(self, digest: str, key: ObjectKey, on_disk: int) -> CachedObject:
+    def _open_folder(
+        self, digest: str, key: ObjectKey, origin: Origin, on_disk: int
+    ) -> CachedObject:
         dead_bytes = 0
         if on_disk:
             try:
@@ -443,7 +487,7 @@ class Cache:
                 if digest not in self._lent_before:
                     blockio.free_unrecorded(entry, on_disk)
                 return entry
-        about = About(cachedir.FORMAT, key, "", settled=False)
+        about = About(cachedir.FORMAT, key, "", False, origin)
         sums = array("Q", bytes(8 * block_count(key.size)))
         entry = CachedObject(digest, about, NO_FILES, sums)
         entry.dead_bytes, entry.unreliable = dead_bytes, dead_bytes > 0

@@ -32,6 +32,8 @@ from ckptfs._model.wire import (
     Activity,
     Attach,
     Attached,
+    CacheProgress,
+    CacheRequest,
     Detach,
     Done,
     Failed,
@@ -52,6 +54,7 @@ from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, Protoc
 
 if TYPE_CHECKING:
     from ckptfs._daemon.attachment import Attachment
+    from ckptfs._daemon.cachetask import CacheTask
     from ckptfs._daemon.prefetch import Prefetch
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ class _Held:
         self.pid = pid
         self.attachments: list[Attachment] = []
         self.prefetch: Prefetch | None = None
+        self.cache_task: CacheTask | None = None
 
 
 class _User:
@@ -135,6 +139,8 @@ class Control:
         finally:
             if held.prefetch is not None:
                 held.prefetch.cancel()
+            if held.cache_task is not None:
+                held.cache_task.cancel()
             for attachment in held.attachments:
                 self._service.let_go(attachment)
             self._connections -= 1
@@ -230,6 +236,15 @@ class Control:
             with trio.move_on_after(_PROGRESS_S):
                 await held.prefetch.ended.wait()
             return held.prefetch.state()
+        if isinstance(request, CacheRequest):
+            if held.cache_task is not None and not held.cache_task.ended:
+                raise Busy("the last cache command of this connection has not ended")
+            held.cache_task = self._service.cache_tasks.begin(request, uid)
+            return await held.cache_task.news()
+        if isinstance(request, CacheProgress):
+            if held.cache_task is None:
+                raise ProtocolError("this connection has no cache command")
+            return await held.cache_task.news()
         if not is_ours(uid):
             raise AccessDenied("only the daemon's own user may stop it")
         if isinstance(request, Restart):

@@ -100,7 +100,7 @@ class Fetcher:
                 f"{file.name}: uid {file.user} has {self._files_of_max} files open, the most for "
                 "one user; close some, or raise the daemon's limit of descriptors (ulimit -n)"
             )
-        file.entry = self._cache.open(file.key)
+        file.entry = self._cache.open(file.key, file.origin)
         file.opens = 1
         if file.user is not None:
             self._files_of[file.user] += 1

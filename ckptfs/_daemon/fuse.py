@@ -57,6 +57,8 @@ ERRNOS: dict[type[Exception], int] = {
     errors.MetadataNotDict: errno.EIO,
     errors.ExpressionError: errno.EIO,
     errors.RateError: errno.EIO,
+    errors.UnitError: errno.EIO,
+    errors.CacheError: errno.EIO,
     errors.PrefetchFailed: errno.EIO,
     errors.ConfigError: errno.EIO,
     errors.DaemonError: errno.EIO,

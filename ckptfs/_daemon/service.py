@@ -12,6 +12,7 @@ from ckptfs._daemon.activity import Activities, Usage
 from ckptfs._daemon.attaching import Attaching
 from ckptfs._daemon.attachments import Attachments
 from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cachetasks import CacheTasks
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.limits import StoreCalls, may_see
@@ -52,6 +53,7 @@ class Service:
         attachments: All of them, and who holds them.
         vfs: The tree that the kernel sees; `xattrs`, `metadata`: likewise.
         reporter: Knows what happens.
+        cache_tasks: What is done to the cache as a whole.
         stopped: Set when the daemon is to end; `restarts`: and to be followed by another one.
         attach, detach, find, hold, let_go, released, prefetch, prefetch_unheld, status,
             activity: Those of the parts.
@@ -86,6 +88,7 @@ class Service:
         self._attaching = Attaching(
             config, attachments, self.metadata, self._store_calls, open_store, handoff
         )
+        self.cache_tasks = CacheTasks(config, cache, offload, nursery, attachments)
         self._prefetches = Prefetches(fetcher, cache, offload, nursery)
         self.attach = self._attaching.attach
         self.detach, self.find = attachments.detach, attachments.find
