@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -48,6 +47,8 @@ from ckptfs._model.wire import (
     decode_reply,
     encode,
 )
+from ckptfs._mounts import require_seen
+from ckptfs._peers import is_anybody, peer_of
 from ckptfs._requestid import new_request_id
 from ckptfs.errors import BY_CODE, CkptfsError, DaemonError, NoDaemon, ProtocolError
 
@@ -70,7 +71,6 @@ _SECRETS = frozenset(
 )
 """Variables whose values go with a location (``_store.describe``), so a daemon that is started on
 demand does without."""
-_UCRED = struct.Struct("3i")
 
 R = TypeVar("R", bound=Reply)
 _RANK_VARIABLES = "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
@@ -126,8 +126,13 @@ class Connection:
 
     def _check_server(self) -> None:
         """Credentials go to a daemon of our own or of root's, not to whoever owns the path."""
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
+        uid = peer_of(self._socket).uid
+        if is_anybody(uid):
+            raise DaemonError(
+                f"{self._path} is served by a user whom this user namespace does not have, so "
+                "nobody can tell whether that is root; in a container, use the node's user "
+                "namespace (hostUsers: true)"
+            )
         if uid not in (0, os.geteuid()):
             raise DaemonError(
                 f"{self._path} is served by uid {uid}, which is neither you nor root; "
@@ -353,8 +358,15 @@ def attached(
             connection.close()
             raise
         with connection:
-            yield connection.path_of(reply), reply
-        return
+            path = connection.path_of(reply)
+            if require_seen(path, reply.mount):
+                yield path, reply
+                return
+            if attempt == _TRIES - 1:
+                raise DaemonError(
+                    f"{os.path.dirname(path)} does not show what the daemon has attached: it is "
+                    "the mount of another one; set CKPTFS_MOUNT to where this one's is"
+                )
 
 
 @contextlib.contextmanager

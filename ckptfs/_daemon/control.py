@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -49,6 +48,7 @@ from ckptfs._model.wire import (
     decode_request,
     encode,
 )
+from ckptfs._peers import is_anybody, peer_of
 from ckptfs._requestid import request_id
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
 
@@ -74,9 +74,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_LOOKING = Status, Activity, GetTrace, PrefetchProgress
+_LOOKING = Status, Activity, GetTrace, PrefetchProgress, CacheProgress
 """Requests that change nothing."""
-_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
 class _Held:
@@ -114,8 +113,7 @@ class Control:
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         self._service.client_came()
-        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, gid = _UCRED.unpack(raw)
+        pid, uid, gid = peer_of(stream.socket)
         held = _Held(pid)
         user = self._users.setdefault(uid, _User())
         self._connections += 1
@@ -152,6 +150,11 @@ class Control:
                 await stream.aclose()
 
     def _admit(self, uid: int, connections: int) -> None:
+        if is_anybody(uid):
+            raise AccessDenied(
+                "your user has no id in the user namespace of the ckptfs daemon, which cannot tell "
+                "you from others; use the node's user namespace, or start a daemon of your own"
+            )
         if not self._allow_other and not is_ours(uid):
             raise AccessDenied(
                 f"this ckptfs daemon serves uid {os.geteuid()} only; start your own (unset "
