@@ -7,6 +7,7 @@ also import this package, need no pyarrow.
 from typing import TYPE_CHECKING, Any
 
 from ckptfs.errors import AccessDenied as AccessDenied
+from ckptfs.errors import AgeError as AgeError
 from ckptfs.errors import Busy as Busy
 from ckptfs.errors import CacheError as CacheError
 from ckptfs.errors import CannotMount as CannotMount
@@ -27,10 +28,10 @@ from ckptfs.errors import PlanError as PlanError
 from ckptfs.errors import PrefetchFailed as PrefetchFailed
 from ckptfs.errors import ProtocolError as ProtocolError
 from ckptfs.errors import RateError as RateError
+from ckptfs.errors import SizeError as SizeError
 from ckptfs.errors import StoreError as StoreError
 from ckptfs.errors import StoreTimeout as StoreTimeout
 from ckptfs.errors import StoreUnavailable as StoreUnavailable
-from ckptfs.errors import UnitError as UnitError
 
 if TYPE_CHECKING:
     from ckptfs.checkpoint import Checkpoint as Checkpoint

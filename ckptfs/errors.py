@@ -90,22 +90,28 @@ class ExpressionError(CkptfsError, ValueError):
     code = "expression"
 
 
-class UnitError(CkptfsError, ValueError):
-    """A size or an age that is none."""
-
-    code = "unit"
-
-
 class RateError(CkptfsError, ValueError):
     """A bandwidth limit that is no number of bytes per second."""
 
     code = "rate"
 
 
+class SizeError(CkptfsError, ValueError):
+    """A limit that is no number of bytes."""
+
+    code = "size"
+
+
 class PrefetchFailed(CkptfsError):
     """Some of the files that were to be fetched could not be."""
 
     code = "prefetch-failed"
+
+
+class AgeError(CkptfsError, ValueError):
+    """An age that is none."""
+
+    code = "age"
 
 
 class CacheError(CkptfsError):

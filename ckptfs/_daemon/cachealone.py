@@ -53,7 +53,7 @@ async def _carry_out(
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(end_on_signal)
-            tasks = CacheTasks(config, cache, Offload(1), nursery, ())
+            tasks = CacheTasks(cache, lambda: config.cache_bytes_max, Offload(1), nursery, ())
             task = tasks.begin(request, os.geteuid())
             while not news.ended:
                 news = await task.news()

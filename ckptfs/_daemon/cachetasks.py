@@ -7,7 +7,7 @@ daemon's own user see and touch all; others what is theirs, and learn nothing of
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -17,7 +17,6 @@ from ckptfs._daemon.cachetask import CacheTask
 from ckptfs._daemon.limits import is_ours, limit_for, may_see
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.upkeep import Chosen, Goal, Upkeep
-from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._model.wire import CacheRequest, ClearCache, CollectCache, VerifyCache
 from ckptfs.errors import LimitExceeded, LocationError, ProtocolError
@@ -29,17 +28,25 @@ _DIRECTORY = re.compile(r"(.+-[0-9a-f]{12})(-[0-9]{1,10})?")
 
 
 class CacheTasks:
-    """Begins tasks, which run in `nursery`. `attached`: all attachments of the daemon."""
+    """Begins tasks.
+
+    Args:
+        cache: What they are about.
+        bytes_max: The limit that a collection without a goal has; 0: none.
+        offload: Runs disk IO.
+        nursery: Runs the tasks.
+        attached: All attachments of the daemon.
+    """
 
     def __init__(
         self,
-        config: Config,
         cache: Cache,
+        bytes_max: Callable[[], int],
         offload: Offload,
         nursery: trio.Nursery,
         attached: Iterable[Attachment],
     ) -> None:
-        self._config = config
+        self._bytes_max = bytes_max
         self._cache = cache
         self._nursery = nursery
         self._attached = attached
@@ -97,7 +104,7 @@ class CacheTasks:
             return Goal(max(0, held - request.keep), float("inf"))
         free = request.free
         if free is None:
-            free = self._cache.surplus_bytes(self._config.cache_bytes_max)
+            free = self._cache.surplus_bytes(self._bytes_max())
         return Goal(free, float("inf"))
 
     def _chosen(self, uid: int, name: str | None) -> Chosen:

@@ -88,7 +88,7 @@ class Service:
         self._attaching = Attaching(
             config, attachments, self.metadata, self._store_calls, open_store, handoff
         )
-        self.cache_tasks = CacheTasks(config, cache, offload, nursery, attachments)
+        self.cache_tasks = CacheTasks(cache, lambda: cache.bytes_max, offload, nursery, attachments)
         self._prefetches = Prefetches(fetcher, cache, offload, nursery)
         self.attach = self._attaching.attach
         self.detach, self.find = attachments.detach, attachments.find

@@ -13,7 +13,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
 from ckptfs._model.plan import Plan
 from ckptfs._model.trace import Access, Fetch, TracedFile, TracedProcess
-from ckptfs._model.units import AGE_S_MAX, RATE_MAX, SIZE_MAX
+from ckptfs._model.units import AGE_S_MAX, RATE_MAX
 from ckptfs.errors import ProtocolError
 
 LINE_BYTES_MAX = 1 << 20
@@ -110,7 +110,7 @@ class GetTrace(Asked, frozen=True, tag="trace"):
 
 _Checkpoint = Annotated[str, msgspec.Meta(max_length=512)]
 """A checkpoint in the cache by its name, or by its directory's in the mount; "": all of them."""
-_Size = Annotated[int, msgspec.Meta(ge=0, le=SIZE_MAX)]
+_Size = Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)]
 
 
 class ListCache(Asked, frozen=True, tag="cache-ls"):

@@ -27,7 +27,7 @@ from ckptfs._model.wire import (
 )
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import location_of
-from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon, NotAttached, UnitError
+from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon, NotAttached
 
 app = typer.Typer(
     help="Show, check and empty the node's cache.", no_args_is_help=True, rich_markup_mode=None
@@ -115,7 +115,7 @@ def gc(
     Without an option: down to the limits of the configuration.
     """
     if sum(each is not None for each in (free, keep, older_than)) > 1:
-        raise UnitError("--free, --keep and --older-than exclude each other; give one")
+        raise CacheError("--free, --keep and --older-than exclude each other; give one")
     size, left = (None if each is None else parse_size(each) for each in (free, keep))
     age_s = None if older_than is None else parse_age(older_than)
     result = _Result(CollectCache(free=size, keep=left, older_s=age_s))

@@ -43,7 +43,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 @pytest.fixture
 def tasks(rig: Rig) -> CacheTasks:
-    return CacheTasks(rig.config, rig.cache, rig.offload, rig.nursery, [])
+    return CacheTasks(rig.cache, lambda: 0, rig.offload, rig.nursery, [])
 
 
 def cached(rig: Rig, path: str, size: int = 3 * MIB, origin: Origin = RUN) -> str:
