@@ -1,7 +1,9 @@
 """Blocks on disk: a limit, eviction and recovery.
 
 The directory is described in ``cacheroot``, the folder of an object in ``cachedir``, its state in
-memory in ``cached``, what nobody has open in ``ledger``; ``disk`` is all that touches the disk.
+memory in ``cached``, what nobody has open in ``ledger``, how room is made in ``room``, the IO of
+blocks in ``blockio``; ``disk`` is all that touches the disk. What `ckptfs cache` does to all of it
+is in ``upkeep``.
 
 **Who may touch what.** State in memory (`CachedObject.state`, the indices, the byte counts) is
 touched only in the event loop's thread, between two awaits. The functions that say "blocking" run

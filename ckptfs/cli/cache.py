@@ -219,6 +219,12 @@ class _Result:
         self.files: list[CachedFile] = []
         self.damaged: list[DamagedFile] = []
         self.last = CacheNews(ended=True)
+        try:
+            self._carry_out(request, progress_text)
+        except KeyboardInterrupt:
+            raise typer.Exit(output.INTERRUPTED) from None
+
+    def _carry_out(self, request: CacheRequest, progress_text: str) -> None:
         if not progress_text:
             _carry_out(request, self._take)
             return

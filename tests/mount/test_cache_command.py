@@ -1,15 +1,19 @@
 """``ckptfs cache``: with a daemon and without, beside readers, and for several users."""
 
 import contextlib
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node, wait_until
+from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from mount.test_cache_on_disk import MIB, object_folders, read_all, requests_of_reads, write_files
 from mount.test_users import ALICE, BOB, as_user, let_others_in
 from s3server import S3Server
@@ -341,6 +345,28 @@ def test_readers_wait_for_no_verify(node: Node, runs: dict[str, Path], uri_of: U
         for _ in range(16):  # each has ended with its connection, or there would be no place
             connection = stack.enter_context(_client.connect())
             connection.cache(ListCache(), lambda _: None)
+
+
+def test_without_a_daemon_it_can_be_interrupted(node: Node, runs: Any, uri_of: UriOf) -> None:
+    read_all(uri_of(runs["step_1"]))
+    node.end()
+    command = [str(Path(sys.executable).with_name("ckptfs")), "cache", "verify", "--limit-rate"]
+    begun = subprocess.Popen([*command, "1k"], stderr=subprocess.PIPE)
+    wait_until(lambda: _is_locked(node.cache_dir))
+    time.sleep(0.5)  # most likely it reads by then; it ends as well if it does not
+    begun.send_signal(signal.SIGINT)
+    _, errors = begun.communicate(timeout=COMMAND_TIMEOUT_S)
+    assert (begun.returncode, errors) == (130, b"")
+    assert len(cache(node, "ls")) == 1
+
+
+def _is_locked(directory: Path) -> bool:
+    with open(directory / "lock", "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 # -- without a daemon, and with one of another kind
