@@ -25,7 +25,7 @@ from ckptfs._model.wire import (
     ListCache,
     VerifyCache,
 )
-from ckptfs.cli import output
+from ckptfs.cli import completion, output
 from ckptfs.cli.checkpoints import location_of
 from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon, NotAttached
 
@@ -38,6 +38,7 @@ CheckpointArgument = Annotated[
         metavar="CHECKPOINT",
         help="A path inside the mount, a URI, or a name that ckptfs cache ls lists.",
         show_default="all",
+        autocompletion=completion.checkpoints,
     ),
 ]
 
