@@ -59,6 +59,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.RateError: errno.EIO,
     errors.SizeError: errno.EIO,
     errors.AgeError: errno.EIO,
+    errors.PlanError: errno.EIO,
     errors.CacheError: errno.EIO,
     errors.PrefetchFailed: errno.EIO,
     errors.ConfigError: errno.EIO,
