@@ -50,7 +50,8 @@ class Containers:
         node = self._start(
             ["unshare", "--mount", "--propagation", "private"],
             # Copies of mounts that others have would keep those alive.
-            "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | xargs -r umount -l || true; "
+            "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | "
+            "xargs -r umount -l || true; "
             f"mount -t tmpfs tmpfs {folder}/host; mount --make-shared {folder}/host; "
             f"mkdir {folder}/host/run; echo ready; exec sleep infinity",
         )
