@@ -7,6 +7,7 @@ also import this package, need no pyarrow.
 from typing import TYPE_CHECKING, Any
 
 from ckptfs.errors import AccessDenied as AccessDenied
+from ckptfs.errors import AgeError as AgeError
 from ckptfs.errors import Busy as Busy
 from ckptfs.errors import CacheError as CacheError
 from ckptfs.errors import CannotMount as CannotMount

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,6 +26,9 @@ from ckptfs._model.wire import (
     ActivityReply,
     Attach,
     Attached,
+    CacheNews,
+    CacheProgress,
+    CacheRequest,
     Detach,
     Done,
     Failed,
@@ -51,6 +53,8 @@ from ckptfs._model.wire import (
     decode_reply,
     encode,
 )
+from ckptfs._mounts import require_seen
+from ckptfs._peers import is_anybody, peer_of
 from ckptfs._requestid import new_request_id
 from ckptfs.errors import (
     BY_CODE,
@@ -82,7 +86,6 @@ _SECRETS = frozenset(
 )
 """Variables whose values go with a location (``_store.describe``), so a daemon that is started on
 demand does without."""
-_UCRED = struct.Struct("3i")
 
 R = TypeVar("R", bound=Reply)
 T = TypeVar("T")
@@ -140,8 +143,13 @@ class Connection:
 
     def _check_server(self) -> None:
         """Credentials go to a daemon of our own or of root's, not to whoever owns the path."""
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
+        uid = peer_of(self._socket).uid
+        if is_anybody(uid):
+            raise DaemonError(
+                f"{self._path} is served by a user whom this user namespace does not have, so "
+                "nobody can tell whether that is root; in a container, use the node's user "
+                "namespace (hostUsers: true)"
+            )
         if uid not in (0, os.geteuid()):
             raise DaemonError(
                 f"{self._path} is served by uid {uid}, which is neither you nor root; "
@@ -264,6 +272,27 @@ class Connection:
         no room for them, StoreError or ObjectChanged where it refuses them.
         """
         return self._persist(request, Taken, memfd)
+
+    def cache(self, request: CacheRequest, tell: Callable[[CacheNews], None]) -> None:
+        """Have a command on the cache carried out; returns when it has ended. It ends with the
+        connection.
+
+        `tell` is called several times a second with what is new, and at last with the end.
+
+        Raises what the daemon says, and DaemonError if it ends.
+        """
+        try:
+            news = self._request(request, CacheNews)
+            while not news.ended:
+                tell(news)
+                news = self._request(CacheProgress(), CacheNews)
+        except ConnectionResetError:
+            raise DaemonError(
+                f"the ckptfs daemon at {self._path} ended meanwhile; try again"
+            ) from None
+        tell(news)
+        if news.early_code:
+            raise BY_CODE.get(news.early_code, CkptfsError)(news.early_message)
 
     def stop(self, *, force: bool = False) -> None:
         """Ask the daemon to end. Raises Busy."""
@@ -399,8 +428,15 @@ def attached(
             connection.close()
             raise
         with connection:
-            yield connection.path_of(reply), reply
-        return
+            path = connection.path_of(reply)
+            if require_seen(path, reply.mount):
+                yield path, reply
+                return
+            if attempt == _TRIES - 1:
+                raise DaemonError(
+                    f"{os.path.dirname(path)} does not show what the daemon has attached: it is "
+                    "the mount of another one; set CKPTFS_MOUNT to where this one's is"
+                )
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class ObjectChanged(CkptfsError):
 
 
 class CacheError(CkptfsError, OSError):
-    """The disk of the cache refused to do what was asked for."""
+    """The cache or its disk could not do what was asked for, or not all of it, or it is damaged."""
 
     code = "cache"
 
@@ -124,6 +124,12 @@ class PrefetchFailed(CkptfsError):
     """Some of the files that were to be fetched could not be."""
 
     code = "prefetch-failed"
+
+
+class AgeError(CkptfsError, ValueError):
+    """An age that is none."""
+
+    code = "age"
 
 
 class ConfigError(CkptfsError, ValueError):

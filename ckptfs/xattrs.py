@@ -20,6 +20,7 @@ import msgspec
 from ckptfs._model import attributes as names
 from ckptfs._model.attributes import PREFIX as PREFIX
 from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._mounts import is_mounted
 from ckptfs.errors import MetadataError, MetadataNotDict, NotAttached, StoreError
 
 
@@ -197,7 +198,7 @@ def read_all(path: "str | os.PathLike[str]") -> dict[str, str]:
         NotAttached: The path is not inside a mounted checkpoint.
         OSError: The path does not exist or cannot be read.
     """
-    if get(path, names.URI) is None or not _is_mounted(path):
+    if get(path, names.URI) is None or not is_mounted(path):
         raise _not_attached(path)
     found = {name: get(path, name) for name in os.listxattr(path) if name.startswith(PREFIX)}
     return {name: value for name, value in found.items() if value is not None}
@@ -207,24 +208,12 @@ def root_of(path: "str | os.PathLike[str]") -> str:
     """The directory of the checkpoint that `path` is in. Raises as `read`."""
     top = os.path.realpath(path)
     os.stat(top)  # its own error, where there is nothing
-    if _is_mounted(top):
+    if is_mounted(top):
         while top != os.path.dirname(top):
             if get(top, names.ID) is not None:
                 return top
             top = os.path.dirname(top)
     raise _not_attached(path)
-
-
-def _is_mounted(path: "str | os.PathLike[str]") -> bool:
-    """Whether it is in a mount of ckptfs: a copy made with its attributes is not."""
-    device = os.stat(path).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            fields = line.split(b" ")
-            if fields[2] == number.encode():
-                return fields[fields.index(b"-") + 1] == b"fuse.ckptfs"
-    return False
 
 
 def _name_of(key: str) -> str:

@@ -13,6 +13,7 @@ import trio
 
 from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cachedir import Origin
 from ckptfs._daemon.records import (
     OWN,
     EtagLearned,
@@ -67,6 +68,7 @@ class Attachment:
         location: Where it is, without credentials.
         manifest: What it held when it was attached.
         name: Its directory inside the mount.
+        origin: What the cache says of its files.
         metadata: What is known of the checkpoint's own metadata.
         format: As ``user.ckptfs.format`` says; "" until somebody asks.
         layouts: The parts of files as a ``.metadata`` beside them says, by position of that
@@ -110,9 +112,10 @@ class Attachment:
         self._snapshot: Snapshot | None = None
         self._since = since
         # Users of one place have a directory each.
-        self.name = f"{location.name}-{location.digest}"
+        self.name = location.directory
         if uid != os.geteuid():
             self.name += f"-{uid}"
+        self.origin = Origin(location.directory, location.uri, location.path, manifest.size, uid)
         self._files: dict[int, RemoteFile] = {}
         self.directories: dict[int, int] = {}
         self.open_handles = 0
@@ -193,7 +196,7 @@ class Attachment:
             return known
         pin, key = pin_of(self.listed[index]), self.snapshot.key(index)
         user = None if is_ours(self.uid) else self.uid
-        return RemoteFile(self.store, key, pin, self.activity, user)
+        return RemoteFile(self.store, key, pin, self.activity, user, self.origin)
 
     def use_store(self, store: Store) -> None:
         """Read with other credentials from now on."""

@@ -17,6 +17,7 @@ from ckptfs._daemon.limits import may_see
 from ckptfs._daemon.records import StoreChanged, forget, unrecorded
 from ckptfs._daemon.trace import Traces
 from ckptfs._daemon.vfs import Vfs
+from ckptfs._model.attributes import OTHER_CONTAINERS
 from ckptfs._model.location import Location
 from ckptfs._store.base import Store
 from ckptfs.errors import Busy, NotAttached
@@ -122,9 +123,8 @@ class Attachments:
         if not attachment.held or force:
             self.remove(attachment)
         elif not was_pinned:
-            holders = (
-                ", ".join(map(str, sorted(set(attachment.directories.values())))) or "open files"
-            )
+            pids = sorted(set(attachment.directories.values()))
+            holders = ", ".join(str(pid or OTHER_CONTAINERS) for pid in pids) or "open files"
             raise Busy(
                 f"{attachment.location.uri} is held by {holders}; end these processes, or detach "
                 "with --force (their reads will fail)"

@@ -1,7 +1,9 @@
 """Blocks on disk: a limit, eviction and recovery.
 
 The directory is described in ``cacheroot``, the folder of an object in ``cachedir``, its state in
-memory in ``cached``, what nobody has open in ``ledger``; ``disk`` is all that touches the disk.
+memory in ``cached``, what nobody has open in ``ledger``, how room is made in ``room``, the IO of
+blocks in ``blockio``; ``disk`` is all that touches the disk. What `ckptfs cache` does to all of it
+is in ``upkeep``.
 
 **Who may touch what.** State in memory (`CachedObject.state`, the indices, the byte counts) is
 touched only in the event loop's thread, between two awaits. The functions that say "blocking" run
@@ -25,13 +27,6 @@ before the hole is made.
 VERIFIED, and stay as they are until they are taken back. One that turns out damaged, or another
 version, is retired: the kernel keeps the old files, everybody else starts anew.
 
-**Room.** `reserve` decides, without IO but for renaming, what has to go so that the limit holds
-*before* a write, and the bytes that go are counted until `make_room` (blocking) has removed them.
-Whole objects that nobody has open go first, least recently used first; then the oldest blocks of
-open objects. Where that is not enough, the bytes are not stored: a buffer is all that has them, and
-readers advance without a disk. One reservation at a time: `storing` holds a lock from `reserve` to
-`settle`.
-
 **A disk that fails** is never a reader's error. What cannot be read is fetched; what cannot be
 written is not stored. What cannot be removed stays counted, and is tried again with the next
 reservation: folders in the trash are the ledger's, blocks stay in the cache, and the rest are
@@ -51,36 +46,32 @@ from pathlib import Path
 
 import msgspec
 
-from ckptfs._daemon import cachedir, disk
+from ckptfs._daemon import blockio, cachedir, disk
 from ckptfs._daemon.buffers import Buffer, Buffers
 from ckptfs._daemon.cached import (
     ABSENT,
     DOUBTED,
-    DYING,
     IN_MEMORY,
     ON_DISK,
     VERIFIED,
     CachedObject,
-    Reservation,
 )
 from ckptfs._daemon.cachedir import (
     NO_FILES,
-    PAGE_BYTES,
+    UNKNOWN,
     About,
-    Files,
     ObjectKey,
-    folder_bytes,
-    pages,
+    Origin,
+    Stored,
 )
 from ckptfs._daemon.cacheroot import warn
 from ckptfs._daemon.ledger import Ledger
+from ckptfs._daemon.room import Room
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
     block_length,
-    blocks_length,
     blocks_of,
-    runs,
 )
 
 log = logging.getLogger(__name__)
@@ -121,6 +112,7 @@ class Cache:
             directory, bytes_max, free_share_min, self.is_open, self._directory_was_removed
         )
         self._root = self._ledger.root
+        self.room = Room(self._ledger, self._open)
 
     def resize(self, bytes_max: int, free_share_min: float, memory_bytes_max: int) -> None:
         """Have other limits from now on, which hold with the next `reserve`."""
@@ -168,10 +160,12 @@ class Cache:
         """Bytes on disk of an object of `size` bytes, whether it is open or not."""
         if entry := self._open.get(digest):
             return entry.stored_bytes()
-        return min(size, max(0, self._ledger.bytes_of(digest) - folder_bytes(size)))
+        stored = self._ledger.stored(digest)
+        return stored.data_bytes if stored else 0
 
-    def open(self, key: ObjectKey) -> CachedObject:
-        """The object of `key`. Each call needs a `close`.
+    def open(self, key: ObjectKey, origin: Origin = UNKNOWN) -> CachedObject:
+        """The object of `key`; `origin` is what it is cached for, if it is not yet. Each call needs
+        a `close`.
 
         Small synchronous IO if it is on disk. A new object gets its folder with its first block.
         Raises LimitExceeded where the process has no descriptors left for it.
@@ -180,7 +174,7 @@ class Cache:
         entry = self._open.get(digest)
         if entry is None:
             on_disk = self._ledger.take(digest)
-            entry = self._open[digest] = self._open_folder(digest, key, on_disk)
+            entry = self._open[digest] = self._open_folder(digest, key, origin, on_disk)
             self._ledger.used_bytes += entry.disk_bytes()
         entry.users += 1
         return entry
@@ -215,7 +209,9 @@ class Cache:
         if on_disk and not entry.orphaned:
             on_disk = self._close_folder(entry, on_disk)
             if on_disk:
-                self._ledger.put(digest, on_disk)
+                about = entry.about
+                stored = Stored(on_disk, entry.size, time.time(), about.origin)
+                self._ledger.put(digest, stored)
 
     def _close_folder(self, entry: CachedObject, on_disk: int) -> int:
         """See what becomes of a folder; bytes of it that stay in the cache."""
@@ -313,17 +309,6 @@ class Cache:
         entry.doubt(blocks_of(offset, len(view)))
         return False
 
-    @staticmethod
-    def load(entry: CachedObject, index: int, checksum: int) -> bytes | None:
-        """Blocking. The bytes of a block, read from the disk and checked; None: they are wrong."""
-        length = block_length(index, entry.size)
-        try:
-            data = cachedir.read_whole(entry.files.data, length, index * BLOCK_BYTES)
-        except OSError as error:
-            warn(f"read a block of {entry.about.key.path}", error)
-            return None
-        return data if cachedir.checksum(entry.about, index, data) == checksum else None
-
     def loaded(self, entry: CachedObject, index: int, checksum: int, good: bool) -> None:
         """Take in the outcome of `load`, unless the block is another one by now."""
         if entry.state[index] not in ON_DISK or entry.sums[index] != checksum:
@@ -343,44 +328,6 @@ class Cache:
         for index in blocks:
             entry.memory[index] = buffer
             entry.state[index] = IN_MEMORY
-
-    @staticmethod
-    def write(
-        entry: CachedObject, about: About, first: int, data: memoryview
-    ) -> "array[int] | None":
-        """Blocking. Write consecutive blocks from `first` on, and then their checksums to the map.
-
-        `about` says which version they are. Returns the checksums; None if the disk refuses. What
-        will not be published is for `take_out`.
-        """
-        sums = cachedir.checksums(about, first, data)
-        try:
-            cachedir.write(entry.files, first * BLOCK_BYTES, data)
-        except OSError as error:
-            warn("write; reading without storing", error)
-            return None
-        Cache._record(entry, first, sums)
-        return sums
-
-    @staticmethod
-    def take_out(entry: CachedObject, blocks: range) -> bool:
-        """Blocking. Remove blocks from map and disk; False: their space could not be freed."""
-        Cache._record(entry, blocks.start, array("Q", bytes(8 * len(blocks))))
-        length = blocks_length(blocks, entry.size)
-        try:
-            disk.punch(entry.files.data, blocks.start * BLOCK_BYTES, length)
-        except OSError as error:
-            warn(f"free a block of {entry.about.key.path}", error)
-            return False
-        return True
-
-    @staticmethod
-    def _record(entry: CachedObject, first: int, sums: "array[int]") -> None:
-        """Put checksums into the map, so that the blocks survive a restart."""
-        try:
-            cachedir.write_sums(entry.files, first, sums)
-        except OSError as error:  # they are fetched again after a restart
-            warn(f"write the map of {entry.about.key.path}", error)
 
     def publish(self, entry: CachedObject, first: int, sums: "array[int]") -> None:
         """Take in that `write` has stored kept blocks."""
@@ -461,110 +408,45 @@ class Cache:
         entry.retired.append((files, on_disk, path))
         entry.dead_bytes, entry.orphaned = 0, False
 
-    # -- room
-
-    def reserve(self, entry: CachedObject | None, length: int) -> Reservation:
-        """Decide what goes so that `length` more bytes of `entry` can be stored, and count them;
-        without one, so that the limit holds.
-
-        Run `make_room` (blocking) with the result and then `settle`. If the result still `stores`,
-        write, and then `unreserve` what was not published; otherwise the bytes can only be kept in
-        memory.
-        """
-        result = Reservation(entry, length)
-        spare = self._ledger.spare_bytes()
-        if spare is None or (entry is not None and entry.unreliable):
-            result.refuse()
-            return result
-        goal, result.folders = self._ledger.clear_out(result.bytes, spare)
-        planned_bytes = sum(size for _, size in result.folders)
-        while planned_bytes < goal and (victim := self._fullest_open()) is not None:
-            index = victim.oldest.popleft()
-            if victim.state[index] in ON_DISK:
-                victim.state[index] = DYING
-                victim.memory.pop(index, None)
-                result.blocks.append((victim, index))
-                planned_bytes += pages(block_length(index, victim.size))
-                self._ledger.evicted_bytes += pages(block_length(index, victim.size))
-        if planned_bytes < goal:
-            result.refuse()
-        result.goal_bytes = goal
-        self._ledger.used_bytes += result.bytes
-        return result
-
-    def make_room(self, reservation: Reservation) -> Files:
-        """Blocking. Free the space; returns the files of the new folder, if there is one."""
-        for folder, size in reservation.folders:
-            if Ledger.delete(folder):
-                reservation.freed_bytes += size
-            else:
-                reservation.kept_folders.append((folder, size))
-        for entry, index in reservation.blocks:
-            if self.take_out(entry, range(index, index + 1)):
-                reservation.freed_bytes += pages(block_length(index, entry.size))
-            else:
-                reservation.kept_blocks.append((entry, index))
-        entry = reservation.entry
-        if entry is None or not reservation.creates:
-            return NO_FILES
-        if reservation.freed_bytes < reservation.goal_bytes:
-            return NO_FILES
-        about, digest = entry.about, entry.digest
-        try:
-            return cachedir.create(self._root.folder(digest), about)
-        except OSError as error:
-            warn(f"make a folder for {about.key.path}", error)
-        try:
-            self._root.remove(digest)
-        except OSError:
-            reservation.remains = True
-        return NO_FILES
-
-    def settle(self, reservation: Reservation, files: Files) -> None:
-        """Take in that `make_room` has ended, with its result."""
-        self._ledger.used_bytes -= reservation.freed_bytes
-        self._ledger.left(reservation.kept_folders)
-        for entry, index in reservation.blocks:
-            entry.state[index] = ABSENT
-            entry.sums[index] = 0
-        for entry, index in reservation.kept_blocks:  # they were taken out of the map
-            self._bury(entry, block_length(index, entry.size))
-        entry = reservation.entry
-        if entry is not None and reservation.creates:
-            entry.files = files
-            reservation.stores = files is not NO_FILES
-            if reservation.remains:
-                entry.dead_bytes = folder_bytes(entry.size)
-                entry.unreliable = True
-                self._ledger.used_bytes += entry.dead_bytes
-        elif reservation.freed_bytes < reservation.goal_bytes:
-            reservation.stores = False
-        if not reservation.stores:
-            self._ledger.used_bytes -= reservation.bytes
-
-    def give_back(self, entry: CachedObject, length: int, freed: bool) -> None:
-        """Take in the outcome of `take_out` of blocks of `length` bytes together that were reserved
-        and will not be published, or were forgotten."""
-        if freed:
-            self._ledger.used_bytes -= pages(length)
-        else:
-            self._bury(entry, length)
-
-    @staticmethod
-    def _bury(entry: CachedObject, length: int) -> None:
-        """Bytes of it cannot be given back: all of its folder goes when it is closed."""
-        entry.dead_bytes += pages(length)
-        entry.unreliable = True
-
-    def _fullest_open(self) -> CachedObject | None:
-        # Where a hole could not be made, there is no point in trying again.
-        candidates = (e for e in self._open.values() if not e.lent and not e.dead_bytes)
-        fullest = max(candidates, key=lambda entry: len(entry.oldest), default=None)
-        return fullest if fullest and fullest.oldest else None
-
     def is_open(self, digest: str) -> bool:
         """Whether somebody reads or fetches the object."""
         return digest in self._open
+
+    # -- all of it
+
+    @property
+    def removed_at_start(self) -> int:
+        """How many objects were not whole, or of another format."""
+        return self._ledger.removed
+
+    def contents(self) -> list[tuple[str, Stored]]:
+        """All that is on the disk, by digest: least recently used first, and then what is open."""
+        now_s = time.time()
+        opened = [
+            (digest, Stored(entry.disk_bytes(), entry.size, now_s, entry.about.origin))
+            for digest, entry in self._open.items()
+            if entry.disk_bytes()
+        ]
+        return self._ledger.closed() + opened
+
+    def closed(self, digest: str) -> Stored | None:
+        """What is on the disk of an object that nobody has open."""
+        return self._ledger.stored(digest)
+
+    def opened(self, digest: str) -> CachedObject | None:
+        """The object, if somebody has it open."""
+        return self._open.get(digest)
+
+    def folder(self, digest: str) -> Path:
+        """Where an object is. Only as long as the cache is in use."""
+        return self._root.folder(digest)
+
+    def surplus_bytes(self, bytes_max: int) -> int:
+        """How many bytes are too many for that limit (0: none), and for the share of the disk that
+        is to be left free."""
+        spare = self._ledger.spare_bytes()
+        over = self.used_bytes - bytes_max if bytes_max else 0
+        return max(0, over, -spare if spare is not None else 0)
 
     # -- what is dropped
 
@@ -592,7 +474,9 @@ class Cache:
                 self._ledger.used_bytes -= entry.dead_bytes
                 entry.dead_bytes, entry.unreliable = 0, False
 
-    def _open_folder(self, digest: str, key: ObjectKey, on_disk: int) -> CachedObject:
+    def _open_folder(
+        self, digest: str, key: ObjectKey, origin: Origin, on_disk: int
+    ) -> CachedObject:
         dead_bytes = 0
         if on_disk:
             try:
@@ -610,28 +494,13 @@ class Cache:
                     if 0 not in sums and about.verified == cachedir.stamp(files):
                         entry.state[:] = bytes([VERIFIED]) * len(sums)
                 if digest not in self._lent_before:
-                    self._free_unrecorded(entry, on_disk)
+                    blockio.free_unrecorded(entry, on_disk)
                 return entry
-        about = About(cachedir.FORMAT, key, "", settled=False)
+        about = About(cachedir.FORMAT, key, "", False, origin)
         sums = array("Q", bytes(8 * block_count(key.size)))
         entry = CachedObject(digest, about, NO_FILES, sums)
         entry.dead_bytes, entry.unreliable = dead_bytes, dead_bytes > 0
         return entry
-
-    def _free_unrecorded(self, entry: CachedObject, on_disk: int) -> None:
-        """Free what a daemon that died had written but not recorded: nobody counts it."""
-        unrecorded = 0
-        try:
-            taken = disk.taken_bytes(disk.status(entry.files.data))
-            unrecorded = taken - pages(entry.stored_bytes()) - PAGE_BYTES  # the file system's own
-            if unrecorded > 0:
-                absent = (index for index, s in enumerate(entry.sums) if not s)
-                for run in runs(absent, len(entry.sums)):
-                    length = blocks_length(run, entry.size)
-                    disk.punch(entry.files.data, run.start * BLOCK_BYTES, length)
-        except OSError as error:
-            warn(f"free space of {entry.about.key.path}", error)
-            self._bury(entry, unrecorded or max(0, on_disk - entry.disk_bytes()))
 
     def _forget(self, entry: CachedObject, index: int) -> None:
         if entry.lent:
@@ -639,8 +508,8 @@ class Cache:
             return
         entry.state[index] = ABSENT
         entry.sums[index] = 0
-        freed = self.take_out(entry, range(index, index + 1))
-        self.give_back(entry, block_length(index, entry.size), freed)
+        freed = blockio.take_out(entry, range(index, index + 1))
+        self.room.give_back(entry, block_length(index, entry.size), freed)
 
 
 _NO_FOLDER = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR))

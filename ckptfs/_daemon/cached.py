@@ -84,6 +84,11 @@ class CachedObject:
             return []
         return [index for index in blocks if self.state[index] == ABSENT]
 
+    def bury(self, length: int) -> None:
+        """Bytes of it cannot be given back: all of its folder goes when it is closed."""
+        self.dead_bytes += pages(length)
+        self.unreliable = True
+
     def doubt(self, blocks: range) -> None:
         """Their pages are not in memory: have those that are on disk checked before the next
         read."""

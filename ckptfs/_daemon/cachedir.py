@@ -32,15 +32,16 @@ import xxhash
 from ckptfs._daemon import disk
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout. Folders of another version are removed at start."""
 
 _HEADER = struct.Struct("<8sQQ")  # magic, object's size, bytes of a block
 _MAGIC = b"ckptmap1"
 _NAMES = {"data", "map", "about.json"}
 _PARTIAL = "about.partial"
-_ABOUT_BYTES_MAX = 64 << 10
-"""The longest description: a store's name, a path (at most 1024 bytes on S3) and an ETag."""
+_ABOUT_BYTES_MAX = 256 << 10
+"""The longest description: a path of 4,095 bytes (S3 has 1,024) below one of 8,192 characters, as
+it is, in a URI, and escaped in JSON; a store's name, and an ETag."""
 
 _SECTOR_BYTES = 4096
 """Largest unit that a disk demands for O_DIRECT."""
@@ -65,6 +66,47 @@ class ObjectKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint for which an object was cached first.
+
+    Attributes:
+        name: Its directory in the mount, without what tells users apart (`Location.directory`).
+        uri: Where it is, without credentials.
+        path: Its part of the object's path (see `file_of`).
+        size: Bytes of all its files then.
+        uid: The user who had attached it.
+    """
+
+    name: str
+    uri: str
+    path: str
+    size: int
+    uid: int
+
+    def file_of(self, key: ObjectKey) -> str:
+        """Path of an object in the checkpoint."""
+        return key.path.removeprefix(f"{self.path}/")
+
+
+UNKNOWN = Origin("", "", "", 0, 0)
+"""Of what has no description that can be read."""
+
+
+class Stored(NamedTuple):
+    """What is on the disk of an object: bytes there, size of the object, when it was used last
+    (seconds since the epoch), and for whom."""
+
+    bytes: int
+    size: int
+    used_s: float
+    origin: Origin
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the object itself, where its folder is whole."""
+        return min(self.size, max(0, self.bytes - folder_bytes(self.size)))
+
+
 class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The description.
 
@@ -73,6 +115,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: The object.
         etag: Its ETag; "" while unknown, and for stores that have none.
         settled: Whether size and mtime alone identify the version (see ``cache.SETTLED_S``).
+        origin: The checkpoint that it is of.
         verified: `stamp` of the data when all of it was there and verified; "" if it never was.
     """
 
@@ -80,6 +123,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: ObjectKey
     etag: str
     settled: bool
+    origin: Origin
     verified: str = ""
 
 
@@ -227,9 +271,10 @@ def _open_direct(folder: Path) -> int:
         return -1
 
 
-def examine(folder: Path) -> int:
-    """What a folder is counted for, without opening its data. Raises OSError, or ValueError if it
-    is not whole, has more in it than it should, or is not this user's alone."""
+def examine(folder: Path) -> Stored:
+    """What a folder holds, and is counted for, without opening its data. Raises OSError, or
+    ValueError if it is not whole, has more in it than it should, or is not this user's alone."""
+    used_s = disk.status_of(folder).st_mtime
     require_own_folder(folder)
     names = set(disk.list_folder(folder))
     if _PARTIAL in names:  # its writer died
@@ -247,7 +292,8 @@ def examine(folder: Path) -> int:
         if disk.taken_bytes(info) > pages(length) + folder_bytes(size):
             raise ValueError("data or map takes more than its length")
     # The extents of the data are counted there, too, and are part of what a folder costs.
-    return min(disk.taken_bytes(data), pages(size)) + folder_bytes(size)
+    on_disk = min(disk.taken_bytes(data), pages(size)) + folder_bytes(size)
+    return Stored(on_disk, size, used_s, about.origin)
 
 
 def open_existing(folder: Path, key: ObjectKey) -> "tuple[Files, About, array[int]]":

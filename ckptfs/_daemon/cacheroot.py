@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptfs._daemon import cachedir, disk
+from ckptfs._daemon.cachedir import UNKNOWN, Stored
 from ckptfs.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ def warn(what: str, error: Exception) -> None:
 
 
 class Found(NamedTuple):
-    """What was in the directory: bytes on disk of each object, least recently used first, and of
-    all that is no object."""
+    """What was in the directory: the objects, least recently used first; the bytes on disk of all
+    that is no object; and what was removed because it was not whole, or of another format."""
 
-    objects: dict[str, int]
+    objects: dict[str, Stored]
     other_bytes: int
+    removed: int
 
 
 class CacheRoot:
@@ -83,7 +85,8 @@ class CacheRoot:
             _lock(fds[1])
         except BlockingIOError:
             error = ConfigError(
-                f"cache directory {self.directory} is in use by another ckptfs daemon; {_REMEDY}"
+                f"cache directory {self.directory} is in use by another ckptfs daemon, or by "
+                f"ckptfs cache; {_REMEDY}"
             )
         except OSError as failure:
             error = ConfigError(f"cache directory {self.directory}: {failure.strerror}; {_REMEDY}")
@@ -183,11 +186,11 @@ class CacheRoot:
     def _recover(self) -> Found:
         for name in ("trash", "objects"):
             self._prepare(name)
-        other_bytes = 0
+        other_bytes = removed = 0
         for name in _names_in(self.path / "trash"):
             if not _remove(self.path / "trash" / name):
                 other_bytes += tree_bytes(self.path / "trash" / name)
-        found: list[tuple[float, str, int]] = []
+        found: list[tuple[str, Stored]] = []
         for prefix in _names_in(self.path / "objects"):
             folder = self.path / "objects" / prefix
             if not _PREFIX.fullmatch(prefix):
@@ -199,13 +202,16 @@ class CacheRoot:
             else:
                 for name in _names_in(folder):
                     if _DIGEST.fullmatch(name) and name.startswith(prefix):
-                        found += self._found(folder / name)
+                        stored = self._found(folder / name)
+                        removed += stored is None
+                        found += [(name, stored)] if stored else []
                     else:
                         log.info("cache: %s/%s is not ours: left alone", prefix, name)
                         other_bytes += tree_bytes(folder / name)
                 with contextlib.suppress(OSError):
                     disk.remove_empty(folder)
-        return Found({digest: size for _, digest, size in sorted(found)}, other_bytes)
+        found.sort(key=lambda each: (each[1].used_s, each[0]))
+        return Found(dict(found), other_bytes, removed)
 
     def _prepare(self, name: str) -> None:
         path = self.path / name
@@ -224,15 +230,12 @@ class CacheRoot:
         except OSError as error:  # a full disk: it is tried again when it is needed
             log.warning("cache: cannot make %s: %s", self.directory / name, error.strerror)
 
-    def _found(self, folder: Path) -> list[tuple[float, str, int]]:
+    def _found(self, folder: Path) -> Stored | None:
         try:
-            size, used_s = cachedir.examine(folder), disk.status_of(folder).st_mtime
+            return cachedir.examine(folder)
         except (OSError, ValueError) as error:
             log.info("cache: removing %s: %s", folder.name, error)
-            if _remove(folder):
-                return []
-            return [(0.0, folder.name, tree_bytes(folder))]
-        return [(used_s, folder.name, size)]
+            return None if _remove(folder) else Stored(tree_bytes(folder), 0, 0.0, UNKNOWN)
 
 
 def _lock(fd: int, *, where_possible: bool = False) -> None:

@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -37,6 +36,8 @@ from ckptfs._model.wire import (
     Activity,
     Attach,
     Attached,
+    CacheProgress,
+    CacheRequest,
     Detach,
     Done,
     Failed,
@@ -55,6 +56,7 @@ from ckptfs._model.wire import (
     decode_request,
     encode,
 )
+from ckptfs._peers import is_anybody, peer_of
 from ckptfs._requestid import request_id
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ckptfs._daemon.attachment import Attachment
+    from ckptfs._daemon.cachetask import CacheTask
     from ckptfs._daemon.prefetch import Prefetch
     from ckptfs._model.wire import Reloaded
 
@@ -82,9 +85,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
-_OFTEN = Status, Activity, GetTrace, PrefetchProgress, GiveBlocks, TakeBlocks
+_OFTEN = Status, Activity, GetTrace, PrefetchProgress, CacheProgress, GiveBlocks, TakeBlocks
 """Requests that change nothing, or come by the thousand."""
-_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 _SO_PEERGROUPS = 59  # asm-generic/socket.h
 _GROUPS_BYTES = 1024
 """Most that ``socket.getsockopt`` takes."""
@@ -98,6 +100,7 @@ class _Held:
         self.attachments: list[Attachment] = []
         self.prefetch: Prefetch | None = None
         self.passed = Passed()
+        self.cache_task: CacheTask | None = None
 
 
 class _User:
@@ -140,8 +143,7 @@ class Control:
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         self._service.client_came()
-        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, gid = _UCRED.unpack(raw)
+        pid, uid, gid = peer_of(stream.socket)
         peer = Peer(uid, gid, _groups_of(stream))
         held = _Held(pid)
         user = self._users.setdefault(uid, _User())
@@ -169,6 +171,8 @@ class Control:
             held.passed.close()
             if held.prefetch is not None:
                 held.prefetch.cancel()
+            if held.cache_task is not None:
+                held.cache_task.cancel()
             for attachment in held.attachments:
                 self._service.let_go(attachment)
             self._connections -= 1
@@ -180,6 +184,11 @@ class Control:
                 await stream.aclose()
 
     def _admit(self, uid: int, connections: int) -> None:
+        if is_anybody(uid):
+            raise AccessDenied(
+                "your user has no id in the user namespace of the ckptfs daemon, which cannot tell "
+                "you from others; use the node's user namespace, or start a daemon of your own"
+            )
         if not self._allow_other and not is_ours(uid):
             raise AccessDenied(
                 f"this ckptfs daemon serves uid {os.geteuid()} only; start your own (unset "
@@ -267,6 +276,15 @@ class Control:
             with trio.move_on_after(_PROGRESS_S):
                 await held.prefetch.ended.wait()
             return held.prefetch.state()
+        if isinstance(request, CacheRequest):
+            if held.cache_task is not None and not held.cache_task.ended:
+                raise Busy("the last cache command of this connection has not ended")
+            held.cache_task = self._service.cache_tasks.begin(request, uid)
+            return await held.cache_task.news()
+        if isinstance(request, CacheProgress):
+            if held.cache_task is None:
+                raise ProtocolError("this connection has no cache command")
+            return await held.cache_task.news()
         if not is_ours(uid):
             raise AccessDenied(
                 "only root and the daemon's own user may reload, restart or stop it, or exchange "

@@ -158,6 +158,11 @@ def read_cached(fd: int, view: memoryview, offset: int, flags: int) -> int:
     return os.preadv(fd, [view], offset, flags) if _is_cached(fd, offset, len(view)) else 0
 
 
+def read_direct(fd: int, view: memoryview, offset: int) -> int:
+    """Fill the beginning of `view` from `offset` on, by a descriptor with O_DIRECT: how much."""
+    return os.preadv(fd, [view], offset)
+
+
 def write(fd: int, data: "bytes | memoryview", offset: int) -> int:
     """Write the beginning of `data` at `offset`: how much."""
     return os.pwrite(fd, data, offset)

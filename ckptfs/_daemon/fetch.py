@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs._daemon import blockio
 from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.cache import Cache, Views
 from ckptfs._daemon.cached import ABSENT, DYING, ON_DISK, CachedObject
@@ -113,7 +114,7 @@ class Fetcher:
                 f"{file.name}: uid {file.user} has {self._files_of_max} files open, the most for "
                 "one user; close some, or raise the daemon's limit of descriptors (ulimit -n)"
             )
-        file.entry = self._cache.open(file.key)
+        file.entry = self._cache.open(file.key, file.origin)
         file.opens = 1
         if file.user is not None:
             self._files_of[file.user] += 1
@@ -290,7 +291,7 @@ class Fetcher:
                 data = bytes(view)  # the next block may take time, and the buffer
             elif entry.state[index] in ON_DISK:
                 checksum = entry.sums[index]
-                data = await self._offload.disk(self._cache.load, entry, index, checksum)
+                data = await self._offload.disk(blockio.load, entry, index, checksum)
                 self._cache.loaded(entry, index, checksum, data is not None)
             if data is None:
                 return None

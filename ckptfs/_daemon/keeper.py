@@ -295,6 +295,7 @@ class Keeper:
         if config is None:
             return
         self._held.config = config
+        self._held.save()
         if self._spare is not None and not self._has_spare():
             self._spare.end(at_once=True)
             self._spare = None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckptfs._daemon import disk
+from ckptfs._daemon.cachedir import Origin, Stored
 from ckptfs._daemon.cacheroot import CacheRoot, warn
 from ckptfs.errors import ConfigError
 
@@ -31,6 +32,8 @@ class Ledger:
             changes it.
         evicted_bytes: That had to go because there was no room, so far; also of objects that are
             open. `evicted_objects`: how many went as a whole.
+        removed: How many objects were removed at start, as they were not whole, or of another
+            format.
 
     Raises:
         ConfigError: The directory cannot be used, or another daemon uses it.
@@ -48,11 +51,12 @@ class Ledger:
         self.free_share_min = free_share_min
         self._is_open = is_open
         self._was_removed = was_removed
-        self._closed: OrderedDict[str, int] = OrderedDict()  # digest -> bytes on disk, LRU first
+        self._closed: OrderedDict[str, Stored] = OrderedDict()  # by digest, LRU first
+        self._origins: dict[Origin, Origin] = {}  # so that equal ones are in memory once
         self._leftovers: dict[Path, int] = {}  # to be deleted -> bytes on disk
         self.root = CacheRoot(directory)
         self._is_indexed = False
-        self.used_bytes = 0
+        self.used_bytes = self.removed = 0
         self.evicted_bytes = self.evicted_objects = 0
         try:
             self._recover()
@@ -66,48 +70,58 @@ class Ledger:
         self._is_indexed = False
         found = self.root.recover()
         self._is_indexed = True
-        for digest, size in found.objects.items():
+        for digest, stored in found.objects.items():
             # One that is open will be replaced with its next block.
             if not self._is_open(digest) and digest not in self._closed:
-                self.put(digest, size)
+                self.put(digest, stored)
         self.used_bytes += found.other_bytes
+        self.removed += found.removed
         while self._closed and self.excess(0) > 0:
-            digest, size = self._closed.popitem(last=False)
+            digest, stored = self._closed.popitem(last=False)
             try:
                 self.root.remove(digest)
             except OSError as error:
                 warn("remove an object", error)
-                self._closed[digest] = size
+                self._closed[digest] = stored
                 break
-            self.used_bytes -= size
+            self.used_bytes -= stored.bytes
 
     # -- objects
 
-    def bytes_of(self, digest: str) -> int:
-        """Bytes on disk of an object that is not open."""
-        return self._closed.get(digest, 0)
+    def closed(self) -> list[tuple[str, Stored]]:
+        """All objects that are not open, by digest, least recently used first."""
+        return list(self._closed.items())
+
+    def stored(self, digest: str) -> Stored | None:
+        """What is on the disk of an object that is not open."""
+        return self._closed.get(digest)
 
     def take(self, digest: str) -> int:
         """An object is opened: count its bytes no longer. How many they were."""
-        size = self._closed.pop(digest, 0)
-        self.used_bytes -= size
-        return size
+        stored = self._closed.pop(digest, None)
+        if stored is None:
+            return 0
+        self.used_bytes -= stored.bytes
+        return stored.bytes
 
-    def put(self, digest: str, size: int) -> None:
+    def put(self, digest: str, stored: Stored) -> None:
         """An object is closed, and was used last."""
-        self._closed[digest] = size
-        self.used_bytes += size
+        origin = self._origins.setdefault(stored.origin, stored.origin)
+        self._closed[digest] = stored._replace(origin=origin)
+        self.used_bytes += stored.bytes
 
     def evict(self, digest: str) -> Path | None:
         """Drop an object; returns the folder to `delete`, if it was there. Raises OSError where
         the disk refuses; the object stays then."""
-        size = self.take(digest)
-        path = self.to_trash(digest) if size else None
+        stored = self._closed.get(digest)
+        if stored is None:
+            return None
+        path = self.to_trash(digest)
         if isinstance(path, OSError):
-            self.put(digest, size)
             raise path
+        self.take(digest)
         if path is not None:
-            self.leave(path, size)
+            self.leave(path, stored.bytes)
         return path
 
     def condemn(self, digest: str, size: int) -> int:
@@ -190,20 +204,20 @@ class Ledger:
         self._leftovers.clear()
         planned_bytes = sum(size for _, size in folders)
         while planned_bytes < goal and self._closed:
-            digest, size = self._closed.popitem(last=False)
+            digest, stored = self._closed.popitem(last=False)
             path = self.to_trash(digest)
             if isinstance(path, OSError):
-                self._closed[digest] = size
+                self._closed[digest] = stored
                 self._closed.move_to_end(digest, last=False)
                 break
             if path is None:  # somebody has removed it
-                self.used_bytes -= size
+                self.used_bytes -= stored.bytes
                 goal = max(lack, self.excess(length))
             else:
-                folders.append((path, size))
-                planned_bytes += size
+                folders.append((path, stored.bytes))
+                planned_bytes += stored.bytes
                 self.evicted_objects += 1
-                self.evicted_bytes += size
+                self.evicted_bytes += stored.bytes
         return goal, folders
 
     def _begin_anew(self) -> bool:
@@ -212,7 +226,8 @@ class Ledger:
             if not self.root.is_there():
                 self.root.move()
                 log.info("cache: %s was removed, and is made again", self.root.directory)
-                self.used_bytes -= sum(self._closed.values()) + sum(self._leftovers.values())
+                self.used_bytes -= sum(stored.bytes for stored in self._closed.values())
+                self.used_bytes -= sum(self._leftovers.values())
                 self._closed.clear()
                 self._leftovers.clear()
                 self._was_removed()

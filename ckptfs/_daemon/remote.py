@@ -9,7 +9,7 @@ import trio
 
 from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cached import CachedObject
-from ckptfs._daemon.cachedir import ObjectKey
+from ckptfs._daemon.cachedir import UNKNOWN, ObjectKey, Origin
 from ckptfs._model.manifest import printable
 from ckptfs._store.base import Pin, Store
 from ckptfs.errors import CkptfsError, NotAttached, ObjectChanged
@@ -46,6 +46,7 @@ class RemoteFile:
     Attributes:
         activity: What happens in its checkpoint.
         pin: The pinned version.
+        origin: What it is cached for.
         trusted: Whether `pin` was confirmed by the store since it was attached.
         changed: The object is another version by now.
         error: Time and text of the last error, or "".
@@ -70,12 +71,14 @@ class RemoteFile:
         pin: Pin,
         activity: Activity | None = None,
         user: int | None = None,
+        origin: Origin = UNKNOWN,
     ) -> None:
         self.user = user
         self.activity = activity or Activity()
         self.store = store
         self.key = key
         self.pin = pin
+        self.origin = origin
         self.trusted = False
         self.changed = False
         self.failing = False

@@ -13,6 +13,7 @@ from ckptfs._daemon.activity import Activities, Usage
 from ckptfs._daemon.attaching import Attaching
 from ckptfs._daemon.attachments import Attachments
 from ckptfs._daemon.cache import Cache
+from ckptfs._daemon.cachetasks import CacheTasks
 from ckptfs._daemon.exchange import Exchange
 from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handoff
@@ -62,6 +63,7 @@ class Service:
         vfs: The tree that the kernel sees; `xattrs`, `metadata`: likewise.
         exchange: Blocks that go to other nodes, or come from there.
         reporter: Knows what happens.
+        cache_tasks: What is done to the cache as a whole.
         stopped: Set when the daemon is to end; `restarts`: and to be followed by another one.
         attach, detach, find, hold, let_go, released, prefetch, prefetch_unheld, status,
             activity: Those of the parts.
@@ -96,6 +98,7 @@ class Service:
         self._attaching = Attaching(
             config, attachments, self.metadata, self._store_calls, open_store, handoff
         )
+        self.cache_tasks = CacheTasks(cache, lambda: cache.bytes_max, offload, nursery, attachments)
         self._prefetches = Prefetches(fetcher, cache, offload, nursery)
         self.exchange = Exchange(fetcher, cache)
         self.attach = self._attaching.attach

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs._daemon import blockio
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import CachedObject
 from ckptfs._daemon.offload import Offload
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Storing:
-    """Writes to the cache. One reservation at a time: `_room` is held from `Cache.reserve` to
-    `Cache.settle`."""
+    """Writes to the cache. One reservation at a time: `_room` is held from `Room.reserve` to
+    `Room.settle`."""
 
     def __init__(self, cache: Cache, offload: Offload) -> None:
         self._cache = cache
@@ -38,12 +39,12 @@ class Storing:
             return
         about = entry.about
         view = buffer.view[:length]
-        sums = await self._offload.disk(self._cache.write, entry, about, blocks.start, view)
+        sums = await self._offload.disk(blockio.write, entry, about, blocks.start, view)
         if sums is not None and entry.about.etag == about.etag:
             self._cache.publish(entry, blocks.start, sums)
         else:  # the disk refused it, or it is another version since
-            freed = await self._offload.disk(self._cache.take_out, entry, blocks)
-            self._cache.give_back(entry, length, freed)
+            freed = await self._offload.disk(blockio.take_out, entry, blocks)
+            self._cache.room.give_back(entry, length, freed)
 
     async def shrink(self) -> None:
         """Have the cache within its limit, which may have become lower."""
@@ -52,13 +53,13 @@ class Storing:
     async def _make_room(self, entry: CachedObject | None, length: int) -> bool:
         """Whether `length` bytes of `entry` may be written to the cache; they are reserved then."""
         async with self._room:
-            reservation = self._cache.reserve(entry, length)
+            reservation = self._cache.room.reserve(entry, length)
             if not reservation.needs_work:
                 return reservation.stores
             victims = {victim for victim, _ in reservation.blocks}
             with contextlib.ExitStack() as held, trio.CancelScope(shield=True):
                 for victim in victims:
                     held.enter_context(self._cache.held(victim))
-                files = await self._offload.disk(self._cache.make_room, reservation)
-                self._cache.settle(reservation, files)
+                files = await self._offload.disk(self._cache.room.make_room, reservation)
+                self._cache.room.settle(reservation, files)
             return reservation.stores

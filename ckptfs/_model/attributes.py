@@ -33,7 +33,10 @@ SKIPPED = PREFIX + "skipped"
 """One line per object or metadata key that is not shown: name, tab, reason. Absent where there is
 none."""
 ATTACHED = PREFIX + "attached"
-"""JSON: `since` (seconds since the epoch), `holders` (process ids), `pinned`."""
+"""JSON: `since` (seconds since the epoch), `holders` (process ids; 0: `OTHER_CONTAINERS`),
+`pinned`."""
+OTHER_CONTAINERS = "processes of other containers"
+"""Those that the daemon's pid namespace does not have: the kernel gives it 0 as their id."""
 FORMAT = PREFIX + "format"
 """See ``ckptfs._model.formats``."""
 META_PREFIX = PREFIX + "meta."

@@ -105,6 +105,11 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         return safe[:100].lstrip(".") or "checkpoint"
 
     @property
+    def directory(self) -> str:
+        """Its directory in the mount, for one user: name and digest."""
+        return f"{self.name}-{self.digest}"
+
+    @property
     def uri(self) -> str:
         """A URI without secrets, that names this directory and can be attached again."""
         if self.store is not None:

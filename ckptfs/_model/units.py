@@ -2,7 +2,7 @@
 
 import re
 
-from ckptfs.errors import RateError, SizeError
+from ckptfs.errors import AgeError, RateError, SizeError
 
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?(?:([kKMGT])(i)?)?B?")
 RATE_MAX = 1 << 50
@@ -47,3 +47,27 @@ def _bytes_of(text: str) -> float | None:
     power = " kMGT".index((prefix or " ").replace("K", "k"))
     size = float(number) * (1024 if binary else 1000) ** power
     return size if size <= RATE_MAX else None
+
+
+_AGE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([smhdw])")
+_AGE_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+AGE_S_MAX = 1e11
+"""More than three thousand years."""
+
+
+def parse_age(text: str) -> float:
+    """Seconds of e.g. ``90s``, ``30m``, ``12h``, ``7d`` or ``2w``. Raises AgeError."""
+    found = _AGE.fullmatch(text.strip())
+    if found:
+        age_s = float(found[1]) * _AGE_S[found[2]]
+        if age_s <= AGE_S_MAX:
+            return age_s
+    raise AgeError(f"{text[:40]!r} is no age; give a number with s, m, h, d or w, e.g. 12h, 7d")
+
+
+def age_text(seconds: float) -> str:
+    """An age for people: ``3 d``."""
+    for unit in ("w", "d", "h", "m"):
+        if seconds >= 2 * _AGE_S[unit]:
+            return f"{int(seconds / _AGE_S[unit])} {unit}"
+    return f"{max(0, int(seconds))} s"

@@ -13,7 +13,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
 from ckptfs._model.plan import Plan
 from ckptfs._model.trace import Access, Fetch, TracedFile, TracedProcess
-from ckptfs._model.units import RATE_MAX
+from ckptfs._model.units import AGE_S_MAX, RATE_MAX
 from ckptfs.errors import ProtocolError
 
 LINE_BYTES_MAX = 1 << 20
@@ -134,6 +134,51 @@ class GetTrace(Asked, frozen=True, tag="trace"):
     location: Location | None = None
 
 
+_Checkpoint = Annotated[str, msgspec.Meta(max_length=512)]
+"""A checkpoint in the cache by its name, or by its directory's in the mount; "": all of them."""
+_Size = Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)]
+
+
+class ListCache(Asked, frozen=True, tag="cache-ls"):
+    """What is in the cache, of what this user has attached (root: of all): the checkpoints, or the
+    files of one. Replies: see `CacheProgress`."""
+
+    checkpoint: _Checkpoint = ""
+
+
+class CollectCache(Asked, frozen=True, tag="cache-gc"):
+    """Take out what was used least recently and nobody has open: `free` bytes of it, or so much
+    that `keep` bytes stay, or what was not used for `older_s` seconds. One of these at most; none:
+    down to the configured limits. Replies: see `CacheProgress`."""
+
+    free: _Size | None = None
+    keep: _Size | None = None
+    older_s: Annotated[float, msgspec.Meta(ge=0, le=AGE_S_MAX)] | None = None
+
+
+class VerifyCache(Asked, frozen=True, tag="cache-verify"):
+    """Read what is in the cache, at most `rate` bytes per second (0: no limit), and take out what
+    its checksums do not fit. Replies: see `CacheProgress`."""
+
+    checkpoint: _Checkpoint = ""
+    rate: Annotated[int, msgspec.Meta(ge=0, le=RATE_MAX)] = 0
+
+
+class ClearCache(Asked, frozen=True, tag="cache-clear"):
+    """Take out all that nobody has open. Replies: see `CacheProgress`."""
+
+    checkpoint: _Checkpoint = ""
+
+
+class CacheProgress(Asked, frozen=True, tag="cache-progress"):
+    """Ask for the connection's task on the cache, that one of the messages above has begun and that
+    ends with the connection, which has one at a time. Reply to all of them: `CacheNews`, after a
+    moment, or as soon as there is any."""
+
+
+CacheRequest = ListCache | CollectCache | VerifyCache | ClearCache
+
+
 class Restart(Asked, frozen=True, tag="restart"):
     """End the daemon, and have it followed by another, also of another version, that goes on with
     everything. The program of its keeper is replaced, too."""
@@ -160,6 +205,8 @@ Request = (
     | GiveBlocks
     | TakeBlocks
     | GetTrace
+    | CacheRequest
+    | CacheProgress
     | Reload
     | Restart
     | Stop
@@ -285,6 +332,86 @@ class Holder(msgspec.Struct, frozen=True):
     pid: int
     command: str
     open_files: int
+
+
+class CachedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint in the cache, as one user had it attached; or what of it was taken out.
+
+    Attributes:
+        name: Its directory in the mount, without what tells users apart.
+        uri: Where it is, without credentials.
+        uid: The user.
+        files: How many are in the cache, at least in part; `open_files`: of these are open.
+        bytes: That these take on the disk.
+        cached: Bytes of them that are there; `size`: of all its files, when it was attached.
+        used: When one of them was used last, seconds since the epoch.
+        attached: Whether it is attached now, and the asking user may know; `pinned`: until it is
+            detached.
+    """
+
+    name: str
+    uri: str
+    uid: int
+    files: int
+    open_files: int
+    bytes: int
+    cached: int
+    size: int
+    used: float
+    attached: bool
+    pinned: bool
+
+
+class CachedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file in the cache; as `CachedCheckpoint`, of one file. `path`: within the checkpoint."""
+
+    uri: str
+    uid: int
+    path: str
+    bytes: int
+    cached: int
+    size: int
+    used: float
+    open: bool
+
+
+class DamagedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of which something was taken out because it is damaged: `blocks` blocks, or (0) all of
+    it. `path`: within the checkpoint; "": it cannot be read any more."""
+
+    uri: str
+    path: str
+    blocks: int
+    reason: str
+
+
+class CacheNews(Message, frozen=True, tag="cache-news"):
+    """How far a task on the cache is, and what it has found since the last news.
+
+    Attributes:
+        ended: There is no more; then `early_code` and `early_message` say why that was before it
+            was done ("": it was not).
+        done: Bytes that were checked, of `all`.
+        files: That were listed, checked or taken out.
+        freed: Bytes on the disk.
+        open_files: That nothing was done to, as they are open; `open_bytes`: on the disk.
+        removed_at_start: Objects that were not whole, or of another format, when the cache was
+            opened.
+    """
+
+    ended: bool
+    done: int = 0
+    all: int = 0
+    files: int = 0
+    freed: int = 0
+    open_files: int = 0
+    open_bytes: int = 0
+    removed_at_start: int = 0
+    checkpoints: list[CachedCheckpoint] = []
+    cached_files: list[CachedFile] = []
+    damaged: list[DamagedFile] = []
+    early_code: str = ""
+    early_message: str = ""
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -445,6 +572,7 @@ Reply = (
     | Failed
     | Given
     | Prefetching
+    | CacheNews
     | Reloaded
     | StatusReply
     | ActivityReply

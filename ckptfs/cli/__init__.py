@@ -3,6 +3,7 @@
 import typer
 
 from ckptfs.cli import (
+    cache,
     checkpoints,
     completion,
     config,
@@ -39,6 +40,7 @@ app.command("prefetch")(prefetch.prefetch)
 app.command("report")(report.report)
 app.command("find")(find.find)
 app.add_typer(meta.app, name="meta")
+app.add_typer(cache.app, name="cache")
 app.add_typer(plan.app, name="plan")
 app.command("doctor")(doctor.doctor)
 app.command("completion")(completion.completion)

@@ -10,6 +10,7 @@ import typer
 
 from ckptfs import _client
 from ckptfs._config import flags_variable, load_config, log_path
+from ckptfs._model.attributes import OTHER_CONTAINERS
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
 from ckptfs._model.wire import AttachmentStatus
@@ -142,7 +143,7 @@ def status(as_json: output.JsonOption = False) -> None:
 def _holders(attachment: AttachmentStatus) -> list[str]:
     """Who holds it, one a line."""
     lines = [
-        f"pid {holder.pid}"
+        (f"pid {holder.pid}" if holder.pid else OTHER_CONTAINERS)
         + (f" ({printable(holder.command)})" if holder.command else "")
         + (f", {holder.open_files} open" if holder.open_files else "")
         for holder in attachment.processes

@@ -15,6 +15,8 @@ from ckptfs._model.wire import Message
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+INTERRUPTED = 130
+"""Exit status of who was ended by Ctrl-C, as shells have it: 128 + SIGINT."""
 _BAR_WIDTH = 10
 _PIPED_WIDTH = 5000
 """Longer than any row: a path has at most 4096 bytes (PATH_MAX)."""

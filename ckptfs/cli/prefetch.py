@@ -30,8 +30,6 @@ RateOption = Annotated[
 
 _SHOWN_MAX = 3
 """Files that a message names; the attributes of each say what happened to it."""
-_INTERRUPTED = 130
-"""Exit status of who was ended by Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def prefetch(
@@ -66,7 +64,7 @@ def fetch(path_or_uri: str, wanted: Wanted, limit_rate: str | None, as_json: boo
     try:
         state = _run(path_or_uri, wanted)
     except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(output.INTERRUPTED) from None
     seconds = time.monotonic() - begun_s
     if as_json:
         _print_json(state, seconds)

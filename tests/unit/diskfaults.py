@@ -30,6 +30,7 @@ OPERATIONS = (
     "set_size",
     "read",
     "read_cached",
+    "read_direct",
     "write",
     "write_direct",
     "punch",
@@ -67,7 +68,7 @@ class Fault(NamedTuple):
 
 def can(operation: str, kind: str) -> bool:
     """Whether that kind of fault exists for an operation."""
-    transfers = operation in ("read", "read_cached", "write", "write_direct")
+    transfers = operation in ("read", "read_cached", "read_direct", "write", "write_direct")
     if kind == "short":
         return transfers
     if kind == "torn":
@@ -119,9 +120,9 @@ class Plan:
             fd, length, offset = args
             data = function(fd, (length + 1) // 2 if kind == "short" else length, offset)
             return bytes(len(data)) if kind == "garbage" else data
-        elif operation == "read_cached":
-            fd, view, offset, flags = args
-            return function(fd, view[: (len(view) + 1) // 2], offset, flags)
+        elif operation in ("read_cached", "read_direct"):
+            fd, view, *place = args
+            return function(fd, view[: (len(view) + 1) // 2], *place)
         else:
             fd, data, offset = args
             half = len(data) // 2 // 4096 * 4096 or (len(data) + 1) // 2

@@ -16,7 +16,7 @@ from unit.fakes import MIB, OLD_NS, pattern
 from unit.rig import bytes_on_disk
 from unit.test_cachedir import DAMAGES
 
-from ckptfs._daemon import cachedir
+from ckptfs._daemon import blockio, cachedir
 from ckptfs._daemon.cache import SETTLED_S, Cache
 from ckptfs._daemon.cached import ABSENT, IN_MEMORY, STORED, VERIFIED, CachedObject
 from ckptfs._daemon.cachedir import ObjectKey
@@ -42,11 +42,11 @@ def keep(cache: Cache, entry: CachedObject, index: int, data: bytes) -> None:
 def store(cache: Cache, entry: CachedObject, index: int, data: bytes) -> bool:
     """Store blocks as `fetch` does; False: they are kept in memory only."""
     keep(cache, entry, index, data)
-    reservation = cache.reserve(entry, len(data))
-    cache.settle(reservation, cache.make_room(reservation))
+    reservation = cache.room.reserve(entry, len(data))
+    cache.room.settle(reservation, cache.room.make_room(reservation))
     if not reservation.stores:
         return False
-    sums = cache.write(entry, entry.about, index, memoryview(data))
+    sums = blockio.write(entry, entry.about, index, memoryview(data))
     assert sums is not None
     cache.publish(entry, index, sums)
     return True
@@ -76,7 +76,7 @@ def fill(cache: Cache, key: ObjectKey) -> bytes:
 def load(cache: Cache, entry: CachedObject, index: int) -> bytes | None:
     """Read a block that is on disk as `fetch` does; None: it is lost."""
     checksum = entry.sums[index]
-    data = cache.load(entry, index, checksum)
+    data = blockio.load(entry, index, checksum)
     cache.loaded(entry, index, checksum, data is not None)
     return data
 
@@ -141,8 +141,8 @@ def test_a_block_written_but_not_recorded_is_absent_after_a_crash(directory: Pat
     with cache_in(directory) as cache:
         entry = cache.open(key)
         store(cache, entry, 0, block_of(entry, 0))
-        reservation = cache.reserve(entry, MIB)
-        cache.settle(reservation, cache.make_room(reservation))
+        reservation = cache.room.reserve(entry, MIB)
+        cache.room.settle(reservation, cache.room.make_room(reservation))
         cachedir.write(entry.files, MIB, memoryview(block_of(entry, 1)))
     with cache_in(directory) as cache:
         entry = cache.open(key)
@@ -472,14 +472,14 @@ def test_a_block_cannot_be_read_while_its_hole_is_made(directory: Path) -> None:
     with cache_in(directory, MIB + FOLDER) as cache:
         entry = cache.open(key_of("a", 2 * MIB))
         store(cache, entry, 0, block_of(entry, 0))
-        reservation = cache.reserve(entry, MIB)
+        reservation = cache.room.reserve(entry, MIB)
         assert not entry.readable(range(1))
         assert entry.state[0] != ABSENT  # nor fetched again
         used = cache.used_bytes
         assert used >= bytes_on_disk(cache.directory)  # counted until it is gone
-        cache.settle(reservation, cache.make_room(reservation))
+        cache.room.settle(reservation, cache.room.make_room(reservation))
         assert entry.state[0] == ABSENT
-        cache.give_back(entry, MIB, freed=True)
+        cache.room.give_back(entry, MIB, freed=True)
 
 
 def test_an_object_larger_than_the_limit_flows_through(directory: Path) -> None:
@@ -522,19 +522,19 @@ def test_a_discarded_write_frees_its_space(cache: Cache) -> None:
     entry = cache.open(key_of("a"))
     store(cache, entry, 0, block_of(entry, 0))
     used = cache.used_bytes
-    reservation = cache.reserve(entry, 2 * MIB)
-    cache.settle(reservation, cache.make_room(reservation))
-    cache.write(entry, entry.about, 1, memoryview(pattern(2 * MIB)))
-    cache.give_back(entry, 2 * MIB, cache.take_out(entry, range(1, 3)))
+    reservation = cache.room.reserve(entry, 2 * MIB)
+    cache.room.settle(reservation, cache.room.make_room(reservation))
+    blockio.write(entry, entry.about, 1, memoryview(pattern(2 * MIB)))
+    cache.room.give_back(entry, 2 * MIB, blockio.take_out(entry, range(1, 3)))
     assert cache.used_bytes == used >= bytes_on_disk(cache.directory)
     assert read_now(cache, entry, 0, MIB) == block_of(entry, 0)
 
 
 def test_an_object_with_no_blocks_leaves_no_folder(cache: Cache) -> None:
     entry = cache.open(key_of("a"))
-    reservation = cache.reserve(entry, MIB)
-    cache.settle(reservation, cache.make_room(reservation))
-    cache.give_back(entry, MIB, freed=True)
+    reservation = cache.room.reserve(entry, MIB)
+    cache.room.settle(reservation, cache.room.make_room(reservation))
+    cache.room.give_back(entry, MIB, freed=True)
     cache.close(entry)
     assert cache.used_bytes == 0
     assert not list((cache.directory / "objects").glob("*/*"))
@@ -598,8 +598,8 @@ def test_the_limit_holds_at_every_step(
         cache.close(entry)
     assert bytes_on_disk(cache.directory) <= cache.used_bytes <= limit
     last = cache.open(key_of("last", 10 * limit))
-    reservation = cache.reserve(last, 10 * limit)  # more than there can be: all else goes
-    cache.settle(reservation, cache.make_room(reservation))
+    reservation = cache.room.reserve(last, 10 * limit)  # more than there can be: all else goes
+    cache.room.settle(reservation, cache.room.make_room(reservation))
     assert cache.used_bytes == 0
     assert bytes_on_disk(cache.directory) == 0
     cache.shut()

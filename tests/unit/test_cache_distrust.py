@@ -16,7 +16,7 @@ from unit.fakes import MIB, OLD_NS, FakeStore, pattern
 from unit.rig import Rig, rig_in
 from unit.test_disk_faults import ALL, everything_on_disk
 
-from ckptfs._daemon import cache, cached, cachedir, cacheroot, disk, ledger
+from ckptfs._daemon import blockio, cache, cached, cachedir, cacheroot, disk, ledger, room
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import STORED, VERIFIED
 from ckptfs._daemon.cachedir import ObjectKey
@@ -76,7 +76,7 @@ def test_every_operation_has_a_name() -> None:
     public = {name for name in functions if not name.startswith("_")}
     assert public - {"close", "taken_bytes"} == set(OPERATIONS)
     pure = {"os.RWF_NOWAIT", "os.geteuid", "os.stat_result", "os.dup2", "os.statvfs_result"}
-    for module in (cache, cached, cachedir, cacheroot, ledger):
+    for module in (blockio, cache, cached, cachedir, cacheroot, ledger, room):
         tree = ast.parse(inspect.getsource(module))
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         assert not imported & {"shutil", "fcntl", "io", "tempfile"}
@@ -147,18 +147,18 @@ def test_the_kernel_reads_no_page_that_was_not_checked(tmp_path: Path) -> None:
     buffer = cache.buffers.take(SIZE)
     buffer.view[:SIZE] = data
     cache.keep(entry, range(3), buffer)
-    reservation = cache.reserve(entry, SIZE)
-    cache.settle(reservation, cache.make_room(reservation))
-    sums = cache.write(entry, entry.about, 0, buffer.view[:SIZE])
+    reservation = cache.room.reserve(entry, SIZE)
+    cache.room.settle(reservation, cache.room.make_room(reservation))
+    sums = blockio.write(entry, entry.about, 0, buffer.view[:SIZE])
     assert sums is not None
     cache.publish(entry, 0, sums)
     entry.memory.clear()
     os.fsync(entry.files.data)
     os.posix_fadvise(entry.files.data, 0, 0, os.POSIX_FADV_DONTNEED)
-    assert cache.load(entry, 0, sums[0]) == data[:MIB]
+    assert blockio.load(entry, 0, sums[0]) == data[:MIB]
     assert cache.read_now(entry, MIB, 4096) is None  # nothing was read ahead
     assert not entry.readable(range(1, 2))  # from now on somebody reads it, perhaps
-    assert cache.load(entry, 1, sums[1]) == data[MIB : 2 * MIB]
+    assert blockio.load(entry, 1, sums[1]) == data[MIB : 2 * MIB]
     cache.loaded(entry, 1, sums[1], good=True)
     views = cache.read_now(entry, MIB, 4096)
     assert views is not None
@@ -222,9 +222,9 @@ def test_bytes_of_the_last_version_that_could_not_be_removed_are_not_believed(
     cache.learn(entry, "1")
     buffer = cache.buffers.take(MIB)
     cache.keep(entry, range(1), buffer)
-    reservation = cache.reserve(entry, MIB)
-    cache.settle(reservation, cache.make_room(reservation))
-    sums = cache.write(entry, entry.about, 0, buffer.view)
+    reservation = cache.room.reserve(entry, MIB)
+    cache.room.settle(reservation, cache.room.make_room(reservation))
+    sums = blockio.write(entry, entry.about, 0, buffer.view)
     assert sums is not None
     cache.publish(entry, 0, sums)
     with monkeypatch.context() as patch:
@@ -237,7 +237,7 @@ def test_bytes_of_the_last_version_that_could_not_be_removed_are_not_believed(
     entry = cache.open(key)
     assert entry.about.etag == "2"
     assert entry.state[0] == STORED  # the map says so
-    assert cache.load(entry, 0, entry.sums[0]) is None
+    assert blockio.load(entry, 0, entry.sums[0]) is None
     cache.shut()
 
 
@@ -503,9 +503,9 @@ def test_a_limit_that_became_lower_holds_from_the_start(tmp_path: Path) -> None:
         entry = cache.open(ObjectKey("store", name, MIB, OLD_NS))
         buffer = cache.buffers.take(MIB)
         cache.keep(entry, range(1), buffer)
-        reservation = cache.reserve(entry, MIB)
-        cache.settle(reservation, cache.make_room(reservation))
-        sums = cache.write(entry, entry.about, 0, buffer.view)
+        reservation = cache.room.reserve(entry, MIB)
+        cache.room.settle(reservation, cache.room.make_room(reservation))
+        sums = blockio.write(entry, entry.about, 0, buffer.view)
         assert sums is not None
         cache.publish(entry, 0, sums)
         cache.close(entry)

@@ -11,10 +11,11 @@ import xxhash
 from unit.fakes import MIB, pattern
 
 from ckptfs._daemon import cachedir, disk
-from ckptfs._daemon.cachedir import FORMAT, About, ObjectKey
+from ckptfs._daemon.cachedir import FORMAT, About, ObjectKey, Origin
 
 KEY = ObjectKey("store", "bucket/a/model", 3 * MIB + 5, 7)
-ABOUT = About(FORMAT, KEY, '"etag"', settled=True)
+ORIGIN = Origin("run-0123456789ab", "s3://bucket/run", "bucket/run", 5 << 20, 0)
+ABOUT = About(FORMAT, KEY, '"etag"', True, ORIGIN)
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
 from unit.rig import Rig, bytes_on_disk, rig_in
 
-from ckptfs._daemon import cachedir, disk
-from ckptfs._daemon.cache import Cache
+from ckptfs._daemon import blockio, cachedir, disk
 from ckptfs._daemon.cached import ABSENT, IN_MEMORY, VERIFIED
 from ckptfs._daemon.cachedir import Files
 from ckptfs._daemon.offload import Offload
@@ -834,7 +833,7 @@ async def test_a_write_that_fails_half_way_is_no_read_error(
 async def test_a_disk_that_cannot_be_read_is_no_read_error(
     tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cache, "load", staticmethod(lambda *_: None))
+    monkeypatch.setattr(blockio, "load", lambda *_: None)
     monkeypatch.setattr(disk, "read_cached", _no_space)
     async with rig_in(tmp_path) as rig:
         file = rig.open(store, "a")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptfs._model.units import parse_rate, parse_size, size_text
-from ckptfs.errors import RateError, SizeError
+from ckptfs._model.units import age_text, parse_age, parse_rate, parse_size, size_text
+from ckptfs.errors import AgeError, RateError, SizeError
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,25 @@ def test_what_is_no_size(text: str) -> None:
     with pytest.raises(SizeError) as caught:
         parse_size(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0s", 0), ("90s", 90), ("30 m", 1800), ("1.5h", 5400), (" 7d ", 604_800), ("2w", 1_209_600)],
+)
+def test_ages(text: str, seconds: float) -> None:
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "d", "-1d", "1y", "1d2h", "1e3s", "9" * 20 + "w", "٣d"])
+def test_an_age_that_is_none(text: str) -> None:
+    with pytest.raises(AgeError, match="is no age"):
+        parse_age(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-5, "0 s"), (119, "119 s"), (120, "2 m"), (7200, "2 h"), (2e5, "2 d"), (2e6, "3 w")],
+)
+def test_ages_for_people(seconds: float, text: str) -> None:
+    assert age_text(seconds) == text

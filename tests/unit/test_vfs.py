@@ -13,8 +13,8 @@ from trio.testing import MockClock
 from unit.fakes import MIB, OLD_NS, FakeStore, InlineOffload, pattern
 from unit.rig import CONTENT, GID, UID, View, view_in
 
+from ckptfs._daemon import blockio
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.tree import MOUNT_ROOT
 from ckptfs._daemon.vfs import (
     IsDirectory,
@@ -366,10 +366,8 @@ async def _operate(
             _damage(view, attachment, path)
         elif operation in ("read", "pair", "disk full") and attachment is not None:
             refuse = mock.Mock(side_effect=OSError(28, "full"))
-            real = Cache.write
-            with mock.patch.object(
-                Cache, "write", staticmethod(refuse if operation == "disk full" else real)
-            ):
+            write = refuse if operation == "disk full" else blockio.write
+            with mock.patch.object(blockio, "write", write):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(read, attachment, path, offset, length)
                     if operation == "pair":
