@@ -164,7 +164,7 @@ class Upkeep:
             # Another one: it was used meanwhile.
             if enough or stored.used_s >= goal.before_s or self._cache.closed(digest) != stored:
                 continue
-            if (folder := self._cache.evict(digest)) is None:
+            if (folder := self._evict(digest)) is None:
                 continue
             batch.append((folder, stored))
             planned_bytes += stored.bytes
@@ -272,12 +272,19 @@ class Upkeep:
             item = DamagedFile(uri=about.origin.uri, path=path, blocks=dropped, reason=reason)
             await task.found(item)
 
+    def _evict(self, digest: str) -> Path | None:
+        """The folder to delete; None: there is none, or the disk refuses, and it stays."""
+        try:
+            return self._cache.evict(digest)
+        except OSError:
+            return None
+
     async def _drop_folder(
         self, task: CacheTask, digest: str, stored: Stored, error: Exception
     ) -> None:
         if self._cache.closed(digest) != stored:
             return  # it is gone, or in use, since: then it was whole
-        if (folder := self._cache.evict(digest)) is not None:
+        if (folder := self._evict(digest)) is not None:
             gone = await self.thread(Cache.delete, folder)
             self._cache.deleted(folder, gone)
             task.freed += stored.bytes if gone else 0
