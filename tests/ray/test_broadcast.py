@@ -23,6 +23,7 @@ import ckptfs
 import ckptfs.ray
 import ckptfs.ray._nodes as nodes_module
 from ckptfs import Checkpoint, CheckpointNotFound, LocationError
+from ckptfs._model.plan import Wanted
 from ckptfs.ray._peer import Peer
 
 from .members import OBJECT_STORE_BYTES, Member, Members
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.mount
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 
 MIB = 1 << 20
-SLOW_RATE = 2 * MIB
-"""Bytes per second of a connection to the slow server: a chunk of 4 MiB takes two seconds."""
+SLOW_RATE = MIB
+"""Bytes per second of a connection to the slow server: a chunk of 4 MiB takes four seconds."""
 LARGE = {"a.bin": 17 * MIB + 5, "b.bin": 13 * MIB}
 SMALL = {f"rank-{i}.json": 1000 + i for i in range(20)} | {"empty": 0, "deep/er/x": 7}
 
@@ -166,6 +167,7 @@ def test_a_node_that_dies_in_the_middle(
     fourth = machines.add()
     with in_the_middle([*nodes, fourth], checkpoint) as reports:
         fourth.kill()
+    wait_until(lambda: not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == fourth.id), 60)
     (report,) = reports
     assert not report.is_complete
     assert report.nodes[fourth.id].error
@@ -193,23 +195,21 @@ def test_an_object_that_changes_in_the_middle(
 ) -> None:
     checkpoint = Checkpoint(f"{bucket.name}/run/checkpoint", slow.filesystem())
     changed = bucket / "run" / "checkpoint" / "b.bin"
-    with in_the_middle(nodes, checkpoint) as reports:
-        os.truncate(changed, 0)
-        changed.write_bytes(bytes(LARGE["b.bin"]))
-        # The attachments stay: they are what was pinned.
-        held = [member.connection() for member in nodes]
-        for member, connection in zip(nodes, held, strict=True):
-            attachment = member.attachment()
-            assert attachment is not None
-            connection.prefetch(attachment.name, ["empty"], 0, lambda *_: None)
-    (report,) = reports
-    assert not report.is_complete
-    for member in nodes:
-        found = on(member, read, checkpoint)
-        assert found.pop("b.bin") in ("ESTALE", content["b.bin"])
-        assert found == {name: v for name, v in content.items() if name != "b.bin"}
-    for connection in held:
-        connection.close()
+    with contextlib.ExitStack() as held:
+        with in_the_middle(nodes, checkpoint) as reports:
+            changed.write_bytes(bytes(LARGE["b.bin"]))
+            # The attachments stay: they are what was pinned.
+            for member in nodes:
+                attachment = member.attachment()
+                assert attachment is not None
+                connection = held.enter_context(member.connection())
+                connection.prefetch(attachment.name, Wanted(["empty"]), lambda *_: None)
+        (report,) = reports
+        assert not report.is_complete
+        for member in nodes:
+            found = on(member, read, checkpoint)
+            assert found.pop("b.bin") in ("ESTALE", content["b.bin"])
+            assert found == {name: v for name, v in content.items() if name != "b.bin"}
 
 
 class Noisy(Peer):
