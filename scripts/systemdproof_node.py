@@ -398,6 +398,10 @@ def other_user() -> None:
                 )
             )
             assert run(*own, "sha256sum", f"{path}/b.bin")
+        before = run(*user, "show", "--value", "-p", "MainPID", "ckptfs")
+        run(*user, "reload", "ckptfs")
+        assert run(*own, "stat", "--format=%s", f"{path}/a.bin").strip() == str(SIZE)
+        assert run(*user, "show", "--value", "-p", "MainPID", "ckptfs") == before
         run(*user, "stop", "ckptfs.service", "ckptfs.socket")
         assert mounts() == []
         say("a user's own service: restarted and killed, and what was attached is there")
