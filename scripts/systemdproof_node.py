@@ -339,6 +339,32 @@ def idle_out(line: str, options: str) -> None:
     run("systemctl", "stop", "mnt-ckpt.automount")
 
 
+def named_store() -> None:
+    """A store that the configuration names, with a credential of the service, after a reload."""
+    config = Path("/etc/ckptfs.toml")
+    before, pid = config.read_text(), status()["pid"]
+    endpoint = re.search(r"endpoint_override=([^&]*)", URI)[1].replace("%3A", ":")
+    config.write_text(
+        f'{before}\n[store.proof]\nuri = "s3://proof"\nendpoint = "http://{endpoint}"\n'
+        'region = "us-east-1"\ncredentials = { file = "aws" }\n'
+    )
+    run("systemctl", "reload", "ckptfs.service")
+    path = run("ckptfs", "attach", "proof:").strip()
+    assert os.stat(f"{path}/a.bin").st_size == SIZE
+    run("ckptfs", "detach", "proof:")
+    PLACE.mkdir()
+    run("mount", "-t", "ckptfs", "proof:", str(PLACE), "-o", "ro")
+    assert sorted(os.listdir(PLACE)) == ["a.bin", "b.bin"]
+    run("umount", str(PLACE))
+    PLACE.rmdir()
+    assert status()["pid"] == pid  # it is the same daemon
+    config.write_text(before)
+    run("systemctl", "reload", "ckptfs.service")
+    refused = run("ckptfs", "attach", "proof:", check=False)
+    assert "proof" in refused, refused
+    say(f"without the table: {refused.strip()}")
+
+
 def other_user() -> None:
     """A user of the node, at the node's daemon and with a unit of its own."""
     run("useradd", "--create-home", "--uid", "1234", "someone")
@@ -372,6 +398,10 @@ def other_user() -> None:
                 )
             )
             assert run(*own, "sha256sum", f"{path}/b.bin")
+        before = run(*user, "show", "--value", "-p", "MainPID", "ckptfs")
+        run(*user, "reload", "ckptfs")
+        assert run(*own, "stat", "--format=%s", f"{path}/a.bin").strip() == str(SIZE)
+        assert run(*user, "show", "--value", "-p", "MainPID", "ckptfs") == before
         run(*user, "stop", "ckptfs.service", "ckptfs.socket")
         assert mounts() == []
         say("a user's own service: restarted and killed, and what was attached is there")
@@ -400,6 +430,8 @@ def main() -> None:
         under_load("killed", KILLS, kill)
     with step("watchdog"):
         watchdog()
+    with step("a named store, systemctl reload"):
+        named_store()
     with step("systemctl stop"):
         stop()
     if os.path.exists("/dev/autofs"):
