@@ -16,8 +16,8 @@ from ckptfs._model.formats import Tensor
 from ckptfs._model.layout import tensors_of_file
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, decode, encode, make_plan
+from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
-from ckptfs._model.wire import Trace
 from ckptfs._store import metadata
 from ckptfs._store.caller import ask
 from ckptfs._store.filesystems import filesystem_of

@@ -15,7 +15,7 @@ from mount.test_users import ALICE, as_user, let_others_in
 from s3server import S3Server
 
 import ckptfs
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._model.location import Location
 
 pytestmark = [
@@ -103,8 +103,8 @@ def test_an_invalid_file_changes_nothing(node: Node) -> None:
     assert reload(node)["changed"] == ["connections_max"]
 
 
-def _connection(node: Node) -> _client.Connection:
-    return _client.connect_to(str(node.socket), 10)
+def _connection(node: Node) -> _connection.Connection:
+    return _connection.connect_to(str(node.socket), 10)
 
 
 def test_what_a_mount_keeps_is_said(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
