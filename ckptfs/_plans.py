@@ -16,10 +16,10 @@ from ckptfs._model.formats import Tensor
 from ckptfs._model.layout import tensors_of_file
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, decode, encode, make_plan
+from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
-from ckptfs._model.wire import Trace
 from ckptfs._store import metadata
-from ckptfs._store.caller import store_of
+from ckptfs._store.caller import ask
 from ckptfs._store.filesystems import filesystem_of
 from ckptfs.errors import CkptfsError, PlanError
 
@@ -37,7 +37,7 @@ def read(source: "str | os.PathLike[str]") -> Plan:
     try:
         if not is_uri(source):
             return decode(Path(source).read_bytes())
-        found = metadata.read_dict(store_of(*filesystem_of(source))).get(METADATA_KEY)
+        found = ask(*filesystem_of(source), metadata.read_dict).get(METADATA_KEY)
         if isinstance(found, str):
             return decode(found)
     except FileNotFoundError:

@@ -12,8 +12,8 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 
-from ckptfs import _client
-from ckptfs._client import Connection
+from ckptfs import _client, _connection
+from ckptfs._connection import Connection
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs.errors import CannotMount, CheckpointNotFound, LocationError, NoDaemon
@@ -60,8 +60,8 @@ def leased(
 def _connect(pickled: bytes, timeout_s: float) -> Connection:
     with _lock:
         with contextlib.suppress(KeyError, NoDaemon):
-            return _client.connect_to(_sockets[pickled], timeout_s)
+            return _connection.connect_to(_sockets[pickled], timeout_s)
         modules = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         told = _client.run_keeper(["--private"], {"PYTHONPATH": modules}, pickled)
         _sockets[pickled] = told["socket"]
-        return _client.connect_to(told["socket"], timeout_s)
+        return _connection.connect_to(told["socket"], timeout_s)

@@ -51,22 +51,30 @@ WORDS = [
 
 def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """Messages on the control socket, as the daemon decodes them."""
-    from ckptfs._model import wire
+    from ckptfs._model import requests, wire
     from ckptfs._model.location import Location
+    from ckptfs._model.plan import Plan, Step
     from ckptfs._store.lending import lent_for
     from ckptfs.errors import ProtocolError
 
     place = Location("s3", "bucket/run", {"region": "eu"}, {"access_key": "k"})
     seeds = [
-        wire.Attach(location=place, prefetch=["*.json"], pinned=True),
-        wire.Detach(name="x", location=place, force=True),
-        wire.Status(),
-        wire.MetadataChanged(location=place),
-        wire.StartPrefetch(name="x", globs=["*"], rate=1),
-        wire.PrefetchProgress(),
-        wire.GiveBlocks(name="x", path="a/b", first=1, count=2),
-        wire.TakeBlocks(name="x", path="a/b", first=1, etag='"e"', sums=[1, 1 << 63]),
-        wire.Stop(force=True),
+        requests.Attach(location=place, prefetch=["*.json"], pinned=True),
+        requests.Detach(name="x", location=place, force=True),
+        requests.Status(),
+        requests.MetadataChanged(location=place),
+        requests.StartPrefetch(name="x", globs=["*"], rate=1),
+        requests.PrefetchProgress(),
+        requests.GiveBlocks(name="x", path="a/b", first=1, count=2),
+        requests.TakeBlocks(name="x", path="a/b", first=1, etag='"e"', sums=[1, 1 << 63]),
+        requests.Attach(
+            location=place,
+            plan=Plan(uri="u", version="v", files=["a"], steps=[Step(0, "t", 1, 2, (3,))]),
+        ),
+        requests.GetTrace(location=place),
+        requests.CollectCache(free=1),
+        requests.VerifyCache(rate=1),
+        requests.Stop(force=True),
     ]
 
     def run(data: bytes) -> None:

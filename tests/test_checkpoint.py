@@ -25,7 +25,7 @@ from pyarrow import fs as pafs
 from s3server import S3Server
 
 import ckptfs
-from ckptfs import Checkpoint, _client
+from ckptfs import Checkpoint, _client, _connection
 from ckptfs._config import load_config
 
 CONTENT = {
@@ -312,7 +312,7 @@ def place(
 def end_private_daemons() -> None:
     """So that nobody has to wait until they are idle."""
     for socket in Path(tempfile.gettempdir()).glob("ckptfs-private-*/sock"):
-        with _client.connect_to(str(socket), 10) as connection:
+        with _connection.connect_to(str(socket), 10) as connection:
             connection.stop(force=True)
 
 

@@ -69,6 +69,14 @@ def test_the_daemons_configuration_is_one(tmp_path: Path) -> None:
     (tmp_path / file.name).write_text(NODE["ConfigMap"]["data"][file.name])
     config = load_config({**environment, "CKPTFS_CONFIG": str(tmp_path / file.name)})
     assert config.allow_other  # the training pod runs as another user
+    assert not config.lend_daemon_rights
+    store = config.store["prod"]
+    assert store.users == "*"
+    assert 'Checkpoint("prod:' in TRAINING["spec"]["containers"][0]["args"][0]
+    [container] = DAEMON["containers"]
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    secret = mounted[str(PurePosixPath(store.credentials.file).parent)]
+    assert [v for v in DAEMON["volumes"] if v["name"] == secret and "secret" in v]
     assert config.idle_exit_s == 0
     assert TRAINING["spec"]["securityContext"]["runAsUser"] != 0
     [container] = DAEMON["containers"]

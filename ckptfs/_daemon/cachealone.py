@@ -15,7 +15,8 @@ from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cachetasks import CacheTasks
 from ckptfs._daemon.offload import Offload
 from ckptfs._model.config import Config
-from ckptfs._model.wire import CacheNews, CacheRequest
+from ckptfs._model.replies import CacheNews
+from ckptfs._model.requests import CacheRequest
 from ckptfs.errors import BY_CODE, CkptfsError
 
 _MEMORY_BYTES_MAX = 1 << 20

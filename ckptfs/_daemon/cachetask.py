@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import trio
 
-from ckptfs._model.wire import CachedCheckpoint, CachedFile, CacheNews, DamagedFile
+from ckptfs._model.replies import CachedCheckpoint, CachedFile, CacheNews, DamagedFile
 from ckptfs.errors import CkptfsError
 
 Item = CachedCheckpoint | CachedFile | DamagedFile

@@ -18,7 +18,7 @@ from ckptfs._daemon.limits import is_ours, limit_for, may_see
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.upkeep import Chosen, Goal, Upkeep
 from ckptfs._model.manifest import printable
-from ckptfs._model.wire import CacheRequest, ClearCache, CollectCache, VerifyCache
+from ckptfs._model.requests import CacheRequest, ClearCache, CollectCache, VerifyCache
 from ckptfs.errors import LimitExceeded, LocationError, ProtocolError
 
 _TASKS_MAX = 16

@@ -30,32 +30,26 @@ from ckptfs._daemon.stores import Peer, Stores
 from ckptfs._daemon.users import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.message import LINE_BYTES_MAX
 from ckptfs._model.plan import Wanted
-from ckptfs._model.wire import (
-    LINE_BYTES_MAX,
+from ckptfs._model.replies import Attached, Done, Failed, Prefetching
+from ckptfs._model.requests import (
     Activity,
     Attach,
-    Attached,
     CacheProgress,
     CacheRequest,
     Detach,
-    Done,
-    Failed,
     GetTrace,
     GiveBlocks,
     MetadataChanged,
-    Prefetching,
     PrefetchProgress,
     Reload,
-    Reply,
-    Request,
     Restart,
     StartPrefetch,
     Status,
     TakeBlocks,
-    decode_request,
-    encode,
 )
+from ckptfs._model.wire import Reply, Request, decode_request, encode
 from ckptfs._peers import is_anybody, peer_of
 from ckptfs._requestid import request_id
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, LimitExceeded, ProtocolError
@@ -66,7 +60,7 @@ if TYPE_CHECKING:
     from ckptfs._daemon.attachment import Attachment
     from ckptfs._daemon.cachetask import CacheTask
     from ckptfs._daemon.prefetch import Prefetch
-    from ckptfs._model.wire import Reloaded
+    from ckptfs._model.replies import Reloaded
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_length
 from ckptfs._model.manifest import METADATA_NAME, printable
-from ckptfs._model.wire import GiveBlocks, Given, TakeBlocks, Taken
+from ckptfs._model.replies import Given, Taken
+from ckptfs._model.requests import GiveBlocks, TakeBlocks
 from ckptfs.errors import LimitExceeded, NotAttached, ObjectChanged, ProtocolError, StoreError
 
 log = logging.getLogger(__name__)

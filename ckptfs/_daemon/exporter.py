@@ -23,7 +23,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.status import Reporter
 from ckptfs._model.config import Config
 from ckptfs._model.metrics import METRICS, PREFIX
-from ckptfs._model.wire import ActivityReply
+from ckptfs._model.replies import ActivityReply
 from ckptfs._store.requests import REQUESTS
 
 Labels = tuple[str, ...]

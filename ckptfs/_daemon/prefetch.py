@@ -32,8 +32,8 @@ from ckptfs._daemon.slots import Priority
 from ckptfs._model.blocks import BLOCK_BYTES, block_length, blocks_of
 from ckptfs._model.manifest import ListedFile
 from ckptfs._model.plan import Piece, Plan, Wanted, match_files, pieces_of
+from ckptfs._model.replies import FileError, Prefetching
 from ckptfs._model.units import size_text
-from ckptfs._model.wire import FileError, Prefetching
 from ckptfs.errors import CkptfsError, LimitExceeded, NotAttached, StoreUnavailable
 
 if TYPE_CHECKING:

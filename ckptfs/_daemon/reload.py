@@ -28,9 +28,9 @@ from ckptfs._daemon.service import Service
 from ckptfs._daemon.stores import Stores, known_stores
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.replies import Reloaded
 from ckptfs._model.settings import changes
 from ckptfs._model.stores import StoreTable
-from ckptfs._model.wire import Reloaded
 from ckptfs.errors import AccessDenied, CkptfsError
 
 log = logging.getLogger(__name__)

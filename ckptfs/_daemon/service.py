@@ -30,7 +30,7 @@ from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
-from ckptfs._model.wire import Trace
+from ckptfs._model.replies import Trace
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import Busy, CkptfsError, LimitExceeded, StoreTimeout
 

@@ -20,8 +20,8 @@ from ckptfs._daemon.fetch import Fetcher
 from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.limits import may_see
 from ckptfs._model.config import Config
-from ckptfs._model.wire import (
-    LINE_BYTES_MAX,
+from ckptfs._model.message import LINE_BYTES_MAX
+from ckptfs._model.replies import (
     ActivityReply,
     AttachmentStatus,
     CheckpointActivity,

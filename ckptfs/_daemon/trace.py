@@ -81,7 +81,7 @@ class Trace:
 
     def joined(self, pid: int, rank: int) -> None:
         """A process has attached the checkpoint, and says that it is that rank of its job."""
-        if rank >= 0 and len(self._ranks) < _PROCESSES_MAX:
+        if rank >= 0 and pid and len(self._ranks) < _PROCESSES_MAX:
             self._ranks[pid] = rank
 
     def read(

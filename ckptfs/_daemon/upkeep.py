@@ -26,7 +26,7 @@ from ckptfs._daemon.cachetask import CacheTask
 from ckptfs._daemon.check import Block
 from ckptfs._daemon.offload import Offload
 from ckptfs._model.blocks import BLOCK_BYTES, block_length
-from ckptfs._model.wire import CachedCheckpoint, CachedFile, DamagedFile
+from ckptfs._model.replies import CachedCheckpoint, CachedFile, DamagedFile
 
 _STEP = 1000
 """Objects after which the event loop has its turn: some 2 ms."""

@@ -20,7 +20,7 @@ from ckptfs._doctor.node import Node, version_or_none
 from ckptfs.errors import NoDaemon
 
 if TYPE_CHECKING:
-    from ckptfs._model.wire import StatusReply
+    from ckptfs._model.replies import StatusReply
 
 _ANSWER_S = 5.0
 """Longest wait for the daemon, which answers in milliseconds."""

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from ckptfs._model.wire import ActivityReply, CheckpointActivity, Counts, RequestActivity
+from ckptfs._model.replies import ActivityReply, CheckpointActivity, Counts, RequestActivity
 
 Sort = Literal["read", "store", "reads", "errors", "name"]
 SORTS: tuple[Sort, ...] = get_args(Sort)

@@ -13,18 +13,9 @@ import typer
 from ckptfs import _client, xattrs
 from ckptfs._config import load_config
 from ckptfs._model.manifest import printable
+from ckptfs._model.replies import CachedCheckpoint, CachedFile, CacheNews, DamagedFile
+from ckptfs._model.requests import CacheRequest, ClearCache, CollectCache, ListCache, VerifyCache
 from ckptfs._model.units import age_text, parse_age, parse_rate, parse_size
-from ckptfs._model.wire import (
-    CachedCheckpoint,
-    CachedFile,
-    CacheNews,
-    CacheRequest,
-    ClearCache,
-    CollectCache,
-    DamagedFile,
-    ListCache,
-    VerifyCache,
-)
 from ckptfs.cli import completion, output
 from ckptfs.cli.checkpoints import location_of
 from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon, NotAttached

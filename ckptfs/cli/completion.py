@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ckptfs import _client
-from ckptfs._model.wire import AttachmentStatus
+from ckptfs._model.replies import AttachmentStatus
 from ckptfs.errors import CkptfsError
 
 _ANSWER_S = 0.5

@@ -13,7 +13,7 @@ from ckptfs._config import flags_variable, load_config, log_path
 from ckptfs._model.attributes import OTHER_CONTAINERS
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
-from ckptfs._model.wire import AttachmentStatus
+from ckptfs._model.replies import AttachmentStatus
 from ckptfs.cli import config as flags
 from ckptfs.cli import output
 from ckptfs.errors import DaemonError, NoDaemon

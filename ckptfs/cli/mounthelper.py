@@ -30,7 +30,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from ckptfs import _bindlease, _client
-from ckptfs._client import Connection
+from ckptfs._connection import Connection
 from ckptfs._model.config import Config
 from ckptfs.cli.checkpoints import location_of
 from ckptfs.errors import CannotMount, CkptfsError, LocationError

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ckptfs._model.message import Message
 from ckptfs._model.units import size_text
-from ckptfs._model.wire import Message
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

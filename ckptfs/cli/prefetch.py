@@ -11,12 +11,12 @@ import msgspec
 import typer
 
 from ckptfs import _client, xattrs
-from ckptfs._client import Connection
+from ckptfs._connection import Connection
 from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
+from ckptfs._model.replies import Prefetching
 from ckptfs._model.stores import is_uri
 from ckptfs._model.units import parse_rate
-from ckptfs._model.wire import Prefetching
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import PathOrUriArgument, location_of
 from ckptfs.errors import BY_CODE, CkptfsError, LocationError, PrefetchFailed

@@ -11,7 +11,7 @@ import typer
 from ckptfs import _client
 from ckptfs._model import formats
 from ckptfs._model.manifest import printable
-from ckptfs._model.wire import Trace
+from ckptfs._model.replies import Trace
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import PathOrUriArgument, location_of, name_in_mount, tensors_of
 

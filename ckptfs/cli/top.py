@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._model.manifest import printable
 from ckptfs.cli import output
 from ckptfs.cli.activity import SORTS, Line, Picture, Sort, picture
@@ -55,7 +55,7 @@ def top(
         _run(connection, interval_s, Screen(sort))
 
 
-def _run(connection: _client.Connection, interval_s: float, screen: "Screen") -> None:
+def _run(connection: _connection.Connection, interval_s: float, screen: "Screen") -> None:
     console = Console()
     before = after = connection.activity()
     with _keys(), _live(console) as live:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, blocks_length
-from ckptfs._model.wire import PIECE_BLOCKS_MAX
+from ckptfs._model.requests import PIECE_BLOCKS_MAX
 
 TRIES = 3
 """How often a chunk is given, at most."""

@@ -20,12 +20,12 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from ckptfs import _client, xattrs
+from ckptfs import _client, _connection, xattrs
 from ckptfs._config import load_config
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._model.plan import Wanted
-from ckptfs._model.wire import GiveBlocks, TakeBlocks
+from ckptfs._model.requests import GiveBlocks, TakeBlocks
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem
 from ckptfs.errors import CkptfsError
@@ -173,10 +173,10 @@ class Peer:
         )
         return self._ask(lambda connection: connection.take(request, memory.fd)).taken
 
-    def _ask(self, question: Callable[[_client.Connection], T]) -> T:
+    def _ask(self, question: Callable[[_connection.Connection], T]) -> T:
         """On this thread's connection. One that the daemon has closed, because nothing was asked
         for long, is followed by another one; after an error it is not used again."""
-        connection: _client.Connection = getattr(self._local, "connection", None) or _connect()
+        connection: _connection.Connection = getattr(self._local, "connection", None) or _connect()
         self._local.connection = None
         try:
             answer = question(connection)
@@ -218,7 +218,7 @@ def _ignore(done: int, total: int) -> None:
     pass
 
 
-def _connect() -> _client.Connection:
+def _connect() -> _connection.Connection:
     return _client.connect(load_config(), _ANSWER_S)
 
 

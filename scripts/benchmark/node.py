@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._config import load_config
 from ckptfs._model.config import Config
 from ckptfs.errors import DaemonError
@@ -65,7 +65,9 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """What `ckptfs status --json` prints, without a process for it."""
-        with _client.connect_to(self.environment["CKPTFS_SOCKET"], COMMAND_TIMEOUT_S) as connection:
+        with _connection.connect_to(
+            self.environment["CKPTFS_SOCKET"], COMMAND_TIMEOUT_S
+        ) as connection:
             return msgspec.to_builtins(connection.status())
 
     def end(self) -> None:
@@ -73,7 +75,7 @@ class Node:
         socket = self.environment["CKPTFS_SOCKET"]
         if not Path(socket).exists():
             return
-        with _client.connect_to(socket, COMMAND_TIMEOUT_S) as connection:
+        with _connection.connect_to(socket, COMMAND_TIMEOUT_S) as connection:
             connection.stop(force=True)
         if not _client.wait_ended(load_config(self.environment), COMMAND_TIMEOUT_S):
             raise DaemonError(f"the daemon of {socket} has not ended")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._config import load_config
 from ckptfs.errors import CkptfsError
 
@@ -97,9 +97,9 @@ class Node:
     # -- the daemon
 
     @contextlib.contextmanager
-    def control(self) -> Iterator[_client.Connection]:
+    def control(self) -> Iterator[_connection.Connection]:
         """A connection to the daemon, which must run. Raises CkptfsError and OSError."""
-        with _client.connect_to(self.config.socket, CONTROL_TIMEOUT_S) as connection:
+        with _connection.connect_to(self.config.socket, CONTROL_TIMEOUT_S) as connection:
             yield connection
 
     def start(self) -> None:
@@ -163,7 +163,7 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         with contextlib.suppress(CkptfsError, OSError):
-            with _client.connect_to(self.config.socket, 10.0) as connection:
+            with _connection.connect_to(self.config.socket, 10.0) as connection:
                 connection.stop(force=True)
             _client.wait_ended(self.config, 10.0)
         for module in (KEEPER, DAEMON):

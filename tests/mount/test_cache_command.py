@@ -20,7 +20,8 @@ from s3server import S3Server
 
 import ckptfs
 from ckptfs import _client
-from ckptfs._model.wire import CacheNews, ClearCache, CollectCache, ListCache, VerifyCache
+from ckptfs._model.replies import CacheNews
+from ckptfs._model.requests import ClearCache, CollectCache, ListCache, VerifyCache
 
 pytestmark = [
     pytest.mark.mount,

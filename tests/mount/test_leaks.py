@@ -13,7 +13,7 @@ from mount.test_lifecycle import daemons
 from pyarrow.fs import S3FileSystem
 from unit.fakes import pattern
 
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._store.describe import describe
 from ckptfs.errors import CkptfsError
 
@@ -57,7 +57,7 @@ def test_cycles_of_attaching_and_reading_leave_nothing(node: Node) -> None:
         )
         failed = 0
 
-        def cycle(control: _client.Connection) -> None:
+        def cycle(control: _connection.Connection) -> None:
             nonlocal failed
             fault = chance.choice(FAULTS) if chance.random() < 0.03 else ""
             server.fault = fault if chance.random() < 0.5 else ""

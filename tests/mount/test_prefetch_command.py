@@ -16,7 +16,7 @@ from servers import Forwarder
 
 import ckptfs
 from ckptfs import _client
-from ckptfs._model.wire import AttachmentStatus
+from ckptfs._model.replies import AttachmentStatus
 
 pytestmark = pytest.mark.mount
 

@@ -15,7 +15,7 @@ from mount.test_users import ALICE, as_user, let_others_in
 from s3server import S3Server
 
 import ckptfs
-from ckptfs import _client
+from ckptfs import _client, _connection
 from ckptfs._model.location import Location
 
 pytestmark = [
@@ -97,14 +97,14 @@ def test_an_invalid_file_changes_nothing(node: Node) -> None:
         (good + '[store.prod]\nuri = "ftp://x"\n', r"store.prod.uri"),
     ):
         file.write_text(text)
-        with pytest.raises(ckptfs.ConfigError, match=error), _connection(node) as connection:
+        with pytest.raises(ckptfs.ConfigError, match=error), _connected(node) as connection:
             connection.reload()
     file.write_text(good + "connections_max = 3\n")
     assert reload(node)["changed"] == ["connections_max"]
 
 
-def _connection(node: Node) -> _client.Connection:
-    return _client.connect_to(str(node.socket), 10)
+def _connected(node: Node) -> _connection.Connection:
+    return _connection.connect_to(str(node.socket), 10)
 
 
 def test_what_a_mount_keeps_is_said(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def _children_of(pid: int) -> list[str]:
 
 def _pid_now(node: Node) -> int:
     try:
-        with _connection(node) as connection:
+        with _connected(node) as connection:
             return connection.status().pid
     except (ckptfs.CkptfsError, ConnectionError):
         return 0
@@ -229,7 +229,7 @@ def test_only_root_and_the_daemons_own_user_reload(node: Node) -> None:
     node.here("mount")
 
     def alice_asks() -> None:
-        with _connection(node) as connection, pytest.raises(ckptfs.AccessDenied):
+        with _connected(node) as connection, pytest.raises(ckptfs.AccessDenied):
             connection.reload()
 
     as_user(ALICE, alice_asks)

@@ -15,7 +15,8 @@ from s3server import S3Server
 import ckptfs
 from ckptfs import _client
 from ckptfs._model.location import Location
-from ckptfs._model.wire import Attach, encode
+from ckptfs._model.requests import Attach
+from ckptfs._model.wire import encode
 from ckptfs._store.describe import describe
 from ckptfs._store.resolve import open_store
 

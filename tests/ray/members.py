@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from conftest import Node, daemons, wait_until
 
-from ckptfs import _client
+from ckptfs import _connection
 from ckptfs._filelock import wait_unlocked
 from ckptfs.errors import NoDaemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ckptfs._model.wire import AttachmentStatus, StatusReply
+    from ckptfs._model.replies import AttachmentStatus, StatusReply
 
 OBJECT_STORE_BYTES = 100 << 20
 
@@ -62,9 +62,9 @@ class Member:
         )
         self._cluster = cluster
 
-    def connection(self) -> _client.Connection:
+    def connection(self) -> _connection.Connection:
         """To its daemon. Raises NoDaemon."""
-        return _client.connect_to(str(self.node.socket), 30)
+        return _connection.connect_to(str(self.node.socket), 30)
 
     def status(self) -> StatusReply:
         """Of its daemon."""

@@ -18,24 +18,10 @@ from ckptfs._daemon import control as control_module
 from ckptfs._daemon.control import Control
 from ckptfs._daemon.stores import Peer
 from ckptfs._model.location import Location
-from ckptfs._model.wire import (
-    LINE_BYTES_MAX,
-    Attach,
-    Attached,
-    Detach,
-    Done,
-    Failed,
-    Prefetching,
-    PrefetchProgress,
-    Reply,
-    Request,
-    StartPrefetch,
-    Status,
-    StatusReply,
-    Stop,
-    decode_reply,
-    encode,
-)
+from ckptfs._model.message import LINE_BYTES_MAX
+from ckptfs._model.replies import Attached, Done, Failed, Prefetching, StatusReply
+from ckptfs._model.requests import Attach, Detach, PrefetchProgress, StartPrefetch, Status, Stop
+from ckptfs._model.wire import Reply, Request, decode_reply, encode
 from ckptfs.errors import AccessDenied, CheckpointNotFound
 
 

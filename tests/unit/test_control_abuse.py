@@ -26,22 +26,18 @@ from ckptfs._daemon import control as control_module
 from ckptfs._daemon import limits as limits_module
 from ckptfs._daemon import users as users_module
 from ckptfs._model.location import Location
+from ckptfs._model.message import LINE_BYTES_MAX
 from ckptfs._model.plan import Wanted
-from ckptfs._model.wire import (
-    LINE_BYTES_MAX,
+from ckptfs._model.replies import Attached, Failed, StatusReply
+from ckptfs._model.requests import (
     Attach,
-    Attached,
     Detach,
-    Failed,
     MetadataChanged,
     PrefetchProgress,
-    Request,
     StartPrefetch,
     Status,
-    StatusReply,
-    decode_reply,
-    encode,
 )
+from ckptfs._model.wire import Request, decode_reply, encode
 from ckptfs.errors import LimitExceeded
 
 OTHER = os.geteuid() + 4242

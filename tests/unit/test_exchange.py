@@ -18,22 +18,9 @@ from unit.test_control import Client, Server
 from unit.test_control_abuse import as_other, server_in
 from unit.test_service import PLACE
 
-from ckptfs._model.wire import (
-    PIECE_BLOCKS_MAX,
-    Attach,
-    Attached,
-    Failed,
-    GiveBlocks,
-    Given,
-    Reply,
-    Request,
-    Status,
-    StatusReply,
-    TakeBlocks,
-    Taken,
-    decode_reply,
-    encode,
-)
+from ckptfs._model.replies import Attached, Failed, Given, StatusReply, Taken
+from ckptfs._model.requests import PIECE_BLOCKS_MAX, Attach, GiveBlocks, Status, TakeBlocks
+from ckptfs._model.wire import Reply, Request, decode_reply, encode
 
 __all__ = ["as_other"]
 DATA = pattern(5 * MIB + 7)

@@ -27,8 +27,9 @@ from ckptfs._daemon import scrapes as scrapes_module
 from ckptfs._daemon.exporter import Exporter
 from ckptfs._daemon.scrapes import Scrapes, is_open, listen
 from ckptfs._model.config import Config
+from ckptfs._model.message import LINE_BYTES_MAX
 from ckptfs._model.metrics import LABELS, METRICS, as_markdown, names
-from ckptfs._model.wire import LINE_BYTES_MAX, encode
+from ckptfs._model.wire import encode
 from ckptfs._store.requests import KINDS, OUTCOMES, REQUESTS, outcome_of_status
 from ckptfs.errors import ConfigError
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ckptfs._model.wire import (
+from ckptfs._model.replies import (
     ActivityReply,
     CheckpointActivity,
     Counts,

@@ -19,16 +19,10 @@ from ckptfs._daemon import cachetask, check, disk, limits
 from ckptfs._daemon.cachedir import Origin
 from ckptfs._daemon.cachetask import CacheTask
 from ckptfs._daemon.cachetasks import CacheTasks
-from ckptfs._model.wire import (
-    LINE_BYTES_MAX,
-    CacheNews,
-    CacheRequest,
-    ClearCache,
-    CollectCache,
-    ListCache,
-    VerifyCache,
-    encode,
-)
+from ckptfs._model.message import LINE_BYTES_MAX
+from ckptfs._model.replies import CacheNews
+from ckptfs._model.requests import CacheRequest, ClearCache, CollectCache, ListCache, VerifyCache
+from ckptfs._model.wire import encode
 from ckptfs.errors import LimitExceeded, LocationError, ProtocolError
 
 ALICE = 4711

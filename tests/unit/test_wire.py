@@ -8,37 +8,35 @@ from hypothesis import strategies as st
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Skipped
-from ckptfs._model.wire import (
-    GLOBS_MAX,
-    LINE_BYTES_MAX,
-    Activity,
+from ckptfs._model.message import LINE_BYTES_MAX
+from ckptfs._model.replies import (
     ActivityReply,
-    Attach,
     Attached,
     AttachmentStatus,
     CheckpointActivity,
     Counts,
-    Detach,
     Done,
     Failed,
     FileError,
-    GetTrace,
     Holder,
     Prefetching,
-    PrefetchProgress,
     ProcessActivity,
-    Reply,
-    Request,
     RequestActivity,
+    StatusReply,
+)
+from ckptfs._model.requests import (
+    GLOBS_MAX,
+    Activity,
+    Attach,
+    Detach,
+    GetTrace,
+    PrefetchProgress,
     Restart,
     StartPrefetch,
     Status,
-    StatusReply,
     Stop,
-    decode_reply,
-    decode_request,
-    encode,
 )
+from ckptfs._model.wire import Reply, Request, decode_reply, decode_request, encode
 from ckptfs.errors import BY_CODE, CkptfsError, ProtocolError
 
 SECRET = "S3CR3TS3CR3T"
