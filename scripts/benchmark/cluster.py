@@ -133,8 +133,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4, help="MB/s of one connection; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="b")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with tempfile.TemporaryDirectory(prefix="b") as folder:  # short: there are sockets in it
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Do it, as the command line says."""
     rate = int(given.rate * 1e6)
     with (
         S3Server(counted=True, connection_rate=rate) as server,
