@@ -125,7 +125,10 @@ class _Brought:
         at = self._request.at + skipped * BLOCK_BYTES
         filled = 0
         while filled < len(buffer):
-            count = os.preadv(self._memfd, [buffer[filled:]], at + filled)
+            try:
+                count = os.preadv(self._memfd, [buffer[filled:]], at + filled)
+            except OSError as error:  # it was opened for writing only
+                raise StoreError(f"the memfd cannot be read: {error.strerror}") from None
             if not count:
                 raise StoreError(f"{self._name}: the memfd was cut")
             filled += count

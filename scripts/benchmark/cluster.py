@@ -8,7 +8,7 @@ sent. Nodes are Ray nodes on this machine; each has a daemon and a cache of its 
 and the disk and the CPUs are shared by all of them and the server.
 
     ./scripts/setup --ray
-    .venv-ray/bin/python scripts/benchmark/cluster.py --mib 300 --nodes 3 --rate 20
+    .venv-ray/bin/python scripts/benchmark/cluster.py --mib 300 --nodes 3 --rate 4
 """
 
 from __future__ import annotations
@@ -130,11 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=300, help="size of the checkpoint")
     parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=20, help="MB/s of one connection; 0: all")
+    parser.add_argument("--rate", type=float, default=4, help="MB/s of one connection; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="b")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with tempfile.TemporaryDirectory(prefix="b") as folder:  # short: there are sockets in it
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Do it, as the command line says."""
     rate = int(given.rate * 1e6)
     with (
         S3Server(counted=True, connection_rate=rate) as server,

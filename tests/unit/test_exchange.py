@@ -337,6 +337,20 @@ async def test_a_sealed_memfd_can_be_taken_from_but_not_given_to(nodes: list[Nod
         os.close(fd)
 
 
+async def test_a_memfd_that_cannot_be_read(nodes: list[Node], memfd: int) -> None:
+    giver, taker = nodes
+    given = await giver.give(memfd, 0, 1)
+    fd = os.open(f"/proc/self/fd/{memfd}", os.O_WRONLY)
+    failed = await taker.take(fd, 0, given)
+    os.close(fd)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.message) == (
+        "store",
+        "the memfd cannot be read: Bad file descriptor",
+    )
+    assert await taker.take(memfd, 0, given) == Taken(taken=MIB, had=0)
+
+
 @settings(max_examples=40)
 @given(
     path=st.sampled_from(["a/b", "small", "empty", "a", "x", ""]),
