@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
     _end_with(args.keeper_pid)
-    settings, _, pickled = sys.stdin.buffer.read().partition(b"\n")
+    settings, end, pickled = sys.stdin.buffer.read().partition(b"\n")
+    if not end:
+        sys.exit(1)  # the keeper is dead, and nobody needs a spare daemon any more
     config = msgspec.json.decode(settings, type=Config)
     limiter = logs.configure(config)
     _raise_descriptor_limit()
