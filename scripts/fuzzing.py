@@ -129,7 +129,8 @@ class _Answers:
         self._left -= 1
         if method == "HEAD" or self._left < 0:
             raise S3Error(404, "", "")
-        return contextlib.nullcontext(SimpleNamespace(read=lambda n: self._data[:n]))
+        body = SimpleNamespace(read=lambda n: self._data[:n], length=0)
+        return contextlib.nullcontext(body)
 
 
 def listing() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
@@ -167,7 +168,8 @@ def cache() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
     size = 3 << 20
     key = cachedir.ObjectKey("store", "path", size, 1)
-    about = cachedir.About(cachedir.FORMAT, key, '"e"', False)
+    origin = cachedir.Origin("run-0123", "s3://b/run", "b/run", size, 0)
+    about = cachedir.About(cachedir.FORMAT, key, '"e"', False, origin)
     folder = Path(tempfile.mkdtemp(), key.digest())
     cachedir.create(folder, about).close()
     whole = msgspec.json.encode(about)
@@ -204,6 +206,8 @@ def formats() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         check(formats.safetensors_parts(data, size), size)
         end = data[-formats.ZIP_END_BYTES :]
         where = formats.zip_directory_range(end, len(data))
+        for entry in formats.zip_entries(data[where.start : where.stop], where.start):
+            assert 0 <= entry.start <= entry.end <= where.start
         check(formats.zip_parts(data[where.start : where.stop], where.start), where.start)
         check(formats.zip_parts(data, size), size)
 
@@ -257,9 +261,45 @@ def metadata() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     ]
 
 
+def plan() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
+    """Plans, applied to a checkpoint, and the files that their tensors are looked for in."""
+    from ckptfs._model import plan as plans
+    from ckptfs._model.formats import Tensor
+    from ckptfs._model.layout import layout
+    from ckptfs.errors import PlanError
+
+    step = plans.Step(0, "t", 1, 1 << 40, (3,))
+    seed = plans.Plan(uri="u", version="v", files=["a1", "b"], steps=[step])
+
+    def tensors_of(data: bytes) -> list[Tensor]:
+        asking = layout(len(data))
+        try:
+            start, stop = next(asking)
+            while True:
+                assert 0 <= start < stop <= len(data)
+                start, stop = asking.send(data[start:stop])
+        except StopIteration as found:
+            return found.value
+
+    def run(data: bytes) -> None:
+        tensors = tensors_of(data)
+        try:
+            found = plans.decode(data)
+        except PlanError as error:
+            str(error)
+            found = seed
+        matched = plans.match_files(found, {"a2": 7, "b": 8})
+        sizes = {7: 1000, 8: 5}
+        for piece in plans.pieces_of(found, -1, matched, sizes, {7: tensors}, 100):
+            assert 0 <= piece.start < piece.stop <= sizes[piece.file]
+
+    header = b'{"t":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    return run, [plans.encode(seed), struct.pack("<Q", len(header)) + header + bytes(8)]
+
+
 TARGETS = {
     target.__name__: target
-    for target in (control, manifest, listing, cache, formats, dcp, metadata)
+    for target in (control, manifest, listing, cache, formats, dcp, metadata, plan)
 }
 
 
