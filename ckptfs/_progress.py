@@ -13,6 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 
@@ -28,15 +29,24 @@ def progress_bar(what: str, *, of_bytes: bool = True) -> Generator[Callable[[int
     Yields:
         A function to be called with the bytes that are there and the bytes of the whole.
     """
-    bytes_columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    done = Column(no_wrap=True)
+    if of_bytes:
+        counts = (DownloadColumn(binary_units=True, table_column=done), TransferSpeedColumn())
+    else:
+        counts = (MofNCompleteColumn(table_column=done),)
+    # Where there is little room the text before the bar is cut, and nothing is folded.
+    before = Column(no_wrap=True, overflow="ellipsis", ratio=2)
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        *(bytes_columns if of_bytes else (MofNCompleteColumn(),)),
+        TextColumn("{task.description}", markup=False, table_column=before),
+        BarColumn(bar_width=None, table_column=Column(ratio=3)),
+        *counts,
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
     disable = not console.is_terminal
-    with Progress(*columns, console=console, disable=disable, transient=not of_bytes) as progress:
+    progress = Progress(
+        *columns, console=console, disable=disable, transient=not of_bytes, expand=True
+    )
+    with progress:
         task = progress.add_task(Text(what).plain, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -61,7 +61,7 @@ def _print_checkpoints(found: list[CachedCheckpoint], as_json: bool) -> None:
         for each in found
     ]
     columns = ["ON DISK", "CACHED", "FILES", "LAST USE", "STATE", "NAME", "URI"]
-    output.print_table(columns, rows, right=(0, 2, 3))
+    output.print_table(columns, rows, right=(0, 2, 3), spare=(5,))
     files = sum(each.files for each in found)
     print(f"{output.size(sum(each.bytes for each in found))} in {files} files")
 
@@ -83,7 +83,7 @@ def _print_files(found: list[CachedFile], as_json: bool) -> None:
         for each in found
     ]
     columns = ["ON DISK", "CACHED", "SIZE", "LAST USE", "STATE", "PATH"]
-    output.print_table(columns, rows, right=(0, 2, 3))
+    output.print_table(columns, rows, right=(0, 2, 3), spare=(3,))
 
 
 @app.command()

@@ -131,6 +131,7 @@ def _list_files(top: str, as_json: bool) -> None:
             for row in listed
         ],
         right=(0,),
+        spare=(3,),
     )
 
 

@@ -17,6 +17,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 INTERRUPTED = 130
 """Exit status of who was ended by Ctrl-C, as shells have it: 128 + SIGINT."""
+_WIDE = 100
+"""Columns of a terminal that has room for what can be spared."""
 _BAR_WIDTH = 10
 _PIPED_WIDTH = 5000
 """Longer than any row: a path has at most 4096 bytes (PATH_MAX)."""
@@ -41,16 +43,31 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    columns: list[str], rows: list[list[str | Text]], right: tuple[int, ...] = ()
+    columns: list[str],
+    rows: list[list[str | Text]],
+    right: tuple[int, ...] = (),
+    spare: tuple[int, ...] = (),
 ) -> None:
-    """A table without frame; `right`: positions of the columns that are aligned to the right."""
+    """A table without frame. Numbers, bars and states are never folded.
+
+    Args:
+        columns: Their headings.
+        rows: The cells.
+        right: Positions of the columns that are aligned to the right.
+        spare: Positions of those that a narrow terminal can do without.
+    """
+    target = console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position in right else "left", overflow="fold")
+    shown = [i for i in range(len(columns)) if target.width >= _WIDE or i not in spare]
+    for position in shown:
+        whole = position in right or any(isinstance(row[position], Text) for row in rows)
+        justify = "right" if position in right else "left"
+        table.add_column(columns[position], justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
         # Names come from the store: Text, so that rich does not look for markup in them.
-        table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in row])
-    console().print(table)
+        cells = [row[position] for position in shown]
+        table.add_row(*[cell if isinstance(cell, Text) else Text(cell) for cell in cells])
+    target.print(table)
 
 
 size = size_text

@@ -17,6 +17,7 @@ from benchmark import attaching, cold, results, warm
 from benchmark.contenders import CKPTFS
 from benchmark.cursors import cursors
 from benchmark.host import ROOT, begin_report
+from benchmark.planned import plan
 from benchmark.report import show_case, update_readme
 from benchmark.run import FAILURES, Run, calibrate
 from benchmark.stores import BUCKET, MIB, Store, capped, counted, make_objects, warm_up
@@ -35,6 +36,7 @@ CASES = {
     "attach": attaching.attach,
     "small": cold.small,
     "prefetch": attaching.prefetch,
+    "plan": plan,
 }
 RESULTS = ROOT / "scripts" / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
@@ -99,7 +101,7 @@ def measure(names: list[str], *, quick: bool) -> results.Report:
         job = {"name": "large", "file": "data.bin"}
         threads = {store.name: calibrate(store, job, OPEN_THREADS)}
         limited = None
-        if not {"capped"}.isdisjoint(names):
+        if not {"capped", "plan"}.isdisjoint(names):
             try:
                 limited = stack.enter_context(capped(server, temp / "nginx"))
                 threads[limited.name] = calibrate(limited, job, CAPPED_THREADS)

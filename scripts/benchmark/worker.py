@@ -50,7 +50,8 @@ def reach(job: Job, stack: ExitStack) -> Iterator[str]:
         case "ckptfs":
             from ckptfs import Checkpoint
 
-            with Checkpoint(store.uri(f"{BUCKET}/{name}")).as_directory(mode="mount") as path:
+            checkpoint = Checkpoint(store.uri(f"{BUCKET}/{name}"))
+            with checkpoint.as_directory(mode="mount", plan=job.get("plan", False)) as path:
                 yield path
         case "ray":  # what ray.train.Checkpoint.as_directory() does
             temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
@@ -189,6 +190,17 @@ def tensor(directory: str, job: Job) -> Result:
         return {"check": int(shard.get_tensor(job["tensor"]).sum())}
 
 
+def restore(directory: str, job: Job) -> Result:
+    """Import torch, as whoever restores a model does, and load `tensors`, in this order."""
+    import torch  # noqa: F401
+
+    check = 0
+    for shard, name in job["tensors"]:
+        with safe_open(f"{directory}/{shard}", framework="np") as file:
+            check += int(file.get_tensor(name).sum())
+    return {"check": check}
+
+
 def files(directory: str, job: Job) -> Result:
     """Read small files, one after the other; the check is their bytes."""
     return {"check": sum(len(Path(directory, str(i)).read_bytes()) for i in range(SMALL_FILES))}
@@ -216,7 +228,7 @@ TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
     for task in (
         *(sequential, interleaved, shared, strided, whole, mapped, random),
-        *(load, tensor, files, tree, nothing),
+        *(load, tensor, restore, files, tree, nothing),
     )
 }
 
