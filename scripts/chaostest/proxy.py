@@ -285,14 +285,23 @@ def read_head(reader: Any) -> Head | None:
 def read_body(reader: Any, head: Head) -> bytes:
     """The request's body, also one in chunks."""
     if not head.value("transfer-encoding"):
-        return reader.read(int(head.value("content-length") or 0))
+        return _exactly(reader, int(head.value("content-length") or 0))
     parts: list[bytes] = []
     while length := int(reader.readline(HEAD_BYTES_MAX), 16):
-        parts.append(reader.read(length))
+        parts.append(_exactly(reader, length))
         reader.readline(HEAD_BYTES_MAX)
     while reader.readline(HEAD_BYTES_MAX) not in (b"\r\n", b""):
         pass
     return b"".join(parts)
+
+
+def _exactly(reader: Any, length: int) -> bytes:
+    """So many bytes. Raises ValueError where the client has gone away before: what it had begun to
+    send must not pass for a request with less in it."""
+    data = reader.read(length)
+    if len(data) < length:
+        raise ValueError(f"the client has gone away after {len(data)} of {length} bytes")
+    return data
 
 
 def answer(
