@@ -166,8 +166,10 @@ def read_line(fd: int, timeout_s: float) -> bytes:
     """The first line that arrives, or b"" at end of file or when the time is over."""
     line = b""
     deadline = time.monotonic() + timeout_s
+    poll = select.poll()  # select(2) takes no descriptor above 1023
+    poll.register(fd, select.POLLIN)
     while not line.endswith(b"\n"):
-        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
+        if not poll.poll(1000 * max(0, deadline - time.monotonic())):
             return b""
         data = os.read(fd, 65536)
         if not data:
