@@ -6,7 +6,7 @@ metadata and bytes of attachments of fake stores.
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -41,11 +41,17 @@ CONTENT = {
 
 
 class Rig:
-    """A fetcher with everything that it needs."""
+    """A fetcher with everything that it needs. `ends`: closed with it."""
 
     def __init__(
-        self, config: Config, cache: Cache, offload: Offload, nursery: trio.Nursery
+        self,
+        config: Config,
+        cache: Cache,
+        offload: Offload,
+        nursery: trio.Nursery,
+        ends: ExitStack,
     ) -> None:
+        self.ends = ends
         self.config = config
         self.cache = cache
         self.offload = offload
@@ -67,6 +73,13 @@ class Rig:
         if views is None:
             views = await self.fetcher.read(file, offset, length)
         return b"".join(views)
+
+    def new_memory(self) -> handoff.Fds:
+        """Memory for a daemon and those after it, which ends with the rig."""
+        fds = handoff.create()
+        for fd in fds.all():
+            self.ends.callback(os.close, fd)
+        return fds
 
     async def quiet(self) -> None:
         """Return when no span is under way."""
@@ -93,15 +106,17 @@ async def rig_in(
         config.in_flight_bytes_max,
     )
     failure: Exception | None = None
+    ends = ExitStack()
     try:
         async with trio.open_nursery() as nursery:
             try:
-                yield Rig(config, cache, offload or InlineOffload(), nursery)
+                yield Rig(config, cache, offload or InlineOffload(), nursery, ends)
             except Exception as error:  # to be raised without the nursery's group around it
                 failure = error
             nursery.cancel_scope.cancel()
     finally:
         cache.shut()
+        ends.close()
     if failure is not None:
         raise failure
 
@@ -120,7 +135,7 @@ class View:
         self.released: list[Attachment] = []
         self.prefetched: list[tuple[Attachment, list[str]]] = []
         recogniser = Recogniser(rig.fetcher, rig.offload, rig.nursery)
-        self.fds = fds or handoff.create()
+        self.fds = fds or rig.new_memory()
         self.handoff = handoff.Handoff(self.fds)
         handles = self.handoff.handles
         self.vfs = Vfs(rig.fetcher, recogniser, rig.cache, handles, 1, 2, self.released.append)
@@ -181,9 +196,5 @@ async def view_in(directory: Path, **settings: object) -> AsyncIterator[View]:
     """A view whose cache is in `directory`; all of it ends with the block."""
     async with rig_in(directory, **settings) as rig:
         view = View(rig)
-        try:
-            yield view
-            await view.quiet()
-        finally:
-            for fd in view.fds.all():
-                os.close(fd)
+        yield view
+        await view.quiet()

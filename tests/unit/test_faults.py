@@ -25,7 +25,6 @@ from pyarrow import fs as pafs
 from unit.fakes import FakeStore, pattern
 from unit.rig import Rig, rig_in
 
-from ckptfs._daemon import handoff
 from ckptfs._daemon.handoff import Handoff
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.service import Service
@@ -310,7 +309,7 @@ class Daemon:
             rig.nursery,
             repr,
             open_store,
-            Handoff(handoff.create()),
+            Handoff(rig.new_memory()),
         )
 
     async def begin(self) -> None:

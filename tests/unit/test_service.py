@@ -47,7 +47,7 @@ class Bench:
         self.forgotten: list[str] = []
         self.stores: dict[str, FakeStore] = {}
         self.opened: list[FakeStore] = []
-        self.fds = fds or handoff.create()
+        self.fds = fds or rig.new_memory()
         self.handoff = Handoff(self.fds)
         self.refused = ""
         self.service = Service(
