@@ -33,7 +33,8 @@ class _Sessions(NamedTuple):
     """Who has the mounts of this machine.
 
     Attributes:
-        served: Connections of which a process has the descriptor that is more than a keeper.
+        served: Connections of which a process has the descriptor that is more than a keeper, or a
+            service manager that keeps it for one.
         unknown: There are descriptors, and the kernel does not tell of which connections.
     """
 
@@ -131,9 +132,19 @@ def _sessions() -> _Sessions:
             found = True
             connection = _connection_of(process, number)
             tells |= connection != 0
-            if not _runs(process, b"ckptfs._daemon.keeper"):
+            if not _only_keeps(process):
                 served.add(connection)
     return _Sessions(served, found and not tells)
+
+
+def _only_keeps(process: Path) -> bool:
+    """Whether that process has descriptors of sessions without serving them."""
+    if _runs(process, b"ckptfs._daemon.keeper"):
+        return True
+    try:
+        return (process / "comm").read_bytes() == b"systemd\n"
+    except OSError:
+        return False
 
 
 def _fuse_descriptors(process: Path) -> list[str]:

@@ -288,12 +288,22 @@ def test_a_dead_mount_is_found_and_not_touched(node: Node, examined: Examined) -
         assert mounts() == {str(other), str(node.mount)}
 
 
-def test_a_mount_whose_keeper_only_lives(node: Node, examined: Examined) -> None:
+NAMED = "import ctypes; ctypes.CDLL(None).prctl(15, b'systemd')\n"  # PR_SET_NAME: prctl(2)
+WAIT = "import time; print('here', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("command", [[WAIT, "ckptfs._daemon.keeper"], [NAMED + WAIT]])
+def test_a_mount_that_somebody_only_keeps(
+    command: list[str], node: Node, examined: Examined
+) -> None:
+    """Its keeper, or a service manager for one."""
     other = node.folder / "other"
     with mounted(other) as fd:
-        command = [sys.executable, "-c", "import time; time.sleep(60)", "ckptfs._daemon.keeper"]
-        with subprocess.Popen(command, pass_fds=[fd]) as keeper:
+        command = [sys.executable, "-c", *command]
+        with subprocess.Popen(command, pass_fds=[fd], stdout=subprocess.PIPE) as keeper:
             os.close(fd)
+            assert keeper.stdout is not None
+            assert keeper.stdout.readline() == b"here\n"
             report = examined()
             keeper.kill()
         report.line("leftover-mounts", "warning", f"nobody serves {other}", f"umount -l {other}")
