@@ -196,19 +196,22 @@ class Verdict:
     def of_wrong(self, told: dict[str, Any]) -> str:
         """Why other bytes than expected are wrong; "": they need not be. When a lease was ended,
         what its path leads to may be a newer attachment."""
-        if told["scope"] == "lease":
-            since = self._timeline.overlapping(
-                told["lease_s"], told["told_s"], told.get("checkpoint")
-            )
-            if any(self._ends_mount(window) or window.kind == DETACHED for window in since):
-                return ""
+        if told["scope"] == "lease" and self._may_be_newer(told, told["lease_s"]):
+            return ""
         return told["text"]
+
+    def _may_be_newer(self, told: dict[str, Any], since_s: float) -> bool:
+        """Whether a path of the lease may lead to another attachment than at `since_s`."""
+        since = self._timeline.overlapping(since_s, told["told_s"], told.get("checkpoint"))
+        return any(self._ends_mount(window) or window.kind == DETACHED for window in since)
 
     def of_pin(self, told: dict[str, Any]) -> str:
         """Why a version cannot be the one that was there when the checkpoint was attached."""
         version, attached_s = told["version"], told["attached_s"]
         published = self._timeline.published(told["file"])
         if version and published[version - 1] > attached_s + SLACK_S:
+            if self._may_be_newer(told, attached_s):
+                return ""
             return f"version {version} came {published[version - 1] - attached_s:.2f} s after it"
         if len(published) > version:
             old_s = attached_s - self._attach_deadline_s - published[version]

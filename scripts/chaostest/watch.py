@@ -166,7 +166,14 @@ class Watch:
             self._tell_wrong(handle, offset, data, "lease")
         if known == found and not handle.told:
             handle.told = True
-            self.tell("pinned", file=file.index, version=found, attached_s=lease.attached_s)
+            self.tell(
+                "pinned",
+                file=file.index,
+                version=found,
+                attached_s=lease.attached_s,
+                checkpoint=lease.checkpoint,
+                told_s=time.monotonic(),
+            )
 
     def check_end(self, handle: Handle, size: int) -> None:
         """The file has ended at `size`, or says so."""

@@ -95,11 +95,16 @@ def test_a_pinned_version_is_of_the_time_of_the_attach(
 ) -> None:
     timeline.publishing(0)
     [came_s] = timeline.published(0)
-    pinned = {"file": 0, "version": 1, "attached_s": came_s + 1}
+    pinned = {"file": 0, "version": 1, "attached_s": came_s + 1, "told_s": came_s + 2}
     assert not verdict.of_pin(pinned)
     assert verdict.of_pin(pinned | {"attached_s": came_s - 1})
     assert not verdict.of_pin(pinned | {"version": 0, "attached_s": came_s - 1})
     assert verdict.of_pin(pinned | {"version": 0, "attached_s": came_s + 20})
+    # By the path, which leads to a newer attachment since an administrator has ended this one.
+    timeline.windows.append(Window(judge.DETACHED, came_s, came_s + 1, "a"))
+    earlier = pinned | {"attached_s": came_s - 1}
+    assert not verdict.of_pin(earlier | {"checkpoint": "a"})
+    assert verdict.of_pin(earlier | {"checkpoint": "b"})
 
 
 def test_a_restart_gives_time_and_a_large_read_has_more(
