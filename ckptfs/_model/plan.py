@@ -13,6 +13,7 @@ import msgspec
 
 from ckptfs._model import ranges
 from ckptfs._model.formats import Tensor
+from ckptfs._model.reads import Reads
 from ckptfs._model.trace import Access
 from ckptfs.errors import LimitExceeded, PlanError
 
@@ -119,13 +120,6 @@ def decode(data: bytes | str) -> Plan:
 # -- making one
 
 
-class _Use(NamedTuple):
-    """What one rank has read of one file: first reads and all bytes."""
-
-    accesses: list[Access]
-    read: ranges.Ranges
-
-
 def make_plan(
     uri: str,
     version: str,
@@ -156,7 +150,7 @@ def make_plan(
         path, size = files[index]
         if index not in layouts:
             layouts[index] = tensors_of(path)
-        use = _Use(own, ranges.union((a.start, a.stop) for a in own))
+        use = Reads(own)
         for at_s, tensor, start, stop in _steps_of(use, size, layouts[index]):
             first_s, ranks = found.setdefault((index, tensor, start, stop), (at_s, set()))
             ranks.add(rank)
@@ -174,11 +168,11 @@ def make_plan(
 
 
 def _steps_of(
-    use: _Use, size: int, tensors: Sequence[Tensor]
+    use: Reads, size: int, tensors: Sequence[Tensor]
 ) -> Iterable[tuple[float, str, int, int]]:
     """First moment, tensor, start and stop (0: all) of what was read."""
     if ranges.length(use.read) >= _WHOLE_SHARE * size:
-        yield use.accesses[0].began_s, "", 0, 0
+        yield use.began_s, "", 0, 0
         return
     if not tensors:
         for start, stop in use.read:
@@ -197,7 +191,7 @@ def _steps_of(
                     yield first_s, tensor.name, start - tensor.start, stop - tensor.start
 
 
-def _first_s(use: _Use, start: int, stop: int) -> float:
+def _first_s(use: Reads, start: int, stop: int) -> float:
     """When these bytes were read first: a quarter of them at once, if there is such an access,
     because who reads the file's header gets the first bytes of a tensor with it."""
 
@@ -208,7 +202,7 @@ def _first_s(use: _Use, start: int, stop: int) -> float:
         share = max(0, start - access.start) / (access.stop - access.start)
         return access.began_s + share * (access.ended_s - access.began_s)
 
-    found = [a for a in use.accesses if overlap(a) > 0]
+    found = use.overlapping(start, stop)
     much = [a for a in found if 4 * overlap(a) >= stop - start]
     return min(moment(access) for access in much or found)
 

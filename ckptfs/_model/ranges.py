@@ -27,12 +27,7 @@ def length(ranges: Ranges) -> int:
 
 def within(ranges: Ranges, start: int, stop: int) -> int:
     """How many of the positions lie in [start, stop)."""
-    found = 0
-    for first, last in ranges[max(0, bisect_right(ranges, (start, start)) - 1) :]:
-        if first >= stop:
-            break
-        found += max(0, min(last, stop) - max(first, start))
-    return found
+    return length(inside(ranges, start, stop))
 
 
 def without(ranges: Ranges, others: Ranges) -> Ranges:
@@ -56,5 +51,11 @@ def without(ranges: Ranges, others: Ranges) -> Ranges:
 
 def inside(ranges: Ranges, start: int, stop: int) -> Ranges:
     """The positions that lie in [start, stop)."""
-    cut = [(max(start, first), min(stop, last)) for first, last in ranges]
-    return [(first, last) for first, last in cut if first < last]
+    found: Ranges = []
+    position = max(0, bisect_right(ranges, (start, start)) - 1)
+    while position < len(ranges) and ranges[position][0] < stop:
+        first, last = ranges[position]
+        if max(first, start) < min(last, stop):
+            found.append((max(first, start), min(last, stop)))
+        position += 1
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ckptfs._model import ranges
 from ckptfs._model.formats import Tensor
 from ckptfs._model.ranges import Ranges
+from ckptfs._model.reads import Reads
 from ckptfs._model.trace import Access, Fetch
 
 
@@ -162,13 +163,12 @@ def _processes(accesses: Iterable[Access]) -> list[ProcessUse]:
 
 def tensor_uses(use: FileUse, tensors: Iterable[Tensor]) -> list[TensorUse]:
     """Those of the file's tensors of which something was read, in the order of that."""
+    reads = Reads(use.accesses) if use.accesses else None
     found: list[TensorUse] = []
     for tensor in tensors:
         read = ranges.within(use.read, tensor.start, tensor.end)
-        if read:
-            first_s = min(
-                a.began_s for a in use.accesses if a.start < tensor.end and a.stop > tensor.start
-            )
+        if read and reads is not None:
+            first_s = min(a.began_s for a in reads.overlapping(tensor.start, tensor.end))
             found.append(TensorUse(use.path, tensor, read, first_s))
     return sorted(found, key=lambda found: (found.first_s, found.tensor.start))
 
