@@ -42,14 +42,23 @@ def save(
         bool, typer.Option("--metadata", help="Beside the checkpoint, in its metadata.")
     ] = False,
 ) -> None:
-    """Make a plan of what was read of an attached checkpoint. Prints where it is."""
+    """Make a plan of what was read of a checkpoint that is attached, or was. Prints where it is."""
     name = name_in_mount(path_or_uri)
     location = None if name else location_of(path_or_uri)
     with _client.connect() as connection:
         trace = connection.trace(name or "", location)
-        if not trace.name:
-            raise NotAttached(f"{trace.uri} is not attached any more; attach it, and save again")
-        plan = _plans.of_trace(trace, connection.path_of(trace))
+        top = connection.path_of(trace) if trace.name else ""
+    if top:
+        plan = _plans.of_trace(trace, top)
+    else:
+        assert location is not None  # of a path, it would be attached
+        with _client.leased(location) as top:
+            if xattrs.read(top).version != trace.version:
+                raise NotAttached(
+                    f"{trace.uri} is another version than the one that was read; restore it, and "
+                    "save again"
+                )
+            plan = _plans.of_trace(trace, top)
     if metadata:
         metadata_of(path_or_uri)[_plans.METADATA_KEY] = plans.encode(plan).decode()
         print(trace.uri)

@@ -163,6 +163,20 @@ def refusal(node: Node, *arguments: str) -> str:
     return done.stderr
 
 
+def test_a_plan_can_be_made_when_the_restore_is_over(
+    node: Node, job: Path, uri_of: UriOf, tmp_path: Path
+) -> None:
+    node.configure(linger_s=0)
+    save(job / "step1", {"a": 4 * MIB, "b": 12 * MIB})
+    uri, file = uri_of(job / "step1"), str(tmp_path / "plan.json")
+    restore(uri, False, "a")
+    wait_until(lambda: not node.status()["attachments"])
+    node.here("plan", "save", uri, "-o", file)
+    assert [step[1] for step in json.loads(Path(file).read_bytes())["steps"]] == ["a"]
+    (job / "step1" / "more").write_bytes(b"x")
+    assert "another version" in refusal(node, "plan", "save", uri, "-o", file)
+
+
 def test_what_the_next_checkpoint_has_not_is_left_out(node: Node, job: Path, uri_of: UriOf) -> None:
     save(job / "step1", {"a": 4 * MIB, "b": 4 * MIB, "c": 40 * MIB})
     restore(uri_of(job / "step1"), True, "a", "b")
