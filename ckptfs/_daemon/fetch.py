@@ -118,7 +118,7 @@ class Fetcher:
         file.opens = 1
         if file.user is not None:
             self._files_of[file.user] += 1
-        eager = file.store in self._read_whole
+        eager = file.store in self._read_whole and not file.is_planned
         file.readahead = Readahead(file.pin.size, self.window_bytes_max, file.parts, eager=eager)
         file.recognised = file.parts is not None
         self._versions.opened(file)

@@ -176,6 +176,8 @@ class Prefetch:
     async def _planned(self, plan: Plan, shown: list[tuple[int, ListedFile]]) -> list[Piece]:
         """The bytes that a plan names. Looks into its files first."""
         matched = match_files(plan, {file.path: index for index, file in shown})
+        for index in matched.values():
+            self._attachment.file(index).is_planned = True
         named = {matched[step.file] for step in plan.steps if step.tensor and step.file in matched}
         layouts: dict[int, list[Tensor]] = {}
 

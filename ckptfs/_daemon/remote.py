@@ -61,6 +61,7 @@ class RemoteFile:
             known. Both stay when it is closed: the kernel may have kept what it read.
         handed_on: The file after it was begun because of it.
         recognised: Nothing more is to be learned about its parts (see `recognise`).
+        is_planned: A plan says what will be read of it: nobody has to guess.
         trace: How it is read; None for one that nobody reads through the mount.
     """
 
@@ -94,6 +95,7 @@ class RemoteFile:
         self.head = b""
         self.parts: Parts | None = None
         self.recognised = False
+        self.is_planned = False
         self.trace: FileTrace | None = None
         self._entry: CachedObject | None = None
         self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have

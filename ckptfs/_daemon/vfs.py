@@ -277,7 +277,8 @@ class Vfs:
         self._fetcher.access(file, offset, length, usage)
         if not file.handed_on and file.readahead and file.readahead.is_asked_whole:
             file.handed_on = True
-            self._recogniser.begin_next(*self.find(inode))
+            if not file.is_planned:
+                self._recogniser.begin_next(*self.find(inode))
         return self._fetcher.read_now(file, offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> Views:
