@@ -423,6 +423,8 @@ class Keeper:
         return DaemonProcess(*fds, features, after_another=after_another)
 
     def _start_daemon(self, *, after_another: bool) -> None:
+        if self._daemon is not None:
+            self._daemon.end(at_once=True)  # it has died: give its pipe back
         self._daemon, self._spare = self._spare, None
         if self._daemon is not None and self._daemon.wait(0) is not None:
             self._daemon.end(at_once=True)  # the spare one has died: give its pipe back
