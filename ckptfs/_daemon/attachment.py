@@ -183,8 +183,7 @@ class Attachment:
             return known
         file = self.files[index] = self.peek(index)
         file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
-        if self.trace is not None:
-            file.trace = self.trace.of(index)
+        file.trace, file.index = self.trace, index
         file.on_trouble = lambda: self.record(
             Trouble(index, file.error, changed=file.changed, failing=file.failing)
         )

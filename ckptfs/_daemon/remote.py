@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptfs._daemon.readahead import Readahead
-    from ckptfs._daemon.trace import FileTrace
+    from ckptfs._daemon.trace import Trace
     from ckptfs._model.formats import Parts
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class RemoteFile:
         handed_on: The file after it was begun because of it.
         recognised: Nothing more is to be learned about its parts (see `recognise`).
         is_planned: A plan says what will be read of it: nobody has to guess.
-        trace: How it is read; None for one that nobody reads through the mount.
+        trace: Where it is noted how it is read; None for one that nobody reads through the mount.
+        index: Its position in the trace's attachment.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class RemoteFile:
         self.parts: Parts | None = None
         self.recognised = False
         self.is_planned = False
-        self.trace: FileTrace | None = None
+        self.trace: Trace | None = None
+        self.index = -1
         self._entry: CachedObject | None = None
         self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have
         self.on_trouble: Callable[[], None] = lambda: None  # told of other errors, or their end

@@ -346,6 +346,7 @@ class Spans:
                 span.arrived_s = time.perf_counter()
             start = span.blocks.start * BLOCK_BYTES
             span.file.trace.fetched(
+                span.file.index,
                 start,
                 start + span.length,
                 _PURPOSES[span.ticket.wanted],

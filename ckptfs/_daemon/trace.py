@@ -139,6 +139,11 @@ class Trace:
             error = error[:_ERROR_LENGTH_MAX]
             self.fetches.append(Fetch(file, start, stop, purpose, tries, error, *times))
 
+    def lend(self, file: int) -> None:
+        """From now on the kernel reads that file unseen."""
+        if len(self.lent) < ENTRIES_MAX:
+            self.lent.add(file)
+
     def _admit(self, entries: int) -> bool:
         admitted = entries < ENTRIES_MAX and self._files is None and self._traces.take_one()
         self.left_out += not admitted
@@ -148,10 +153,6 @@ class Trace:
     def has_ended(self) -> bool:
         """Whether its attachment has."""
         return self._files is not None
-
-    def of(self, index: int) -> "FileTrace":
-        """The part about the file at that position of `listed`."""
-        return FileTrace(self, index)
 
     @property
     def entries(self) -> int:
@@ -184,37 +185,6 @@ class Trace:
         self._files = self.files()
         self._listed = lambda: ()
         self._latest.clear()
-
-
-class FileTrace:
-    """The part of `trace` that is about the file at position `index`."""
-
-    __slots__ = ("_index", "_trace")
-
-    def __init__(self, trace: Trace, index: int) -> None:
-        self._trace = trace
-        self._index = index
-
-    def read(self, pid: int, start: int, stop: int, began_s: float, ended_s: float) -> None:
-        """See `Trace.read`."""
-        self._trace.read(self._index, pid, start, stop, began_s, ended_s)
-
-    def lent(self) -> None:
-        """From now on the kernel reads the file unseen."""
-        if len(self._trace.lent) < ENTRIES_MAX:
-            self._trace.lent.add(self._index)
-
-    def fetched(
-        self,
-        start: int,
-        stop: int,
-        purpose: Purpose,
-        tries: int,
-        error: str,
-        times_s: tuple[float, float, float],
-    ) -> None:
-        """See `Trace.fetched`."""
-        self._trace.fetched(self._index, start, stop, purpose, tries, error, times_s)
 
 
 class Traces:

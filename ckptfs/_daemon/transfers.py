@@ -14,7 +14,8 @@ thread.
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,24 +138,34 @@ class Transfers:
             if transfer.result is None:
                 raise
 
-    async def _request(self, transfer: _Transfer, ticket: Ticket, progress: Progress) -> None:
-        """Try to bring the result. One that is cancelled abandons its thread (see `offload`), and
-        with it the buffer, which nobody else may have while that thread may write into it."""
-        buffer = self._buffers.take(transfer.length)
-        view = buffer.view[: transfer.length]
+    @contextmanager
+    def _filling(self, buffer: "Buffer[CachedObject]", ticket: Ticket) -> Generator[None]:
+        """A thread fills `buffer` in this context, which ends with the place. If it fails, the
+        bytes are given back, too, and the buffer, unless the thread goes on with it."""
         try:
-            read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
-            is_confirmed = await self._offload.data(progress.run, read)
+            yield
         except BaseException as error:
             self._slots.release_bytes(ticket)
             if isinstance(error, trio.Cancelled):
-                progress.give_up()
                 self._buffers.abandon(buffer)
             else:
                 self._buffers.release(buffer)
             raise
         finally:
             self._slots.release_place(ticket)
+
+    async def _request(self, transfer: _Transfer, ticket: Ticket, progress: Progress) -> None:
+        """Try to bring the result. One that is cancelled abandons its thread (see `offload`), and
+        with it the buffer, which nobody else may have while that thread may write into it."""
+        buffer = self._buffers.take(transfer.length)
+        view = buffer.view[: transfer.length]
+        with self._filling(buffer, ticket):
+            try:
+                read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
+                is_confirmed = await self._offload.data(progress.run, read)
+            except trio.Cancelled:
+                progress.give_up()
+                raise
         got = Transferred(buffer, ticket, is_confirmed)
         if transfer.result is None and transfer in self._under_way:
             transfer.result = got
@@ -167,17 +178,8 @@ class Transfers:
         """As `read`, but `fill` brings the bytes, of the pinned version, and no store. Raises what
         it raises."""
         buffer = self._buffers.take(length)
-        try:
+        with self._filling(buffer, ticket):
             await self._offload.data(fill, buffer.view[:length])
-        except BaseException as error:
-            self._slots.release_bytes(ticket)
-            if isinstance(error, trio.Cancelled):
-                self._buffers.abandon(buffer)
-            else:
-                self._buffers.release(buffer)
-            raise
-        finally:
-            self._slots.release_place(ticket)
         return Transferred(buffer, ticket, is_confirmed=True)
 
     # -- hedging

@@ -321,7 +321,8 @@ class Vfs:
             usage.failed(error)
         elif length and file.trace is not None:
             ended_s = now_ns / 1e9 if waited else 0.0
-            file.trace.read(usage.pid, offset, offset + length, began_ns / 1e9, ended_s)
+            place = file.index, usage.pid, offset, offset + length
+            file.trace.read(*place, began_ns / 1e9, ended_s)
 
     def note_kernel_open(self, handle: int) -> None:
         """The kernel reads what was opened so by itself: nobody will tell us of its reads."""
@@ -355,7 +356,7 @@ class Vfs:
             return -1
         file.served_bytes = 0
         if file.trace is not None:
-            file.trace.lent()
+            file.trace.lend(file.index)
         self._lent[inode] = entry
         return entry.files.data
 

@@ -9,9 +9,11 @@ import typer
 
 from ckptfs import _client, xattrs
 from ckptfs._config import load_config
-from ckptfs._model import attributes, formats
+from ckptfs._model import attributes
+from ckptfs._model.layout import tensors_of_file
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
+from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
 from ckptfs.cli import completion, output
 from ckptfs.errors import NotAttached
@@ -140,7 +142,7 @@ def _list_tensors(top: str, as_json: bool) -> None:
         (os.path.relpath(path, top) if path != top else os.path.basename(top), tensor)
         for path in sorted(_walk(top))
         if path.endswith(".safetensors")
-        for tensor in tensors_of(path)
+        for tensor in tensors_of_file(path)
     ]
     if as_json:
         plain = [{"path": path, **msgspec.to_builtins(tensor)} for path, tensor in found]
@@ -162,18 +164,6 @@ def _list_tensors(top: str, as_json: bool) -> None:
     )
 
 
-def tensors_of(path: str) -> list[formats.Tensor]:
-    """The tensors of a safetensors file, from its header alone."""
-    with open(path, "rb") as file:
-        prefix = file.read(formats.SAFETENSORS_PREFIX_BYTES + 1)
-        length = formats.safetensors_header_length(
-            prefix, os.fstat(file.fileno()).st_size, formats.SAFETENSORS_HEADER_BYTES_MAX
-        )
-        return (
-            formats.safetensors_tensors(prefix + file.read(length - len(prefix))) if length else []
-        )
-
-
 def _walk(top: str) -> Iterator[str]:
     xattrs.read_all(top)  # refuses what is not in the mount
     if os.path.isfile(top):
@@ -193,6 +183,16 @@ def location_of(uri: str) -> Location:
     from ckptfs._store.filesystems import filesystem_of
 
     return describe(*filesystem_of(uri))
+
+
+def traced(path_or_uri: str) -> tuple[Trace, str, Location | None]:
+    """How a checkpoint was read; its directory in the mount ("": it is attached no more); and the
+    place of a URI. Raises NotAttached."""
+    name = name_in_mount(path_or_uri)
+    location = None if name else location_of(path_or_uri)
+    with _client.connect() as connection:
+        trace = connection.trace(name or "", location)
+        return trace, connection.path_of(trace) if trace.name else "", location
 
 
 def name_in_mount(path: str) -> str | None:

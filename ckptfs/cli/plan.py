@@ -11,7 +11,7 @@ from ckptfs._model.manifest import printable
 from ckptfs._model.plan import Wanted
 from ckptfs._model.stores import is_uri
 from ckptfs.cli import output, prefetch
-from ckptfs.cli.checkpoints import PathOrUriArgument, location_of, name_in_mount
+from ckptfs.cli.checkpoints import PathOrUriArgument, location_of, traced
 from ckptfs.cli.meta import metadata_of
 from ckptfs.errors import NotAttached, PlanError
 
@@ -43,11 +43,7 @@ def save(
     ] = False,
 ) -> None:
     """Make a plan of what was read of a checkpoint that is attached, or was. Prints where it is."""
-    name = name_in_mount(path_or_uri)
-    location = None if name else location_of(path_or_uri)
-    with _client.connect() as connection:
-        trace = connection.trace(name or "", location)
-        top = connection.path_of(trace) if trace.name else ""
+    trace, top, location = traced(path_or_uri)
     if top:
         plan = _plans.of_trace(trace, top)
     else:

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ckptfs import _client
 from ckptfs._model import formats
+from ckptfs._model.layout import tensors_of_file
 from ckptfs._model.manifest import printable
 from ckptfs._model.replies import Trace
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import PathOrUriArgument, location_of, name_in_mount, tensors_of
+from ckptfs.cli.checkpoints import PathOrUriArgument, traced
 
 _REPORTED_FILES_MAX = 500
 """Files whose headers are looked at for the names of tensors."""
@@ -30,11 +30,7 @@ def report(
     took and what was fetched in vain. Writes one HTML file, and prints its path."""
     from ckptfs._report import analysis, page
 
-    name = name_in_mount(path_or_uri)
-    location = None if name else location_of(path_or_uri)
-    with _client.connect() as connection:
-        trace = connection.trace(name or "", location)
-        top = connection.path_of(trace) if trace.name else ""
+    trace, top, _ = traced(path_or_uri)
     if as_json:
         output.print_json(trace)
         return
@@ -62,7 +58,7 @@ def report(
 
 def _tensors(path: str) -> list[formats.Tensor]:
     with contextlib.suppress(OSError):
-        return tensors_of(path)
+        return tensors_of_file(path)
     return []
 
 

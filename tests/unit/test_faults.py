@@ -7,6 +7,7 @@ is back, the same operation succeeds with no more ado.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import socket
@@ -178,18 +179,23 @@ def store_operations(store: Store) -> dict[str, Callable[[], object]]:
     return {operation.__name__.rstrip("_"): operation for operation in named}
 
 
+def run_in_time(
+    cells: list[tuple[str, Cell]], fault: str, operation: str, call: Callable[[], object]
+) -> None:
+    """Do it in this thread, which has a deadline, and note how it has ended."""
+    began, outcome = time.monotonic(), None
+    try:
+        with ends_in(DEADLINE_S):
+            call()
+    except Exception as error:
+        outcome = error
+    cells.append((fault, Cell(operation, outcome, time.monotonic() - began)))
+
+
 def test_each_fault_of_the_network_in_each_operation_of_a_store(resolver: Resolver) -> None:
     cells: list[tuple[str, Cell]] = []
 
-    def run(fault: str, operation: str, call: Callable[[], object]) -> None:
-        began, outcome = time.monotonic(), None
-        try:
-            with ends_in(DEADLINE_S):
-                call()
-        except Exception as error:
-            outcome = error
-        cells.append((fault, Cell(operation, outcome, time.monotonic() - began)))
-
+    run = functools.partial(run_in_time, cells)
     with ExitStack() as stack:
         threads: list[threading.Thread] = []
         servers: list[FaultServer] = []
@@ -253,15 +259,7 @@ def test_each_fault_of_the_network_in_each_operation_of_a_program(
     monkeypatch.setenv("CKPTFS_SOCKET", str(tmp_path / "no-daemon"))
     cells: list[tuple[str, Cell]] = []
 
-    def run(fault: str, operation: str, call: Callable[[], object]) -> None:
-        began, outcome = time.monotonic(), None
-        try:
-            with ends_in(DEADLINE_S):
-                call()
-        except Exception as error:
-            outcome = error
-        cells.append((fault, Cell(operation, outcome, time.monotonic() - began)))
-
+    run = functools.partial(run_in_time, cells)
     with ExitStack() as stack:
         threads: list[threading.Thread] = []
         servers: list[FaultServer] = []

@@ -85,7 +85,7 @@ def test_what_has_ended_is_still_known_with_its_files() -> None:
     traces = Traces()
     trace, now_s = begin(traces)
     read(trace, 0, now_s, file=2)
-    trace.of(3).lent()
+    trace.lend(3)
     traces.end(KEY)
     assert traces.find(KEY) is trace
     assert [(file.index, file.path) for file in trace.files()] == [(2, "f2"), (3, "f3")]
