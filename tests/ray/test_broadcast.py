@@ -335,6 +335,7 @@ def test_a_cache_that_is_too_small_takes_what_it_can_hold(
     nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
     nodes[2].node.configure(cache_bytes_max=12 * MIB)
+    nodes[2].end_daemon()  # an actor of the test before may have started one meanwhile
     try:
         report = ckptfs.ray.broadcast(checkpoint)
         assert report.nodes[nodes[2].id].left > 0
