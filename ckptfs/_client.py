@@ -187,7 +187,14 @@ def connect_or_start(
         with contextlib.suppress(NoDaemon):
             return connect(config, timeout_s)
         # These travel with each request, and are for who asks: not for whoever asks next.
-        start(dict.fromkeys(_secrets_in(os.environ, config), ""), flags)
+        secrets = dict.fromkeys(_secrets_in(os.environ, config), "")
+        try:
+            start(secrets, flags)
+        except DaemonError:
+            # Whoever had the lock before us may have died while its daemon was coming up.
+            with contextlib.suppress(NoDaemon):
+                return connect(config, timeout_s)
+            raise
         return connect(config, timeout_s)
 
 

@@ -418,6 +418,19 @@ def test_a_second_keeper_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch)
     assert node.status()["attachments"] == []
 
 
+def test_a_daemon_whose_starter_died_is_used(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was coming up, so the next starter could neither reach it nor have its lock."""
+    start = _client.start
+
+    def start_too_late(*_: object) -> None:
+        start()
+        raise ckptfs.DaemonError("a ckptfs daemon is already running")
+
+    monkeypatch.setattr(_client, "start", start_too_late)
+    with _client.connect_or_start(load_config()) as connection:
+        assert connection.status().attachments == []
+
+
 def test_a_mount_point_in_use_is_refused(node: Node, small: Path, uri_of: UriOf) -> None:
     node.expected_in_log.append("mount point")
     node.mount.mkdir()
