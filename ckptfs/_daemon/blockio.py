@@ -3,6 +3,7 @@
 States of a block, and who may touch what: see ``cache``.
 """
 
+import contextlib
 from array import array
 
 from ckptfs._daemon import cachedir, disk
@@ -21,6 +22,18 @@ def load(entry: CachedObject, index: int, checksum: int) -> bytes | None:
         warn(f"read a block of {entry.about.key.path}", error)
         return None
     return data if cachedir.checksum(entry.about, index, data) == checksum else None
+
+
+def check(entry: CachedObject, blocks: range, checksums: "array[int]") -> list[bool]:
+    """Bring consecutive blocks from the disk into the page cache: which of them are as they should
+    be."""
+    with contextlib.suppress(OSError):  # the reads will tell
+        length = blocks_length(blocks, entry.size)
+        disk.will_need(entry.files.data, blocks.start * BLOCK_BYTES, length)
+    return [
+        load(entry, index, checksum) is not None
+        for index, checksum in zip(blocks, checksums, strict=True)
+    ]
 
 
 def write(entry: CachedObject, about: About, first: int, data: memoryview) -> "array[int] | None":

@@ -71,7 +71,9 @@ from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
     block_length,
+    blocks_length,
     blocks_of,
+    runs,
 )
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ object may be written again under the same mtime; 15 minutes is also the largest
 clocks that S3 accepts (its error RequestTimeTooSkewed)."""
 _READ_BYTES_MAX = 2 << 20
 """Size of the reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
+_CHECK_BLOCKS = 8
+"""Of a run whose pages are asked about, and read, together."""
 Views = list[memoryview]
 """Consecutive bytes, in parts."""
 
@@ -308,6 +312,21 @@ class Cache:
                 self._nowait = 0  # a file system without it: every read takes a thread
         entry.doubt(blocks_of(offset, len(view)))
         return False
+
+    def cold(self, entry: CachedObject, blocks: range) -> list[range]:
+        """Those of `blocks` that are on the disk alone, in runs. From now on they are believed only
+        when they were checked, because they may come into memory at any time (`blockio.check`)."""
+        stored = (i for i in blocks if entry.state[i] in ON_DISK and i not in entry.memory)
+        found = [
+            run
+            for run in runs(stored, _CHECK_BLOCKS)
+            if not disk.is_cached(
+                entry.files.data, run.start * BLOCK_BYTES, blocks_length(run, entry.size)
+            )
+        ]
+        for run in found:
+            entry.doubt(run)
+        return found
 
     def loaded(self, entry: CachedObject, index: int, checksum: int, good: bool) -> None:
         """Take in the outcome of `load`, unless the block is another one by now."""

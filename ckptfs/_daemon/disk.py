@@ -137,6 +137,11 @@ def expect_random(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
+def will_need(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to read a range into memory; do not wait for it."""
+    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
 def set_size(fd: int, size: int) -> None:
     """Cut, or extend by a hole."""
     os.truncate(fd, size)
@@ -155,7 +160,7 @@ def read_cached(fd: int, view: memoryview, offset: int, flags: int) -> int:
     3,000 reads of 64 KiB with one page missing, 3 to 9 succeeded at once, and 160 to 900 when what
     was left after a short read was asked for again.
     """
-    return os.preadv(fd, [view], offset, flags) if _is_cached(fd, offset, len(view)) else 0
+    return os.preadv(fd, [view], offset, flags) if is_cached(fd, offset, len(view)) else 0
 
 
 def read_direct(fd: int, view: memoryview, offset: int) -> int:
@@ -184,7 +189,7 @@ def punch(fd: int, offset: int, length: int) -> None:
 # -- what is no operation
 
 
-def _is_cached(fd: int, offset: int, length: int) -> bool:
+def is_cached(fd: int, offset: int, length: int) -> bool:
     """Whether the kernel has all pages of a range in memory; True where it cannot say."""
     global _cachestat
     if not _cachestat:

@@ -52,6 +52,7 @@ class Fetcher:
     ) -> None:
         self._cache = cache
         self._offload = offload
+        self._nursery = nursery
         slots = self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
@@ -200,6 +201,13 @@ class Fetcher:
         """Whether some of these bytes are not on this node."""
         return bool(file.entry.absent(blocks_of(offset, length)))
 
+    def overshoots(self, file: RemoteFile, offset: int, length: int) -> bool:
+        """Whether some of these bytes are here, or on their way, and others are not."""
+        blocks = blocks_of(offset, length)
+        absent = file.entry.absent(blocks)
+        missing = [i for i in absent if not self._spans.under_way(file.entry, [i])]
+        return 0 < len(missing) < len(blocks)
+
     def access(
         self, file: RemoteFile, offset: int, length: int, usage: Usage | None = None
     ) -> None:
@@ -216,8 +224,26 @@ class Fetcher:
         ahead = file.readahead.access(offset, length)
         if file.readahead.is_read_whole:
             self._read_whole.add(file.store)
-        if ahead and (wanted := entry.absent(ahead)):
+        if not ahead:
+            return
+        if wanted := entry.absent(ahead):
             self._spans.want(file, entry, wanted, Priority.READAHEAD, usage)
+        if cold := self._cache.cold(entry, ahead):
+            entry.users += 1  # the file may be closed before the task starts
+            self._nursery.start_soon(self._check_ahead, entry, cold)
+
+    async def _check_ahead(self, entry: CachedObject, cold: list[range]) -> None:
+        """Have blocks in memory, and checked, when their readers come, who then need no thread."""
+        try:
+            for blocks in cold:
+                if entry.users == 1:  # nobody reads any more
+                    break
+                sums = entry.sums[blocks.start : blocks.stop]
+                good = await self._offload.disk(blockio.check, entry, blocks, sums)
+                for index, checksum, is_good in zip(blocks, sums, good, strict=True):
+                    self._cache.loaded(entry, index, checksum, is_good)
+        finally:
+            self._cache.close(entry)
 
     async def fetch(
         self, file: RemoteFile, blocks: range, priority: Priority = Priority.PREFETCH
@@ -283,18 +309,23 @@ class Fetcher:
         return whole
 
     async def _load(self, entry: CachedObject, offset: int, length: int) -> Views | None:
-        """The bytes from the disk, checked; None if a block was lost on the way."""
+        """The bytes, from the disk where they are not in memory, and checked; None if a block was
+        lost on the way."""
         parts: Views = []
         for index in blocks_of(offset, length):
-            data: bytes | None = None
-            if (view := self._cache.in_memory(entry, index)) is not None:
-                data = bytes(view)  # the next block may take time, and the buffer
-            elif entry.state[index] in ON_DISK:
-                checksum = entry.sums[index]
-                data = await self._offload.disk(blockio.load, entry, index, checksum)
-                self._cache.loaded(entry, index, checksum, data is not None)
+            base = index * BLOCK_BYTES
+            start, stop = max(offset, base), min(offset + length, base + BLOCK_BYTES)
+            if entry.readable(range(index, index + 1)) and (
+                views := self._cache.read_now(entry, start, stop - start)
+            ):
+                parts.append(memoryview(bytes(views[0])))  # the next block may take time
+                continue
+            if entry.state[index] not in ON_DISK:
+                return None
+            checksum = entry.sums[index]
+            data = await self._offload.disk(blockio.load, entry, index, checksum)
+            self._cache.loaded(entry, index, checksum, data is not None)
             if data is None:
                 return None
-            base = index * BLOCK_BYTES
-            parts.append(memoryview(data)[max(0, offset - base) : offset + length - base])
+            parts.append(memoryview(data)[start - base : stop - base])
         return parts

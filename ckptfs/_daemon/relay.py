@@ -52,7 +52,7 @@ from ckptfs._daemon.cache import Views
 from ckptfs._daemon.handoff import Handle, Handles
 from ckptfs._daemon.passthrough import Passthrough
 from ckptfs._daemon.tree import MOUNT_ROOT
-from ckptfs._daemon.vfs import Vfs
+from ckptfs._daemon.vfs import Overshoot, Vfs
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ _ASKED_AGAIN_WITHIN_S = 5.0
 """Such requests come before all others."""
 _READ_IN = struct.Struct("<QQI")  # struct fuse_read_in: fh, offset, size, ... (also of listings)
 _ATTR_OUT = struct.Struct("<QI4x6Q10I")  # struct fuse_attr_out: validity (s, ns), struct fuse_attr
-_READ_REQUEST = struct.Struct("<4xIQ24xQQI")  # with its header: opcode, unique; fh, offset, size
+_READ_REQUEST = struct.Struct("<4xIQ24xQQI12xI")
+"""With its header: opcode, unique; fh, offset, size, flags of the open file."""
 _RELEASE_IN = struct.Struct("<Q")  # struct fuse_release_in: fh, ...
 _OPEN_OUT = struct.Struct("<QIi")  # struct fuse_open_out: fh, open_flags, backing_id
 _KEEP_CACHE, _CACHE_DIR, _PASSTHROUGH = 1 << 1, 1 << 3, 1 << 7  # FOPEN_*
@@ -173,9 +174,10 @@ class Relay:
                     break
                 if not length:
                     return
-                opcode, unique, handle, offset, size = _READ_REQUEST.unpack_from(buffer)
+                opcode, unique, handle, offset, size, flags = _READ_REQUEST.unpack_from(buffer)
                 if opcode == _READ:
-                    hit = self._read(unique, handle, offset, size, nursery)
+                    place = handle, offset, size
+                    hit = self._read(unique, *place, bool(flags & os.O_DIRECT), nursery)
                     tries = _TRIES if hit and size <= _SMALL_BYTES else 1
                 else:
                     tries = 1  # libfuse has its turn first
@@ -232,12 +234,21 @@ class Relay:
             self._passthrough.released(inode)
 
     def _read(
-        self, unique: int, handle: int, offset: int, length: int, nursery: trio.Nursery
+        self,
+        unique: int,
+        handle: int,
+        offset: int,
+        length: int,
+        is_direct: bool,
+        nursery: trio.Nursery,
     ) -> bool:
         """Answer at once, or start a task for it: False."""
         began_ns = time.perf_counter_ns()
         try:
-            views = self._vfs.read_now(handle, offset, length)
+            views = self._vfs.read_now(handle, offset, length, is_exact=is_direct)
+        except Overshoot:
+            self._fail(unique, errno.EAGAIN)
+            return True
         except Exception as error:
             self._fail(unique, self._errno_of(error))
             self._vfs.note_read(handle, offset, 0, began_ns, error)

@@ -46,6 +46,11 @@ class StaleInode(VfsError):
     """The attachment has ended."""
 
 
+class Overshoot(Exception):
+    """Readahead of the kernel, over the edge of what will be read. It asks again, page by page, for
+    what a program needs of it."""
+
+
 class Stat(NamedTuple):
     """Attributes of a file or directory; `mtime_ns` since the epoch, `size` in bytes. `volatile`:
     the name may soon lead to another inode, so nobody may remember it."""
@@ -262,15 +267,19 @@ class Vfs:
 
     # -- reading
 
-    def read_now(self, handle: int, offset: int, length: int) -> Views | None:
+    def read_now(
+        self, handle: int, offset: int, length: int, *, is_exact: bool = True
+    ) -> Views | None:
         """Take in a read of an open file: its bytes, if they are there without waiting, fewer than
         `length` only at its end. None: `read` has to follow. Valid until the next read.
 
-        Raises StaleInode.
+        `is_exact`: nothing of it is the kernel's readahead. Raises StaleInode and Overshoot.
         """
         file, inode, usage, length = self._within(handle, offset, length)
         if not length:
             return []
+        if not is_exact and file.is_planned and self._fetcher.overshoots(file, offset, length):
+            raise Overshoot
         file.served_bytes += length
         if not file.recognised:
             self._recogniser.look(*self.find(inode))

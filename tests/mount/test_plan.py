@@ -94,6 +94,58 @@ def test_the_next_checkpoint_is_fetched_by_the_plan_of_the_first(
     assert json.loads(kept.read_bytes())["steps"] == steps  # it stays that of the first
 
 
+READ_EVERYHOW = """
+import mmap, os, sys
+
+path, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fd = os.open(path, os.O_RDONLY)
+area = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+with open(sys.argv[4], "rb") as file:
+    data = file.read()
+assert area[start:stop] == data[start:stop]
+print("mapped", flush=True)
+sys.stdin.readline()
+around = max(0, start - 700_000)
+assert os.pread(fd, stop - start + 10, start) == data[start : stop + 10]  # over the edge
+direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+place = around // 4096 * 4096
+buffer = mmap.mmap(-1, 1 << 20)
+assert os.preadv(direct, [buffer], place) == 1 << 20
+assert buffer[:] == data[place : place + (1 << 20)]
+assert area[around:stop] == data[around:stop]
+"""
+
+
+def test_the_kernel_reads_over_the_edge_of_a_plan_in_vain(
+    node: Node, s3: S3Server, job: Path, uri_of: UriOf
+) -> None:
+    """It reads half a MiB before and after what a program touches of mapped memory."""
+    node.configure(linger_s=20, passthrough=False)
+    sizes = {"a": 8 * MIB, "b": 8 * MIB, "c": 8 * MIB}
+    save(job / "step1", sizes)
+    restore(uri_of(job / "step1"), True, "b")
+    places = save(job / "step2", sizes)
+    start, stop = places["b"]
+    s3.reset_traffic()
+    with ckptfs.Checkpoint(uri_of(job / "step2")).as_directory(plan=True) as path:
+        expected = {0, *range(start // MIB, stop // MIB + 1)}
+        wait_until(lambda: asked(s3) >= expected)
+        node.wait_quiet()
+        model = "model.safetensors"
+        places_of = os.path.join(path, model), str(start), str(stop), job / "step2" / model
+        with subprocess.Popen(
+            [sys.executable, "-c", READ_EVERYHOW, *places_of],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as reader:
+            assert reader.stdout
+            assert reader.stdout.readline() == b"mapped\n"
+            node.wait_quiet()
+            assert asked(s3) == expected
+            reader.communicate(b"\n", timeout=60)
+        assert reader.returncode == 0
+
+
 def asked(s3: S3Server) -> set[int]:
     """Indices of the blocks of the model that were asked for."""
     blocks: set[int] = set()

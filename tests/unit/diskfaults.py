@@ -27,6 +27,7 @@ OPERATIONS = (
     "lock",
     "status",
     "expect_random",
+    "will_need",
     "set_size",
     "read",
     "read_cached",

@@ -13,13 +13,14 @@ import pytest
 import xxhash
 from unit.diskfaults import OPERATIONS
 from unit.fakes import MIB, OLD_NS, FakeStore, pattern
-from unit.rig import Rig, rig_in
+from unit.rig import Rig, rig_in, view_in
 from unit.test_disk_faults import ALL, everything_on_disk
 
 from ckptfs._daemon import blockio, cache, cached, cachedir, cacheroot, disk, ledger, room
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import STORED, VERIFIED
 from ckptfs._daemon.cachedir import ObjectKey
+from ckptfs._model.blocks import blocks_of
 from ckptfs.errors import ConfigError
 
 SIZE = 2 * MIB + 5
@@ -74,7 +75,7 @@ def test_every_operation_has_a_name() -> None:
     """What touches the disk is in `disk`, and each function of it is in the list of the faults."""
     functions = {name for name, _ in inspect.getmembers(disk, inspect.isfunction)}
     public = {name for name in functions if not name.startswith("_")}
-    assert public - {"close", "taken_bytes"} == set(OPERATIONS)
+    assert public - {"close", "is_cached", "taken_bytes"} == set(OPERATIONS)
     pure = {"os.RWF_NOWAIT", "os.geteuid", "os.stat_result", "os.dup2", "os.statvfs_result"}
     for module in (blockio, cache, cached, cachedir, cacheroot, ledger, room):
         tree = ast.parse(inspect.getsource(module))
@@ -136,6 +137,34 @@ async def test_bits_that_flip_on_the_disk_while_the_file_is_open_are_found(
             for _ in range(2):
                 data = await rig.read(file, offset, length)
                 assert data == CONTENT["large"][offset : offset + length]
+
+
+async def test_what_is_read_from_the_disk_ahead_of_a_reader_is_checked(tmp_path: Path) -> None:
+    content = pattern(12 * MIB)
+    store = FakeStore({"large": content})
+    async with view_in(tmp_path, in_flight_bytes_max=2 * MIB, span_bytes_max=MIB) as view:
+        attachment = view.attach(store)
+        handle = view.vfs.open(view.stat(attachment, "large").inode)
+        for offset in range(0, len(content) - MIB, MIB):  # the last block: nobody may lend it
+            await view.rig.fetcher.fetch(attachment.files[0], blocks_of(offset, MIB))
+        await view.quiet()
+        entry = attachment.files[0].entry
+        (data,) = (tmp_path / "cache" / "objects").glob("*/*/data")
+        fd = os.open(data, os.O_RDWR)
+        os.pwrite(fd, bytes(4096), 6 * MIB + 8192)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        store.calls.clear()
+        for offset in range(0, 6 * MIB, MIB):
+            assert await view.read(handle, offset, MIB) == content[offset : offset + MIB]
+            await view.quiet()
+        assert entry.state[7] == VERIFIED  # it was checked before anybody came
+        assert view.vfs.read_now(handle, 7 * MIB, MIB) is not None
+        for offset in range(6 * MIB, len(content), MIB):
+            assert await view.read(handle, offset, MIB) == content[offset : offset + MIB]
+        fetched = {call.offset // MIB for call in store.reads()}
+        assert fetched == {6, 11}
 
 
 def test_the_kernel_reads_no_page_that_was_not_checked(tmp_path: Path) -> None:

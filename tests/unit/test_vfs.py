@@ -20,6 +20,7 @@ from ckptfs._daemon.vfs import (
     IsDirectory,
     NoEntry,
     NotDirectory,
+    Overshoot,
     StaleInode,
     VfsError,
 )
@@ -255,6 +256,39 @@ async def test_reading_on_fetches_ahead(view: View, store: FakeStore) -> None:
     await view.read(inode, MIB, MIB)
     await view.quiet()
     assert attachment.cached_bytes(view.rig.cache) == 3 * MIB + 5
+
+
+async def test_readahead_over_the_edge_of_a_plan_is_refused(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    node = view.stat(attachment, "shards/00.bin")
+    handle = view.vfs.open(node.inode)
+    (file,) = (f for f in attachment.files.values() if f.opens)
+    edge = 3 * MIB // 2, MIB  # blocks 1 and 2
+    await view.rig.fetcher.fetch(file, range(1, 2))
+    store.calls.clear()
+
+    file.is_planned = True
+    with pytest.raises(Overshoot):
+        view.vfs.read_now(handle, *edge, is_exact=False)
+    assert view.vfs.read_now(handle, 3 * MIB // 2, 4096, is_exact=False) is not None
+    await view.quiet()
+    assert not store.reads()
+
+    assert view.vfs.read_now(handle, *edge) is None  # a program asks for all of it
+    assert view.vfs.read_now(handle, *edge, is_exact=False) is None  # it is on its way
+    expected = CONTENT["shards/00.bin"][edge[0] : sum(edge)]
+    assert b"".join(await view.vfs.read(handle, *edge)) == expected
+    assert view.vfs.read_now(handle, *edge, is_exact=False) is not None
+
+
+async def test_without_a_plan_readahead_is_served(view: View, store: FakeStore) -> None:
+    attachment = view.attach(store)
+    handle = view.vfs.open(view.stat(attachment, "shards/00.bin").inode)
+    await view.read(handle, MIB, 4096)
+    edge = 3 * MIB // 2, MIB
+    assert view.vfs.read_now(handle, *edge, is_exact=False) is None
+    expected = CONTENT["shards/00.bin"][edge[0] : sum(edge)]
+    assert b"".join(await view.vfs.read(handle, *edge)) == expected
 
 
 # -- against a model
