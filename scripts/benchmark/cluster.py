@@ -3,23 +3,29 @@
 Three ways, in turns, from a store that gives each connection so much a second: Ray's own
 (``ray.train.Checkpoint.to_directory`` on every node), ckptfs on every node for itself, and
 ``ckptfs.ray.broadcast``. Measured from the driver: until all nodes have the bytes (but for the
-second way, which begins to read at once), until they have read every byte; and what the server has
-sent. Nodes are Ray nodes on this machine; each has a daemon and a cache of its own,
-and the disk and the CPUs are shared by all of them and the server.
+second way, which begins to read at once), until they have read every byte; what the server has
+sent; and the CPU time of the whole machine. Each round begins with a checkpoint that is next to
+nothing: what a way costs before the first byte. Nodes are Ray nodes on this machine; each has a
+daemon and a cache of its own, and the disk and the CPUs are shared by all of them and the server.
 
     ./scripts/setup --ray
-    .venv-ray/bin/python scripts/benchmark/cluster.py --mib 300 --nodes 3 --rate 4
+    .venv-ray/bin/python scripts/benchmark/cluster.py --mib 300 --nodes 3 --rate 4 --json FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,9 @@ from ckptfs import Checkpoint  # noqa: E402
 
 MIB = 1 << 20
 SHARDS = 4
+WAYS = ("ray", "mount", "broadcast")
+START_BYTES = SHARDS << 12
+"""Size of the checkpoint that is next to nothing."""
 OBJECT_STORE_BYTES = 400 * MIB
 """Of each node. A broadcast uses a quarter of it."""
 
@@ -70,9 +79,35 @@ def read_copy(folder: str) -> str:
     return digest_of(os.path.join(folder, ray.get_runtime_context().get_node_id()))
 
 
-def line(way: str, there_s: float, read_s: float, sent: float) -> str:
+@dataclass(frozen=True)
+class Round:
+    """What one run of a way has cost: seconds until the bytes are on all nodes, and until all of
+    them have read them; CPU seconds of the whole machine until then; what the server has sent."""
+
+    there_s: float
+    read_s: float
+    there_cpu_s: float
+    read_cpu_s: float
+    sent_bytes: int
+
+
+def median(rounds: list[Round]) -> Round:
+    """Of each figure."""
+    return Round(*map(statistics.median, zip(*(asdict(r).values() for r in rounds), strict=True)))
+
+
+def line(way: str, taken: Round, size: int) -> str:
     """A result."""
-    return f"{way:10} there {there_s:6.1f} s, read {read_s:6.1f} s, sent {sent:.3f} x"
+    times = f"there {taken.there_s:6.1f} s, read {taken.read_s:6.1f} s"
+    return f"{way:10} {times}, sent {taken.sent_bytes / size:.3f} x, CPU {taken.read_cpu_s:.1f} s"
+
+
+def cpu_s() -> float:
+    """CPU time of everything on this machine, as proc_stat(5) counts it."""
+    user, nice, system, _idle, _waiting, irq, softirq = map(
+        int, Path("/proc/stat").read_text().split()[1:8]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def nothing() -> None:
@@ -87,7 +122,13 @@ class Bench:
         self.nodes = nodes
         self.path = path
         self.size = size
-        self.digest = digest_of(str(server.root / path))
+        folder = server.root / path
+        folder.mkdir(parents=True)
+        for index in range(SHARDS):
+            with (folder / f"shard-{index}.bin").open("wb") as file:
+                for start in range(0, size // SHARDS, MIB):
+                    file.write(os.urandom(min(MIB, size // SHARDS - start)))
+        self.digest = digest_of(str(folder))
 
     def on_all(self, function: Any, *arguments: Any) -> None:
         """Run it on every node at once, and check what each has read."""
@@ -100,29 +141,29 @@ class Bench:
         ]
         assert set(ray.get(refs)) <= {self.digest, None}, "a node has read something else"
 
-    def run(self, way: str) -> tuple[float, float, float]:
-        """Seconds until it is there, and until it is read; and what the server has sent as a
-        multiple of the checkpoint."""
+    def run(self, way: str) -> Round:
+        """One round of a way."""
         for node in self.nodes:
             node.forget()
         self.on_all(nothing)
         filesystem = self.server.filesystem()
         checkpoint = Checkpoint(self.path, filesystem)
         self.server.reset_traffic()
-        began_s = time.perf_counter()
+        began_cpu_s, began_s = cpu_s(), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             if way == "ray":
                 self.on_all(copied, self.path, filesystem, folder)
             elif way == "broadcast":
                 report = ckptfs.ray.broadcast(checkpoint, progress=False)
                 assert report.is_complete, report
-            there_s = time.perf_counter() - began_s
+            there_s, there_cpu_s = time.perf_counter() - began_s, cpu_s() - began_cpu_s
             if way == "ray":
                 self.on_all(read_copy, folder)
             else:
                 self.on_all(mounted, checkpoint)
-            read_s = time.perf_counter() - began_s
-        return there_s, read_s, self.server.traffic().bytes_to_client / self.size
+            read_s, read_cpu_s = time.perf_counter() - began_s, cpu_s() - began_cpu_s
+        sent_bytes = self.server.traffic().bytes_to_client
+        return Round(there_s, read_s, there_cpu_s, read_cpu_s, sent_bytes)
 
 
 def main() -> None:
@@ -132,6 +173,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--rate", type=float, default=4, help="MB/s of one connection; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all single figures to it")
     given = parser.parse_args()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory(prefix="b") as folder:  # short: there are sockets in it
@@ -146,35 +188,59 @@ def measure(given: argparse.Namespace) -> None:
         S3Server(counted=True, connection_rate=rate) as server,
         members(given.nodes, OBJECT_STORE_BYTES) as cluster,
     ):
-        folder = server.bucket_dir("bench") / "checkpoint"
-        folder.mkdir()
-        for index in range(SHARDS):
-            with (folder / f"shard-{index}.bin").open("wb") as file:
-                for _ in range(given.mib // SHARDS):
-                    file.write(os.urandom(MIB))
-        size = sum(file.stat().st_size for file in folder.iterdir())
         ray.init(address=cluster.members[0].address, log_to_driver=False)
+        size = given.mib // SHARDS * SHARDS * MIB
+        start = Bench(server, cluster.members, "bench/start", START_BYTES)
         bench = Bench(server, cluster.members, "bench/checkpoint", size)
-        results: dict[str, list[tuple[float, float, float]]] = {
-            "ray": [],
-            "mount": [],
-            "broadcast": [],
-        }
+        starts: dict[str, list[Round]] = {way: [] for way in WAYS}
+        results: dict[str, list[Round]] = {way: [] for way in WAYS}
         for _ in range(given.rounds):
-            for way, found in results.items():
-                found.append(bench.run(way))
-                print(line(way, *found[-1]), flush=True)
+            for way in WAYS:
+                starts[way].append(start.run(way))
+                results[way].append(bench.run(way))
+                print(line(way, results[way][-1], size), flush=True)
         ray.shutdown()
-    medians = {
-        way: tuple(map(statistics.median, zip(*found, strict=True)))
-        for way, found in results.items()
-    }
+    medians = {way: median(rounds) for way, rounds in results.items()}
     print(
         f"\n{given.nodes} nodes, {size / MIB:.0f} MiB, {given.rate:g} MB/s per connection: medians"
     )
-    for way, median in medians.items():
-        ratios = [mine / rays for mine, rays in zip(median, medians["ray"], strict=True)]
-        print(f"{line(way, *median)}   ({ratios[0]:.2f} and {ratios[1]:.2f} of ray's)")
+    rays = medians["ray"]
+    for way, mine in medians.items():
+        ratios = f"({mine.there_s / rays.there_s:.2f} and {mine.read_s / rays.read_s:.2f} of ray's)"
+        print(f"{line(way, mine, size)}   {ratios}")
+    if given.json:
+        write(given.json, given, size, starts, results)
+
+
+def write(
+    file: Path,
+    given: argparse.Namespace,
+    size: int,
+    starts: dict[str, list[Round]],
+    results: dict[str, list[Round]],
+) -> None:
+    """All single figures, and what they were measured on."""
+    found = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": {
+            "machine": platform.machine(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "kernel": platform.release(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("ckptfs", "pyarrow", "pyfuse3", "ray")},
+        },
+        "nodes": given.nodes,
+        "bytes": size,
+        "shards": SHARDS,
+        "connection_bytes_per_s": int(given.rate * 1e6),
+        "object_store_bytes": OBJECT_STORE_BYTES,
+        "start": {way: [asdict(one) for one in rounds] for way, rounds in starts.items()},
+        "rounds": {way: [asdict(one) for one in rounds] for way, rounds in results.items()},
+    }
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
