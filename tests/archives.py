@@ -1,7 +1,9 @@
-"""Files in the layouts that torch writes, made without torch: archives and sharded checkpoints."""
+"""Files in the layouts of safetensors and torch, made without these: also sharded checkpoints."""
 
 import contextlib
 import itertools
+import json
+import os
 import pickle
 import struct
 import sys
@@ -15,6 +17,22 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64
 """torch.save begins each tensor's data at a multiple of it."""
+
+
+def write_safetensors(file: Path, sizes: "dict[str, int]") -> "dict[str, tuple[int, int]]":
+    """Write tensors of so many random bytes; returns where these begin and end."""
+    header, at = {}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + os.urandom(at))
+    base = 8 + len(raw)
+    return {
+        name: (base + each["data_offsets"][0], base + each["data_offsets"][1])
+        for name, each in header.items()
+    }
 
 
 def write_torch_zip(

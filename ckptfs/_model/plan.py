@@ -6,7 +6,7 @@ fetch, and can name nothing but files of the checkpoint.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -71,6 +71,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """All that it names."""
         return sorted({rank for step in self.steps for rank in step.ranks})
 
+    def of_ranks(self, ranks: Collection[int]) -> "Plan":
+        """The part of these: their steps, and those of nobody."""
+        wanted = frozenset(ranks)
+        steps = [s for s in self.steps if not s.ranks or not wanted.isdisjoint(s.ranks)]
+        return msgspec.structs.replace(self, steps=steps)
+
 
 class Wanted(msgspec.Struct, frozen=True):
     """What to fetch.
@@ -115,6 +121,30 @@ def decode(data: bytes | str) -> Plan:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PlanError(f"this is no plan: {error}; ckptfs plan save makes one") from None
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """What each of these has, once: the first steps of all come first, then the second ones.
+
+    So the plans that the nodes of one job have, each of its own ranks, become that of the job.
+
+    Raises:
+        LimitExceeded: It would be too long.
+    """
+    files: dict[str, int] = {}
+    found: dict[tuple[int, str, int, int], set[int]] = {}
+    in_turns = sorted(
+        ((place, plan, step) for plan in plans for place, step in enumerate(plan.steps)),
+        key=lambda each: each[0],
+    )
+    for _, plan, step in in_turns:
+        file = files.setdefault(plan.files[step.file], len(files))
+        found.setdefault((file, step.tensor, step.start, step.stop), set()).update(step.ranks)
+    about = plans[0] if plans else Plan(uri="", version="", files=[], steps=[])
+    steps = [Step(*bytes_, tuple(sorted(ranks))) for bytes_, ranks in found.items()]
+    plan = msgspec.structs.replace(about, files=list(files), steps=steps)
+    encode(plan)
+    return plan
 
 
 # -- making one
@@ -259,9 +289,7 @@ def pieces_of(
     }
     anywhere = {name: index for index, name in places}
     pieces: list[Piece] = []
-    for step in plan.steps:
-        if rank >= 0 and step.ranks and rank not in step.ranks:
-            continue
+    for step in (plan if rank < 0 else plan.of_ranks([rank])).steps:
         index = matched.get(step.file, -1)
         base, end = 0, sizes.get(index, 0)
         if step.tensor:

@@ -20,11 +20,11 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from ckptfs import _client, _connection, xattrs
+from ckptfs import _client, _connection, _plans, xattrs
 from ckptfs._config import load_config
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
-from ckptfs._model.plan import Wanted
+from ckptfs._model.plan import Plan, Wanted
 from ckptfs._model.requests import GiveBlocks, TakeBlocks
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem
@@ -133,11 +133,18 @@ class Peer:
             except (CkptfsError, OSError, ValueError) as error:
                 return _failure(error)
 
-    def prefetch(self, globs: Sequence[str]) -> tuple[int, int] | Failure:
-        """Fetch files from the store; returns when they are there: bytes there, and of all."""
+    def kept_plan(self) -> Plan | Failure | None:
+        """The plan that this node's user keeps for the checkpoints beside this one."""
+        try:
+            return _plans.kept(describe(self._filesystem, self._path))
+        except (CkptfsError, OSError) as error:
+            return _failure(error)
+
+    def prefetch(self, wanted: Wanted) -> tuple[int, int] | Failure:
+        """Fetch from the store; returns when it is there: bytes there, and of all."""
         try:
             with _connect() as connection:
-                done = connection.prefetch(self._name, Wanted(list(globs)), _ignore)
+                done = connection.prefetch(self._name, wanted, _ignore)
         except (CkptfsError, OSError) as error:
             return _failure(error)
         if done.early_code:

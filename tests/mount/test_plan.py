@@ -2,13 +2,13 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from archives import write_safetensors
 from conftest import Node, wait_until
 from s3server import S3Server
 
@@ -17,6 +17,7 @@ import ckptfs
 pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
+MODEL = "model.safetensors"
 UriOf = Callable[[Path], str]
 RESTORE = """
 import json, os, struct, sys
@@ -30,23 +31,6 @@ with ckptfs.Checkpoint(sys.argv[1]).as_directory(plan=json.loads(sys.argv[2])) a
             start, stop = (8 + length + at for at in header[name]["data_offsets"])
             assert len(os.pread(file.fileno(), stop - start, start)) == stop - start
 """
-
-
-def save(top: Path, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file of these tensors; returns where their bytes are."""
-    top.mkdir(parents=True)
-    header, at = {}, 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-        at += size
-    raw = json.dumps(header).encode()
-    data = struct.pack("<Q", len(raw)) + raw + os.urandom(at)
-    (top / "model.safetensors").write_bytes(data)
-    base = 8 + len(raw)
-    return {
-        name: (base + each["data_offsets"][0], base + each["data_offsets"][1])
-        for name, each in header.items()
-    }
 
 
 def restore(uri: str, plan: bool | str, *names: str, rank: str = "") -> str:
@@ -73,13 +57,17 @@ def test_the_next_checkpoint_is_fetched_by_the_plan_of_the_first(
     node: Node, s3: S3Server, job: Path, uri_of: UriOf
 ) -> None:
     node.configure(linger_s=0, window_bytes_max=MIB)
-    save(job / "step1", {"a": 6 * MIB, "b": 6 * MIB, "c": 6 * MIB, "d": 12 * MIB})
+    write_safetensors(
+        job / "step1" / MODEL, {"a": 6 * MIB, "b": 6 * MIB, "c": 6 * MIB, "d": 12 * MIB}
+    )
     assert restore(uri_of(job / "step1"), True, "c", "b") == ""
     (kept,) = (node.folder / "xdg" / "ckptfs" / "plans").iterdir()
     steps = json.loads(kept.read_bytes())["steps"]
     assert [step[1] for step in steps] == ["c", "b"]
 
-    places = save(job / "step2", {"d": 12 * MIB, "c": 6 * MIB, "b": 6 * MIB, "a": 6 * MIB})
+    places = write_safetensors(
+        job / "step2" / MODEL, {"d": 12 * MIB, "c": 6 * MIB, "b": 6 * MIB, "a": 6 * MIB}
+    )
     s3.reset_traffic()
     with ckptfs.Checkpoint(uri_of(job / "step2")).as_directory(plan=True):
         expected = {
@@ -159,7 +147,7 @@ def asked(s3: S3Server) -> set[int]:
 def test_each_rank_has_its_own_part(node: Node, s3: S3Server, job: Path, uri_of: UriOf) -> None:
     node.configure(linger_s=20, window_bytes_max=MIB)
     sizes = {"a": 4 * MIB, "gap": 8 * MIB, "b": 4 * MIB, "end": 8 * MIB}
-    save(job / "step1", sizes)
+    write_safetensors(job / "step1" / MODEL, sizes)
     uri = uri_of(job / "step1")
     path = node.here("attach", uri).stdout.strip()
     restore(uri, False, "a", rank="0")
@@ -171,7 +159,7 @@ def test_each_rank_has_its_own_part(node: Node, s3: S3Server, job: Path, uri_of:
     assert "model.safetensors" in table
     node.here("detach", path)
 
-    places = save(job / "step2", sizes)
+    places = write_safetensors(job / "step2" / MODEL, sizes)
     s3.reset_traffic()
     done = node.here("plan", "apply", uri_of(job / "step2"), "--rank", "1", "--json")
     told = json.loads(done.stdout)
@@ -184,8 +172,8 @@ def test_each_rank_has_its_own_part(node: Node, s3: S3Server, job: Path, uri_of:
 def test_a_plan_can_be_a_file_or_beside_a_checkpoint(
     node: Node, job: Path, uri_of: UriOf, tmp_path: Path
 ) -> None:
-    save(job / "step1", {"a": 4 * MIB, "b": 12 * MIB})
-    save(job / "step2", {"b": 12 * MIB, "a": 4 * MIB})
+    write_safetensors(job / "step1" / MODEL, {"a": 4 * MIB, "b": 12 * MIB})
+    write_safetensors(job / "step2" / MODEL, {"b": 12 * MIB, "a": 4 * MIB})
     first, second = uri_of(job / "step1"), uri_of(job / "step2")
     path = node.here("attach", first).stdout.strip()
     assert "nothing was read yet" in refusal(node, "plan", "save", path)
@@ -219,7 +207,7 @@ def test_a_plan_can_be_made_when_the_restore_is_over(
     node: Node, job: Path, uri_of: UriOf, tmp_path: Path
 ) -> None:
     node.configure(linger_s=0)
-    save(job / "step1", {"a": 4 * MIB, "b": 12 * MIB})
+    write_safetensors(job / "step1" / MODEL, {"a": 4 * MIB, "b": 12 * MIB})
     uri, file = uri_of(job / "step1"), str(tmp_path / "plan.json")
     restore(uri, False, "a")
     wait_until(lambda: not node.status()["attachments"])
@@ -230,9 +218,9 @@ def test_a_plan_can_be_made_when_the_restore_is_over(
 
 
 def test_what_the_next_checkpoint_has_not_is_left_out(node: Node, job: Path, uri_of: UriOf) -> None:
-    save(job / "step1", {"a": 4 * MIB, "b": 4 * MIB, "c": 40 * MIB})
+    write_safetensors(job / "step1" / MODEL, {"a": 4 * MIB, "b": 4 * MIB, "c": 40 * MIB})
     restore(uri_of(job / "step1"), True, "a", "b")
-    save(job / "step2", {"a": 2 * MIB, "z": 30 * MIB})
+    write_safetensors(job / "step2" / MODEL, {"a": 2 * MIB, "z": 30 * MIB})
     assert restore(uri_of(job / "step2"), True, "a") == ""
     told = json.loads(node.here("plan", "apply", uri_of(job / "step2"), "--json").stdout)
     assert (told["bytes"], told["errors"]) == (2 * MIB, [])

@@ -22,7 +22,7 @@ from ckptfs._filelock import wait_unlocked
 from ckptfs.errors import NoDaemon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ckptfs._model.replies import AttachmentStatus, StatusReply
 
@@ -51,12 +51,13 @@ class Member:
     def __init__(self, cluster: Members, name: str, folder: Path) -> None:
         self.node = Node(folder)
         self.name = name
+        self._plans = folder / "xdg"
         self.address, self.id = cluster.ask(
             name,
             {
                 "num_cpus": 2,
                 "object_store_memory": cluster.object_store_bytes,
-                "env_vars": self.node.environment,
+                "env_vars": {**self.node.environment, "XDG_CACHE_HOME": str(self._plans)},
                 "include_dashboard": False,
             },
         )
@@ -92,6 +93,7 @@ class Member:
         """Let it be a machine that has never seen a checkpoint."""
         self.end_daemon()
         shutil.rmtree(self.node.cache_dir, ignore_errors=True)
+        shutil.rmtree(self._plans, ignore_errors=True)
 
 
 class Members:
@@ -135,6 +137,16 @@ class Members:
         with self._owner:
             self._owner.communicate()
         shutil.rmtree(self.folder)
+
+
+def on(member: Member, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function on that node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(member.id, soft=False)
+    task = ray.remote(num_cpus=0)(function)
+    return ray.get(task.options(scheduling_strategy=strategy).remote(*arguments))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ckptfs import Checkpoint, CheckpointNotFound, LocationError
 from ckptfs._model.plan import Wanted
 from ckptfs.ray._peer import Peer
 
-from .members import OBJECT_STORE_BYTES, Member, Members
+from .members import OBJECT_STORE_BYTES, Member, Members, on
 
 pytestmark = pytest.mark.mount
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
@@ -67,13 +67,6 @@ def checkpoint(bucket: Path, s3: S3Server) -> Checkpoint:
 @pytest.fixture
 def content(bucket: Path) -> dict[str, str]:
     return make(bucket / "run" / "checkpoint")
-
-
-def on(member: Member, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function on that node."""
-    strategy = NodeAffinitySchedulingStrategy(member.id, soft=False)
-    task = ray.remote(num_cpus=0)(function)
-    return ray.get(task.options(scheduling_strategy=strategy).remote(*arguments))
 
 
 def read(checkpoint: Checkpoint) -> dict[str, str]:
@@ -356,15 +349,3 @@ def test_mistakes_are_said(
         ckptfs.ray.broadcast(checkpoint, [])
     with pytest.raises(CheckpointNotFound, match="no node could attach"):
         ckptfs.ray.broadcast(checkpoint)
-
-
-def test_each_node_is_warmed_with_what_it_needs(
-    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
-) -> None:
-    wanted = {nodes[0].id: ["a.bin"], nodes[1].id: ["b.bin", "rank-1.json"]}
-    sizes = ckptfs.ray.warm(checkpoint, wanted).wait()
-    assert sizes == {
-        nodes[0].id: LARGE["a.bin"],
-        nodes[1].id: LARGE["b.bin"] + SMALL["rank-1.json"],
-    }
-    assert fetched(nodes[:2]) == list(sizes.values())

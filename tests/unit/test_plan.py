@@ -18,6 +18,7 @@ from ckptfs._model.plan import (
     Step,
     decode,
     encode,
+    joined,
     make_plan,
     match_files,
     pieces_of,
@@ -147,6 +148,28 @@ def test_a_rank_gets_its_own_and_what_is_of_nobody() -> None:
     assert [p.start for p in pieces_of(plan, 7, {0: 0}, {0: 100}, {}, MIB)] == [40]
     assert [p.start for p in pieces_of(plan, -1, {0: 0}, {0: 100}, {}, MIB)] == [0, 20, 40]
     assert plan.ranks() == [0, 1, 2]
+
+
+def test_the_plans_of_nodes_become_one() -> None:
+    one = plan_of(Step(0, "a", 0, 0, (0,)), Step(1, "", 0, 0, (0, 1)), Step(1, "b", 0, 0, ()))
+    other = plan_of(
+        Step(1, "a", 0, 0, (4,)), Step(0, "", 0, 0, (4, 5)), files=("x", "m.safetensors")
+    )
+    whole = joined([one, other])
+    assert whole.files == ["m.safetensors", "n.safetensors", "x"]
+    assert whole.steps == [
+        Step(0, "a", 0, 0, (0, 4)),
+        Step(1, "", 0, 0, (0, 1)),
+        Step(2, "", 0, 0, (4, 5)),
+        Step(1, "b", 0, 0, ()),
+    ]
+    assert joined([whole, one]) == whole
+    assert [s.tensor for s in whole.of_ranks([1, 5]).steps] == ["", "", "b"]
+    assert whole.of_ranks([9]).steps == [Step(1, "b", 0, 0, ())]
+    assert joined([]).steps == []
+    long = plan_of(*(Step(0, "", i, i + 1, ()) for i in range(STEPS_MAX)))
+    with pytest.raises(LimitExceeded, match="steps"):
+        joined([long, one])
 
 
 def test_files_may_differ_in_their_numbers() -> None:
