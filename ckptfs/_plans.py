@@ -5,6 +5,7 @@ as a file; or beside a checkpoint, as its metadata ``ckptfs.plan``.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import uuid
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ckptfs import _client
 from ckptfs._model.formats import Tensor
-from ckptfs._model.layout import tensors_of_file
+from ckptfs._model.layout import tensors_beside, tensors_of_file
 from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, decode, encode, make_plan
 from ckptfs._model.replies import Trace
@@ -104,7 +105,20 @@ def of_trace(trace: Trace, top: str) -> Plan:
     if not trace.accesses:
         raise PlanError(f"{trace.uri}: nothing was read yet; restore it first")
 
+    sizes = {file.path.encode(): file.size for file in trace.files}
+
+    @functools.cache
+    def beside(folder: str) -> dict[bytes, list[Tensor]]:
+        with contextlib.suppress(OSError):
+            return tensors_beside(
+                os.path.join(top, folder), lambda name: sizes.get(folder.encode() + name, -1)
+            )
+        return {}
+
     def tensors_of(path: str) -> list[Tensor]:
+        folder, _, name = path.rpartition("/")
+        if sharded := beside(folder and f"{folder}/").get(name.encode()):
+            return sharded
         with contextlib.suppress(OSError):
             return tensors_of_file(os.path.join(top, path))
         return []

@@ -232,8 +232,11 @@ def dcp() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         dcp.is_metadata(data[: dcp.HEAD_BYTES])
         for name, parts in dcp.parts_by_file(data, lambda _: 1 << 20, lambda: None).items():
             assert isinstance(name, bytes) and parts.stops[-1] <= 1 << 20
+        for tensors in dcp.tensors_by_file(data, lambda _: 1 << 20, lambda: None).values():
+            assert all(t.name and 0 <= t.start < t.end <= 1 << 20 for t in tensors)
 
-    return run, [pickle_metadata(items, protocol) for protocol in (2, 3, 4, 5)]
+    offsets = {0: (0, 0), 1: (5,), 2: (70_000, 1, 2)}
+    return run, [pickle_metadata(items, protocol, offsets=offsets) for protocol in (2, 3, 4, 5)]
 
 
 def metadata() -> tuple[Callable[[bytes], None], Iterable[bytes]]:

@@ -63,22 +63,41 @@ def write_torch_zip(
 
 
 def pickle_metadata(
-    items: "list[tuple[str, str, int, int]]", protocol: int = 4, planner_data: object = None
+    items: "list[tuple[str, str, int, int]]",
+    protocol: int = 4,
+    planner_data: object = None,
+    offsets: "dict[int, tuple[int, ...]] | None" = None,
 ) -> bytes:
-    """A ``.metadata`` of torch.distributed.checkpoint for items of (name, file, offset, length)."""
-    with _torch_modules() as (metadata, filesystem):
+    """A ``.metadata`` of torch.distributed.checkpoint for items of (name, file, offset, length).
+
+    `offsets`: where in its tensor an item begins, by position; the others are no tensors.
+    """
+    with _torch_modules() as (torch, metadata, filesystem):
         top = metadata.Metadata()
-        top.state_dict_metadata = {name: ("opaque", [1.5, {name: None}]) for name, *_ in items}
+        sizes = {number: torch.Size(found) for number, found in (offsets or {}).items()}
+        top.state_dict_metadata = {
+            name: ("opaque", [1.5, {name: sizes.get(number)}])
+            for number, (name, *_) in enumerate(items)
+        }
         top.planner_data = planner_data
         top.storage_data = {}
         for number, (name, path, offset, length) in enumerate(items):
             index = metadata.MetadataIndex()
-            index.fqn, index.index = name, number
+            index.fqn, index.offset, index.index = name, sizes.get(number), number
             info = filesystem._StorageInfo()
             info.relative_path, info.offset, info.length = path, offset, length
             top.storage_data[index] = info
         top.version = "1.0.0"
         return pickle.dumps(top, protocol)
+
+
+class _Size(tuple[int, ...]):
+    """What ``torch.Size`` is, and how it is pickled."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> "tuple[type[_Size], tuple[tuple[int, ...]]]":
+        return type(self), (tuple(self),)
 
 
 def write_checkpoint(folder: Path, shards: "dict[str, list[bytes]]") -> None:
@@ -96,7 +115,7 @@ def write_checkpoint(folder: Path, shards: "dict[str, list[bytes]]") -> None:
 
 
 @contextlib.contextmanager
-def _torch_modules() -> "Iterator[tuple[types.ModuleType, types.ModuleType]]":
+def _torch_modules() -> "Iterator[tuple[types.ModuleType, types.ModuleType, types.ModuleType]]":
     """Stand-ins for the modules whose classes the pickle names."""
     names = ["torch", "torch.distributed", "torch.distributed.checkpoint"]
     names += [f"{names[-1]}.metadata", f"{names[-1]}.filesystem"]
@@ -106,10 +125,11 @@ def _torch_modules() -> "Iterator[tuple[types.ModuleType, types.ModuleType]]":
     ):
         for name in classes:
             setattr(modules[module], name, type(name, (), {"__module__": module}))
+    modules["torch"].Size = type("Size", (_Size,), {"__module__": "torch", "__slots__": ()})
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(modules)
     try:
-        yield modules[names[-2]], modules[names[-1]]
+        yield modules["torch"], modules[names[-2]], modules[names[-1]]
     finally:
         for name, module in before.items():
             del sys.modules[name]

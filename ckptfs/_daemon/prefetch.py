@@ -26,9 +26,11 @@ from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import ABSENT, CachedObject, disk_bytes
 from ckptfs._daemon.fetch import Fetcher
-from ckptfs._daemon.layouts import tensors_of
+from ckptfs._daemon.layouts import of_metadata, tensors_of
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority
+from ckptfs._model import dcp
 from ckptfs._model.blocks import BLOCK_BYTES, block_length, blocks_of
 from ckptfs._model.manifest import ListedFile
 from ckptfs._model.plan import Piece, Plan, Wanted, match_files, pieces_of
@@ -52,6 +54,7 @@ _PIECE_BYTES = 16 << 20
 """Of a plan at once: what is first in it comes first."""
 _COMPARISONS_MAX = 20_000_000
 """Of globs with files: some ten seconds of a thread that nobody can stop."""
+_METADATA = dcp.NAME.decode()
 _IS_PATTERN = re.compile(r"[*?[]")
 T = TypeVar("T")
 
@@ -175,27 +178,65 @@ class Prefetch:
 
     async def _planned(self, plan: Plan, shown: list[tuple[int, ListedFile]]) -> list[Piece]:
         """The bytes that a plan names. Looks into its files first."""
-        matched = match_files(plan, {file.path: index for index, file in shown})
+        places = {file.path: index for index, file in shown}
+        matched = match_files(plan, places)
         for index in matched.values():
             self._attachment.file(index).is_planned = True
-        named = {matched[step.file] for step in plan.steps if step.tensor and step.file in matched}
+        layouts = await self._layouts(plan, matched, places)
+        listed = self._attachment.listed
+        sizes = {index: listed[index].size for index in (*matched.values(), *layouts)}
+        rank = self._wanted.rank
+        return await self._offload.compute(
+            pieces_of, plan, rank, matched, sizes, layouts, _PIECE_BYTES
+        )
+
+    async def _layouts(
+        self, plan: Plan, matched: dict[int, int], places: dict[str, int]
+    ) -> "dict[int, list[Tensor]]":
+        """What is where in the plan's files that it names tensors of, and in what is beside a
+        ``.metadata`` of torch.distributed.checkpoint that is beside one of its files."""
         layouts: dict[int, list[Tensor]] = {}
+        if not any(step.tensor for step in plan.steps):
+            return layouts
+        listed = self._attachment.listed
+        folders = {listed[index].path.rpartition("/")[0] for index in matched.values()}
+        knowing = {
+            places.get(f"{folder}/{_METADATA}" if folder else _METADATA) for folder in folders
+        }
+        named = {matched[step.file] for step in plan.steps if step.tensor and step.file in matched}
 
         async def look(todo: Iterator[int]) -> None:
             for index in todo:
                 file = self._attachment.file(index)
                 try:
                     with self._fetcher.opened(file):
-                        layouts[index] = await tensors_of(self._fetcher, self._offload, file)
+                        if index in knowing:
+                            layouts.update(await self._tensors_beside(file, places))
+                        else:
+                            layouts[index] = await tensors_of(self._fetcher, self._offload, file)
                 except CkptfsError as error:
                     self._failed(index, error)
 
-        await self._by_workers(look, iter(sorted(named)))
-        sizes = {index: self._attachment.listed[index].size for index in matched.values()}
-        rank = self._wanted.rank
-        return await self._offload.compute(
-            pieces_of, plan, rank, matched, sizes, layouts, _PIECE_BYTES
-        )
+        await self._by_workers(look, iter(sorted(knowing)))
+        await self._by_workers(look, iter(sorted(named - layouts.keys())))
+        return layouts
+
+    async def _tensors_beside(
+        self, file: RemoteFile, places: dict[str, int]
+    ) -> "dict[int, list[Tensor]]":
+        """The tensors of the files beside an open ``.metadata``, as that says."""
+        listed = self._attachment.listed
+        prefix = file.pin.path.removesuffix(_METADATA)
+
+        def place(name: bytes) -> int:
+            return places.get(prefix + name.decode(errors="replace"), -1)
+
+        def size_of(name: bytes) -> int:
+            return listed[place(name)].size if place(name) >= 0 else -1
+
+        parts = self._fetcher, self._offload
+        found = await of_metadata(*parts, file, dcp.tensors_by_file, size_of)
+        return {place(name): tensors for name, tensors in found.items()}
 
     def _within_cache(self, pieces: list[Piece]) -> Iterator[Piece]:
         """The pieces, until they are more than the cache can hold."""

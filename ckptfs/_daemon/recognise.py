@@ -17,14 +17,13 @@ What cannot be fetched or makes no sense is not asked for again before the file 
 
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.fetch import Fetcher
-from ckptfs._daemon.layouts import bytes_of
+from ckptfs._daemon.layouts import bytes_of, of_metadata
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority
@@ -43,8 +42,6 @@ _HEAD_BYTES = formats.SAFETENSORS_PREFIX_BYTES + 1
 _HOLD_S = 10.0
 """How long the beginning of the next file stays in memory where nobody opens it, if nothing else
 needs that memory. From the disk it would come back 1 MiB at a time, and be checked."""
-_PAUSE_S = 0.0005
-"""How long parsing lets go of the interpreter's lock, as often as it has held it for as long."""
 
 
 class Recogniser:
@@ -170,10 +167,9 @@ class Recogniser:
 
         found: dict[bytes, Parts] = {}
         try:
-            head = await bytes_of(self._fetcher, file, 0, min(dcp.HEAD_BYTES, metadata.size))
-            if dcp.is_metadata(b"".join(head)):
-                raw = await bytes_of(self._fetcher, file, 0, metadata.size)
-                found = await self._offload.compute(_parse_layout, raw, size_of)
+            found = await of_metadata(
+                self._fetcher, self._offload, file, dcp.parts_by_file, size_of
+            )
         finally:
             attachment.layouts[metadata.index] = found
 
@@ -188,7 +184,3 @@ class Recogniser:
         parts = await self._offload.compute(formats.zip_parts, b"".join(raw), where.start)
         if parts:
             file.learn_parts(parts)
-
-
-def _parse_layout(pieces: list[bytes], size_of: "dcp.SizeOf") -> dict[bytes, Parts]:
-    return dcp.parts_by_file(b"".join(pieces), size_of, lambda: time.sleep(_PAUSE_S))

@@ -3,14 +3,17 @@
 Such a checkpoint is a directory with the file ``.metadata``, a pickle of
 ``torch.distributed.checkpoint.metadata.Metadata``. Its ``storage_data`` is a dict whose values are
 ``torch.distributed.checkpoint.filesystem._StorageInfo`` with ``relative_path`` (a file beside it),
-``offset`` and ``length``: where in which file an item (a tensor or a piece of one) is.
+``offset`` and ``length``: where in which file an item (a tensor or a piece of one) is. Its keys are
+``torch.distributed.checkpoint.metadata.MetadataIndex`` with ``fqn``, the tensor's name, and
+``offset``, a ``torch.Size``: where in the tensor the piece begins; None for what is no tensor.
 
 A pickle is a program for a stack machine (the opcodes are documented in CPython's ``pickletools``).
 `_walk` runs it on a machine that can do nothing: no class is looked up, nothing is called, and of
-what would be built only that is kept which could belong to a `_StorageInfo`: integers, strings (as
-bytes), and the two classes' instances; everything else is None. What an instance's state would be
-is the instance itself, so no dict is built either. Nothing is copied or compared as a whole, so
-references to what was built before cost eight bytes each, however large it is.
+what would be built only that is kept which could belong to these: integers, strings (as bytes),
+sizes (as tuples, of what would be their numbers), and the classes' instances; everything else is
+None. What an instance's state would be is the instance itself, so no dict is built either. Nothing
+is copied or compared as a whole, so references to what was built before cost eight bytes each,
+however large it is.
 
 A pickle that the machine does not understand (of a protocol below 2, with persistent ids, damaged,
 or beyond the limits) says nothing: there are no parts then. Pure functions on untrusted bytes.
@@ -21,7 +24,7 @@ from typing import Any, cast
 
 import msgspec
 
-from ckptfs._model.formats import Parts, parts_of
+from ckptfs._model.formats import Parts, Tensor, parts_of
 
 SizeOf = Callable[[bytes], int]
 
@@ -38,12 +41,9 @@ _SLICE = 2048
 """Opcodes between two pauses: about a millisecond."""
 
 _MODULE = b"torch.distributed.checkpoint.metadata"
-_CLASS = b"Metadata"
 _STORAGE_DATA = b"storage_data"
-_STORAGE_CLASSES = (
-    b"torch.distributed.checkpoint.filesystem",
-    b"_StorageInfo",
-)
+_DIMENSIONS_MAX = 16
+"""Of a tensor; torch itself allows 64. Pieces of one with more are not told apart."""
 
 
 class _Item(msgspec.Struct, gc=False):
@@ -54,10 +54,30 @@ class _Item(msgspec.Struct, gc=False):
     length: int = -1
 
 
-class _Metadata(msgspec.Struct):
-    """A `Metadata`, and its state. `items`: the values of its storage data."""
+class _Index(msgspec.Struct, gc=False):
+    """A `MetadataIndex`, and its state."""
 
-    items: "list[_Item] | None" = None
+    name: bytes = b""
+    offsets: tuple[int, ...] = ()
+
+
+class _Metadata(msgspec.Struct):
+    """A `Metadata`, and its state. `items`: its storage data."""
+
+    items: "list[tuple[_Index, _Item]] | None" = None
+
+
+class _Size:
+    """``torch.Size``; an instance is a tuple here."""
+
+
+_CLASSES: dict[tuple[Any, Any], type] = {
+    (_MODULE, b"Metadata"): _Metadata,
+    (_MODULE, b"MetadataIndex"): _Index,
+    (b"torch.distributed.checkpoint.filesystem", b"_StorageInfo"): _Item,
+    (b"torch", b"Size"): _Size,
+}
+_NO_INDEX = _Index()
 
 
 def is_metadata(head: bytes) -> bool:
@@ -73,20 +93,55 @@ def parts_by_file(raw: bytes, size_of: SizeOf, pause: Callable[[], None]) -> dic
         size_of: Bytes of the file of that name beside it; -1: there is none.
         pause: Called every `_SLICE` opcodes.
     """
-    ranges: dict[bytes, set[tuple[int, int]]] = {}
-    for item in _items(raw, pause):
-        if item.offset >= 0 and item.length > 0:  # equal ones: several names of one item
-            ranges.setdefault(item.path, set()).add((item.offset, item.offset + item.length))
     found: dict[bytes, Parts] = {}
-    for path, own in ranges.items():
+    for path, own in _by_file(raw, pause).items():
         pause()
         size = size_of(path)
-        if size >= 0 and (parts := parts_of(sorted(own), 0, size)):
+        places = sorted({(start, stop) for _, start, stop in own})  # several names of one item
+        if size >= 0 and (parts := parts_of(places, 0, size)):
             found[path] = parts
     return found
 
 
-def _items(raw: bytes, pause: Callable[[], None]) -> "list[_Item]":
+def tensors_by_file(
+    raw: bytes, size_of: SizeOf, pause: Callable[[], None]
+) -> dict[bytes, list[Tensor]]:
+    """The items of each file by position, as far as they lie in it; dtype and shape are unknown.
+
+    Their names are those of the tensors; a piece that does not begin at the tensor's beginning also
+    says where it does, as in ``layers.0.weight[512,0]``. The arguments are those of
+    `parts_by_file`.
+    """
+    found: dict[bytes, list[Tensor]] = {}
+    for path, own in _by_file(raw, pause).items():
+        pause()
+        size = size_of(path)
+        tensors = [
+            Tensor(_name_of(index), "", (), start, stop)
+            for index, start, stop in own
+            if stop <= size and index.name
+        ]
+        if tensors:
+            found[path] = sorted(tensors, key=lambda tensor: (tensor.start, tensor.end))
+    return found
+
+
+def _name_of(index: _Index) -> str:
+    name = index.name.decode(errors="replace")
+    return f"{name}[{','.join(map(str, index.offsets))}]" if any(index.offsets) else name
+
+
+def _by_file(raw: bytes, pause: Callable[[], None]) -> dict[bytes, list[tuple[_Index, int, int]]]:
+    """Index, start and stop of each file's items."""
+    found: dict[bytes, list[tuple[_Index, int, int]]] = {}
+    for index, item in _items(raw, pause):
+        if item.offset >= 0 and item.length > 0:
+            own = found.setdefault(item.path, [])
+            own.append((index, item.offset, item.offset + item.length))
+    return found
+
+
+def _items(raw: bytes, pause: Callable[[], None]) -> "list[tuple[_Index, _Item]]":
     if len(raw) > BYTES_MAX or not 2 <= int.from_bytes(raw[1:2], "little") <= 5:
         return []
     try:
@@ -130,22 +185,24 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
             elif op == 0x81:  # NEWOBJ
                 del stack[-1]
                 made = stack[-1]
-                stack[-1] = made() if made is _Item or made is _Metadata else None
-            elif op == 0x62 or op == 0x52:  # BUILD, REDUCE
+                stack[-1] = made() if made is _Item or made is _Index or made is _Metadata else None
+            elif op == 0x62:  # BUILD
                 del stack[-1]
-                if op == 0x52:
-                    stack[-1] = None
+            elif op == 0x52:  # REDUCE
+                argument = stack.pop()
+                stack[-1] = argument if stack[-1] is _Size else None
             elif op == 0x86:  # TUPLE2
-                del stack[-1]
-                stack[-1] = None
+                second = stack.pop()
+                stack[-1] = (stack[-1], second) if stack[-2] is _Size else None
             elif op == 0x75:  # SETITEMS
                 mark = marks.pop()
                 _set_items(stack[mark - 1], stack, mark)
                 del stack[mark:]
             elif op == 0x7D:  # EMPTY_DICT
                 stack.append(_dict_after(stack[-1]) if stack else None)
-            elif op == 0x85:  # TUPLE1
-                stack[-1] = None
+            elif op == 0x85:  # TUPLE1: of a size, or the arguments of `_Size`
+                if type(stack[-1]) is not tuple:
+                    stack[-1] = (stack[-1],) if stack[-2] is _Size else None
             elif op == 0x4D:  # BININT2
                 stack.append(int.from_bytes(raw[at : at + 2], "little"))
                 at += 2
@@ -161,8 +218,10 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
                 stack.append(int.from_bytes(raw[at : at + raw[at - 1]], "little", signed=True))
                 at += raw[at - 1]
             elif op == 0x74:  # TUPLE
-                del stack[marks.pop() :]
-                stack.append(None)
+                mark = marks.pop()
+                made = tuple(stack[mark:]) if mark and stack[mark - 1] is _Size else None
+                del stack[mark:]
+                stack.append(made)
             elif op == 0x61 or op == 0x30:  # APPEND, POP
                 del stack[-1]
             elif op == 0x65 or op == 0x90 or op == 0x31:  # APPENDS, ADDITEMS, POP_MARK
@@ -191,8 +250,9 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
                 stack.append(raw[at : at + length] if is_text else None)
                 at += length
             elif op == 0x87:  # TUPLE3
+                made = tuple(stack[-3:]) if stack[-4] is _Size else None
                 del stack[-2:]
-                stack[-1] = None
+                stack[-1] = made
             elif op == 0x47:  # BINFLOAT
                 stack.append(None)
                 at += 8
@@ -227,34 +287,54 @@ _COUNTED = {
 
 
 def _class_of(module: Any, name: Any) -> Any:
-    if module == _MODULE and name == _CLASS:
-        return _Metadata
-    return _Item if (module, name) == _STORAGE_CLASSES else None
+    if type(module) is bytes and type(name) is bytes:
+        return _CLASSES.get((module, name))
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    if type(value) is not tuple:
+        return False
+    numbers = cast("tuple[Any, ...]", value)
+    return len(numbers) <= _DIMENSIONS_MAX and all(
+        type(number) is int and 0 <= number < 1 << 63 for number in numbers
+    )
 
 
 def _dict_after(below: Any) -> Any:
     """What stands for a new dict, by what is below it on the stack: an instance's state for the
     instance, the storage data for a list of items."""
-    if type(below) is _Item or type(below) is _Metadata:
+    if type(below) is _Item or type(below) is _Index or type(below) is _Metadata:
         return below
-    return list[_Item]() if below == _STORAGE_DATA else None
+    return list[tuple[_Index, _Item]]() if below == _STORAGE_DATA else None
 
 
 def _set_items(target: Any, stack: list[Any], start: int) -> None:
     """Take in the keys and values on the stack from `start` on."""
+    pairs = zip(stack[start::2], stack[start + 1 :: 2], strict=False)
     if type(target) is list:
-        items = cast("list[_Item]", target)
-        items.extend(value for value in stack[start + 1 :: 2] if type(value) is _Item)
+        items = cast("list[tuple[_Index, _Item]]", target)
+        items.extend(
+            (key if type(key) is _Index else _NO_INDEX, value)
+            for key, value in pairs
+            if type(value) is _Item
+        )
     elif type(target) is _Item:
-        for key, value in zip(stack[start::2], stack[start + 1 :: 2], strict=False):
+        for key, value in pairs:
             if key == b"relative_path" and type(value) is bytes:
                 target.path = value
             elif key == b"offset" and type(value) is int:
                 target.offset = value
             elif key == b"length" and type(value) is int:
                 target.length = value
+    elif type(target) is _Index:
+        for key, value in pairs:
+            if key == b"fqn" and type(value) is bytes:
+                target.name = value
+            elif key == b"offset" and _is_size(value):
+                target.offsets = value
     elif type(target) is _Metadata:
-        for key, value in zip(stack[start::2], stack[start + 1 :: 2], strict=False):
+        for key, value in pairs:
             if key == _STORAGE_DATA and type(value) is list:
                 target.items = value
 

@@ -4,10 +4,11 @@
 file (`tensors_of_file`) as well as the daemon. The bytes are untrusted.
 """
 
+import os
 from collections.abc import Generator
 from typing import BinaryIO
 
-from ckptfs._model import formats
+from ckptfs._model import dcp, formats
 from ckptfs._model.formats import Tensor
 
 Layout = Generator[tuple[int, int], bytes, list[Tensor]]
@@ -39,6 +40,20 @@ def tensors_of_file(path: str) -> list[Tensor]:
     """The tensors of that file. Raises OSError."""
     with open(path, "rb") as file:
         return _read(file)
+
+
+def tensors_beside(folder: str, size_of: dcp.SizeOf) -> dict[bytes, list[Tensor]]:
+    """The tensors of the files in a folder, if that is a sharded checkpoint of
+    torch.distributed.checkpoint, whose ``.metadata`` knows them; see `dcp.tensors_by_file`.
+
+    Raises OSError, also where there is no such file.
+    """
+    with open(os.path.join(folder, os.fsdecode(dcp.NAME)), "rb") as file:
+        raw = file.read(dcp.HEAD_BYTES)
+        if not dcp.is_metadata(raw):
+            return {}
+        raw += file.read(dcp.BYTES_MAX)
+    return dcp.tensors_by_file(raw, size_of, lambda: None)
 
 
 def _read(file: BinaryIO) -> list[Tensor]:

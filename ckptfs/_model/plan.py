@@ -25,7 +25,8 @@ _WHOLE_SHARE = 0.98
 _NOISE_BYTES = 2 << 20
 """How far the kernel reads beyond what a program has asked for: seen with a readahead of 1 MiB."""
 
-_Name = Annotated[str, msgspec.Meta(max_length=4096)]
+_NAME_LENGTH_MAX = 4096
+_Name = Annotated[str, msgspec.Meta(max_length=_NAME_LENGTH_MAX)]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -179,7 +180,7 @@ def make_plan(
     for (index, rank), own in by_use.items():
         path, size = files[index]
         if index not in layouts:
-            layouts[index] = tensors_of(path)
+            layouts[index] = [t for t in tensors_of(path) if 0 < len(t.name) <= _NAME_LENGTH_MAX]
         use = Reads(own)
         for at_s, tensor, start, stop in _steps_of(use, size, layouts[index]):
             first_s, ranks = found.setdefault((index, tensor, start, stop), (at_s, set()))

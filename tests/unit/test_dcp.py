@@ -26,6 +26,12 @@ def parts_of(raw: bytes, size: int = 3 * LENGTH) -> dict[bytes, Parts]:
     return dcp.parts_by_file(raw, lambda name: size, lambda: None)
 
 
+def tensors_of(raw: bytes, sizes: dict[bytes, int]) -> dict[bytes, list[tuple[str, int, int]]]:
+    """Names and places of the tensors in files of these sizes."""
+    found = dcp.tensors_by_file(raw, lambda name: sizes.get(name, -1), lambda: None)
+    return {path: [(t.name, t.start, t.end) for t in tensors] for path, tensors in found.items()}
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_items_become_the_parts_of_their_files(protocol: int) -> None:
     raw = pickle_metadata(ITEMS, protocol)
@@ -41,6 +47,49 @@ def test_what_torch_wrote_is_understood() -> None:
     assert dcp.is_metadata(raw[: dcp.HEAD_BYTES])
     parts = Parts((0, 402_838, 808_383), (402_838, 808_383, REAL_BYTES))
     assert parts_of(raw, REAL_BYTES) == {b"__0_0.distcp": parts}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_tensors_are_known_by_their_names_and_where_their_pieces_begin(protocol: int) -> None:
+    items = [
+        ("whole", "__0_0.distcp", 0, 10),
+        ("split", "__1_0.distcp", 50, 7),
+        ("split", "__1_0.distcp", 0, 50),
+        ("cube", "__0_0.distcp", 10, 5),
+        ("row", "__0_0.distcp", 20, 5),
+        ("many", "__0_0.distcp", 30, 5),
+        ("scalar", "__0_0.distcp", 25, 5),
+        ("step", "__0_0.distcp", 15, 5),
+        ("", "__0_0.distcp", 15, 5),
+        ("beyond", "__0_0.distcp", 90, 50),
+        ("elsewhere", "gone.distcp", 0, 5),
+    ]
+    offsets = {0: (0, 0), 1: (512, 0), 2: (0, 0), 3: (1, 2, 3), 4: (70_000,), 6: ()}
+    offsets[5] = (1, 0, 0, 0, 2**40)
+    raw = pickle_metadata(items, protocol, offsets=offsets)
+    for same in (raw, pickletools.optimize(raw)):
+        assert tensors_of(same, {b"__0_0.distcp": 100, b"__1_0.distcp": 57}) == {
+            b"__0_0.distcp": [
+                ("whole", 0, 10),
+                ("cube[1,2,3]", 10, 15),
+                ("step", 15, 20),
+                ("row[70000]", 20, 25),
+                ("scalar", 25, 30),
+                ("many[1,0,0,0,1099511627776]", 30, 35),
+            ],
+            b"__1_0.distcp": [("split", 0, 50), ("split[512,0]", 50, 57)],
+        }
+
+
+def test_tensors_that_torch_wrote_have_their_names() -> None:
+    (found,) = tensors_of(REAL.read_bytes(), {b"__0_0.distcp": REAL_BYTES}).values()
+    assert found == []
+
+
+@pytest.mark.parametrize("odd", [(2**63,), (1,) * 17, ("x",), ((1,),), (None,), (-1, 2)])
+def test_what_is_no_place_in_a_tensor_is_left_out(odd: "tuple[int, ...]") -> None:
+    raw = pickle_metadata([("odd", "f", 0, 5)], offsets={0: odd})
+    assert tensors_of(raw, {b"f": 5}) == {b"f": [("odd", 0, 5)]}
 
 
 def test_items_of_one_place_are_one_part() -> None:
@@ -115,6 +164,7 @@ opcodes = st.sampled_from([op.code.encode("latin-1") for op in pickletools.opcod
 def test_any_bytes_are_harmless(raw: bytes) -> None:
     assert parts_of(b"\x80\x04" + raw) == {}
     parts_of(raw)
+    assert tensors_of(b"\x80\x04" + raw, {}) == {}
 
 
 @given(st.data())
@@ -127,3 +177,5 @@ def test_a_damaged_pickle_is_harmless(data: st.DataObject) -> None:
         assert list(parts.starts) == sorted(parts.starts)
         assert all(0 <= a < b <= REAL_BYTES for a, b in zip(parts.starts, parts.stops, strict=True))
         assert all(a <= b for a, b in zip(parts.stops, parts.starts[1:], strict=False))
+    for tensors in tensors_of(bytes(raw), {b"__0_0.distcp": REAL_BYTES}).values():
+        assert all(name and 0 <= start < end <= REAL_BYTES for name, start, end in tensors)
