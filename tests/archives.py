@@ -100,18 +100,32 @@ class _Size(tuple[int, ...]):
         return type(self), (tuple(self),)
 
 
-def write_checkpoint(folder: Path, shards: "dict[str, list[bytes]]") -> None:
-    """Write a sharded checkpoint: `shards` has each file's items, which follow each other."""
-    folder.mkdir(exist_ok=True)
-    items: list[tuple[str, str, int, int]] = []
+def write_checkpoint(
+    folder: Path,
+    shards: "dict[str, list[bytes]]",
+    pieces: "list[tuple[str, tuple[int, ...]]] | None" = None,
+) -> "list[tuple[str, int, int]]":
+    """Write a sharded checkpoint; returns each item's file, begin and end.
+
+    Args:
+        folder: Where.
+        shards: Each file's items, which follow each other.
+        pieces: The tensor that each item is of, and where in it that begins.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    places: list[tuple[str, int, int]] = []
     for name, contents in shards.items():
         (folder / name).write_bytes(b"".join(contents))
         ends = list(itertools.accumulate(map(len, contents)))
-        items += [
-            (f"{name}.{number}", name, end - len(data), len(data))
-            for number, (end, data) in enumerate(zip(ends, contents, strict=True))
-        ]
-    (folder / ".metadata").write_bytes(pickle_metadata(items))
+        places += [(name, end - len(data), end) for end, data in zip(ends, contents, strict=True)]
+    names = [name for name, _ in pieces or []] or [f"item.{n}" for n in range(len(places))]
+    items = [
+        (name, file, start, end - start)
+        for name, (file, start, end) in zip(names, places, strict=True)
+    ]
+    offsets = {number: begin for number, (_, begin) in enumerate(pieces or [])}
+    (folder / ".metadata").write_bytes(pickle_metadata(items, offsets=offsets))
+    return places
 
 
 @contextlib.contextmanager

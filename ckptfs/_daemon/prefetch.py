@@ -186,9 +186,12 @@ class Prefetch:
         listed = self._attachment.listed
         sizes = {index: listed[index].size for index in (*matched.values(), *layouts)}
         rank = self._wanted.rank
-        return await self._offload.compute(
+        pieces = await self._offload.compute(
             pieces_of, plan, rank, matched, sizes, layouts, _PIECE_BYTES
         )
+        for index in {piece.file for piece in pieces}:  # tensors may be in others than before
+            self._attachment.file(index).is_planned = True
+        return pieces
 
     async def _layouts(
         self, plan: Plan, matched: dict[int, int], places: dict[str, int]
@@ -199,10 +202,8 @@ class Prefetch:
         if not any(step.tensor for step in plan.steps):
             return layouts
         listed = self._attachment.listed
-        folders = {listed[index].path.rpartition("/")[0] for index in matched.values()}
-        knowing = {
-            places.get(f"{folder}/{_METADATA}" if folder else _METADATA) for folder in folders
-        }
+        folders = {"".join(listed[i].path.rpartition("/")[:2]) for i in matched.values()}
+        knowing = {places[path] for folder in folders if (path := folder + _METADATA) in places}
         named = {matched[step.file] for step in plan.steps if step.tensor and step.file in matched}
 
         async def look(todo: Iterator[int]) -> None:

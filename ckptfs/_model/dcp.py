@@ -193,16 +193,15 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
                 stack[-1] = argument if stack[-1] is _Size else None
             elif op == 0x86:  # TUPLE2
                 second = stack.pop()
-                stack[-1] = (stack[-1], second) if stack[-2] is _Size else None
+                stack[-1] = _tuple(stack[-1], second) if stack[-2] is _Size else None
             elif op == 0x75:  # SETITEMS
                 mark = marks.pop()
                 _set_items(stack[mark - 1], stack, mark)
                 del stack[mark:]
             elif op == 0x7D:  # EMPTY_DICT
                 stack.append(_dict_after(stack[-1]) if stack else None)
-            elif op == 0x85:  # TUPLE1: of a size, or the arguments of `_Size`
-                if type(stack[-1]) is not tuple:
-                    stack[-1] = (stack[-1],) if stack[-2] is _Size else None
+            elif op == 0x85:  # TUPLE1
+                stack[-1] = _tuple(stack[-1]) if stack[-2] is _Size else None
             elif op == 0x4D:  # BININT2
                 stack.append(int.from_bytes(raw[at : at + 2], "little"))
                 at += 2
@@ -219,7 +218,7 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
                 at += raw[at - 1]
             elif op == 0x74:  # TUPLE
                 mark = marks.pop()
-                made = tuple(stack[mark:]) if mark and stack[mark - 1] is _Size else None
+                made = _tuple(*stack[mark:]) if mark and stack[mark - 1] is _Size else None
                 del stack[mark:]
                 stack.append(made)
             elif op == 0x61 or op == 0x30:  # APPEND, POP
@@ -250,7 +249,7 @@ def _walk(raw: bytes, pause: Callable[[], None]) -> Any:
                 stack.append(raw[at : at + length] if is_text else None)
                 at += length
             elif op == 0x87:  # TUPLE3
-                made = tuple(stack[-3:]) if stack[-4] is _Size else None
+                made = _tuple(*stack[-3:]) if stack[-4] is _Size else None
                 del stack[-2:]
                 stack[-1] = made
             elif op == 0x47:  # BINFLOAT
@@ -290,6 +289,12 @@ def _class_of(module: Any, name: Any) -> Any:
     if type(module) is bytes and type(name) is bytes:
         return _CLASSES.get((module, name))
     return None
+
+
+def _tuple(*items: Any) -> Any:
+    """What stands for a tuple behind `_Size`: its numbers, or what it is called with, which stands
+    for the same."""
+    return items[0] if len(items) == 1 and type(items[0]) is tuple else items
 
 
 def _is_size(value: Any) -> bool:

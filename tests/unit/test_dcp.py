@@ -17,6 +17,9 @@ REAL = Path(__file__).parents[1] / "data" / "torch-2.13-checkpoint.metadata"
 """What `torch.distributed.checkpoint.save` of torch 2.13 wrote for an integer (1,261 bytes of
 `__0_0.distcp`), three tensors (401,577, 405,545 and 409,577) and a small one (1,577)."""
 REAL_BYTES = 1_219_537
+SHARDED = REAL.with_name("torch-2.13-sharded.metadata")
+"""The same of two ranks: DTensors sharded by rows and by columns, and a replicated one, a scalar, a
+tensor in a list, an integer."""
 LENGTH = 3 * PART_BYTES_MIN
 ITEMS = [(f"layer.{i}", f"__{i % 2}_0.distcp", i // 2 * LENGTH, LENGTH) for i in range(6)]
 
@@ -82,11 +85,22 @@ def test_tensors_are_known_by_their_names_and_where_their_pieces_begin(protocol:
 
 
 def test_tensors_that_torch_wrote_have_their_names() -> None:
-    (found,) = tensors_of(REAL.read_bytes(), {b"__0_0.distcp": REAL_BYTES}).values()
-    assert found == []
+    assert tensors_of(
+        SHARDED.read_bytes(), {b"__0_0.distcp": 643_154, b"__1_0.distcp": 649_402}
+    ) == {
+        b"__0_0.distcp": [("model.w", 0, 601_577), ("model.v", 601_577, 643_154)],
+        b"__1_0.distcp": [
+            ("step", 0, 1261),
+            ("model.w[500,0]", 1261, 602_838),
+            ("model.v[0,200]", 602_838, 644_415),
+            ("model.r", 644_415, 646_248),
+            ("model.s", 646_248, 647_825),
+            ("opt.state.0", 647_825, 649_402),
+        ],
+    }
 
 
-@pytest.mark.parametrize("odd", [(2**63,), (1,) * 17, ("x",), ((1,),), (None,), (-1, 2)])
+@pytest.mark.parametrize("odd", [(2**63,), (1,) * 17, ("x",), ((1,), 2), (None,), (-1, 2)])
 def test_what_is_no_place_in_a_tensor_is_left_out(odd: "tuple[int, ...]") -> None:
     raw = pickle_metadata([("odd", "f", 0, 5)], offsets={0: odd})
     assert tensors_of(raw, {b"f": 5}) == {b"f": [("odd", 0, 5)]}
@@ -169,7 +183,8 @@ def test_any_bytes_are_harmless(raw: bytes) -> None:
 
 @given(st.data())
 def test_a_damaged_pickle_is_harmless(data: st.DataObject) -> None:
-    raw = bytearray(data.draw(st.sampled_from([REAL.read_bytes(), pickle_metadata(ITEMS)])))
+    seeds = [REAL.read_bytes(), SHARDED.read_bytes(), pickle_metadata(ITEMS)]
+    raw = bytearray(data.draw(st.sampled_from(seeds)))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(raw) - 1))
         raw[at : at + data.draw(st.integers(0, 3))] = data.draw(opcodes | st.binary(max_size=3))
