@@ -140,6 +140,7 @@ class Activity:
             place.
         retries: Attempts that were made after one which had failed.
         failures: Attempts to fetch that failed, by the error's code.
+        taken_bytes: That came from other nodes; `given_bytes`: that were given to them.
     """
 
     def __init__(self) -> None:
@@ -148,6 +149,7 @@ class Activity:
         self.in_flight = self.queued = 0
         self.retries = 0
         self.failures: Counter[str] = Counter()
+        self.taken_bytes = self.given_bytes = 0
         self._by_pid: dict[int, Usage] = {}
         self._all = Activities()
         self._is_begun = False
@@ -256,6 +258,16 @@ class Activity:
         self.failures[error.code] += 1
         self._all.failures[error.code] += 1
 
+    def took(self, length: int) -> None:
+        """Bytes have come from another node."""
+        self.taken_bytes += length
+        self._all.taken_bytes += length
+
+    def gave(self, length: int) -> None:
+        """Bytes were given to a client that takes them to another node."""
+        self.given_bytes += length
+        self._all.given_bytes += length
+
     def _usage_of(self, pid: int) -> Usage:
         known = self._by_pid.get(pid)
         if known is not None and (known.handles or known.waiting):
@@ -298,7 +310,8 @@ class Activities:
         ended: What was read of those that are not attached any more; `ended_unnamed`: of those
             that had no label of their own.
         records: How many processes are counted by themselves.
-        retries, failures: As those of an `Activity`, of all that there ever were.
+        retries, failures, taken_bytes, given_bytes: As those of an `Activity`, of all that there
+            ever were.
     """
 
     def __init__(self, on_new: Callable[[Usage], None] = lambda usage: None) -> None:
@@ -309,6 +322,7 @@ class Activities:
         self.records = 0
         self.retries = 0
         self.failures: Counter[str] = Counter()
+        self.taken_bytes = self.given_bytes = 0
 
     def sample(self, now_s: float) -> None:
         """See `Activity.sample`."""

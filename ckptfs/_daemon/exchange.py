@@ -24,7 +24,6 @@ can hold: the rest would push out what came first.
 import fcntl
 import logging
 import os
-import weakref
 
 from ckptfs._daemon import cachedir
 from ckptfs._daemon.attachment import Attachment
@@ -52,7 +51,6 @@ class Exchange:
     def __init__(self, fetcher: Fetcher, cache: Cache) -> None:
         self._fetcher = fetcher
         self._cache = cache
-        self._taken: weakref.WeakKeyDictionary[Attachment, int] = weakref.WeakKeyDictionary()
 
     async def give(self, attachment: Attachment, request: GiveBlocks, memfd: int) -> Given:
         """Write blocks into `memfd`, fetched where they are not here.
@@ -76,6 +74,7 @@ class Exchange:
                 at += length
             if file.entry.about.etag != about.etag:
                 raise ObjectChanged(f"{file.name} was written again while it was given")
+            file.activity.gave(at - request.at)
             return Given(etag=about.etag, sums=sums)
 
     async def take(self, attachment: Attachment, request: TakeBlocks, memfd: int) -> Taken:
@@ -99,11 +98,11 @@ class Exchange:
             about = file.entry.about
             brought = _Brought(file.name, memfd, request, about)
             taken = await self._fetcher.take_in(file, blocks, brought.fill)
-        self._taken[attachment] = self._taken.get(attachment, 0) + taken
         return Taken(taken=taken, had=length - taken)
 
     def _check_room(self, attachment: Attachment, length: int) -> None:
-        if self._taken.get(attachment, 0) + disk_bytes(length) > self._cache.capacity_bytes():
+        taken_bytes = attachment.activity.taken_bytes
+        if taken_bytes + disk_bytes(length) > self._cache.capacity_bytes():
             raise LimitExceeded(
                 f"{attachment.location.uri}: the cache can hold no more of what other nodes bring; "
                 "give it more room (cache_bytes_max, cache_free_share_min)"

@@ -132,6 +132,8 @@ class Exporter:
         activities = self._attachments.activities
         found.add("fetched_bytes", now.fetched_bytes)
         found.add("fetched_spans", now.fetched_spans)
+        found.add("taken_bytes", activities.taken_bytes)
+        found.add("given_bytes", activities.given_bytes)
         found.add("fetch_retries", activities.retries)
         found.add("hedged_requests", now.hedged)
         found.add("fetch_failures", {(code,): n for code, n in activities.failures.items()})

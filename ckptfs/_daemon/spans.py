@@ -241,6 +241,7 @@ class Spans:
             fill_span = functools.partial(fill, span.blocks.start)
             got = await self._transfers.bring(fill_span, span.length, ticket)
             self._arrived(span, got)
+            span.file.activity.took(span.length)
             with trio.CancelScope(shield=True):
                 await self._storing.store(entry, span.blocks, got.buffer)
         finally:

@@ -85,6 +85,8 @@ class Reporter:
             cache_bytes_max=self._config.cache_bytes_max,
             fetched_bytes=self._fetcher.fetched_bytes,
             fetched_spans=self._fetcher.fetched_spans,
+            taken_bytes=self._attachments.activities.taken_bytes,
+            given_bytes=self._attachments.activities.given_bytes,
             passthrough=self._passthrough,
             restarts=self._handoff.restarts,
             attachments=told,

@@ -294,7 +294,8 @@ def _class_of(module: Any, name: Any) -> Any:
 def _tuple(*items: Any) -> Any:
     """What stands for a tuple behind `_Size`: its numbers, or what it is called with, which stands
     for the same."""
-    return items[0] if len(items) == 1 and type(items[0]) is tuple else items
+    is_argument = len(items) == 1 and isinstance(items[0], tuple)
+    return cast("Any", items[0]) if is_argument else items
 
 
 def _is_size(value: Any) -> bool:

@@ -66,6 +66,10 @@ _NODE = (
     Metric("reads_waiting", "gauge", "Reads that wait now, for the store or the disk."),
     Metric("fetched_bytes", "counter", "Bytes that came from stores and could be used."),
     Metric("fetched_spans", "counter", "Requests for data in which they came."),
+    Metric(
+        "taken_bytes", "counter", "Bytes that came from other nodes, by `ckptfs.ray.broadcast`."
+    ),
+    Metric("given_bytes", "counter", "Bytes that were given to other nodes so."),
     Metric("fetch_retries", "counter", "Attempts to fetch after one that had failed."),
     Metric("hedged_requests", "counter", "Second requests, because the first one took long."),
     Metric("fetch_failures", "counter", "Attempts to fetch that failed.", ("error",)),

@@ -243,7 +243,8 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReply(Message, frozen=True, tag="status-reply"):
-    """Reply to `Status`. Sizes in bytes; the two counters run since the daemon started.
+    """Reply to `Status`. Sizes in bytes; what is fetched from stores, taken from other nodes and
+    given to them is counted since the daemon started.
     `restarts`: how many daemons have served the mount before this one.
     `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself.
     `left_out`: attachments for which a message has no room."""
@@ -256,6 +257,8 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     cache_bytes_max: int
     fetched_bytes: int
     fetched_spans: int
+    taken_bytes: int
+    given_bytes: int
     passthrough: str
     restarts: int
     attachments: list[AttachmentStatus]

@@ -104,6 +104,9 @@ def status(as_json: output.JsonOption = False) -> None:
     print(f"ckptfs {reply.version}, pid {reply.pid}{restarts}, mounted on {reply.mount}")
     print(f"cache {reply.cache_dir}: {output.size(reply.cache_bytes)}{limit}")
     print(f"fetched {output.size(reply.fetched_bytes)} in {reply.fetched_spans} requests")
+    if reply.taken_bytes or reply.given_bytes:
+        taken, given = output.size(reply.taken_bytes), output.size(reply.given_bytes)
+        print(f"{taken} came from other nodes, {given} were given to them")
     print(f"passthrough {reply.passthrough}")
     if not reply.attachments:
         print("no checkpoint is attached")

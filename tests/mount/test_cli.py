@@ -24,7 +24,16 @@ ATTACHMENT_FIELDS = {
 }
 STATUS_FIELDS = {
     *("version", "pid", "mount", "cache_dir", "cache_bytes", "cache_bytes_max"),
-    *("fetched_bytes", "fetched_spans", "passthrough", "restarts", "attachments", "left_out"),
+    *(
+        "fetched_bytes",
+        "fetched_spans",
+        "taken_bytes",
+        "given_bytes",
+        "passthrough",
+        "restarts",
+        "attachments",
+        "left_out",
+    ),
 }
 
 

@@ -96,6 +96,11 @@ def test_each_byte_comes_from_the_store_once_for_three_nodes(
     assert sum(part.read for part in parts) == size
     assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
     assert sum(fetched(nodes)) == size
+    told = [member.status() for member in nodes]
+    assert (
+        sum(status.taken_bytes for status in told) == sum(part.taken for part in parts) == 2 * size
+    )
+    assert size <= sum(status.given_bytes for status in told) <= 2 * size
     assert s3.traffic().bytes_to_client <= 1.05 * size
 
     # A machine that takes the place of one gets everything from the others.

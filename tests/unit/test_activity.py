@@ -107,6 +107,8 @@ def test_what_has_ended_is_still_known_of_the_node() -> None:
         read(activity.opened(7), 100)
         activity.failed(StoreTimeout("x"))
         activity.retried()
+        activity.took(50)
+        activity.gave(60)
         assert activities.total().read_bytes == 100 * (number + 1)
         activity.end()
         activity.end()
@@ -115,6 +117,8 @@ def test_what_has_ended_is_still_known_of_the_node() -> None:
     assert activities.begun == []
     assert activities.failures == {"store-timeout": 6}
     assert activities.retries == 3
+    assert (activities.taken_bytes, activities.given_bytes) == (150, 180)
+    assert (activity.taken_bytes, activity.given_bytes) == (50, 60)
 
 
 def test_a_hundred_have_a_label_of_their_own() -> None:

@@ -117,7 +117,11 @@ async def test_blocks_cross_the_network_once_for_two_nodes(
     assert [(call.offset, call.length) for call in fetched] == [(0, MIB)]
     status = await taker.ask(Status())
     assert isinstance(status, StatusReply)
-    assert status.fetched_bytes == MIB
+    assert (status.fetched_bytes, status.taken_bytes, status.given_bytes) == (MIB, 4 * MIB + 7, 0)
+    status = await giver.ask(Status())
+    assert isinstance(status, StatusReply)
+    assert (status.fetched_bytes, status.taken_bytes) == (4 * MIB + 7, 0)
+    assert status.given_bytes == 4 * MIB + 7
     await taker.quiet()
 
 
@@ -159,6 +163,7 @@ async def test_damaged_blocks_are_refused_and_fetched(
     assert sum(call.length for call in store.reads()[before:]) == len(DATA)
     attachment = next(iter(taker.server.service.attachments))
     assert attachment.error == ""
+    assert attachment.activity.taken_bytes == 0
     await taker.quiet()
 
 
