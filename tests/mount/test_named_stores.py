@@ -266,64 +266,68 @@ def server_with(root: Path, secret_key: str) -> Iterator[S3Server]:
         yield server
 
 
-def test_keys_that_are_changed_while_somebody_reads(
-    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server that has other keys from some moment on, and a file that is rewritten."""
-    checkpoint = tmp_path / "objects" / "bucket" / "checkpoint"
-    checkpoint.mkdir(parents=True)
-    content = os.urandom(6 << 20)
-    (checkpoint / "weights.bin").write_bytes(content)
-    with (
-        server_with(tmp_path / "objects", "first") as first,
-        server_with(tmp_path / "objects", "second") as second,
-        Forwarder(first.endpoint) as forwarder,
-    ):
-        keys = key_file(node, first)
-        source = f'{{ file = "{keys}" }}'
-        configure(node, store_toml("s3://bucket", forwarder.endpoint, source), window_bytes_max=0)
-        path = Path(node.here("attach", "prod:checkpoint").stdout.strip(), "weights.bin")
-        with path.open("rb", buffering=0) as file:
-            assert os.pread(file.fileno(), 1 << 20, 0) == content[: 1 << 20]
-            node.wait_quiet()
-            forwarder.cut()
-            forwarder.redirect(second.endpoint)
-            forwarder.restore()
-            node.expected_in_log += ["access denied"]
-            with pytest.raises(PermissionError):
-                os.pread(file.fileno(), 4096, 5 << 20)
-            key_file(node, second)
-            assert os.pread(file.fileno(), 1 << 20, 5 << 20) == content[5 << 20 :]
-        assert path.read_bytes() == content
+class Changing:
+    """A store whose server has other keys from some moment on, and a checkpoint that is read."""
+
+    def __init__(self, node: Node, root: Path, stack: contextlib.ExitStack) -> None:
+        self._node = node
+        self._stack = stack
+        self.content = os.urandom(6 << 20)
+        checkpoint = root / "bucket" / "checkpoint"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights.bin").write_bytes(self.content)
+        self.first = stack.enter_context(server_with(root, "first"))
+        self.second = stack.enter_context(server_with(root, "second"))
+        self._forwarder = stack.enter_context(Forwarder(self.first.endpoint))
+
+    def open(self, source: str) -> int:
+        """Attach it with credentials from there, and read the beginning; the open file."""
+        store = store_toml("s3://bucket", self._forwarder.endpoint, source)
+        configure(self._node, store, window_bytes_max=0)
+        top = self._node.here("attach", "prod:checkpoint").stdout.strip()
+        file = os.open(f"{top}/weights.bin", os.O_RDONLY)
+        self._stack.callback(os.close, file)
+        assert os.pread(file, 1 << 20, 0) == self.content[: 1 << 20]
+        return file
+
+    def change(self) -> None:
+        """From now on the server has the second keys."""
+        self._node.wait_quiet()
+        self._forwarder.cut()
+        self._forwarder.redirect(self.second.endpoint)
+        self._forwarder.restore()
+
+
+@pytest.fixture
+def changing(node: Node, tmp_path: Path) -> Iterator[Changing]:
+    with contextlib.ExitStack() as stack:
+        yield Changing(node, tmp_path / "objects", stack)
+
+
+def test_keys_that_are_changed_while_somebody_reads(node: Node, changing: Changing) -> None:
+    """The file with the keys is rewritten later."""
+    file = changing.open(f'{{ file = "{key_file(node, changing.first)}" }}')
+    changing.change()
+    node.expected_in_log += ["access denied"]
+    with pytest.raises(PermissionError):
+        os.pread(file, 4096, 5 << 20)
+    key_file(node, changing.second)
+    assert os.pread(file, 1 << 20, 5 << 20) == changing.content[5 << 20 :]
+    assert os.pread(file, 6 << 20, 0) == changing.content
 
 
 def test_a_profile_whose_keys_have_expired_is_read_anew(
-    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: Node, changing: Changing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a tool that writes new session keys into AWS's own file."""
-    checkpoint = tmp_path / "objects" / "bucket" / "checkpoint"
-    checkpoint.mkdir(parents=True)
-    content = os.urandom(6 << 20)
-    (checkpoint / "weights.bin").write_bytes(content)
-    with (
-        server_with(tmp_path / "objects", "first") as first,
-        server_with(tmp_path / "objects", "second") as second,
-        Forwarder(first.endpoint) as forwarder,
-    ):
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(key_file(node, first)))
-        source = '{ profile = "default" }'
-        configure(node, store_toml("s3://bucket", forwarder.endpoint, source), window_bytes_max=0)
-        path = Path(node.here("attach", "prod:checkpoint").stdout.strip(), "weights.bin")
-        with path.open("rb", buffering=0) as file:
-            assert os.pread(file.fileno(), 1 << 20, 0) == content[: 1 << 20]
-            key_file(node, second)
-            node.wait_quiet()
-            node.expected_in_log += ["cannot reach the store"]
-            forwarder.cut()
-            forwarder.redirect(second.endpoint)
-            forwarder.restore()
-            ended = [os.pread(file.fileno(), 1 << 20, at << 20) for at in (5, 2, 3)]
-            assert ended == [content[at << 20 : (at + 1) << 20] for at in (5, 2, 3)]
+    keys = key_file(node, changing.first)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    file = changing.open('{ profile = "default" }')
+    key_file(node, changing.second)
+    node.expected_in_log += ["cannot reach the store"]
+    changing.change()
+    ended = [os.pread(file, 1 << 20, at << 20) for at in (5, 2, 3)]
+    assert ended == [changing.content[at << 20 : (at + 1) << 20] for at in (5, 2, 3)]
 
 
 def test_a_file_that_others_can_read_is_refused(node: Node, prod: str) -> None:

@@ -210,6 +210,12 @@ def test_an_object_that_changes_in_the_middle(
             assert found == {name: v for name, v in content.items() if name != "b.bin"}
 
 
+@pytest.fixture
+def peer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands on the nodes in the place of a `Peer`: the test's parameter."""
+    monkeypatch.setattr(nodes_module, "Peer", request.param)
+
+
 class Noisy(Peer):
     """Whatever it takes for the first time was damaged on the way."""
 
@@ -223,14 +229,10 @@ class Noisy(Peer):
         return super().take(chunk, sums, data)
 
 
+@pytest.mark.parametrize("peer", [Noisy], indirect=True)
 def test_blocks_that_are_damaged_on_the_way_come_again(
-    nodes: list[Member],
-    s3: S3Server,
-    checkpoint: Checkpoint,
-    content: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(nodes_module, "Peer", Noisy)
     report = ckptfs.ray.broadcast(checkpoint)
     assert report.is_complete
     assert all("damaged" in part.error for part in report.nodes.values())
@@ -246,14 +248,10 @@ class Broken(Peer):
         return super().take(chunk, sums, data * 0)
 
 
+@pytest.mark.parametrize("peer", [Broken], indirect=True)
 def test_what_cannot_be_brought_is_read_from_the_store(
-    nodes: list[Member],
-    s3: S3Server,
-    checkpoint: Checkpoint,
-    content: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(nodes_module, "Peer", Broken)
     report = ckptfs.ray.broadcast(checkpoint)
     assert not report.is_complete
     assert sum(part.taken for part in report.nodes.values()) == 0
@@ -270,14 +268,10 @@ class Silent(Peer):
         return super().take(chunk, sums, data)
 
 
+@pytest.mark.parametrize("peer", [Silent], indirect=True)
 def test_a_silent_node_is_given_up(
-    nodes: list[Member],
-    s3: S3Server,
-    checkpoint: Checkpoint,
-    content: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(nodes_module, "Peer", Silent)
     marker = nodes[2].node.folder / "silent"
     marker.touch()
     report = ckptfs.ray.broadcast(checkpoint, timeout_s=15)
@@ -294,14 +288,10 @@ class Refusing(Peer):
         raise ckptfs.AccessDenied("refused, as the test wants it")
 
 
+@pytest.mark.parametrize("peer", [Refusing], indirect=True)
 def test_daemons_that_exchange_nothing_with_this_user(
-    nodes: list[Member],
-    s3: S3Server,
-    checkpoint: Checkpoint,
-    content: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(nodes_module, "Peer", Refusing)
     report = ckptfs.ray.broadcast(checkpoint)
     assert {part.error for part in report.nodes.values()} == {"refused, as the test wants it"}
     assert all(part.left == report.bytes for part in report.nodes.values())

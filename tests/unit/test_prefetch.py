@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from archives import write_safetensors
 from trio.testing import MockClock, wait_all_tasks_blocked
 from unit.fakes import MIB, FakeStore, InlineOffload, pattern
 from unit.rig import read_of, rig_in
@@ -13,7 +14,7 @@ from unit.test_service import ELSEWHERE, PLACE, Bench
 
 from ckptfs._daemon import prefetch as prefetch_module
 from ckptfs._daemon.attachment import Attachment
-from ckptfs._model.plan import Wanted
+from ckptfs._model.plan import Plan, Step, Wanted
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreUnavailable
 
 ONE_BY_ONE = {"connections_max": 1, "span_bytes_max": MIB}
@@ -36,9 +37,14 @@ async def bench_in(
         yield bench
 
 
-async def run(bench: Bench, attachment: Attachment, *globs: str) -> None:
+async def run(bench: Bench, attachment: Attachment, *globs: str, plan: Plan | None = None) -> None:
     """Prefetch, and wait for the end."""
-    bench.service.prefetch(attachment, Wanted(list(globs)))
+    bench.service.prefetch(attachment, Wanted(list(globs), plan=plan))
+    await ended(attachment)
+
+
+async def ended(attachment: Attachment) -> None:
+    """Return when nothing runs for it."""
     await wait_all_tasks_blocked()
     with trio.fail_after(1000):
         while attachment.background:  # noqa: ASYNC110 - of the test's clock
@@ -503,3 +509,41 @@ async def test_one_that_is_cancelled_leaves_what_another_one_wants(
             assert (state.fetched, state.error_count, state.early_code) == (12 * MIB, 0, "")
             assert cached(bench, attachment) == {"a"}
             assert reads_of(bench, "a") == 6
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+async def test_of_files_that_a_plan_names_nothing_is_guessed(
+    tmp_path: Path, autojump_clock: MockClock, is_planned: bool
+) -> None:
+    """After files that were read as a whole the next one is begun, and then has the whole window:
+    but not where a plan says what will be read."""
+    names = ["m-1.safetensors", "m-2.safetensors", "m-3.safetensors"]
+    file = tmp_path / names[0]
+    write_safetensors(file, dict.fromkeys("abc", 4 * MIB))
+    async with bench_in(tmp_path, {}, window_bytes_max=8 * MIB) as bench:
+        bench.stores[PLACE.path] = FakeStore(dict.fromkeys(names, file.read_bytes()))
+        attachment, vfs = await bench.attach(), bench.service.vfs
+        steps = [Step(number, "", 0, MIB, ()) for number in range(3 if is_planned else 0)]
+        plan = Plan(uri="u", version="v", files=names, steps=steps)
+        if is_planned:
+            await run(bench, attachment, plan=plan)
+
+        async def read(name: str, stop: int) -> set[int]:
+            """Read the beginning of a file, and say which blocks of the last one were fetched."""
+            handle = vfs.open(attachment.tree.root.children[name.encode()].inode)
+            for at in range(0, stop, MIB):
+                await read_of(vfs, handle, at, MIB)
+            vfs.release(handle)
+            await ended(attachment)
+            reads = bench.store(PLACE).reads(names[2])
+            return {
+                block
+                for call in reads
+                for block in range(call.offset // MIB, (call.offset + call.length) // MIB)
+            }
+
+        await read(names[0], 12 * MIB)
+        begun = await read(names[1], 12 * MIB)
+        assert begun == ({0} if is_planned else set(range(8)))
+        ahead = await read(names[2], MIB)
+        assert ahead == ({0} if is_planned else set(range(9)))
