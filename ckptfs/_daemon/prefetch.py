@@ -179,7 +179,7 @@ class Prefetch:
     async def _planned(self, plan: Plan, shown: list[tuple[int, ListedFile]]) -> list[Piece]:
         """The bytes that a plan names. Looks into its files first."""
         places = {file.path: index for index, file in shown}
-        matched = match_files(plan, places)
+        matched = await self._offload.compute(match_files, plan, places)
         for index in matched.values():
             self._attachment.file(index).is_planned = True
         layouts = await self._layouts(plan, matched, places)

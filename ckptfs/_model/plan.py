@@ -6,6 +6,7 @@ fetch, and can name nothing but files of the checkpoint.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
@@ -244,23 +245,36 @@ def _first_s(use: Reads, start: int, stop: int) -> float:
 def match_files(plan: Plan, paths: Mapping[str, int]) -> dict[int, int]:
     """Positions in a checkpoint by positions in the plan's `files`; without those it has not.
 
-    A path that is not there may differ in its numbers (``global_step100/…``), where only one does.
+    One that is not there may differ in the numbers of its folders (``global_step100/…``), or else
+    in all of its numbers, where only one does.
 
     Args:
         plan: The plan.
         paths: Positions by path.
     """
     found = {i: paths[path] for i, path in enumerate(plan.files) if path in paths}
-    by_pattern: dict[str, list[int]] = {}
-    if len(found) < len(plan.files):
+    for pattern_of in (_without_numbers_of_folders, _without_numbers):
+        if len(found) == len(plan.files):
+            break
+        by_pattern: dict[str, list[int]] = {}
         for path, index in paths.items():
-            by_pattern.setdefault(_NUMBERS.sub("#", path), []).append(index)
-        wanted = [_NUMBERS.sub("#", path) for path in plan.files]
+            by_pattern.setdefault(pattern_of(path), []).append(index)
+        wanted = [pattern_of(path) for path in plan.files]
+        often = Counter(wanted)
         for i, pattern in enumerate(wanted):
             candidates = by_pattern.get(pattern, ())
-            if i not in found and len(candidates) == 1 and wanted.count(pattern) == 1:
+            if i not in found and len(candidates) == 1 and often[pattern] == 1:
                 found[i] = candidates[0]
     return found
+
+
+def _without_numbers(path: str) -> str:
+    return _NUMBERS.sub("#", path)
+
+
+def _without_numbers_of_folders(path: str) -> str:
+    folders, slash, name = path.rpartition("/")
+    return _NUMBERS.sub("#", folders) + slash + name
 
 
 _NUMBERS = re.compile(r"\d+")

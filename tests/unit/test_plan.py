@@ -178,6 +178,12 @@ def test_files_may_differ_in_their_numbers() -> None:
         "global_step200/mp_rank_00.pt": 3, "same.bin": 1, "a2": 4, "a3": 5, "b9": 6
     }  # fmt: skip
     assert match_files(plan, paths) == {0: 3, 1: 1}
+    of_step = plan_of(
+        files=("step10/0_0", "step10/0_1", "step10/x/7", "step10/gone1", "3/a", "4/a")
+    )
+    names = ("step20/0_1", "step20/0_0", "step20/x/8", "step20/other", "5/a")
+    paths = {name: index for index, name in enumerate(names)}
+    assert match_files(of_step, paths) == {0: 1, 1: 0, 2: 2}
 
 
 @given(
