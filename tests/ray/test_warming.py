@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 from archives import write_safetensors
+from conftest import wait_until
 from s3server import S3Server
 
 import ckptfs.ray
@@ -54,8 +55,15 @@ def restore(
 
 
 def fetched_mib(member: Member) -> int:
-    """What its daemon has read from the store, in whole blocks."""
-    return -(-member.status().fetched_bytes // MIB)
+    """What its daemon has read from the store, in whole blocks, once it reads nothing more."""
+    with member.connection() as connection:
+
+        def is_quiet() -> bool:
+            now = connection.activity()
+            return not now.in_flight_bytes and not any(now.queue.values())
+
+        wait_until(is_quiet)
+        return -(-connection.status().fetched_bytes // MIB)
 
 
 def test_each_node_is_warmed_with_the_files_that_it_needs(
