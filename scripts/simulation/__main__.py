@@ -25,10 +25,10 @@ OPTIONS = {  # what it sets, the unit it is given in, and what it is
     "cpus": ("cpus", 1, "of a node"),
     "readers": ("readers", 1, "processes of a node that read at the same time"),
     "object-store": ("object_store", GB, "GB of a node's object store of Ray"),
+    "calls": ("calls", 1, "of actors per second by the driver of a broadcast"),
     "import": ("import_s", 1, "seconds that a program takes before it can read"),
     "spread": ("spread", 1, "standard deviation of connections and starts, as a share"),
 }
-"""In GCS's default quota a project may read 200 Gbit/s (25 GB/s) per region."""
 
 
 def main() -> int:
@@ -85,9 +85,7 @@ def simulate(scenario: Scenario, nodes: int, seed: int) -> dict[str, Result]:
 
 
 def show(scenario: Scenario, results: dict[int, dict[str, Result]]) -> None:
-    print(
-        f"{scenario.size / GB:g} GB: seconds until the last node has read it, and TB from the store"
-    )
+    print(f"{scenario.size / GB:g} GB: until the last node has read it, and TB from the store")
     print("nodes " + "".join(f"{way:>20}" for way in WAYS))
     for nodes, of in results.items():
         cells = [f"{r.read_s:9.0f} s {r.sent * scenario.size / 1e12:6.1f} TB" for r in of.values()]

@@ -42,11 +42,9 @@ COPY_BYTES = 64 * MIB
 COPY_ROUNDS = 4
 """With more requests than that per connection, these are so many longer rounds."""
 
-CALLS_PER_S = 2750.0
-"""Calls of actors that a driver makes, with an argument: 2,759 for several drivers together,
-8,038 without arguments (release/perf_metrics/microbenchmark.json of ray-project/ray)."""
 ACTORS_PER_S = 550.0
-"""Actors that a cluster starts (release/perf_metrics/benchmarks/many_actors.json there)."""
+"""Actors that a cluster starts (release/perf_metrics/benchmarks/many_actors.json of
+ray-project/ray)."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,24 @@ class Scenario:
     Attributes:
         nodes: How many.
         size: Of the checkpoint, in `files` of the same size. Every node reads all of it.
-        connection: Bytes per second of one connection to the store.
-        latency_s: Of a request, until its first byte.
-        store: Bytes per second of the store.
-        requests: Per second, of the store: 5,500 are what S3 promises for each prefix ("Best
-            practices design patterns: optimizing Amazon S3 performance").
-        link: Bytes per second of a node's network, each way.
+        connection: Bytes per second of one connection to the store: 85 to 90 MB/s, says Amazon
+            ("Best practices design patterns: optimizing Amazon S3 performance").
+        latency_s: Of a request, until its first byte. There: 100 to 200 ms; 20 ms are those of
+            scripts/bench.
+        store: Bytes per second of the store: Google's default quota is 200 Gbit/s per region
+            ("Cloud Storage quotas and limits").
+        requests: Per second, of the store: 5,500 for each prefix, says Amazon there.
+        link: Bytes per second of a node's network, each way: 25 Gbit/s as of AWS's p3.16xlarge;
+            100 and more are usual, too.
         disk: Bytes per second of a node's disk, writing or reading.
         cpus: Of a node.
         is_one_machine: Whether all nodes share the disk and the CPUs of one.
         import_s: What a program does before it can read: it imports torch.
         readers: Processes of a node that read at the same time, different files.
-        object_store: Bytes of a node's.
+        object_store: Bytes of a node's, of Ray: it takes 30 % of the memory by default.
+        calls: Of actors, with an argument, that the driver of a broadcast makes in a second: Ray's
+            own benchmark has 2,800 of them, and 8,000 without arguments
+            (release/perf_metrics/microbenchmark.json of ray-project/ray).
         spread: Standard deviation of connections and starts, as a share of the mean.
     """
 
@@ -108,6 +112,7 @@ class Scenario:
     import_s: float = 10.0
     readers: int = 8
     object_store: float = 60 * GB
+    calls: float = 2800.0
     spread: float = 0.2
 
     def shared(self) -> dict[str, float]:
@@ -185,10 +190,9 @@ def copy(scenario: Scenario, costs: Costs, seed: int = 0) -> Result:
 def _rounds(file_bytes: float, share: float) -> list[tuple[float, float]]:
     """The requests of a connection that gets `share` bytes: length and how many in a round."""
     whole, rest = divmod(file_bytes, COPY_BYTES)
-    files = share / file_bytes
     lengths = [(COPY_BYTES, 1.0)] * int(whole) + [(rest, 1.0)] * (rest > 0)
-    if len(lengths) * files <= COPY_ROUNDS:
-        return lengths * round(files)
+    if share == file_bytes and len(lengths) <= COPY_ROUNDS:
+        return lengths
     mean = file_bytes / len(lengths)
     return [(mean, share / mean / COPY_ROUNDS)] * COPY_ROUNDS
 
@@ -206,9 +210,11 @@ def mount(scenario: Scenario, costs: Costs, seed: int = 0) -> Result:
 
 def _read_ahead(scenario: Scenario, costs: Costs) -> list[Stage]:
     """Files in sequence, by readers of which each has its window (`_daemon.readahead`): it grows in
-    the first file, all of it runs ahead in the others, and one more file is begun meanwhile."""
+    the first file, all of it runs ahead in the others, and one more file is begun meanwhile. All
+    readers have the same number of files."""
     readers = min(scenario.readers, scenario.files)
-    length, count = scenario.size / scenario.files, ceil(scenario.files / readers)
+    count = ceil(scenario.files / readers)
+    length = scenario.size / readers / count
     head, window = min(WINDOW_BYTES, length), WINDOW_BYTES // SPAN_BYTES
     careful, growing = min(CAREFUL_BYTES, length), min(5 * CAREFUL_BYTES, length)
     beside = min(length - head, WINDOW_BYTES)
@@ -283,9 +289,7 @@ def _bringing(scenario: Scenario, costs: Costs) -> Stage:
     copies on one link of 25 Gbit/s.
     """
     nodes, takers = scenario.nodes, scenario.nodes - 1
-    window = scenario.object_store / WINDOW_SHARE
-    fair = max(CHUNK_BYTES[0], scenario.size / nodes / CHUNKS_OF_A_NODE)
-    chunk = min(fair, CHUNK_BYTES[1], window / WINDOW_SHARE)
+    window, chunk = scenario.object_store / WINDOW_SHARE, chunk_bytes(scenario)
     request = min(chunk, SPAN_BYTES)
     requests = min(REQUESTS_MAX, GIVEN_BYTES_MAX / request)
     reading_s = scenario.latency_s + request / scenario.connection
@@ -294,12 +298,18 @@ def _bringing(scenario: Scenario, costs: Costs) -> Stage:
         window / (reading_s + carrying_s),
         nodes * requests * scenario.request_rate(request),
         nodes / max(1, takers) * scenario.link,
-        chunk * CALLS_PER_S / nodes,
+        chunk * scenario.calls / nodes,
         scenario.disk if not scenario.is_one_machine else np.inf,
         _most(costs.bring, scenario.cpus) if not scenario.is_one_machine else np.inf,
     )
     here = {"cpu": nodes * costs.bring, "disk": nodes} if scenario.is_one_machine else {}
     return Stage(scenario.size, limit, {"store": 1.0, "requests": 1 / request} | here)
+
+
+def chunk_bytes(scenario: Scenario) -> float:
+    """Of a broadcast: with many nodes they are small, as each node is to have some."""
+    fair = max(CHUNK_BYTES[0], scenario.size / scenario.nodes / CHUNKS_OF_A_NODE)
+    return min(fair, CHUNK_BYTES[1], scenario.object_store / WINDOW_SHARE**2)
 
 
 def _import(scenario: Scenario) -> Stage:

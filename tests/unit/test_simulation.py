@@ -83,6 +83,14 @@ def test_a_store_that_is_used_up_takes_what_its_bytes_take() -> None:
         assert result.read_s == pytest.approx(200.0, rel=0.02)
 
 
+@pytest.mark.parametrize("files", [1, 3, 10, 24, 1000])
+def test_every_node_gets_all_bytes_however_they_are_divided(files: int) -> None:
+    # At 1 byte/s of the store, all else is nothing.
+    slow = replace(NO_LIMITS, size=64 * GB, files=files, readers=8, store=1.0)
+    assert ways.copy(slow, NO_COSTS).there_s == pytest.approx(64 * GB)
+    assert ways.mount(slow, NO_COSTS).read_s == pytest.approx(64 * GB)
+
+
 def test_a_copy_of_one_file_has_one_connection_and_a_plan_sixteen() -> None:
     assert ways.copy(NO_LIMITS, NO_COSTS).there_s == pytest.approx(20.0, rel=0.001)
     assert ways.plan(NO_LIMITS, NO_COSTS).there_s == pytest.approx(20.0 / 16, rel=0.001)
@@ -105,7 +113,7 @@ def test_a_broadcast_is_sent_once_and_in_the_end_limited_by_its_driver() -> None
     )
     assert few.sent == many.sent == 1
     calls = 100 * GB / ways.CHUNK_BYTES[0] * 4096
-    assert many.there_s == pytest.approx(calls / ways.CALLS_PER_S, rel=0.01)
+    assert many.there_s == pytest.approx(calls / NO_LIMITS.calls, rel=0.01)
     assert few.there_s < 20
 
 
