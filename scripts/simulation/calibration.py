@@ -25,18 +25,18 @@ FITTED = ((2, 8e6), (4, 8e6))
 WAYS = {"ray": ways.copy, "mount": ways.mount, "broadcast": ways.broadcast}
 LATENCY_S = 0.01
 """Of a request to the server there, through the proxy."""
-STORE_CPU_S = 3.0 / (1 << 30)
-"""Of a byte that is written through the page cache: 2 to 4 s per GiB where a virtual machine must
-first get the memory from its host (`_daemon/READING.md`). The counts hold both in one."""
 TOLERANCE, SENT_TOLERANCE = 0.25, 0.02
 
 
 class Round(msgspec.Struct, frozen=True):
+    """As cluster.py has it. Where `others` is missing, the CPU time is the whole machine's."""
+
     there_s: float
     read_s: float
     there_cpu_s: float
     read_cpu_s: float
     sent_bytes: float
+    others: float = 0.0
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -57,17 +57,16 @@ class Run(msgspec.Struct, frozen=True):
         return Round(*map(statistics.median, zip(*rounds, strict=True)))
 
     def cpu_s(self, way: str) -> tuple[float, float]:
-        """Until all is there, and until it is read; the least of the rounds, as whatever else runs
-        on the machine only adds to it."""
+        """Until all is there, and until it is read; the least, as a disturbance only adds to it."""
         rounds = self.rounds[way]
         return min(r.there_cpu_s for r in rounds), min(r.read_cpu_s for r in rounds)
 
     def start_cpu_s(self, way: str) -> float:
-        """Before the first byte; the least, also because the first round starts Ray's workers."""
+        """Before the first byte; the least, as the first round also starts Ray's workers."""
         return min(one.read_cpu_s for one in self.start[way])
 
-    def scenario(self) -> ways.Scenario:
-        """The same for the model."""
+    def scenario(self, way: str) -> ways.Scenario:
+        """The same for the model. What other processes had of the CPUs is not there."""
         return ways.Scenario(
             nodes=self.nodes,
             size=self.size,
@@ -78,7 +77,7 @@ class Run(msgspec.Struct, frozen=True):
             requests=float("inf"),
             link=float("inf"),
             disk=float("inf"),
-            cpus=int(self.host["cpus"]),
+            cpus=int(self.host["cpus"]) * (1 - self.median(way).others),
             is_one_machine=True,
             import_s=0.0,
             readers=1,
@@ -127,8 +126,7 @@ def fit(runs: Iterable[Run]) -> ways.Costs:
         return (run.cpu_s("mount")[1] - run.start_cpu_s("mount")) / run.nodes / run.size
 
     return ways.Costs(
-        copy=mean(lambda run: there(run, "ray") / run.nodes / run.size) - STORE_CPU_S,
-        store=STORE_CPU_S,
+        copy=mean(lambda run: there(run, "ray") / run.nodes / run.size) / 2,
         mount=mean(mounted),
         bring=mean(lambda run: there(run, "broadcast") / run.nodes / run.size),
         local=mean(lambda run: reading(run, "ray")),
@@ -141,7 +139,7 @@ def predict(run: Run, costs: ways.Costs) -> list[Figure]:
     """All figures of a run but those that are nothing."""
     figures: list[Figure] = []
     for way, model in WAYS.items():
-        measured, predicted = run.median(way), model(run.scenario(), costs)
+        measured, predicted = run.median(way), model(run.scenario(way), costs)
         if way != "mount":
             figures.append(Figure(run, way, "there", predicted.there_s, measured.there_s))
         figures.append(Figure(run, way, "read", predicted.read_s, measured.read_s))
@@ -168,7 +166,6 @@ def of_real_nodes() -> ways.Costs:
     starts = fit(run for run in read() if (run.nodes, run.connection_bytes_per_s) in FITTED).start
     return ways.Costs(
         copy=0.4 / gib,
-        store=0.4 / gib,
         mount=1.3 / gib,
         bring=1.5 / gib,
         local=0.3 / gib,

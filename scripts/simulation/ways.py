@@ -52,7 +52,7 @@ class Costs:
     """CPU seconds of the daemon, Ray and the program.
 
     Attributes:
-        copy, store: Per byte that Ray's copy fetches, and that it then writes.
+        copy: Per byte that Ray's copy fetches, and as much again for writing it.
         mount: Per byte that a program reads through a mount that fetches it.
         bring: Per byte of a broadcast, of the node that gives it, and of each that takes it.
         local, cached: Per byte that is read of a copy, and of the cache after a broadcast.
@@ -61,7 +61,6 @@ class Costs:
     """
 
     copy: float
-    store: float
     mount: float
     bring: float
     local: float
@@ -179,7 +178,7 @@ def copy(scenario: Scenario, costs: Costs, seed: int = 0) -> Result:
                 connections=connections,
                 disk=0,
             ),
-            scenario.moving(amount, _most(costs.store, connections), cpu=costs.store, link=0),
+            scenario.moving(amount, _most(costs.copy, connections), cpu=costs.copy, link=0),
         ]
     there = len(stages) - 1
     stages.append(_reading(scenario, costs.local, disk=0))

@@ -25,7 +25,6 @@ NO_LIMITS = ways.Scenario(
 )
 NO_COSTS = ways.Costs(
     copy=0.0,
-    store=1e-15,
     mount=0.0,
     bring=0.0,
     local=1e-15,
@@ -40,6 +39,22 @@ def test_it_foretells_the_real_runs() -> None:
     assert [
         f"{f.run.nodes} {f.way} {f.name} {f.error:+.0%}" for f in figures if not f.is_good
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("COPY_CONNECTIONS", 2), ("WINDOW_BYTES", ways.WINDOW_BYTES // 4)],
+)
+def test_with_other_numbers_it_would_not(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    monkeypatch.setattr(ways, name, value)
+    assert not all(figure.is_good for figure in calibration.check())
+
+
+def test_without_the_costs_of_cpus_it_would_not() -> None:
+    run_ = calibration.read()[-1]
+    assert not all(figure.is_good for figure in calibration.predict(run_, NO_COSTS))
 
 
 def test_the_costs_come_from_none_of_the_runs_that_it_has_to_foretell() -> None:
