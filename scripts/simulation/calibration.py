@@ -1,8 +1,14 @@
 """The model beside real runs of ``scripts/benchmark/cluster.py``, kept in tests/bench/cluster.json.
 
 There all nodes, the server and the proxy that slows it share one machine, and what they cost it is
-CPU time, which the runs have counted. So the CPU costs are taken from these counts, in the runs of
-`FITTED`; no constant is fitted to a duration. All durations are then predicted.
+CPU time, which the runs have counted. So the CPU costs, eight of them, are taken from these counts
+in the runs of `FITTED`. No constant is fitted to a duration, and all durations are then predicted.
+
+What these runs do not test, since connections and CPUs were what limited them: links, disks, limits
+of the store, and of a broadcast its window, its driver and Ray's transfers between machines.
+
+The file is a list of what ``--json`` has written (``jq --slurp . FILE…``). Other work ran beside
+some of the runs, which made them slower and not faster.
 """
 
 from __future__ import annotations
