@@ -6,10 +6,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields, replace
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simulation import calibration
 from simulation.ways import GB, Result, Scenario, broadcast, copy, mount, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WAYS = {"copy": copy, "mount": mount, "plan": plan, "broadcast": broadcast}
 NODES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -29,6 +34,7 @@ OPTIONS = {  # what it sets, the unit it is given in, and what it is
     "import": ("import_s", 1, "seconds that a program takes before it can read"),
     "spread": ("spread", 1, "standard deviation of connections and starts, as a share"),
 }
+MAY_BE_0 = ("latency", "import", "spread")
 
 
 def main() -> int:
@@ -59,14 +65,16 @@ def parse() -> argparse.Namespace:
         "broadcast. Every node reads all of it.",
         epilog="The model is described in scripts/simulation/; --check compares it with real runs.",
     )
-    parser.add_argument("--nodes", type=int, nargs="+", default=NODES, metavar="N")
+    parser.add_argument("--nodes", type=number(int), nargs="+", default=NODES, metavar="N")
+    defaults = {field.name: field.default for field in fields(Scenario)}
     for option, (name, unit, text) in OPTIONS.items():
-        default = next(field.default for field in fields(Scenario) if field.name == name) / unit
+        default = defaults[name] if unit == 1 else defaults[name] / unit
         parser.add_argument(
             f"--{option}",
-            type=type(default) if unit == 1 else float,
+            type=number(type(default), may_be_0=option in MAY_BE_0),
             default=default,
             dest=name,
+            metavar="N",
             help=f"{text} (%(default)g)",
         )
     parser.add_argument("--seed", type=int, default=0, help="of the differences between nodes")
@@ -76,6 +84,19 @@ def parse() -> argparse.Namespace:
         "--check", action="store_true", help="compare the model with tests/bench/cluster.json"
     )
     return parser.parse_args()
+
+
+def number(kind: type[int | float], *, may_be_0: bool = False) -> Callable[[str], int | float]:
+    """What reads one of the command line."""
+
+    def parsed(text: str) -> int | float:
+        value = kind(text)
+        if not (0 < value < inf or (may_be_0 and value == 0)):
+            raise ValueError
+        return value
+
+    parsed.__name__ = "number"  # which argparse says to be invalid
+    return parsed
 
 
 def simulate(scenario: Scenario, nodes: int, seed: int) -> dict[str, Result]:

@@ -1,9 +1,12 @@
 """The simulator: it shares fairly, and foretells the real runs that are kept."""
 
+import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulation import __main__ as command
 from simulation import calibration, ways
 from simulation.flow import Stage, fair, run, wait
 
@@ -137,3 +140,36 @@ def test_a_seed_says_all() -> None:
     costs = calibration.of_real_nodes()
     assert ways.mount(scenario, costs, 7) == ways.mount(scenario, costs, 7)
     assert ways.mount(scenario, costs, 7) != ways.mount(scenario, costs, 8)
+
+
+def test_the_command_takes_numbers_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--nodes", "8", "64", "--link", "100", "--latency", "0", "--json"]
+    monkeypatch.setattr(sys, "argv", ["simulate", *arguments])
+    assert command.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scenario"]["link"] == 100e9 / 8
+    assert found["nodes"]["64"]["copy"]["sent"] == 64
+    assert found["nodes"]["64"]["broadcast"]["sent"] == 1
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan", "inf", "many"])
+def test_the_command_refuses_numbers_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", f"--rate={wrong}"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--rate: invalid number" in capsys.readouterr().err
+
+
+def test_the_command_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--check"])
+    assert command.main() == 0
+    assert "TOO FAR" not in capsys.readouterr().out
+    monkeypatch.setattr(calibration, "TOLERANCE", 0.001)
+    assert command.main() == 1
+    assert "TOO FAR" in capsys.readouterr().out
