@@ -3,12 +3,13 @@
 There all nodes, the server and the proxy that slows it share one machine, and what they cost it is
 CPU time, which the runs have counted. So the CPU costs, eight of them, are taken from these counts
 in the runs of `FITTED`. No constant is fitted to a duration, and all durations are then predicted.
+They are no blind test: the stages of `ways` were put right with these runs in view.
 
 What these runs do not test, since connections and CPUs were what limited them: links, disks, limits
 of the store, and of a broadcast its window, its driver and Ray's transfers between machines.
 
 The file is a list of what ``--json`` has written (``jq --slurp . FILE…``). Other work ran beside
-some of the runs, which made them slower and not faster.
+some of the runs; of those that were made twice, the file has the one that took less CPU time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FITTED = ((2, 8e6), (4, 8e6))
 """Nodes and rate of the runs that the costs come from: none of those that are to be predicted."""
 WAYS = {"ray": ways.copy, "mount": ways.mount, "broadcast": ways.broadcast}
 LATENCY_S = 0.01
-"""Of a request to the server there, through the proxy."""
+"""Of a request to the server there, through the proxy: an assumption, and of little weight."""
 TOLERANCE, SENT_TOLERANCE = 0.25, 0.02
 
 
