@@ -58,8 +58,11 @@ log = logging.getLogger(__name__)
 _CHUNK_BYTES_MIN = 4 << 20
 _CHUNK_BYTES_MAX = 64 << 20
 _TURNS = 32
-"""A node has so many turns, so that none is idle in the end; but a chunk is large enough to be
-worth its messages (some thousand a second are what one driver can send)."""
+"""A node has so many turns, so that none is idle in the end."""
+_CHUNKS_ENOUGH = 256
+"""Turns of all nodes together, after which chunks get no smaller. Each is a message to each node,
+of which one driver sends some thousand a second: 100 GB in chunks of 4 MiB would take 512 nodes 50
+minutes, in chunks of 64 MiB 5 (`scripts/simulate`)."""
 _GIVE_BYTES_MAX = 128 << 20
 """Most bytes that a node gives at the same time: what its daemon has in flight at most."""
 _GIVES_MAX = 16
@@ -215,7 +218,7 @@ def _broadcast(
 
 
 def _chunk_bytes(size: int, nodes: int, most: int) -> int:
-    fair = size // (nodes * _TURNS)
+    fair = size // min(nodes * _TURNS, _CHUNKS_ENOUGH)
     return min(most, max(_CHUNK_BYTES_MIN, fair)) // BLOCK_BYTES * BLOCK_BYTES
 
 
@@ -274,6 +277,7 @@ class _Run:
         self._timeout_s = timeout_s
         self._show = show
         self._pending: dict[Any, tuple[str, int, str]] = {}  # what, chunk, node
+        self._owed: Counter[str] = Counter()  # how many of them, by node
         self._given: dict[int, Gave] = {}
         now_s = time.monotonic()
         self._heard_s = dict.fromkeys(peers, now_s)  # from each node that owes an answer
@@ -300,8 +304,9 @@ class _Run:
         self._note(call.remote(self._chunks[chunk], carried), "give", chunk, name)
 
     def _note(self, ref: Any, what: str, chunk: int, name: str) -> None:
-        if not any(node == name for _, _, node in self._pending.values()):
+        if not self._owed[name]:
             self._heard_s[name] = time.monotonic()
+        self._owed[name] += 1
         self._pending[ref] = what, chunk, name
 
     def _wait(self) -> None:
@@ -312,6 +317,7 @@ class _Run:
         for ref in ready:
             if ref in self._pending:
                 what, chunk, name = self._pending.pop(ref)
+                self._owed[name] -= 1
                 self._heard_s[name] = self._moved_s = time.monotonic()
                 answer = answer_of(ref)
                 if isinstance(answer, Failure) and answer.code in _HOPELESS:
@@ -358,11 +364,12 @@ class _Run:
     def _lost(self, name: str, failure: Failure) -> None:
         self.failed[name] = failure
         self._pending = {ref: call for ref, call in self._pending.items() if call[2] != name}
+        del self._owed[name]
         self._course.lost(name)
 
     def _give_up_on_the_silent(self) -> None:
         now_s = time.monotonic()
-        for name in {call[2] for call in self._pending.values()}:
+        for name in [name for name, count in self._owed.items() if count]:
             if now_s - self._heard_s[name] > self._timeout_s:
                 self._lost(name, Failure("ray", f"no answer for {self._timeout_s:g} s"))
         if now_s - self._moved_s > _PATIENCE_S and (slow := self._course.laggards()):

@@ -107,6 +107,7 @@ class Course:
         self._queue = list(range(len(chunks)))[::-1]  # the next one last
         self._under_way: dict[int, set[str]] = {}  # by chunk: who is to take it; empty: being given
         self._under_way_bytes = 0
+        self._bytes_there = sum(self._bytes[c] for has in nodes.values() for c in has)
         self._dropped: set[int] = set()  # chunks that nobody can have
 
     # -- what is next
@@ -170,7 +171,7 @@ class Course:
         """The chunk is in the object store: who is to take it."""
         node = self._nodes[giver]
         node.giving.discard(chunk)
-        node.has.add(chunk)
+        self._is_there(node, chunk)
         takers = self._wanting(chunk) if chunk in self._under_way else []
         if not takers:
             self._over(chunk)
@@ -196,7 +197,7 @@ class Course:
         node = self._nodes[name]
         node.taking.discard(chunk)
         if whole:
-            node.has.add(chunk)
+            self._is_there(node, chunk)
         self._wait_no_more(chunk, name)
 
     def lost(self, name: str) -> None:
@@ -220,6 +221,11 @@ class Course:
             self._nodes[name].is_aside = True
             for chunk in list(self._nodes[name].taking):
                 self._wait_no_more(chunk, name)
+
+    def _is_there(self, node: _Node, chunk: int) -> None:
+        if chunk not in node.has:
+            node.has.add(chunk)
+            self._bytes_there += self._bytes[chunk]
 
     def _wait_no_more(self, chunk: int, name: str) -> None:
         takers = self._under_way.get(chunk)
@@ -264,8 +270,7 @@ class Course:
 
     def bytes_there(self) -> tuple[int, int]:
         """Bytes that the nodes have, and of all that they are to have."""
-        there = sum(self._bytes[c] for node in self._nodes.values() for c in node.has)
-        return there, sum(self._bytes) * len(self._nodes)
+        return self._bytes_there, sum(self._bytes) * len(self._nodes)
 
     def left(self, name: str) -> int:
         """Bytes that a node lacks."""

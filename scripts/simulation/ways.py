@@ -27,8 +27,9 @@ CAREFUL_BYTES = 4 * MIB
 """After so much of the first file its window is four times what was read, and not block by block
 (`_daemon.readahead`): a few requests of 1 MiB, one after the other."""
 CHUNK_BYTES = (4 * MIB, 64 * MIB)
-CHUNKS_OF_A_NODE = 32
-"""A broadcast is cut into so many chunks per node, of 4 to 64 MiB (`ray._broadcast`)."""
+CHUNKS_OF_A_NODE, CHUNKS_ENOUGH = 32, 256
+"""A broadcast is cut into so many chunks per node, and no more than that in all, of 4 to 64 MiB
+(`ray._broadcast`)."""
 GIVEN_BYTES_MAX = 128 * MIB
 """What a node of a broadcast reads at the same time, in at most 16 chunks (`ray._broadcast`)."""
 WINDOW_SHARE = 4
@@ -306,8 +307,9 @@ def _bringing(scenario: Scenario, costs: Costs) -> Stage:
 
 
 def chunk_bytes(scenario: Scenario) -> float:
-    """Of a broadcast: with many nodes they are small, as each node is to have some."""
-    fair = max(CHUNK_BYTES[0], scenario.size / scenario.nodes / CHUNKS_OF_A_NODE)
+    """Of a broadcast: each node is to have some, as long as these are not too many."""
+    count = min(scenario.nodes * CHUNKS_OF_A_NODE, CHUNKS_ENOUGH)
+    fair = max(CHUNK_BYTES[0], scenario.size / count)
     return min(fair, CHUNK_BYTES[1], scenario.object_store / WINDOW_SHARE**2)
 
 

@@ -130,7 +130,7 @@ def test_a_broadcast_is_sent_once_and_in_the_end_limited_by_its_driver() -> None
         ways.broadcast(replace(NO_LIMITS, nodes=n, size=100 * GB), NO_COSTS) for n in (8, 4096)
     )
     assert few.sent == many.sent == 1
-    calls = 100 * GB / ways.CHUNK_BYTES[0] * 4096
+    calls = 100 * GB / ways.CHUNK_BYTES[1] * 4096
     assert many.there_s == pytest.approx(calls / NO_LIMITS.calls, rel=0.01)
     assert few.there_s < 20
 
