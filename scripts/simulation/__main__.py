@@ -128,7 +128,8 @@ def check(*, as_json: bool) -> int:
         for f in figures:
             rate = f.run.connection_bytes_per_s / 1e6
             row = f"{f.run.nodes:5}  {rate:4g}  {f.way:9}  {f.name:6}  {f.predicted:9.2f}  "
-            print(row + f"{f.measured:8.2f}  {f.error:+.0%}" + ("" if f.is_good else "  TOO FAR"))
+            judged = ("" if f.is_good else "  TOO FAR") if f.is_foretold else "  costs come from it"
+            print(row + f"{f.measured:8.2f}  {f.error:+.0%}" + judged)
     return int(not all(figure.is_good for figure in figures))
 
 

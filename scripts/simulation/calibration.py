@@ -8,8 +8,9 @@ They are no blind test: the stages of `ways` were put right with these runs in v
 What these runs do not test, since connections and CPUs were what limited them: links, disks, limits
 of the store, and of a broadcast its window, its driver and Ray's transfers between machines.
 
-The file is a list of what ``--json`` has written (``jq --slurp . FILE…``). Other work ran beside
-some of the runs; of those that were made twice, the file has the one that took less CPU time.
+The file is a list of what ``--json`` has written (``jq --slurp . FILE…``), on a machine that did
+nothing else. Beside other work it is no measure: two sets of runs that were made so were 20 to 50 %
+slower.
 """
 
 from __future__ import annotations
@@ -108,8 +109,15 @@ class Figure:
         return self.predicted / self.measured - 1
 
     @property
+    def is_foretold(self) -> bool:
+        """Whether the costs come from other runs than this one."""
+        return (self.run.nodes, self.run.connection_bytes_per_s) not in FITTED
+
+    @property
     def is_good(self) -> bool:
-        return abs(self.error) <= (SENT_TOLERANCE if self.name == "sent" else TOLERANCE)
+        """Whether it is near enough, if it is foretold."""
+        allowed = SENT_TOLERANCE if self.name == "sent" else TOLERANCE
+        return not self.is_foretold or abs(self.error) <= allowed
 
 
 def read(path: Path = KEPT) -> list[Run]:

@@ -284,16 +284,18 @@ def _bringing(scenario: Scenario, costs: Costs) -> Stage:
     """A broadcast as one stage of the whole cluster: the checkpoint's bytes, each to all nodes.
 
     A chunk is under way from when it is asked for until all nodes have it, and the window holds
-    only so many. The node that gave it sends it to each of the others: 1 GiB to 50 nodes, which
-    takes Ray 16.9 s (release/perf_metrics/scalability/object_store.json of ray-project/ray), is 49
-    copies on one link of 25 Gbit/s.
+    only so many. They are asked for at once, so they come at once and are carried at once, and no
+    chunk is read meanwhile. The node that gave one sends it to each of the others: 1 GiB to 50
+    nodes, which takes Ray 16.9 s (release/perf_metrics/scalability/object_store.json of
+    ray-project/ray), is 49 copies on one link of 25 Gbit/s.
     """
     nodes, takers = scenario.nodes, scenario.nodes - 1
     window, chunk = scenario.object_store / WINDOW_SHARE, chunk_bytes(scenario)
     request = min(chunk, SPAN_BYTES)
     requests = min(REQUESTS_MAX, GIVEN_BYTES_MAX / request)
     reading_s = scenario.latency_s + request / scenario.connection
-    carrying_s = chunk * (2 * costs.bring + takers / scenario.link)
+    here_s = window * costs.bring * (nodes if scenario.is_one_machine else 1) / scenario.cpus
+    carrying_s = here_s + window * takers / nodes / scenario.link
     limit = min(
         window / (reading_s + carrying_s),
         nodes * requests * scenario.request_rate(request),
