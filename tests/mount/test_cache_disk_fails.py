@@ -35,16 +35,23 @@ class Disk:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.at = node.cache_dir
-        self.image = node.folder / "disk"
+        self.serial = 0
 
     def mount(self) -> None:
         """Make it, and put it there."""
-        with self.image.open("wb") as file:
+        self.serial += 1
+        image = self.node.folder / f"disk-{self.serial}"
+        with image.open("wb") as file:
             file.truncate(64 * MIB)
-        self.node.run("mkfs.ext4", "-q", "-F", str(self.image))
-        self.at.mkdir()
-        self.node.run("mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.at))
+        self.node.run("mkfs.ext4", "-q", "-F", str(image))
+        self.at.mkdir(exist_ok=True)
+        self.node.run("mount", "-o", "loop,errors=remount-ro", str(image), str(self.at))
         self.at.chmod(0o700)
+
+    def replace(self) -> None:
+        """Put a new one in its place, whoever uses it."""
+        self.node.run("umount", "-l", str(self.at))
+        self.mount()
 
     def fill(self) -> None:
         """Leave no block free, in the file ``x``."""
@@ -131,6 +138,49 @@ def _read_on_after(
         for seed in range(2):
             read_everywhere(path, contents, seed)
         assert held.read() == contents["b"][3 * MIB :]
+
+
+@pytest.mark.parametrize("fault", [Disk.become_read_only, Disk.break_down])
+def test_a_daemon_follows_another_without_a_disk(
+    node: Node, bucket: Path, uri_of: UriOf, fault: Callable[[Disk], None]
+) -> None:
+    """And uses the one that is put in its place."""
+    node.configure(passthrough=False)
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
+    with (
+        disk_of(node) as disk,
+        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
+        Path(path, "b").open("rb") as held,
+    ):
+        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        node.wait_quiet()
+        fault(disk)
+        for seed in range(2):
+            victims = daemons(node)
+            os.kill(victims[0], signal.SIGKILL)
+            read_everywhere(path, contents, seed)
+            assert daemons(node) not in ([], victims)
+        assert node.status()["cache_bytes"] == 0
+        disk.replace()
+        assert held.read() == contents["b"][3 * MIB :]
+        read_everywhere(path, contents, 2)
+        node.wait_quiet()
+        assert any(disk.at.glob("objects/*/*/about.json"))
+        os.kill(daemons(node)[0], signal.SIGKILL)
+        read_everywhere(path, contents, 3)
+
+
+def test_a_first_daemon_does_not_begin_on_a_disk_that_fails(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
+    write_files(bucket, {"small": 100})
+    with disk_of(node) as disk:
+        disk.become_read_only()
+        with (
+            pytest.raises(ckptfs.CkptfsError, match=f"^cache directory {disk.at}.*: Read-only"),
+            ckptfs.Checkpoint(uri_of(bucket)).as_directory(mode="mount"),
+        ):
+            pass
 
 
 def test_a_full_disk_ends_neither_daemon_nor_mount(node: Node, bucket: Path, uri_of: UriOf) -> None:

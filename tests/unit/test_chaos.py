@@ -24,7 +24,13 @@ def timeline() -> Timeline:
 
 @pytest.fixture
 def verdict(timeline: Timeline) -> Verdict:
-    return Verdict(timeline, read_deadline_s=DEADLINE_S, attach_deadline_s=8.0, restarts=True)
+    return Verdict(
+        timeline,
+        read_deadline_s=DEADLINE_S,
+        attach_deadline_s=8.0,
+        restarts=True,
+        passthrough=False,
+    )
 
 
 def failure(
