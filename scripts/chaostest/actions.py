@@ -304,7 +304,9 @@ def disk_fails(chaos: Chaos, chance: random.Random) -> None:
     """What is read from it, or written to it, ends with EIO. It gets well by itself, or is replaced
     where that has broken its file system."""
     kinds = chance.choice((["read"], ["write"], ["read", "write"], ["read", "write"]))
-    length_s = chance.choice((chance.uniform(0.3, 3.0), 8.0))  # ext4 writes its journal each 5 s
+    length_s = chance.uniform(0.3, 3.0)
+    if chaos.long and chance.random() < 0.4:
+        length_s = 8.0  # ext4 writes its journal each 5 s
     replaces = chance.random() < 0.3
     disk = disk_of(chaos)
     with chaos.timeline.during(verdict.DISK_FAILS):

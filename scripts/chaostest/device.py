@@ -1,6 +1,6 @@
 """The files that the small disk's loop device is on, in a FUSE file system that fails when told to.
 
-A process of its own: `python -m chaostest.device MOUNTPOINT FOLDER`. The file system has one file
+A process of its own: `python device.py MOUNTPOINT FOLDER`. The file system has one file
 for each disk there was, named 0, 1 and so on; what is in them is in files of that name in FOLDER.
 It takes one JSON object per line on standard input and answers each with a line: `{"fail": ["read",
 "write"]}` lets these operations end with EIO, `{"fail": []}` ends that, and `{"gone": "0"}` takes a

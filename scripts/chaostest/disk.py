@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DISK_BYTES = 192 << 20
 COMMAND_TIMEOUT_S = 30
+DEVICE = Path(__file__).with_name("device.py")
 
 
 class Disk:
@@ -50,7 +51,7 @@ class Disk:
                 path.mkdir()
             self._log.touch(mode=0o600)
             stack.callback(self._end_device)
-            command = [sys.executable, "-m", "chaostest.device", self._device, self._images]
+            command = [sys.executable, DEVICE, self._device, self._images]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )

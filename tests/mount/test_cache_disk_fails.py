@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import chaostest.disk
 import pytest
 from conftest import Node, wait_until
 from mount.test_cache_on_disk import MIB, sampled, write_files
@@ -18,6 +19,7 @@ from mount.test_lifecycle import daemons
 from unit.test_disk_faults import ALL
 
 import ckptfs
+from ckptfs._daemon.disk import persist
 
 pytestmark = [
     pytest.mark.mount,
@@ -168,6 +170,32 @@ def test_a_daemon_follows_another_without_a_disk(
         assert any(disk.at.glob("objects/*/*/about.json"))
         os.kill(daemons(node)[0], signal.SIGKILL)
         read_everywhere(path, contents, 3)
+
+
+def test_what_the_disk_refuses_later_is_not_read_without_a_check(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
+    """The end of a file is written through the page cache, which takes it in any case."""
+    contents = write_files(bucket, {"a": 600_000, "b": 5000})
+    node.cache_dir.mkdir(mode=0o700)
+    log = node.folder / "daemon.log"
+    with chaostest.disk.Disk(node.folder, node.cache_dir, log) as device:
+        try:
+            with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+                with device.failing(["write"]):
+                    for name in contents:
+                        os.setxattr(f"{path}/{name}", "user.ckptfs.prefetch", b"")
+                    node.wait_quiet()
+                    for data in node.cache_dir.glob("objects/*/*/data"):
+                        with data.open("rb") as file:
+                            with suppress(OSError):
+                                persist(file.fileno(), 0, MIB)
+                            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                for name, content in contents.items():
+                    assert Path(path, name).read_bytes() == content
+                assert "cache: cannot write; reading without storing" in log.read_text()
+        finally:
+            node.end()
 
 
 def test_a_first_daemon_does_not_begin_on_a_disk_that_fails(
