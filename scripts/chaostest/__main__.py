@@ -45,6 +45,7 @@ def main() -> int:
     keep = True
     try:
         settings = {"readers": options.readers, "long": is_long, "only": options.only}
+        settings["tls"] = options.tls
         with Chaos(options.seed, logs=logs, **settings) as chaos:
             outcome = chaos.run(seconds=options.minutes * 60, actions_max=options.actions)
         (logs / "result.json").write_text(json.dumps(as_json(outcome), indent=1))
@@ -76,6 +77,7 @@ def parse() -> argparse.Namespace:
         default=[],
         help=f"of all actions only these: {', '.join(sorted(names))}",
     )
+    parser.add_argument("--tls", action="store_true", default=None, help="not only by chance")
     parser.add_argument("--keep-logs", action="store_true", help="also where nothing was wrong")
     options = parser.parse_args()
     if not 1 <= options.readers < SLOTS:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from chaostest import verdict
 from chaostest.content import MIB
 from chaostest.node import DAEMON, KEEPER
-from chaostest.proxy import FAULTS
+from chaostest.proxy import FAULTS, TLS_FAULTS
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
 if TYPE_CHECKING:
@@ -325,7 +325,9 @@ def disk_of(chaos: Chaos) -> Disk:
     return chaos.node.disk
 
 
-STORE: dict[str, tuple[int, Action]] = {kind: (1, store_fault(kind)) for kind in FAULTS}
+STORE: dict[str, tuple[int, Action]] = {
+    kind: (1, store_fault(kind)) for kind in (*FAULTS, *TLS_FAULTS)
+}
 NODE: dict[str, tuple[int, Action]] = {
     "kill daemon": (6, kill_daemon),
     "crash daemon": (2, terminate_daemon_by_segv),

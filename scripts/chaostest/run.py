@@ -22,9 +22,10 @@ from s3server import S3Server
 
 from chaostest import actions, rest
 from chaostest.board import Board
+from chaostest.certificates import certify
 from chaostest.content import MIB, Contents, File
 from chaostest.node import DAEMON, KEEPER, Node
-from chaostest.proxy import Proxy
+from chaostest.proxy import TLS_FAULTS, Proxy
 from chaostest.reader import NOTED
 from chaostest.verdict import Breach, Timeline, Verdict
 from ckptfs._model.config import Config
@@ -93,10 +94,18 @@ class Chaos:
         long: Also with actions that take long.
         logs: Folder that gets what readers and daemon have said.
         only: The actions that it has; (): all.
+        tls: Whether the store is reached over TLS; None: by chance.
     """
 
     def __init__(
-        self, seed: int, *, readers: int, long: bool, logs: Path, only: Sequence[str] = ()
+        self,
+        seed: int,
+        *,
+        readers: int,
+        long: bool,
+        logs: Path,
+        only: Sequence[str] = (),
+        tls: bool | None = None,
     ) -> None:
         chance = random.Random(f"{seed} settings")
         self.long = long
@@ -119,10 +128,11 @@ class Chaos:
             "passthrough": self.passthrough,
             "spare": spare,
         }
+        self._tls = chance.random() < 0.3 if tls is None else tls
         self.restarts = "restart" in Config.__struct_fields__
         if self.restarts:
             settings["restarts_max"] = 100_000
-        self.outcome = Outcome(seed, settings)
+        self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)
         self._readers = readers
@@ -141,8 +151,10 @@ class Chaos:
     def __enter__(self) -> Chaos:
         with ExitStack() as stack:
             self._server = stack.enter_context(S3Server())
-            self.proxy = stack.enter_context(Proxy(self._server.endpoint, self.outcome.seed))
             stack.enter_context(self.node)
+            pems = self._certificates()
+            proxy = Proxy(self._server.endpoint, self.outcome.seed, pems)
+            self.proxy = stack.enter_context(proxy)
             stack.callback(self._keep_logs)
             os.environ.update(self.node.environment)
             self._staging = self._server.root.parent / "staging"
@@ -152,6 +164,9 @@ class Chaos:
             self.uris = {
                 name: self._server.uri(f"{BUCKET}/{name}") for name in self.contents.checkpoints
             }
+            if pems:
+                secured = f"scheme=https&tls_ca_file_path={pems[0]}"
+                self.uris = {k: v.replace("scheme=http", secured) for k, v in self.uris.items()}
             for file in self.contents.files:
                 self._write(file, 0)
             self.verdict = Verdict(
@@ -168,6 +183,17 @@ class Chaos:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._cleanup.close()
+
+    def _certificates(self) -> list[Path]:
+        """For TLS, if it is to be and can be; what it takes is left out of the actions if not."""
+        pems: list[Path] = []
+        if self._tls:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                pems += [certify(self.node.folder / name) for name in ("store.pem", "other.pem")]
+        if not pems:
+            self.outcome.left_out += TLS_FAULTS
+        self.outcome.settings["tls"] = bool(pems)
+        return pems
 
     # -- the run
 

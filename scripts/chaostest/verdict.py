@@ -34,6 +34,8 @@ STORE_ERRORS = {
     "unavailable": {"ETIMEDOUT"},
     "denied": {"EACCES"},
     "garbage": {"EIO", "ETIMEDOUT"},
+    "handshake cut": {"ETIMEDOUT"},
+    "untrusted": {"ETIMEDOUT"},
 }
 """By what the store does, what a read may end with."""
 
