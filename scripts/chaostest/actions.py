@@ -319,6 +319,17 @@ def disk_fails(chaos: Chaos, chance: random.Random) -> None:
                 disk.replace()
 
 
+def disk_hangs(chaos: Chaos, chance: random.Random) -> None:
+    """It does not answer for a while, less than until a daemon that waits for it counts as stuck.
+    Then it does all that it was told."""
+    length_s = chance.uniform(0.3, 3.0)
+    if chaos.long and chance.random() < 0.3:
+        length_s = chaos.node.config.read_deadline_s * chance.uniform(1.1, 1.4)
+    disk = disk_of(chaos)
+    with chaos.timeline.during(verdict.DISK_HANGS), disk.hanging():
+        chaos.wait(length_s)
+
+
 def disk_of(chaos: Chaos) -> Disk:
     """The cache's."""
     assert chaos.node.disk is not None
@@ -349,6 +360,7 @@ DISK: dict[str, tuple[int, Action]] = {
     "fill disk": (3, fill_disk),
     "disk read-only": (2, disk_read_only),
     "disk fails": (3, disk_fails),
+    "disk hangs": (2, disk_hangs),
 }
 LANES = {"store": STORE, "node": NODE, "disk": DISK}
 """The actions of each lane, with weights: how often each comes."""

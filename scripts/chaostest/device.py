@@ -3,9 +3,9 @@
 A process of its own: `python device.py MOUNTPOINT FOLDER`. The file system has one file
 for each disk there was, named 0, 1 and so on; what is in them is in files of that name in FOLDER.
 It takes one JSON object per line on standard input and answers each with a line: `{"fail": ["read",
-"write"]}` lets these operations end with EIO, `{"fail": []}` ends that, and `{"gone": "0"}` takes a
-disk away for good: all that is still done to it is EIO. An answer says how many operations have
-failed so far, of each kind.
+"write"]}` lets these operations end with EIO, `{"fail": []}` ends that, `{"hang": true}` lets all
+wait until `{"hang": false}`, and `{"gone": "0"}` takes a disk away for good: all that is still done
+to it is EIO. An answer says how many operations have failed so far, of each kind.
 
 So a block device returns what a disk returns that is broken, also where the kernel has no device
 mapper for that.
@@ -45,18 +45,25 @@ class Images(pyfuse3.Operations):
         self._gone: set[int] = set()
         self._failing: set[str] = set()
         self._failed: Counter[str] = Counter()
+        self._goes_on = trio.Event()
+        self._goes_on.set()
 
     def command(self, said: dict[str, Any]) -> dict[str, Any]:
         """Carry out a command; returns the answer."""
         if "fail" in said:
             self._failing = set(said["fail"])
+        if said.get("hang"):
+            self._goes_on = trio.Event()
+        elif "hang" in said:
+            self._goes_on.set()
         if "gone" in said:
             inode = int(said["gone"]) + 2
             self._gone.add(inode)
             os.truncate(self._folder / said["gone"], 0)
         return {"failed": self._failed}
 
-    def _refuse(self, inode: int, kind: str) -> None:
+    async def _wait_or_refuse(self, inode: int, kind: str) -> None:
+        await self._goes_on.wait()
         if inode in self._gone or kind in self._failing:
             self._failed[kind] += 1
             raise pyfuse3.FUSEError(errno.EIO)
@@ -88,15 +95,15 @@ class Images(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), direct_io=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        self._refuse(fh, "read")
+        await self._wait_or_refuse(fh, "read")
         return os.pread(self._fds[fh], size, off)
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        self._refuse(fh, "write")
+        await self._wait_or_refuse(fh, "write")
         return os.pwrite(self._fds[fh], buf, off)
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        self._refuse(fh, "write")
+        await self._wait_or_refuse(fh, "write")
 
 
 async def serve(images: Images) -> None:

@@ -76,6 +76,15 @@ class Disk:
             self._ask({"fail": []})
 
     @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It answers nothing while the context lasts."""
+        self._ask({"hang": True})
+        try:
+            yield
+        finally:
+            self._ask({"hang": False})
+
+    @contextlib.contextmanager
     def covered(self) -> Iterator[None]:
         """While the context lasts nobody can open anything there for writing; what is open for
         writing stays so."""

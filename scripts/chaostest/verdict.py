@@ -52,8 +52,9 @@ ATTACHES = {"attach", "let go"}
 KILLED, STOPPED, ENDED, DETACHED = "daemon killed", "daemon stopped", "keeper killed", "detached"
 """The mount has ended after ENDED: everything in it fails until somebody attaches again."""
 
-READ_ONLY, DISK_FAILS = "disk read-only", "disk fails"
-"""No reader notices a disk that fails, but for who reads it without the daemon (passthrough)."""
+READ_ONLY, DISK_FAILS, DISK_HANGS = "disk read-only", "disk fails", "disk hangs"
+"""No reader notices a disk that fails, but for who reads it without the daemon (passthrough). One
+that does not answer holds up who needs it."""
 
 DISK_MEMORY_S = 30.0
 """Longest that somebody has a file open without interruption: as long it is read from the disk that
@@ -175,6 +176,8 @@ class Verdict:
                 allowed |= DETACHED_ERRORS
         if operation in READS:
             allowed |= {e for window in now for e in STORE_ERRORS.get(window.kind, ())}
+            if any(window.kind == DISK_HANGS for window in now):
+                allowed.add("ETIMEDOUT")
             if self._passthrough and self._has_bad_disk(begin_s - DISK_MEMORY_S, end_s):
                 allowed.add("EIO")
             if "file" in told and self._has_changed(told):
@@ -259,5 +262,5 @@ class Verdict:
         else:
             limit_s = self._read_deadline_s * (2 + length // (256 << 10)) + 3
         windows = self._timeline.overlapping(begin_s, end_s)
-        pauses = [w for w in windows if w.kind in (KILLED, STOPPED, ENDED)]
+        pauses = [w for w in windows if w.kind in (KILLED, STOPPED, ENDED, DISK_HANGS)]
         return limit_s + PAUSE_S * len(pauses)

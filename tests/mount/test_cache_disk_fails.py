@@ -172,30 +172,49 @@ def test_a_daemon_follows_another_without_a_disk(
         read_everywhere(path, contents, 3)
 
 
+@pytest.fixture
+def device(node: Node) -> Iterator[chaostest.disk.Disk]:
+    """A disk of the cache's whose sectors fail. The daemon's log is elsewhere."""
+    node.cache_dir.mkdir(mode=0o700)
+    log = node.folder / "daemon.log"
+    with chaostest.disk.Disk(node.folder, node.cache_dir, log) as disk:
+        yield disk
+        node.end()
+
+
 def test_what_the_disk_refuses_later_is_not_read_without_a_check(
-    node: Node, bucket: Path, uri_of: UriOf
+    node: Node, device: chaostest.disk.Disk, bucket: Path, uri_of: UriOf
 ) -> None:
     """The end of a file is written through the page cache, which takes it in any case."""
     contents = write_files(bucket, {"a": 600_000, "b": 5000})
-    node.cache_dir.mkdir(mode=0o700)
-    log = node.folder / "daemon.log"
-    with chaostest.disk.Disk(node.folder, node.cache_dir, log) as device:
-        try:
-            with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
-                with device.failing(["write"]):
-                    for name in contents:
-                        os.setxattr(f"{path}/{name}", "user.ckptfs.prefetch", b"")
-                    node.wait_quiet()
-                    for data in node.cache_dir.glob("objects/*/*/data"):
-                        with data.open("rb") as file:
-                            with suppress(OSError):
-                                persist(file.fileno(), 0, MIB)
-                            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                for name, content in contents.items():
-                    assert Path(path, name).read_bytes() == content
-                assert "cache: cannot write; reading without storing" in log.read_text()
-        finally:
-            node.end()
+    node.expected_in_log.append("cache: cannot write; reading without storing")
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        with device.failing(["write"]):
+            for name in contents:
+                os.setxattr(f"{path}/{name}", "user.ckptfs.prefetch", b"")
+            node.wait_quiet()
+            for data in node.cache_dir.glob("objects/*/*/data"):
+                with data.open("rb") as file:
+                    with suppress(OSError):
+                        persist(file.fileno(), 0, MIB)
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name, content in contents.items():
+            assert Path(path, name).read_bytes() == content
+        assert node.expected_in_log[0] in node.log()
+
+
+def test_a_disk_that_does_not_answer_holds_up_who_needs_it(
+    node: Node, device: chaostest.disk.Disk, bucket: Path, uri_of: UriOf
+) -> None:
+    node.configure(passthrough=False)
+    contents = write_files(bucket, {"old": 3 * MIB, "new": 5 * MIB + 1})
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        assert Path(path, "old").read_bytes() == contents["old"]
+        node.wait_quiet()
+        with device.hanging():
+            assert Path(path, "new").read_bytes() == contents["new"]
+            assert node.status()["attachments"][0]["path"] == path
+        read_everywhere(path, contents, 1)
 
 
 def test_a_first_daemon_does_not_begin_on_a_disk_that_fails(

@@ -58,6 +58,8 @@ def failure(
         (judge.DISK_FAILS, "evict", "EIO", True),
         (judge.DISK_FAILS, "attach", "config", False),
         (judge.DISK_FAILS, "stat", "EIO", False),
+        (judge.DISK_HANGS, "read", "ETIMEDOUT", True),
+        (judge.DISK_HANGS, "read", "EIO", False),
         (judge.KILLED, "read", "ENOTCONN", False),
         (judge.KILLED, "attach", "daemon", True),
         (judge.ENDED, "stat", "ENOTCONN", True),
