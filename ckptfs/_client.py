@@ -93,7 +93,7 @@ def attached(
             connection.close()
             if attempt == TRIES - 1:
                 raise DaemonError(
-                    f"the ckptfs daemon ended while it was asked; see {log_path(config)}"
+                    f"the ckptfs daemon ended while it was asked; see {log_of(config)}"
                 ) from None
             continue
         except BaseException:
@@ -246,6 +246,13 @@ def run_keeper(
     if "code" in told:
         raise BY_CODE.get(told["code"], DaemonError)(told["message"])
     return told
+
+
+def log_of(config: Config) -> str:
+    """Where the daemon's log is, or that of one that has just ended: its successor knows."""
+    with contextlib.suppress(CkptfsError, OSError), connect(config) as connection:
+        return connection.status().log
+    return f"its log, which is {log_path(config)} unless it was a service"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Each target is a parser of bytes that a client, a store or the disk gives. It must end with a result
 or with the error it documents, within seconds and without much memory, whatever the bytes are.
 libFuzzer prints its progress (executions, coverage, corpus) and, where it finds something, the
-input, which belongs into a test then.
+input, which belongs into a test then: it says where in `scripts/results/fuzz` it is.
 """
 
 import argparse
@@ -21,6 +21,9 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+FOUND = Path(__file__).parent / "results" / "fuzz"
+"""Where inputs go that a target does not stand, each under the target's name."""
 
 RSS_MB_MAX = 1024
 INPUT_S_MAX = 10
@@ -323,7 +326,7 @@ def _fuzz(name: str, seconds: int, corpus: str, seed: int) -> None:
         f"-timeout={INPUT_S_MAX}",
         f"-max_len={INPUT_BYTES_MAX}",
         f"-seed={seed}",
-        f"-artifact_prefix={os.getcwd()}/",
+        f"-artifact_prefix={FOUND / name}-",
         "-print_final_stats=1",
         "-verbosity=1",
     ]
@@ -344,6 +347,7 @@ def main() -> None:
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     if args.corpus:
         _fuzz(args.targets[0], args.seconds, args.corpus, args.seed)
+    FOUND.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     for name in args.targets or TARGETS:
         with tempfile.TemporaryDirectory(prefix="ckptfs-fuzz-") as folder:
@@ -367,6 +371,8 @@ def main() -> None:
         if done.returncode or not executions:
             failed.append(name)
             print(done.stdout[-6000:])
+            for path in re.findall(r"Test unit written to (.+)", done.stdout):
+                print(f"{name}: the input is {path}")
         edges, features, inputs = covered[-1] if covered else ("?", "?", "?")
         print(
             f"{name}: {'FAILED' if name in failed else 'clean'}, "

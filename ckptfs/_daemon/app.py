@@ -70,6 +70,7 @@ def main() -> None:
             config.cache_bytes_max,
             config.cache_free_share_min,
             config.in_flight_bytes_max,
+            required=not args.after_another,  # readers are more than a cache
         )
     except CkptfsError as error:
         os.write(

@@ -98,13 +98,20 @@ class Cache:
         bytes_max: Most bytes on disk; 0: no limit of its own.
         memory_bytes_max: Most bytes of the buffers for spans.
         free_share_min: Share of the disk to leave free.
+        required: Whether the directory has to be usable now. If not, reads do without until it is.
 
     Raises:
         ConfigError: The directory cannot be used, or another daemon uses it.
     """
 
     def __init__(
-        self, directory: Path, bytes_max: int, free_share_min: float, memory_bytes_max: int
+        self,
+        directory: Path,
+        bytes_max: int,
+        free_share_min: float,
+        memory_bytes_max: int,
+        *,
+        required: bool = True,
     ) -> None:
         self.directory = directory
         self._open: dict[str, CachedObject] = {}
@@ -113,7 +120,8 @@ class Cache:
         self._lent_before: set[str] = set()  # being opened: the kernel reads them all the time
         self._nowait = os.RWF_NOWAIT
         self._ledger = Ledger(
-            directory, bytes_max, free_share_min, self.is_open, self._directory_was_removed
+            *(directory, bytes_max, free_share_min, self.is_open, self._directory_was_removed),
+            required=required,
         )
         self._root = self._ledger.root
         self.room = Room(self._ledger, self._open)
@@ -148,8 +156,8 @@ class Cache:
 
     @property
     def lock_fd(self) -> int:
-        """A file in the directory."""
-        return self._root.lock_fd
+        """A file in the directory; -1: it cannot be used."""
+        return self._root.lock_fd if self._root.is_claimed else -1
 
     def shut(self) -> None:
         """Close all objects and let another daemon use the directory."""

@@ -6,10 +6,10 @@ and has a checksum, too. Everything here blocks, and trusts nothing that it read
 not whole in every respect raises ValueError, and its owner removes it.
 
 **The checksum of a block** is xxh3-64 with a seed that is made of the object, its ETag and the
-block's index. Nothing here is ever synced, so after a power loss, or a copy that went wrong, any
-two of these files may be of different times, and any block may be what was there before: of another
-version, another place or another object. None of these has the checksum that the description asks
-for.
+block's index. Nothing here is made to outlive a loss of power, so after one, or a copy that went
+wrong, any two of these files may be of different times, and any block may be what was there before:
+of another version, another place or another object. None of these has the checksum that the
+description asks for.
 
 **Whose files.** Only files that this user owns, nobody else can write, and that have one name are
 read: a link, or a second name, would let the cache write or punch what is not its own.
@@ -367,6 +367,9 @@ def write(files: Files, offset: int, data: memoryview) -> None:
     Large writes go past the page cache: the bytes are in memory already where they are read next,
     and a copy there costs more than all other work of a span (0.4 s of CPU per GiB against 0.1, and
     2 s where the machine's free memory is not really there yet). `data` begins at a page.
+
+    What goes through the page cache is waited for: a disk that refuses it later would have zeros in
+    its place, and a file may be read without any check from then on (``passthrough``).
     """
     done = 0
     if files.direct >= 0 and len(data) >= BLOCK_BYTES:
@@ -377,7 +380,9 @@ def write(files: Files, offset: int, data: memoryview) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL:  # a disk with larger sectors: write it below
                 raise
-    _write_whole(files.data, data[done:], offset + done)
+    if done < len(data):
+        _write_whole(files.data, data[done:], offset + done)
+        disk.persist(files.data, offset + done, len(data) - done)
 
 
 def _write_whole(fd: int, data: memoryview, offset: int) -> None:

@@ -32,6 +32,7 @@ _DIGEST = re.compile("[0-9a-f]{32}")
 _REMEDY = "set cache_dir (CKPTFS_CACHE_DIR) to another directory"
 
 
+_NOTHING = Path("/dev/null")
 _WARN_PAUSE_S = 60.0
 _warned_s: dict[str, float] = {}
 
@@ -58,15 +59,33 @@ class Found(NamedTuple):
 class CacheRoot:
     """The directory of one daemon.
 
+    Args:
+        directory: Its name.
+        required: Whether it has to be claimed now. If not, nothing is in it until `move` succeeds.
+
+    Attributes:
+        is_claimed: Whether it has been.
+        lock_fd: A file in it, once it has been.
+        path: What stands for it, whatever becomes of its name.
+
     Raises:
         ConfigError: It cannot be used, or another daemon uses it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, required: bool = True) -> None:
         self.directory = directory
         # No name of an earlier daemon's: what could not be deleted is still there.
         self._trash = (f"{time.time_ns():x}-{serial}" for serial in itertools.count(1))
-        self._fd, self.lock_fd = self._claim()
+        self.is_claimed = True
+        try:
+            self._fd, self.lock_fd = self._claim()
+        except ConfigError as error:
+            if required:
+                raise
+            warn("use its directory; reading without a cache", error)
+            self.is_claimed = False
+            # Descriptors to be replaced. No directory: whatever is looked up in it is ENOTDIR.
+            self._fd, self.lock_fd = (disk.open_file(_NOTHING, os.O_RDONLY) for _ in range(2))
         self.path = Path(f"/proc/self/fd/{self._fd}")
 
     def _claim(self) -> tuple[int, int]:
@@ -121,6 +140,7 @@ class CacheRoot:
         disk.close(fd)
         disk.close(self.lock_fd)
         self.lock_fd = lock_fd
+        self.is_claimed = True
 
     # -- folders
 

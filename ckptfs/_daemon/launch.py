@@ -105,8 +105,9 @@ def private_config(config: Config, stack: contextlib.ExitStack) -> Config:
 def detach(config: Config) -> int:
     """Go on in a child of its own session; the parent passes the child's report on and exits.
 
-    Returns the descriptor for the report.
+    Returns the descriptor for the report. Raises ConfigError where the log cannot be written.
     """
+    log_fd = _open_log(log_path(config))
     ours, theirs = os.pipe()
     sys.stdout.flush()
     if os.fork():
@@ -120,13 +121,24 @@ def detach(config: Config) -> int:
         os._exit(0)
     os.close(ours)
     os.setsid()
-    log = log_path(config)
-    with contextlib.suppress(OSError):
-        if log.stat().st_size > _LOG_BYTES_MAX:
-            log.replace(f"{log}.1")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    for fd, path, mode in ((0, "/dev/null", os.O_RDONLY), (1, log, flags), (2, log, flags)):
-        opened = os.open(path, mode, 0o600)
+    null_fd = os.open(os.devnull, os.O_RDONLY)
+    for fd, opened in ((0, null_fd), (1, log_fd), (2, log_fd)):
         os.dup2(opened, fd)
-        os.close(opened)
+    for opened in (null_fd, log_fd):
+        if opened > 2:
+            os.close(opened)
     return theirs
+
+
+def _open_log(path: Path) -> int:
+    """Raises ConfigError."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > _LOG_BYTES_MAX:
+            path.replace(f"{path}.1")
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"cache directory {path.parent}: its log cannot be written: {error.strerror}; set "
+            "cache_dir (CKPTFS_CACHE_DIR) to another directory"
+        ) from None

@@ -26,6 +26,7 @@ class Ledger:
         bytes_max, free_share_min: Attributes, too, that can be changed.
         is_open: Whether an object is open; these are counted by whoever has opened them.
         was_removed: Called when the directory was removed, and all that is not open with it.
+        required: Whether the directory has to be usable now. If not, there is no room until it is.
 
     Attributes:
         used_bytes: Of all objects, and of what is to be deleted; whoever opens, writes or reserves
@@ -46,6 +47,8 @@ class Ledger:
         free_share_min: float,
         is_open: Callable[[str], bool],
         was_removed: Callable[[], None],
+        *,
+        required: bool = True,
     ) -> None:
         self.bytes_max = bytes_max
         self.free_share_min = free_share_min
@@ -54,15 +57,19 @@ class Ledger:
         self._closed: OrderedDict[str, Stored] = OrderedDict()  # by digest, LRU first
         self._origins: dict[Origin, Origin] = {}  # so that equal ones are in memory once
         self._leftovers: dict[Path, int] = {}  # to be deleted -> bytes on disk
-        self.root = CacheRoot(directory)
+        self.root = CacheRoot(directory, required=required)
         self._is_indexed = False
         self.used_bytes = self.removed = 0
         self.evicted_bytes = self.evicted_objects = 0
+        if not self.root.is_claimed:
+            return
         try:
             self._recover()
-        except ConfigError:
-            self.root.close()
-            raise
+        except ConfigError as error:
+            if required:
+                self.root.close()
+                raise
+            warn("use its directory; reading without a cache", error)
 
     def _recover(self) -> None:
         """Index what an earlier daemon left. After a loss of power, or with another limit, that may
@@ -221,11 +228,14 @@ class Ledger:
         return goal, folders
 
     def _begin_anew(self) -> bool:
-        """Somebody has removed the directory: make it again, if nobody else has."""
+        """Somebody has removed the directory: make it again, if nobody else has. Or it could not be
+        used so far."""
         try:
             if not self.root.is_there():
+                was_claimed = self.root.is_claimed
                 self.root.move()
-                log.info("cache: %s was removed, and is made again", self.root.directory)
+                what = "was removed, and is made again" if was_claimed else "is used from now on"
+                log.info("cache: %s %s", self.root.directory, what)
                 self.used_bytes -= sum(stored.bytes for stored in self._closed.values())
                 self.used_bytes -= sum(self._leftovers.values())
                 self._closed.clear()

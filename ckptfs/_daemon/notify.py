@@ -75,12 +75,11 @@ class ServiceManager:
         """Whether the service is being ended to be started again."""
         if not self.is_there:
             return False
-        unit = Path("/proc/self/cgroup").read_text().rstrip("\n").rpartition("\n")[2]
-        user = ["--user"] if "/user@" in unit else []
+        unit, user = unit_of_process()
         command = ["systemctl", *user, "list-jobs", "--plain", "--no-legend", "--no-pager"]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(
-                [*command, "--", unit.rpartition("/")[2]],
+                [*command, "--", unit],
                 capture_output=True,
                 text=True,
                 timeout=_QUERY_WAIT_S,
@@ -99,6 +98,13 @@ class ServiceManager:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to,
         ):
             to.sendmsg([text.encode()], rights, 0, self._address)
+
+
+def unit_of_process() -> tuple[str, list[str]]:
+    """The unit that this process belongs to, and the flags that tell systemctl and journalctl whose
+    it is: none, or those of a user's manager."""
+    path = Path("/proc/self/cgroup").read_text().rstrip("\n").rpartition("\n")[2]
+    return path.rpartition("/")[2], ["--user"] if "/user@" in path else []
 
 
 def taken_from(environ: MutableMapping[str, str]) -> tuple[ServiceManager, dict[str, int]]:

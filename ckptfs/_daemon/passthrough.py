@@ -64,12 +64,14 @@ def why_not(fuse_fd: int, wanted: bool, negotiated: bool, cache_fd: int) -> str:
         fuse_fd: The session.
         wanted: Whether the configuration allows it.
         negotiated: Whether the kernel agreed to it in FUSE_INIT.
-        cache_fd: A file in the cache's directory, to try it out.
+        cache_fd: A file in the cache's directory, to try it out; -1: it cannot be used now.
     """
     if not wanted:
         return "off: passthrough = false in the configuration"
     if not negotiated:
         return f"off: the kernel ({os.uname().release}) has no FUSE passthrough; Linux 6.9 has it"
+    if cache_fd < 0:
+        return "off: the cache could not be used when this daemon started"
     try:
         _unregister(fuse_fd, _register(fuse_fd, cache_fd))
     except OSError as error:

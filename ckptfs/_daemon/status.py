@@ -4,6 +4,7 @@ Both fit into a message, whatever is attached: lists are cut, and what is left o
 """
 
 import os
+import stat
 import time
 from collections.abc import Iterable
 from importlib.metadata import version as version_of
@@ -12,6 +13,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from ckptfs._daemon import logs, notify
 from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.attachment import Attachment
 from ckptfs._daemon.attachments import Attachments
@@ -65,6 +67,7 @@ class Reporter:
         self._handoff = handoff
         self._passthrough = passthrough
         self._started_s = time.time()
+        self._log = where_log_is()
 
     def sample(self) -> None:
         """To be called about once a second: what the rates in a status are made of."""
@@ -91,6 +94,7 @@ class Reporter:
             restarts=self._handoff.restarts,
             attachments=told,
             left_out=len(visible) - len(told),
+            log=self._log,
         )
 
     def _status_of(self, attachment: Attachment, uid: int) -> AttachmentStatus:
@@ -185,6 +189,16 @@ def counts_of(usage: Usage) -> Counts:
         fetched_bytes=usage.fetched_bytes,
         latency_ns=_cut(usage.latency_ns),
     )
+
+
+def where_log_is(fd: int = 2) -> str:
+    """Where that of this process is to be read, which goes to `fd`: a command, or a file."""
+    if logs.leads_to_journal(fd):
+        unit, flags = notify.unit_of_process()
+        return " ".join(["journalctl", *flags, "-u", unit])
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return "the standard error of ckptfs mount"
 
 
 def _activity_of(attachment: Attachment, uid: int) -> CheckpointActivity:

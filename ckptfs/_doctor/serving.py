@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptfs import _client
-from ckptfs._config import log_path
 from ckptfs._daemon import session
 from ckptfs._doctor.checks import Outcome, ok, skipped, warning
 from ckptfs._doctor.disk import Disk
@@ -74,9 +73,7 @@ class Serving:
                 "ckptfs status shows their last errors",
             )
         if reply.restarts:
-            return warning(
-                f"{facts}, restarted {reply.restarts} times", f"see why in {log_path(config)}"
-            )
+            return warning(f"{facts}, restarted {reply.restarts} times", f"see why in {reply.log}")
         return ok(facts)
 
     def version(self) -> Outcome:

@@ -247,7 +247,8 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     given to them is counted since the daemon started.
     `restarts`: how many daemons have served the mount before this one.
     `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself.
-    `left_out`: attachments for which a message has no room."""
+    `left_out`: attachments for which a message has no room.
+    `log`: where the daemon's log is to be read: a file, a command, or in words."""
 
     version: str
     pid: int
@@ -263,6 +264,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     restarts: int
     attachments: list[AttachmentStatus]
     left_out: int = 0
+    log: str = ""
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

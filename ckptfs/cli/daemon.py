@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ckptfs import _client
-from ckptfs._config import flags_variable, load_config, log_path
+from ckptfs._config import flags_variable, load_config
 from ckptfs._model.attributes import OTHER_CONTAINERS
 from ckptfs._model.config import Config
 from ckptfs._model.manifest import printable
@@ -68,28 +68,25 @@ def umount(
     """End the daemon and its mount."""
     config = load_config()
     with _client.connect(config) as connection:
+        log = _client.log_of(config)
         connection.stop(force=force)
     if not _client.wait_ended(config, _END_WAIT_S):
-        raise DaemonError(
-            f"the daemon has not ended within {_END_WAIT_S:g} s; see {log_path(config)}"
-        )
+        raise DaemonError(f"the daemon has not ended within {_END_WAIT_S:g} s; see {log}")
 
 
 def restart() -> None:
     """Replace the daemon, perhaps by an upgraded one; who reads notices a pause only."""
     config = load_config()
     with _client.connect(config) as connection:
-        before = connection.status().pid
+        before = connection.status()
         connection.restart()
     deadline_s = time.monotonic() + _END_WAIT_S
     while time.monotonic() < deadline_s:
         with contextlib.suppress(ConnectionError), _client.connect(config) as connection:
-            if connection.status().pid != before:
+            if connection.status().pid != before.pid:
                 return
         time.sleep(_PAUSE_S)
-    raise DaemonError(
-        f"the next daemon does not answer within {_END_WAIT_S:g} s; see {log_path(config)}"
-    )
+    raise DaemonError(f"the next daemon does not answer within {_END_WAIT_S:g} s; see {before.log}")
 
 
 def status(as_json: output.JsonOption = False) -> None:
@@ -108,6 +105,7 @@ def status(as_json: output.JsonOption = False) -> None:
         taken, given = output.size(reply.taken_bytes), output.size(reply.given_bytes)
         print(f"{taken} came from other nodes, {given} were given to them")
     print(f"passthrough {reply.passthrough}")
+    print(f"log {reply.log}")
     if not reply.attachments:
         print("no checkpoint is attached")
         return

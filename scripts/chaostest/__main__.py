@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from chaostest.actions import LANES
 from chaostest.board import SLOTS
 from chaostest.report import as_json, show
 from chaostest.run import Chaos
@@ -43,7 +44,9 @@ def main() -> int:
     is_long = options.actions is None and options.minutes >= LONG_FROM_MINUTES
     keep = True
     try:
-        with Chaos(options.seed, readers=options.readers, long=is_long, logs=logs) as chaos:
+        settings = {"readers": options.readers, "long": is_long, "only": options.only}
+        settings["tls"] = options.tls
+        with Chaos(options.seed, logs=logs, **settings) as chaos:
             outcome = chaos.run(seconds=options.minutes * 60, actions_max=options.actions)
         (logs / "result.json").write_text(json.dumps(as_json(outcome), indent=1))
         show(outcome, console)
@@ -61,15 +64,26 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
+    names = {name for lane in LANES.values() for name in lane}
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="how long (default: 5)")
     parser.add_argument("--seed", type=int, default=None, help="what happens, and in which order")
     parser.add_argument("--readers", type=int, default=4, help="processes that read (default: 4)")
-    parser.add_argument("--actions", type=int, help="end after so many of each of the two lanes")
+    parser.add_argument("--actions", type=int, help="end after so many of each lane")
+    parser.add_argument(
+        *("--only",),
+        type=lambda text: text.split(","),
+        metavar="ACTION,…",
+        default=[],
+        help=f"of all actions only these: {', '.join(sorted(names))}",
+    )
+    parser.add_argument("--tls", action="store_true", default=None, help="not only by chance")
     parser.add_argument("--keep-logs", action="store_true", help="also where nothing was wrong")
     options = parser.parse_args()
     if not 1 <= options.readers < SLOTS:
         parser.error(f"--readers takes 1 to {SLOTS - 1}")
+    if unknown := set(options.only) - names:
+        parser.error(f"--only: no such action: {', '.join(sorted(unknown))}")
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1 << 31)
     return options

@@ -1,7 +1,8 @@
 """What goes wrong, and what else happens, each as a function that does it once and undoes it.
 
-Two lanes run beside each other, one for the store and one for the node, each with its own stream of
-chance: which actions come in which order depends on the seed only, not on how fast the machine is.
+Three lanes run beside each other, one for the store, one for the node and one for the disk of its
+cache, each with its own stream of chance: which actions come in which order depends on the seed
+only, not on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from chaostest import verdict
 from chaostest.content import MIB
 from chaostest.node import DAEMON, KEEPER
-from chaostest.proxy import FAULTS
+from chaostest.proxy import FAULTS, TLS_FAULTS
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
+    from chaostest.disk import Disk
     from chaostest.run import Chaos
 
 PAGE_BYTES = 4096
@@ -263,6 +265,9 @@ def remove_cached(chaos: Chaos, chance: random.Random) -> None:
             path.unlink()
 
 
+# -- the disk
+
+
 def fill_disk(chaos: Chaos, chance: random.Random) -> None:
     """Others take the rest of the disk, for a while."""
     left, length_s = chance.choice((0, 0, MIB // 2, 5 * MIB)), chance.uniform(0.3, 3.0)
@@ -279,7 +284,61 @@ def fill_disk(chaos: Chaos, chance: random.Random) -> None:
         ballast.unlink(missing_ok=True)
 
 
-STORE = {kind: store_fault(kind) for kind in FAULTS}
+def disk_read_only(chaos: Chaos, chance: random.Random) -> None:
+    """Its file system has found an error in itself; or somebody has mounted it so."""
+    length_s, covers = chance.uniform(0.3, 6.0), chance.random() < 0.5
+    disk = disk_of(chaos)
+    with chaos.timeline.during(verdict.READ_ONLY):
+        if covers:
+            with disk.covered():
+                chaos.wait(length_s)
+        else:
+            try:
+                disk.become_read_only()
+                chaos.wait(length_s)
+            finally:
+                disk.replace()
+
+
+def disk_fails(chaos: Chaos, chance: random.Random) -> None:
+    """What is read from it, or written to it, ends with EIO. It gets well by itself, or is replaced
+    where that has broken its file system."""
+    kinds = chance.choice((["read"], ["write"], ["read", "write"], ["read", "write"]))
+    length_s = chance.uniform(0.3, 3.0)
+    if chaos.long and chance.random() < 0.4:
+        length_s = 8.0  # ext4 writes its journal each 5 s
+    replaces = chance.random() < 0.3
+    disk = disk_of(chaos)
+    with chaos.timeline.during(verdict.DISK_FAILS):
+        try:
+            with disk.failing(kinds):
+                forget(chaos, chance)
+                chaos.wait(length_s)
+        finally:
+            if replaces or not disk.is_writable():
+                disk.replace()
+
+
+def disk_hangs(chaos: Chaos, chance: random.Random) -> None:
+    """It does not answer for a while, less than until a daemon that waits for it counts as stuck.
+    Then it does all that it was told."""
+    length_s = chance.uniform(0.3, 3.0)
+    if chaos.long and chance.random() < 0.3:
+        length_s = chaos.node.config.read_deadline_s * chance.uniform(1.1, 1.4)
+    disk = disk_of(chaos)
+    with chaos.timeline.during(verdict.DISK_HANGS), disk.hanging():
+        chaos.wait(length_s)
+
+
+def disk_of(chaos: Chaos) -> Disk:
+    """The cache's."""
+    assert chaos.node.disk is not None
+    return chaos.node.disk
+
+
+STORE: dict[str, tuple[int, Action]] = {
+    kind: (1, store_fault(kind)) for kind in (*FAULTS, *TLS_FAULTS)
+}
 NODE: dict[str, tuple[int, Action]] = {
     "kill daemon": (6, kill_daemon),
     "crash daemon": (2, terminate_daemon_by_segv),
@@ -296,9 +355,15 @@ NODE: dict[str, tuple[int, Action]] = {
     "damage": (6, damage),
     "forget": (4, forget),
     "remove cached": (2, remove_cached),
-    "fill disk": (3, fill_disk),
 }
-"""With weights: how often each comes."""
+DISK: dict[str, tuple[int, Action]] = {
+    "fill disk": (3, fill_disk),
+    "disk read-only": (2, disk_read_only),
+    "disk fails": (3, disk_fails),
+    "disk hangs": (2, disk_hangs),
+}
+LANES = {"store": STORE, "node": NODE, "disk": DISK}
+"""The actions of each lane, with weights: how often each comes."""
 
 SLOW = {"daemon stuck"}
 """Actions that take more than 10 s each: not in a short run."""

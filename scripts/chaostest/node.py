@@ -1,4 +1,4 @@
-"""The node of a run: its folders, a small disk for the cache, the daemon, and what these take."""
+"""The node of a run: its folders, the daemon, and what these take."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from chaostest.disk import Disk
 from ckptfs import _client, _connection
 from ckptfs._config import load_config
 from ckptfs.errors import CkptfsError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from ckptfs._model.config import Config
 
-DISK_BYTES = 192 << 20
 CONTROL_TIMEOUT_S = 40.0
 KEEPER, DAEMON = b"ckptfs._daemon.keeper", b"ckptfs._daemon.app"
 
@@ -46,7 +46,7 @@ class Node:
         self._settings = settings
         self._small_disk = small_disk
         self._cleanup = ExitStack()
-        self.has_small_disk = False
+        self.disk: Disk | None = None
 
     def __enter__(self) -> Node:
         with ExitStack() as stack:
@@ -76,23 +76,10 @@ class Node:
         self._cleanup.close()
 
     def _make_disk(self, stack: ExitStack) -> None:
-        """Put the cache on an ext4 of its own, if this machine lets us."""
-        image = self.folder / "disk"
-        with image.open("wb") as file:
-            file.truncate(DISK_BYTES)
-        commands = [
-            ["mkfs.ext4", "-q", "-m", "0", image],
-            ["mount", "-o", "loop", image, self.cache],
-        ]
-        for command in commands:
-            try:
-                subprocess.run(command, check=True, capture_output=True, timeout=30)
-            except (OSError, subprocess.SubprocessError):
-                return
-        stack.callback(subprocess.run, ["umount", "-l", self.cache], check=False)
-        shutil.rmtree(self.cache / "lost+found")
-        self.cache.chmod(0o700)
-        self.has_small_disk = True
+        """Put the cache on a disk of its own, if this machine lets us."""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            disk = Disk(self.folder, self.cache, self.folder / "daemon.log")
+            self.disk = stack.enter_context(disk)
 
     # -- the daemon
 
@@ -154,7 +141,8 @@ class Node:
 
     def log(self) -> str:
         """What keeper and daemon have logged."""
-        found = [self.cache / "daemon.log.1", self.cache / "daemon.log"]
+        folder = self.folder if self.disk else self.cache
+        found = [folder / "daemon.log.1", folder / "daemon.log"]
         return "".join(path.read_text(errors="replace") for path in found if path.exists())
 
     def end(self) -> None:

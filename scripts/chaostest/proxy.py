@@ -1,13 +1,15 @@
 """The HTTP proxy between ckptfs and the S3 server, which does what networks and stores do.
 
-A process of its own: `python -m chaostest.proxy HOST:PORT SEED`. It takes one JSON object per line
+A process of its own: `python -m chaostest.proxy HOST:PORT SEED [PEM PEM]`, with TLS where it gets
+two certificates: the store's, and one that nobody trusts. It takes one JSON object per line
 on standard input and answers each with a line: `{"fault": KIND, "share": P, …}` makes requests
 fail, `{}` ends that, `{"pause": true}` and `{"pause": false}` are around a change of the objects:
 in between no request is at the server, so that each of its answers is of one version, as Amazon's
 are (rclone hashes and reads a file in two steps). `{"count": true}` asks how many requests each
 kind has met.
 
-A share of the requests, taken by chance, meets the fault; with share 1 all.
+A share of the requests, taken by chance, meets the fault; with share 1 all. Faults of TLS are met
+by connections, so all that there are end when one begins.
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ import http.client
 import json
 import random
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import threading
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 HEAD_BYTES_MAX = 64 << 10
 PIECE_BYTES = 16 << 10
@@ -29,6 +36,7 @@ PIECE_PAUSE_S = 0.2
 """A trickle: 80 KB a second, never silent, and nothing ever gets finished."""
 
 UPSTREAM_TIMEOUT_S = 20.0
+HANDSHAKE_TIMEOUT_S = 5.0
 
 UNAVAILABLE = 503, "Slow Down", "SlowDown"
 DENIED = 403, "Forbidden", "AccessDenied"
@@ -37,6 +45,7 @@ FAULTS = (
     *("refused", "dark", "reset", "slow", "trickle", "cut"),
     *("unavailable", "denied", "garbage"),
 )
+TLS_FAULTS = "handshake cut", "untrusted"
 
 
 class Proxy:
@@ -44,8 +53,8 @@ class Proxy:
 
     endpoint: str
 
-    def __init__(self, upstream: str, seed: int) -> None:
-        self._arguments = upstream, str(seed)
+    def __init__(self, upstream: str, seed: int, certificates: Sequence[Path] = ()) -> None:
+        self._arguments = upstream, str(seed), *map(str, certificates)
         self._asking = threading.Lock()
         self._cleanup = ExitStack()
 
@@ -110,7 +119,7 @@ class Gate:
 class Server:
     """Accepts connections; a thread for each."""
 
-    def __init__(self, upstream: str, seed: int) -> None:
+    def __init__(self, upstream: str, seed: int, certificates: Sequence[str] = ()) -> None:
         host, _, port = upstream.rpartition(":")
         self._upstream = host, int(port)
         self._chance = random.Random(f"{seed} proxy")
@@ -120,6 +129,7 @@ class Server:
         self._met: dict[str, int] = {}
         self._open: set[socket.socket] = set()
         self._fault_over = threading.Event()
+        self._tls = [tls_of(path) for path in certificates]  # the right one first
         self._port = 0
         self._listen()
 
@@ -143,10 +153,15 @@ class Server:
             with suppress(OSError):  # shutdown wakes the thread that accepts
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-            with self._lock:
-                for end in self._open:
-                    with suppress(OSError):
-                        end.shutdown(socket.SHUT_RDWR)
+            self._end_connections()
+        elif fault.get("fault") in TLS_FAULTS:
+            self._end_connections()
+
+    def _end_connections(self) -> None:
+        with self._lock:
+            for end in self._open:
+                with suppress(OSError):
+                    socket.socket.shutdown(end, socket.SHUT_RDWR)  # of TLS, too, by another thread
 
     def _listen(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self._port), backlog=128)
@@ -163,6 +178,12 @@ class Server:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        if self._tls:
+            try:
+                client = self._shaken_hands(client)
+            except (OSError, ValueError):
+                client.close()
+                return
         upstream = http.client.HTTPConnection(*self._upstream, timeout=UPSTREAM_TIMEOUT_S)
         with self._lock:
             self._open.add(client)
@@ -179,6 +200,17 @@ class Server:
                 self._open.discard(client)
             client.close()
 
+    def _shaken_hands(self, client: socket.socket) -> socket.socket:
+        """Raises OSError, ValueError: the client does not trust us, has gone, or must go."""
+        kind = self._meet(TLS_FAULTS)[0].get("fault", "")
+        client.settimeout(HANDSHAKE_TIMEOUT_S)
+        if kind == "handshake cut":
+            client.recv(1)  # it has begun
+            raise ConnectionResetError
+        secured = self._tls[kind == "untrusted"].wrap_socket(client, server_side=True)
+        secured.settimeout(None)
+        return secured
+
     def _answer(
         self, client: socket.socket, reader: Any, upstream: http.client.HTTPConnection, head: Head
     ) -> bool:
@@ -186,7 +218,7 @@ class Server:
         if head.value("expect"):
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = read_body(reader, head)
-        fault, over = self._meet()
+        fault, over = self._meet(FAULTS)
         kind = fault.get("fault", "")
         if kind == "dark":
             over.wait()
@@ -221,11 +253,11 @@ class Server:
         client.sendall(message)
         return True
 
-    def _meet(self) -> tuple[dict[str, Any], threading.Event]:
-        """The fault that this request meets, if any, and what says that it is over."""
+    def _meet(self, kinds: Sequence[str]) -> tuple[dict[str, Any], threading.Event]:
+        """The fault of these kinds that is met now, if any, and what says that it is over."""
         with self._lock:
             fault, over = self._fault, self._fault_over
-            if not fault or self._chance.random() >= fault["share"]:
+            if fault.get("fault") not in kinds or self._chance.random() >= fault["share"]:
                 return {}, over
             self._met[fault["fault"]] = self._met.get(fault["fault"], 0) + 1
             return fault, over
@@ -251,7 +283,7 @@ def has_hung_up(client: socket.socket) -> bool:
     """Whether the client has closed the connection: what it has asked for must not happen later."""
     client.settimeout(0)
     try:
-        return client.recv(1, socket.MSG_PEEK) == b""
+        return socket.socket.recv(client, 1, socket.MSG_PEEK) == b""  # of TLS, too
     except BlockingIOError:
         return False
     finally:
@@ -268,6 +300,13 @@ class Head:
 
     def value(self, name: str) -> str:
         return next((value for key, value in self.fields if key.lower() == name), "")
+
+
+def tls_of(path: str) -> ssl.SSLContext:
+    """Of a server that has this key and certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
 
 
 def read_head(reader: Any) -> Head | None:
@@ -324,7 +363,7 @@ def error_answer(head: Head, status: int, reason: str, code: str) -> bytes:
 
 
 def main() -> None:
-    server = Server(sys.argv[1], int(sys.argv[2]))
+    server = Server(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
     for line in sys.stdin:
         print(json.dumps(server.command(json.loads(line))), flush=True)
 

@@ -53,8 +53,14 @@ def show(outcome: Outcome, console: Console) -> None:
             shown = [f"{value / MB:.0f}" if not index else str(value) for value in values]
             table.add_row(name, what, *shown)
     console.print(table)
+    if outcome.cache_cannot:
+        said = ", ".join(f"{verb} {times}" for verb, times in outcome.cache_cannot.most_common())
+        console.print(f"the log, one line a minute for each verb: the cache cannot {said}")
+    if outcome.disk_failed:
+        failed = ", ".join(f"{kind} {times}" for kind, times in outcome.disk_failed.items())
+        console.print(f"operations of the disk that failed: {failed}")
     if outcome.left_out:
-        console.print(f"left out here: {', '.join(outcome.left_out)}")
+        console.print(f"[yellow]left out here: {', '.join(outcome.left_out)}[/]")
     kinds = Counter(breach.kind for breach in outcome.breaches)
     if kinds:
         shown = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from s3server import S3Server
 
-from chaostest import actions
+from chaostest import actions, rest
 from chaostest.board import Board
+from chaostest.certificates import certify
 from chaostest.content import MIB, Contents, File
-from chaostest.node import DAEMON, KEEPER, Node, Sample
-from chaostest.proxy import Proxy
+from chaostest.node import DAEMON, KEEPER, Node
+from chaostest.proxy import TLS_FAULTS, Proxy
 from chaostest.reader import NOTED
 from chaostest.verdict import Breach, Timeline, Verdict
 from ckptfs._model.config import Config
@@ -33,7 +34,7 @@ from ckptfs._store.filesystems import filesystem_of
 from ckptfs.errors import CkptfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ckptfs._model.location import Location
 
@@ -41,13 +42,6 @@ BUCKET = "chaos"
 HUNG_AFTER_S = 5.0
 """So much longer than it may take an operation counts as one that never ends."""
 
-MEMORY_GROWTH_MAX = 96 * MIB
-DESCRIPTORS_GROWTH_MAX = 24
-THREADS_GROWTH_MAX = 24
-"""From rest to rest: buffers that are kept for the next span, connections and threads that wait for
-more work."""
-
-REST_WAIT_S = 30.0
 SAMPLE_S = 0.5
 
 
@@ -67,6 +61,8 @@ class Outcome:
             was longer than a second.
         samples: By process ("daemon", "keeper") and moment ("first" and "last" at rest, "most"):
             memory, descriptors, threads.
+        cache_cannot: What the cache could not do, as the log says, by verb.
+        disk_failed: How many operations of the disk have failed, by kind.
         left_out: Actions that this machine or a short run cannot have.
     """
 
@@ -84,11 +80,9 @@ class Outcome:
     daemons: int = 0
     samples: dict[str, dict[str, list[int]]] = field(default_factory=dict[str, Any])
     breaches: list[Breach] = field(default_factory=list[Breach])
+    cache_cannot: Counter[str] = field(default_factory=Counter[str])
+    disk_failed: dict[str, int] = field(default_factory=dict[str, int])
     left_out: list[str] = field(default_factory=list[str])
-
-
-_KILLED_AT_ITS_START = " ERROR ckptfs._daemon.keeper: the next daemon did not come up: "
-"""What a keeper has to say of that."""
 
 
 class Chaos:
@@ -99,9 +93,20 @@ class Chaos:
         readers: How many processes read; another one writes metadata.
         long: Also with actions that take long.
         logs: Folder that gets what readers and daemon have said.
+        only: The actions that it has; (): all.
+        tls: Whether the store is reached over TLS; None: by chance.
     """
 
-    def __init__(self, seed: int, *, readers: int, long: bool, logs: Path) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        readers: int,
+        long: bool,
+        logs: Path,
+        only: Sequence[str] = (),
+        tls: bool | None = None,
+    ) -> None:
         chance = random.Random(f"{seed} settings")
         self.long = long
         self.logs = logs
@@ -123,13 +128,15 @@ class Chaos:
             "passthrough": self.passthrough,
             "spare": spare,
         }
+        self._tls = chance.random() < 0.3 if tls is None else tls
         self.restarts = "restart" in Config.__struct_fields__
         if self.restarts:
             settings["restarts_max"] = 100_000
-        self.outcome = Outcome(seed, settings)
+        self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)
         self._readers = readers
+        self._only = only
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._incarnations: Counter[int] = Counter()
         self._said: dict[Path, int] = {}
@@ -144,8 +151,10 @@ class Chaos:
     def __enter__(self) -> Chaos:
         with ExitStack() as stack:
             self._server = stack.enter_context(S3Server())
-            self.proxy = stack.enter_context(Proxy(self._server.endpoint, self.outcome.seed))
             stack.enter_context(self.node)
+            pems = self._certificates()
+            proxy = Proxy(self._server.endpoint, self.outcome.seed, pems)
+            self.proxy = stack.enter_context(proxy)
             stack.callback(self._keep_logs)
             os.environ.update(self.node.environment)
             self._staging = self._server.root.parent / "staging"
@@ -155,6 +164,9 @@ class Chaos:
             self.uris = {
                 name: self._server.uri(f"{BUCKET}/{name}") for name in self.contents.checkpoints
             }
+            if pems:
+                secured = f"scheme=https&tls_ca_file_path={pems[0]}"
+                self.uris = {k: v.replace("scheme=http", secured) for k, v in self.uris.items()}
             for file in self.contents.files:
                 self._write(file, 0)
             self.verdict = Verdict(
@@ -162,6 +174,7 @@ class Chaos:
                 read_deadline_s=self.node.config.read_deadline_s,
                 attach_deadline_s=self.node.config.attach_deadline_s,
                 restarts=self.restarts,
+                passthrough=self.passthrough,
             )
             stack.callback(self._end_readers)
             self._cleanup = stack.pop_all()
@@ -170,6 +183,17 @@ class Chaos:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._cleanup.close()
+
+    def _certificates(self) -> list[Path]:
+        """For TLS, if it is to be and can be; what it takes is left out of the actions if not."""
+        pems: list[Path] = []
+        if self._tls:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                pems += [certify(self.node.folder / name) for name in ("store.pem", "other.pem")]
+        if not pems:
+            self.outcome.left_out += TLS_FAULTS
+        self.outcome.settings["tls"] = bool(pems)
+        return pems
 
     # -- the run
 
@@ -180,8 +204,8 @@ class Chaos:
         for slot in range(self._readers + 1):
             self._start_reader(slot)
         lanes = [
-            threading.Thread(target=self._lane, args=(name, choose, actions_max), daemon=True)
-            for name, choose in (("store", self._next_store), ("node", self._next_node))
+            threading.Thread(target=self._lane, args=(name, names, actions_max), daemon=True)
+            for name, names in self._lanes().items()
         ]
         for lane in lanes:
             lane.start()
@@ -192,42 +216,45 @@ class Chaos:
             self._look_at_readers()
             if time.monotonic() >= next_sample_s:
                 next_sample_s = time.monotonic() + SAMPLE_S
-                self._sample()
+                self.sample()
         self._stopped.set()
         for lane in lanes:
             lane.join(60)
         self._end_at_rest()
         self.outcome.seconds = time.monotonic() - begin_s
         self.outcome.daemons = len(self._seen_daemons)
+        if self.node.disk is not None:
+            self.outcome.disk_failed = self.node.disk.failed()
         self.outcome.requests_met = self.proxy.ask({"count": True})["met"]
         return self.outcome
 
-    def _lane(
-        self, name: str, choose: Callable[[random.Random], str], actions_max: int | None
-    ) -> None:
+    def _lanes(self) -> dict[str, list[str]]:
+        """The actions that each lane has in this run."""
+        every = {name for names in actions.LANES.values() for name in names}
+        wanted = (set(self._only) or every) - set(self.outcome.left_out)
+        found = {
+            lane: [name for name in names if name in wanted]
+            for lane, names in actions.LANES.items()
+        }
+        return {lane: names for lane, names in found.items() if names}
+
+    def _lane(self, name: str, choices: list[str], actions_max: int | None) -> None:
+        known = actions.LANES[name]
+        weights = [known[each][0] for each in choices]
         chance = random.Random(f"{self.outcome.seed} {name}")
         sequence = self.outcome.sequence.setdefault(name, [])
         try:
             while actions_max is None or len(sequence) < actions_max:
                 self.wait(chance.uniform(0.05, 1.0))
-                picked = choose(chance)
+                [picked] = chance.choices(choices, weights)
                 sequence.append(picked)
                 self.outcome.actions[picked] += 1
-                action = actions.STORE.get(picked) or actions.NODE[picked][1]
                 # Of its own: how much chance an action takes does not change what comes next.
-                action(self, random.Random(f"{self.outcome.seed} {name} {len(sequence)}"))
+                known[picked][1](self, random.Random(f"{self.outcome.seed} {name} {len(sequence)}"))
         except Stopped:
             pass
         except Exception as error:
             self.breach("bug", f"lane {name}, {sequence[-1:]}: {error!r}")
-
-    def _next_store(self, chance: random.Random) -> str:
-        return chance.choice(list(actions.STORE))
-
-    def _next_node(self, chance: random.Random) -> str:
-        out = set(self.outcome.left_out)
-        names = [name for name in actions.NODE if name not in out]
-        return chance.choices(names, [actions.NODE[name][0] for name in names])[0]
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
         """Wait, at most until the run ends. Raises Stopped then."""
@@ -436,50 +463,26 @@ class Chaos:
     # -- what the daemon takes
 
     def _begin_at_rest(self) -> None:
-        if not self.node.has_small_disk:
-            self.outcome.left_out.append("fill disk")
+        if self.node.disk is None:
+            self.outcome.left_out += sorted(actions.DISK)
         if not self.long:
             self.outcome.left_out += sorted(actions.SLOW)
         self.node.start()
         with self.node.control() as control:
             for checkpoint in self.uris:
                 control.attach(self.location(checkpoint))
-        self._wait_for_rest()
-        self._sample("first")
+        rest.wait_for_rest(self)
+        self.sample("first")
 
     def _end_at_rest(self) -> None:
         """No reader, no fault: the daemon has to come to rest."""
         self._look_at_readers()
         self._end_readers()
         self._follow()
-        try:
-            self.node.start()
-            if not self._wait_for_rest():
-                status = self.node.status()
-                left = [a | {"skipped": []} for a in status["attachments"]]
-                self.breach("rest", f"still attached {REST_WAIT_S:g} s after all ended: {left}")
-        except (CkptfsError, OSError) as error:
-            self.breach("rest", f"no daemon answers at the end: {error}")
-        self._sample("last")
-        self._judge_growth()
-        self._judge_log()
+        rest.judge(self)
 
-    def _judge_log(self) -> None:
-        for line in self.node.log().splitlines():
-            if _KILLED_AT_ITS_START in line:
-                continue
-            if " ERROR " in line or " CRITICAL " in line or line.startswith(("Traceback", "---")):
-                self.breach("log", line)
-
-    def _wait_for_rest(self) -> bool:
-        deadline_s = time.monotonic() + REST_WAIT_S
-        while self.node.status()["attachments"]:
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(0.1)
-        return True
-
-    def _sample(self, label: str = "most") -> None:
+    def sample(self, label: str = "most") -> None:
+        """Look at what daemon and keeper take; `label`: see `Outcome.samples`."""
         for name, module in (("daemon", DAEMON), ("keeper", KEEPER)):
             sample = self.node.sample(module)
             if sample is None:
@@ -492,17 +495,6 @@ class Chaos:
                 before = known.get("most", [0, 0, 0])
                 figures = [max(pair) for pair in zip(before, figures, strict=True)]
             known[label] = figures
-
-    def _judge_growth(self) -> None:
-        limits = MEMORY_GROWTH_MAX, DESCRIPTORS_GROWTH_MAX, THREADS_GROWTH_MAX
-        for name, known in self.outcome.samples.items():
-            if "first" not in known or "last" not in known:
-                self.breach("growth", f"there was no {name} to look at")
-                continue
-            figures = zip(Sample._fields[1:], known["first"], known["last"], limits, strict=True)
-            for what, first, last, limit in figures:
-                if last - first > limit:
-                    self.breach("growth", f"{what} of the {name}: from {first} to {last}")
 
     def _keep_logs(self) -> None:
         with contextlib.suppress(OSError):

@@ -34,6 +34,8 @@ STORE_ERRORS = {
     "unavailable": {"ETIMEDOUT"},
     "denied": {"EACCES"},
     "garbage": {"EIO", "ETIMEDOUT"},
+    "handshake cut": {"ETIMEDOUT"},
+    "untrusted": {"ETIMEDOUT"},
 }
 """By what the store does, what a read may end with."""
 
@@ -49,6 +51,14 @@ ATTACHES = {"attach", "let go"}
 
 KILLED, STOPPED, ENDED, DETACHED = "daemon killed", "daemon stopped", "keeper killed", "detached"
 """The mount has ended after ENDED: everything in it fails until somebody attaches again."""
+
+READ_ONLY, DISK_FAILS, DISK_HANGS = "disk read-only", "disk fails", "disk hangs"
+"""No reader notices a disk that fails, but for who reads it without the daemon (passthrough). One
+that does not answer holds up who needs it."""
+
+DISK_MEMORY_S = 30.0
+"""Longest that somebody has a file open without interruption: as long it is read from the disk that
+it was on, also when that was replaced."""
 
 ENDED_ERRORS = {"ENOTCONN", "ECONNABORTED", "ENOENT", "ESTALE"}
 DETACHED_ERRORS = {"ESTALE", "ENOENT"}
@@ -119,7 +129,8 @@ class Timeline:
 
 
 class Verdict:
-    """Judges. `restarts`: a daemon that dies is followed by another one."""
+    """Judges. `restarts`: a daemon that dies is followed by another one; `passthrough`: the kernel
+    may read files of the cache by itself."""
 
     def __init__(
         self,
@@ -128,11 +139,13 @@ class Verdict:
         read_deadline_s: float,
         attach_deadline_s: float,
         restarts: bool,
+        passthrough: bool,
     ) -> None:
         self._timeline = timeline
         self._read_deadline_s = read_deadline_s
         self._attach_deadline_s = attach_deadline_s
         self._restarts = restarts
+        self._passthrough = passthrough
 
     # -- errors
 
@@ -163,6 +176,10 @@ class Verdict:
                 allowed |= DETACHED_ERRORS
         if operation in READS:
             allowed |= {e for window in now for e in STORE_ERRORS.get(window.kind, ())}
+            if any(window.kind == DISK_HANGS for window in now):
+                allowed.add("ETIMEDOUT")
+            if self._passthrough and self._has_bad_disk(begin_s - DISK_MEMORY_S, end_s):
+                allowed.add("EIO")
             if "file" in told and self._has_changed(told):
                 allowed.add("ESTALE")
             if operation == "fault" and allowed:
@@ -178,7 +195,15 @@ class Verdict:
             allowed |= {e for window in now for e in ATTACH_ERRORS.get(window.kind, ())}
             if any(window.kind in (KILLED, STOPPED, ENDED) for window in now):
                 allowed |= {"daemon"}  # it may be killed again and again while it is asked
+            if any(window.kind == ENDED for window in now) and self._has_bad_disk(begin_s, end_s):
+                allowed |= {"config"}  # no first daemon begins on such a disk
+        elif operation == "evict" and self._has_bad_disk(begin_s, end_s):
+            allowed.add("EIO")
         return allowed
+
+    def _has_bad_disk(self, begin_s: float, end_s: float) -> bool:
+        windows = self._timeline.overlapping(begin_s, end_s)
+        return any(window.kind in (READ_ONLY, DISK_FAILS) for window in windows)
 
     def _ends_mount(self, window: Window) -> bool:
         return window.kind == ENDED or (window.kind == KILLED and not self._restarts)
@@ -237,5 +262,5 @@ class Verdict:
         else:
             limit_s = self._read_deadline_s * (2 + length // (256 << 10)) + 3
         windows = self._timeline.overlapping(begin_s, end_s)
-        pauses = [w for w in windows if w.kind in (KILLED, STOPPED, ENDED)]
+        pauses = [w for w in windows if w.kind in (KILLED, STOPPED, ENDED, DISK_HANGS)]
         return limit_s + PAUSE_S * len(pauses)

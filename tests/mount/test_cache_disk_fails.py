@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import chaostest.disk
 import pytest
 from conftest import Node, wait_until
 from mount.test_cache_on_disk import MIB, sampled, write_files
@@ -18,6 +19,7 @@ from mount.test_lifecycle import daemons
 from unit.test_disk_faults import ALL
 
 import ckptfs
+from ckptfs._daemon.disk import persist
 
 pytestmark = [
     pytest.mark.mount,
@@ -35,16 +37,23 @@ class Disk:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.at = node.cache_dir
-        self.image = node.folder / "disk"
+        self.serial = 0
 
     def mount(self) -> None:
         """Make it, and put it there."""
-        with self.image.open("wb") as file:
+        self.serial += 1
+        image = self.node.folder / f"disk-{self.serial}"
+        with image.open("wb") as file:
             file.truncate(64 * MIB)
-        self.node.run("mkfs.ext4", "-q", "-F", str(self.image))
-        self.at.mkdir()
-        self.node.run("mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.at))
+        self.node.run("mkfs.ext4", "-q", "-F", str(image))
+        self.at.mkdir(exist_ok=True)
+        self.node.run("mount", "-o", "loop,errors=remount-ro", str(image), str(self.at))
         self.at.chmod(0o700)
+
+    def replace(self) -> None:
+        """Put a new one in its place, whoever uses it."""
+        self.node.run("umount", "-l", str(self.at))
+        self.mount()
 
     def fill(self) -> None:
         """Leave no block free, in the file ``x``."""
@@ -131,6 +140,94 @@ def _read_on_after(
         for seed in range(2):
             read_everywhere(path, contents, seed)
         assert held.read() == contents["b"][3 * MIB :]
+
+
+@pytest.mark.parametrize("fault", [Disk.become_read_only, Disk.break_down])
+def test_a_daemon_follows_another_without_a_disk(
+    node: Node, bucket: Path, uri_of: UriOf, fault: Callable[[Disk], None]
+) -> None:
+    """And uses the one that is put in its place."""
+    node.configure(passthrough=False)
+    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
+    with (
+        disk_of(node) as disk,
+        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
+        Path(path, "b").open("rb") as held,
+    ):
+        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        node.wait_quiet()
+        fault(disk)
+        for seed in range(2):
+            victims = daemons(node)
+            os.kill(victims[0], signal.SIGKILL)
+            read_everywhere(path, contents, seed)
+            assert daemons(node) not in ([], victims)
+        assert node.status()["cache_bytes"] == 0
+        disk.replace()
+        assert held.read() == contents["b"][3 * MIB :]
+        read_everywhere(path, contents, 2)
+        node.wait_quiet()
+        assert any(disk.at.glob("objects/*/*/about.json"))
+        os.kill(daemons(node)[0], signal.SIGKILL)
+        read_everywhere(path, contents, 3)
+
+
+@pytest.fixture
+def device(node: Node) -> Iterator[chaostest.disk.Disk]:
+    """A disk of the cache's whose sectors fail. The daemon's log is elsewhere."""
+    node.cache_dir.mkdir(mode=0o700)
+    log = node.folder / "daemon.log"
+    with chaostest.disk.Disk(node.folder, node.cache_dir, log) as disk:
+        yield disk
+        node.end()
+
+
+def test_what_the_disk_refuses_later_is_not_read_without_a_check(
+    node: Node, device: chaostest.disk.Disk, bucket: Path, uri_of: UriOf
+) -> None:
+    """The end of a file is written through the page cache, which takes it in any case."""
+    contents = write_files(bucket, {"a": 600_000, "b": 5000})
+    node.expected_in_log.append("cache: cannot write; reading without storing")
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        with device.failing(["write"]):
+            for name in contents:
+                os.setxattr(f"{path}/{name}", "user.ckptfs.prefetch", b"")
+            node.wait_quiet()
+            for data in node.cache_dir.glob("objects/*/*/data"):
+                with data.open("rb") as file:
+                    with suppress(OSError):
+                        persist(file.fileno(), 0, MIB)
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name, content in contents.items():
+            assert Path(path, name).read_bytes() == content
+        assert node.expected_in_log[0] in node.log()
+
+
+def test_a_disk_that_does_not_answer_holds_up_who_needs_it(
+    node: Node, device: chaostest.disk.Disk, bucket: Path, uri_of: UriOf
+) -> None:
+    node.configure(passthrough=False)
+    contents = write_files(bucket, {"old": 3 * MIB, "new": 5 * MIB + 1})
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
+        assert Path(path, "old").read_bytes() == contents["old"]
+        node.wait_quiet()
+        with device.hanging():
+            assert Path(path, "new").read_bytes() == contents["new"]
+            assert node.status()["attachments"][0]["path"] == path
+        read_everywhere(path, contents, 1)
+
+
+def test_a_first_daemon_does_not_begin_on_a_disk_that_fails(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
+    write_files(bucket, {"small": 100})
+    with disk_of(node) as disk:
+        disk.become_read_only()
+        with (
+            pytest.raises(ckptfs.CkptfsError, match=f"^cache directory {disk.at}.*: Read-only"),
+            ckptfs.Checkpoint(uri_of(bucket)).as_directory(mode="mount"),
+        ):
+            pass
 
 
 def test_a_full_disk_ends_neither_daemon_nor_mount(node: Node, bucket: Path, uri_of: UriOf) -> None:

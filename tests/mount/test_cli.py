@@ -33,6 +33,7 @@ STATUS_FIELDS = {
         "restarts",
         "attachments",
         "left_out",
+        "log",
     ),
 }
 
@@ -164,7 +165,7 @@ def test_status_table(
         plain = node.here("status").stdout
         assert "\x1b" not in plain
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
-        table = plain.splitlines()[5:]
+        table = plain.splitlines()[6:]
         header = table[0].split()
         assert header == ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES"]
         joined = "".join(plain.split())

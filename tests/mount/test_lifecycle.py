@@ -480,3 +480,16 @@ def test_one_cache_directory_serves_one_daemon(
             "sock.lock",
         ]
         assert Path(path, "config.json").read_text() == '{"layers": 1}'
+
+
+def test_who_is_hung_up_on_again_and_again_is_told_of_the_log(
+    node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up(*_: object, **__: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr("ckptfs._connection.Connection.attach", hang_up)
+    done = node.here("attach", uri_of(small), check=False)
+    assert f"see {node.cache_dir}/daemon.log" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert node.here("status").stdout.count(f"\nlog {node.cache_dir}/daemon.log\n") == 1

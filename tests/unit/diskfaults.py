@@ -34,6 +34,7 @@ OPERATIONS = (
     "read_direct",
     "write",
     "write_direct",
+    "persist",
     "punch",
 )
 """All that can fail: every function of `disk` but `close`, whose errors say nothing new."""

@@ -24,7 +24,13 @@ def timeline() -> Timeline:
 
 @pytest.fixture
 def verdict(timeline: Timeline) -> Verdict:
-    return Verdict(timeline, read_deadline_s=DEADLINE_S, attach_deadline_s=8.0, restarts=True)
+    return Verdict(
+        timeline,
+        read_deadline_s=DEADLINE_S,
+        attach_deadline_s=8.0,
+        restarts=True,
+        passthrough=False,
+    )
 
 
 def failure(
@@ -45,6 +51,15 @@ def failure(
         ("denied", "read", "EACCES", True),
         ("garbage", "read", "EIO", True),
         ("garbage", "read", "ESTALE", False),
+        ("untrusted", "read", "ETIMEDOUT", True),
+        ("untrusted", "read", "EIO", False),
+        (judge.READ_ONLY, "read", "EIO", False),
+        (judge.DISK_FAILS, "read", "EIO", False),
+        (judge.DISK_FAILS, "evict", "EIO", True),
+        (judge.DISK_FAILS, "attach", "config", False),
+        (judge.DISK_FAILS, "stat", "EIO", False),
+        (judge.DISK_HANGS, "read", "ETIMEDOUT", True),
+        (judge.DISK_HANGS, "read", "EIO", False),
         (judge.KILLED, "read", "ENOTCONN", False),
         (judge.KILLED, "attach", "daemon", True),
         (judge.ENDED, "stat", "ENOTCONN", True),
@@ -58,6 +73,17 @@ def test_what_a_fault_excuses(
     timeline.windows.append(Window(kind, 10, 20))
     told = failure(operation, error, 12, 12 + 2 * DEADLINE_S)
     assert (verdict.of_failure(told) == "") is is_allowed
+
+
+def test_a_disk_is_the_readers_where_the_kernel_reads_it(timeline: Timeline) -> None:
+    settings = {"read_deadline_s": DEADLINE_S, "attach_deadline_s": 8.0, "restarts": True}
+    verdict = Verdict(timeline, passthrough=True, **settings)
+    timeline.windows.append(Window(judge.DISK_FAILS, 10, 20))
+    assert not verdict.of_failure(failure("fault", "SIGBUS", 15, 16))
+    assert not verdict.of_failure(failure("read", "EIO", 20 + judge.DISK_MEMORY_S, 51))
+    assert verdict.of_failure(failure("read", "EIO", 21 + judge.DISK_MEMORY_S, 52))
+    timeline.windows.append(Window(judge.ENDED, 15, 16))
+    assert not verdict.of_failure(failure("attach", "config", 15, 16))
 
 
 def test_a_fault_excuses_what_overlaps_it_only(timeline: Timeline, verdict: Verdict) -> None:

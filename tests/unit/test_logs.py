@@ -14,6 +14,7 @@ import pytest
 from unit.fakes import config_of
 
 from ckptfs._daemon import logs
+from ckptfs._daemon.status import where_log_is
 from ckptfs._requestid import request_id
 
 ABOUT = {"event": "failing", "checkpoint": "s3://b/run", "file": "a", "error": "store-timeout"}
@@ -196,6 +197,32 @@ def test_the_journal_is_known_by_its_stream(
             assert logs.leads_to_journal(file.fileno()) is expected
         monkeypatch.delenv("JOURNAL_STREAM")
         assert not logs.leads_to_journal(file.fileno())
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "command"),
+    [
+        ("0::/system.slice/ckptfs.service\n", "journalctl -u ckptfs.service"),
+        (
+            "0::/user.slice/user-7.slice/user@7.service/app.slice/ckptfs.service\n",
+            "journalctl --user -u ckptfs.service",
+        ),
+    ],
+)
+def test_a_status_names_the_log_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, command: str
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    with (tmp_path / "log").open("w") as file:
+        assert where_log_is(file.fileno()) == str(tmp_path / "log")
+        info = os.fstat(file.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{info.st_dev}:{info.st_ino}")
+        monkeypatch.setattr(Path, "read_text", lambda _: cgroup)
+        assert where_log_is(file.fileno()) == command
+    ends = os.pipe()
+    assert where_log_is(ends[1]) == "the standard error of ckptfs mount"
+    for end in ends:
+        os.close(end)
 
 
 @pytest.fixture
