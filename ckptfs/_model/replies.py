@@ -258,12 +258,12 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     cache_bytes_max: int
     fetched_bytes: int
     fetched_spans: int
-    taken_bytes: int
-    given_bytes: int
     passthrough: str
     restarts: int
     attachments: list[AttachmentStatus]
     left_out: int = 0
+    taken_bytes: int = 0
+    given_bytes: int = 0
     log: str = ""
 
 

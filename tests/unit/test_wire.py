@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,6 +253,16 @@ def test_noise_is_refused(noise: bytes) -> None:
     for decode in (decode_request, decode_reply):
         with pytest.raises(ProtocolError):
             decode(noise)
+
+
+def test_a_status_of_another_release_is_understood() -> None:
+    (status,) = (reply for reply in REPLIES if isinstance(reply, StatusReply))
+    told = json.loads(encode(status))
+    assert decode_reply(json.dumps(told | {"news": [SECRET]}).encode()) == status
+    for name in ("taken_bytes", "given_bytes", "log"):  # since the first release
+        del told[name]
+    older = decode_reply(json.dumps(told).encode())
+    assert older == msgspec.structs.replace(status, taken_bytes=0, given_bytes=0, log="")
 
 
 def test_a_full_status_fits_into_a_line() -> None:
