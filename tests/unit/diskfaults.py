@@ -128,8 +128,11 @@ class Plan:
         else:
             fd, data, offset = args
             half = len(data) // 2 // 4096 * 4096 or (len(data) + 1) // 2
-            if operation == "write" and kind == "garbage":
-                return function(fd, bytes(len(data)), offset)
+            if operation == "write" and kind == "garbage":  # the disk has others than the memory
+                done = function(fd, bytes(len(data)), offset)
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                return done
             done = function(fd, data[:half], offset)
             if kind == "short":
                 return done

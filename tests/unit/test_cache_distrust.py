@@ -1,12 +1,14 @@
 """The cache believes nothing that it finds on its disk, and harms nothing that is not its own."""
 
 import ast
+import errno
 import inspect
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -139,7 +141,13 @@ async def test_bits_that_flip_on_the_disk_while_the_file_is_open_are_found(
                 assert data == CONTENT["large"][offset : offset + length]
 
 
-async def test_what_is_read_from_the_disk_ahead_of_a_reader_is_checked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begins", [True, False])
+async def test_what_is_read_from_the_disk_ahead_of_a_reader_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """`begins`: whether the disk can begin to read before it has to."""
+    if not begins:
+        monkeypatch.setattr(disk, "will_need", Mock(side_effect=OSError(errno.EIO, "bad")))
     content = pattern(12 * MIB)
     store = FakeStore({"large": content})
     async with view_in(tmp_path, in_flight_bytes_max=2 * MIB, span_bytes_max=MIB) as view:
