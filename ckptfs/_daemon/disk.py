@@ -183,20 +183,23 @@ def persist(fd: int, offset: int, length: int) -> None:
     """Wait until a range that was written through the page cache is with the disk, or is refused.
     Not until it outlives a loss of power: sync_file_range(2)."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
-    if _libc.sync_file_range(fd, *arguments, _WRITE_AND_WAIT):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _check(_libc.sync_file_range(fd, *arguments, _WRITE_AND_WAIT))
 
 
 def punch(fd: int, offset: int, length: int) -> None:
     """Give the space of a range back; it reads as zeros from then on."""
     arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
-    if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, *arguments):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _check(_libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, *arguments))
 
 
 # -- what is no operation
+
+
+def _check(result: int) -> None:
+    """Raise the error of a call of the C library."""
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def is_cached(fd: int, offset: int, length: int) -> bool:

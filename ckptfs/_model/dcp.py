@@ -317,6 +317,8 @@ def _dict_after(below: Any) -> Any:
 
 def _set_items(target: Any, stack: list[Any], start: int) -> None:
     """Take in the keys and values on the stack from `start` on."""
+    if target is None:  # nearly always
+        return
     pairs = zip(stack[start::2], stack[start + 1 :: 2], strict=False)
     if type(target) is list:
         items = cast("list[tuple[_Index, _Item]]", target)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import chaostest.disk
 import pytest
@@ -124,9 +125,12 @@ def test_a_disk_that_breaks_down(
     _read_on_after(lambda disk: disk.break_down(), node, bucket, uri_of)
 
 
-def _read_on_after(
-    fault: Callable[[Disk], object], node: Node, bucket: Path, uri_of: UriOf
-) -> None:
+@contextmanager
+def _begun(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> Iterator[tuple[Disk, str, dict[str, bytes], BinaryIO]]:
+    """A disk of its own, a mounted checkpoint and its content, and a file of it that is open, of
+    which 3 MiB were read."""
     contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
     with (
         disk_of(node) as disk,
@@ -134,6 +138,13 @@ def _read_on_after(
         Path(path, "b").open("rb") as held,
     ):
         assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+        yield disk, path, contents, held
+
+
+def _read_on_after(
+    fault: Callable[[Disk], object], node: Node, bucket: Path, uri_of: UriOf
+) -> None:
+    with _begun(node, bucket, uri_of) as (disk, path, contents, held):
         assert Path(path, "a").read_bytes() == contents["a"]
         node.wait_quiet()
         fault(disk)
@@ -148,13 +159,7 @@ def test_a_daemon_follows_another_without_a_disk(
 ) -> None:
     """And uses the one that is put in its place."""
     node.configure(passthrough=False)
-    contents = write_files(bucket, {"a": 9 * MIB + 1, "b": 14 * MIB, "small": 100})
-    with (
-        disk_of(node) as disk,
-        ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path,
-        Path(path, "b").open("rb") as held,
-    ):
-        assert held.read(3 * MIB) == contents["b"][: 3 * MIB]
+    with _begun(node, bucket, uri_of) as (disk, path, contents, held):
         node.wait_quiet()
         fault(disk)
         for seed in range(2):
