@@ -91,7 +91,8 @@ def disk_of(node: Node) -> Iterator[Disk]:
         yield disk
     finally:
         node.end()
-        node.run("umount", str(disk.at))
+        # A process that ends lets go of its files a moment after it has lost its command line.
+        wait_until(lambda: node.run("umount", str(disk.at), check=False).returncode == 0)
 
 
 def read_everywhere(top: str, contents: dict[str, bytes], seed: int) -> None:
