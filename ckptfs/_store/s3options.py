@@ -14,6 +14,10 @@ class S3Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         endpoint_override: "host:port", also as a URL; "": Amazon's.
         force_virtual_addressing: The bucket is a part of the host's name, also with an endpoint.
         tls_ca_file_path: Certificates to trust instead of the system's.
+        tls_ca_dir_path: A directory of such certificates, as OpenSSL hashes their names.
+        tls_verify_certificates: False: the server's certificate is not checked.
+        proxy: URL of the proxy for all requests, perhaps with credentials; "": there is none.
+        requester_pays: The owner of the keys pays for the requests, and not the bucket's.
         anonymous: Requests are not signed.
         access_key, secret_key, session_token: "": those of AWS's chain.
         role_arn, session_name, external_id: A role to assume with them.
@@ -25,6 +29,10 @@ class S3Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endpoint_override: str = ""
     force_virtual_addressing: bool = False
     tls_ca_file_path: str = ""
+    tls_ca_dir_path: str = ""
+    tls_verify_certificates: bool = True
+    proxy: str = ""
+    requester_pays: bool = False
     anonymous: bool = False
     access_key: str = ""
     secret_key: str = ""
