@@ -7,18 +7,17 @@ without.
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-import msgspec
-
 from ckptfs._model.location import Location, Option
 from ckptfs._model.stores import Credentials
+from ckptfs._store.ambient import connected
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
-from ckptfs._store.descriptions import DESCRIPTIONS
+from ckptfs._store.kinds import KINDS, NAMESPACE
 from ckptfs._store.renewed import RenewedStore
 from ckptfs._store.s3 import S3Store
 from ckptfs._store.s3client import S3Client
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3options import s3_options
 from ckptfs.errors import AccessDenied, LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
@@ -37,19 +36,21 @@ def open_store(location: Location, timeout_s: float, credentials: Credentials = 
         LocationError: An option that is not on the list, or of a wrong type.
         AccessDenied: The file or variables with the credentials cannot be used.
     """
-    description = DESCRIPTIONS.get(location.kind)
-    if description is None:
+    row = KINDS.get(location.kind)
+    if row is None:
         raise LocationError(f"{location.uri} can be read by a private daemon only")
-    unknown = (
-        location.options.keys() - description.public | location.secrets.keys() - description.secret
-    )
+    unknown = location.options.keys() - row.public | location.secrets.keys() - row.secret
     if unknown:
         raise LocationError(f"{location.uri}: unknown options {', '.join(sorted(unknown))}")
+    if location.store is not None:
+        location = connected(location)
     options = {**location.options, **location.secrets}
+    options.pop(NAMESPACE, None)
     if location.kind != "s3":
         return _open_on_filesystem(location, options, timeout_s, credentials)
     try:
-        known = msgspec.convert(options, S3Options)
+        known = s3_options(options)
+        timeout_s = max(known.request_timeout, known.connect_timeout) or timeout_s
         bucket, _, prefix = location.path.partition("/")
         client = S3Client(bucket, known, keys_for(known, location.uri, credentials), timeout_s)
     except AccessDenied:
