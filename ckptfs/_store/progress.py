@@ -22,11 +22,13 @@ class Progress:
     Attributes:
         count: Bytes that came so far, those of the answer's head included.
         first_s: Seconds until the first of them came; 0: none did.
+        last_s: When the last of them came, by `time.monotonic`; 0: none did.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.first_s = 0.0
+        self.last_s = 0.0
         self._begun_s = time.monotonic()
         self._lock = threading.Lock()  # guards the two below
         self._sock: socket.socket | None = None
@@ -63,8 +65,11 @@ class Progress:
 
     def came(self, count: int) -> None:
         """So many more bytes came."""
-        if not self.count and count:
-            self.first_s = time.monotonic() - self._begun_s
+        if not count:
+            return
+        self.last_s = time.monotonic()
+        if not self.count:
+            self.first_s = self.last_s - self._begun_s
         self.count += count
 
 
