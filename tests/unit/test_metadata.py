@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs as pafs
+from unit.fakes import FakeStore
 
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store import metadata
 from ckptfs._store.arrow import ArrowStore
 from ckptfs.errors import (
+    AccessDenied,
     CheckpointNotFound,
     MetadataError,
     StoreError,
@@ -169,3 +171,21 @@ def test_what_is_not_json_is_not_sent() -> None:
             with pytest.raises((TypeError, ValueError)):
                 change(store, values)  # type: ignore[arg-type]
     assert (store.puts, store.raw) == (0, b"{}")
+
+
+def test_a_denial_is_none_where_the_listing_lacks_the_file() -> None:
+    store = FakeStore({"weights": b"x"})
+    store.fail_always("get", AccessDenied("s3:ListBucket is missing"))
+    assert metadata.read(store) == {}
+    metadata.update(store, {"a": 1})
+    assert store.content(METADATA_NAME) == b'{"a": 1}'
+    with pytest.raises(AccessDenied):  # now it is listed
+        metadata.read(store)
+
+
+def test_a_denial_is_an_error_where_the_listing_is_denied_too() -> None:
+    store = FakeStore({"weights": b"x"})
+    store.fail_always("get", AccessDenied("wrong key"))
+    store.fail_always("list", AccessDenied("wrong key"))
+    with pytest.raises(AccessDenied, match="wrong key"):
+        metadata.read(store)
