@@ -17,8 +17,8 @@ Bytes of another version are never visible, and never on the disk: they end with
 **Errors** that can pass are tried again until the span's deadline (`outages`), the place given back
 meanwhile; others end the span at once, and with it the reads that wait.
 
-**Deadline.** It counts from the last byte that was new: what one try brought counts in the next one
-only beyond it.
+**Deadline.** It counts from the last bytes that were new: those that one try brought do not count
+in the next one.
 
 **Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
 takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
@@ -59,6 +59,10 @@ _PURPOSES: dict[Priority, Purpose] = {
     Priority.PREFETCH: "prefetch",
 }
 
+
+_NEW_BYTES = 4 << 10
+"""Fewer new bytes do not move a deadline, so that a server that trickles holds no reader. The S3
+client ends a request that brings less in twice the longest silence."""
 
 Fill = Callable[[int, memoryview], None]
 """Fills a buffer with consecutive blocks of the pinned version, from that one on."""
@@ -110,7 +114,7 @@ class Span:
 
     def heard(self, count: int, at_s: float) -> bool:
         """The request that runs has `count` bytes, the last since `at_s`: whether some are new."""
-        if count <= self.bytes_most:
+        if count < self.bytes_most + _NEW_BYTES:
             return False
         self.bytes_most = count
         self.scope.deadline = max(self.scope.deadline, at_s + self.deadline_s)

@@ -16,6 +16,7 @@ the deadlines of the reads that wait for them move (`liveness`).
 """
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Generator
@@ -32,6 +33,7 @@ from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.pace import Pace
 from ckptfs._daemon.slots import Priority, Slots, Ticket
 from ckptfs._store.base import Pin, Store
+from ckptfs._store.deadline import ends_in
 from ckptfs._store.progress import Progress
 from ckptfs.errors import CkptfsError, StoreTimeout, StoreUnavailable
 
@@ -49,6 +51,12 @@ _NOTICE_S = 0.1
 Heard = Callable[[int, float], bool]
 """Told how many bytes a transfer has, and when the last of them came; says whether that is more
 than ever before."""
+
+
+def _until_given_up(read: Callable[[], bool]) -> bool:
+    """Run `read` without the deadline that its thread began with, because the span's moves."""
+    with ends_in(math.inf):
+        return read()
 
 
 class Transferred(NamedTuple):
@@ -178,14 +186,14 @@ class Transfers:
             await trio.sleep(_NOTICE_S)
             for transfer in list(self._under_way):
                 progress = transfer.progress
-                if progress.count > transfer.noticed:
+                if progress.body_count > transfer.noticed:
                     ago_s = time.monotonic() - progress.last_s
-                    self._came(transfer, progress.count, trio.current_time() - ago_s)
+                    self._came(transfer, progress.body_count, trio.current_time() - ago_s)
         self._notices = False
 
     def _came(self, transfer: _Transfer, count: int, at_s: float) -> None:
         """A transfer has `count` bytes since `at_s`."""
-        if transfer.progress.count:  # a library's call does not say when its bytes came
+        if transfer.progress.body_count:  # a library's call does not say when its bytes came
             since_s = transfer.noticed_s or transfer.begun_s + transfer.progress.first_s
             self._flows.of(transfer.store).came(count - transfer.noticed, since_s, at_s)
         transfer.noticed, transfer.noticed_s = count, at_s
@@ -233,6 +241,8 @@ class Transfers:
         with self._filling(buffer, ticket):
             try:
                 read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
+                if transfer.store.gives_up:
+                    read = partial(_until_given_up, read)
                 is_confirmed = await self._offload.data(progress.run, read)
             except trio.Cancelled:
                 progress.give_up()

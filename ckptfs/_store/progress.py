@@ -21,12 +21,15 @@ class Progress:
 
     Attributes:
         count: Bytes that came so far, those of the answer's head included.
+        body_count: Those of the answer's body: a head that does not end is no progress.
         first_s: Seconds until the first of them came; 0: none did.
         last_s: When the last of them came, by `time.monotonic`; 0: none did.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.body_count = 0
+        self._is_in_head = False
         self.first_s = 0.0
         self.last_s = 0.0
         self._begun_s = time.monotonic()
@@ -63,6 +66,14 @@ class Progress:
         with self._lock:
             self._sock = None
 
+    def expect_head(self) -> None:
+        """The bytes that come from now on are those of an answer's head."""
+        self._is_in_head = True
+
+    def expect_body(self) -> None:
+        """The bytes that come from now on are those of an answer's body."""
+        self._is_in_head = False
+
     def came(self, count: int) -> None:
         """So many more bytes came."""
         if not count:
@@ -71,6 +82,8 @@ class Progress:
         if not self.count:
             self.first_s = self.last_s - self._begun_s
         self.count += count
+        if not self._is_in_head:
+            self.body_count += count
 
 
 _current: ContextVar[Progress] = ContextVar("progress")

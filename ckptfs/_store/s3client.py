@@ -196,6 +196,7 @@ class S3Client:
             try:
                 if response.status not in expected:
                     raise _error_of(response)
+                progress.current().expect_body()
                 yield response
             finally:
                 self._give_back(connection, response)
@@ -221,6 +222,7 @@ class S3Client:
             all_headers["user-agent"] = _user_agent()  # not signed: a proxy may change it
             try:
                 progress.current().hold(connection.sock)
+                progress.current().expect_head()
                 connection.sock.settimeout(self._patience_s())
                 connection.request(method, target, body or None, all_headers)
                 return connection, connection.getresponse()

@@ -355,7 +355,7 @@ class Daemon:
             await self.rig.fetcher.fetch(file, range(1))
 
     async def metadata_read(self) -> None:
-        self.attachment.metadata.read_s = self.attachment.metadata.failed_s = -1e9
+        self.attachment.metadata.read_s = self.attachment.metadata.until_s = -1e9
         assert (await self.service.metadata.values(self.attachment))["step"] == 5
 
     async def metadata_write(self) -> None:
