@@ -339,7 +339,13 @@ class Spans:
         span.begun_s = time.perf_counter()
         offset = span.blocks.start * BLOCK_BYTES
         got = await self._transfers.read(
-            file.store, file.pin, offset, span.length, ticket, span.heard
+            file.store,
+            file.pin,
+            offset,
+            span.length,
+            ticket,
+            heard=span.heard,
+            silence_s=span.deadline_s,
         )
         if not got.is_confirmed:
             try:

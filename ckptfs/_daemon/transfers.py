@@ -16,7 +16,6 @@ the deadlines of the reads that wait for them move (`liveness`).
 """
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Callable, Generator
@@ -33,7 +32,7 @@ from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.pace import Pace
 from ckptfs._daemon.slots import Priority, Slots, Ticket
 from ckptfs._store.base import Pin, Store
-from ckptfs._store.deadline import ends_in
+from ckptfs._store.deadline import deadline_s, ends_at
 from ckptfs._store.progress import Progress
 from ckptfs.errors import CkptfsError, StoreTimeout, StoreUnavailable
 
@@ -53,9 +52,10 @@ Heard = Callable[[int, float], bool]
 than ever before."""
 
 
-def _until_given_up(read: Callable[[], bool]) -> bool:
-    """Run `read` without the deadline that its thread began with, because the span's moves."""
-    with ends_in(math.inf):
+def _while_bytes_come(read: Callable[[], bool], progress: Progress, silence_s: float) -> bool:
+    """Run `read` with a deadline that moves as the span's does."""
+    end_s = deadline_s()
+    with ends_at(lambda: max(end_s, progress.last_s and progress.last_s + silence_s)):
         return read()
 
 
@@ -72,9 +72,17 @@ class _Transfer:
     """One that is under way."""
 
     def __init__(
-        self, store: Store, pin: Pin, offset: int, length: int, ticket: Ticket, heard: Heard
+        self,
+        store: Store,
+        pin: Pin,
+        offset: int,
+        length: int,
+        ticket: Ticket,
+        heard: Heard,
+        silence_s: float,
     ) -> None:
         self.heard = heard
+        self.silence_s = silence_s
         self.noticed = 0
         self.noticed_s = 0.0
         self.store = store
@@ -129,13 +137,15 @@ class Transfers:
         length: int,
         ticket: Ticket,
         heard: Heard = lambda _count, _at_s: True,
+        silence_s: float = 0.0,
     ) -> Transferred:
         """Read `length` bytes. `ticket` has been granted, and gives its place back when this ends;
-        its bytes, too, if it is not that of the result. `heard` is told of bytes that came.
+        its bytes, too, if it is not that of the result. `heard` is told of bytes that came; the
+        request may last `silence_s` from each of them on.
 
         Raises what a Store raises.
         """
-        transfer = _Transfer(store, pin, offset, length, ticket, heard)
+        transfer = _Transfer(store, pin, offset, length, ticket, heard, silence_s)
         with self._measured(transfer):
             return await self._read(transfer)
 
@@ -241,8 +251,7 @@ class Transfers:
         with self._filling(buffer, ticket):
             try:
                 read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
-                if transfer.store.gives_up:
-                    read = partial(_until_given_up, read)
+                read = partial(_while_bytes_come, read, progress, transfer.silence_s)
                 is_confirmed = await self._offload.data(progress.run, read)
             except trio.Cancelled:
                 progress.give_up()

@@ -23,7 +23,7 @@ class Progress:
         count: Bytes that came so far, those of the answer's head included.
         body_count: Those of the answer's body: a head that does not end is no progress.
         first_s: Seconds until the first of them came; 0: none did.
-        last_s: When the last of them came, by `time.monotonic`; 0: none did.
+        last_s: When the last byte of the body came, by `time.monotonic`; 0: none did.
     """
 
     def __init__(self) -> None:
@@ -78,11 +78,12 @@ class Progress:
         """So many more bytes came."""
         if not count:
             return
-        self.last_s = time.monotonic()
+        now_s = time.monotonic()
         if not self.count:
-            self.first_s = self.last_s - self._begun_s
+            self.first_s = now_s - self._begun_s
         self.count += count
         if not self._is_in_head:
+            self.last_s = now_s
             self.body_count += count
 
 

@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 
 from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.base import Pin, Store
-from ckptfs._store.deadline import ends_in, left_s
+from ckptfs._store.deadline import deadline_s, ends_at, left_s
 from ckptfs._store.progress import Progress
 from ckptfs.errors import StoreTimeout
 
@@ -57,11 +57,14 @@ def _run(silence_s: float, limit_s: float, name: str, call: Callable[[], T]) -> 
     outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
     progress = Progress()
     begun_s = time.monotonic()
-    end_s = begun_s + min(limit_s, left_s())
+    latest_s = min(begun_s + limit_s, deadline_s())
+
+    def end_s() -> float:
+        return min(max(begun_s, progress.last_s) + silence_s, latest_s)
 
     def run() -> None:
         try:
-            with ends_in(limit_s):
+            with ends_at(end_s):
                 outcome.put((progress.run(call), None))
         except BaseException as error:
             outcome.put((None, error))
@@ -69,12 +72,11 @@ def _run(silence_s: float, limit_s: float, name: str, call: Callable[[], T]) -> 
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(run,), name="ckptfs-store", daemon=True).start()
     while True:
-        until_s = min(max(begun_s, progress.last_s) + silence_s, end_s)
         try:
-            result, error = outcome.get(timeout=max(0.0, until_s - time.monotonic()))
+            result, error = outcome.get(timeout=max(0.0, end_s() - time.monotonic()))
             break
         except Empty:
-            if time.monotonic() < min(progress.last_s + silence_s, end_s):
+            if time.monotonic() < end_s():
                 continue
             progress.give_up()
             raise StoreTimeout(

@@ -14,8 +14,8 @@ from ckptfs.errors import StoreTimeout
 
 def test_reading_goes_on_while_bytes_come() -> None:
     def read() -> str:
-        assert left_s() == float("inf")
         for _ in range(10):
+            assert left_s() > 0
             time.sleep(0.1)
             progress.current().came(1)
         return "all of it"
