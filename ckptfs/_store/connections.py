@@ -17,6 +17,7 @@ from ckptfs._store import deadline, progress
 from ckptfs._store.answers import Answer, Limits
 from ckptfs._store.dialing import Dialer
 from ckptfs._store.proxies import Proxy, open_tunnel
+from ckptfs._store.s3errors import BrokenConnection, SilentServer
 from ckptfs._store.tls import Trust, secured
 
 _IDLE_MAX = 32
@@ -137,7 +138,7 @@ class Connections:
         return hop.host, hop.port or _PORTS[hop.scheme]
 
     def _opened(self, endpoint: Endpoint) -> Connection:
-        sock: Any = self._dialer.dial(*self._first_hop(endpoint), self._patience_s())
+        sock = self._dialed(endpoint)
         held = sock
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -153,6 +154,17 @@ class Connections:
             sock.close()
             raise
         return Connection(endpoint, sock, held)
+
+    def _dialed(self, endpoint: Endpoint) -> Any:
+        hop = self._first_hop(endpoint)
+        try:
+            return self._dialer.dial(*hop, self._patience_s())
+        except OSError as error:
+            if self.proxy is None:
+                raise
+            kind = SilentServer if isinstance(error, TimeoutError) else BrokenConnection
+            text = f"the proxy {self.proxy.endpoint.text}: {error.strerror or error}"
+            raise kind(text, "check the proxy") from error
 
     def _secured(self, sock: Any, host: str) -> Any:
         sock.settimeout(self._patience_s())

@@ -104,7 +104,7 @@ def resolve(host: str, port: int, within_s: float) -> list[Address]:
     if not lookup.is_done.wait(within_s):
         raise TimeoutError(f"no address of {host!r} within {within_s:.3g} s: the resolver hangs")
     if lookup.error is not None:
-        raise OSError(lookup.error.errno, str(lookup.error)) from lookup.error
+        raise OSError(lookup.error.errno, lookup.error.strerror) from lookup.error
     return lookup.found
 
 
@@ -113,7 +113,7 @@ def _look_up(key: tuple[int, str, int], lookup: _Lookup) -> None:
     try:
         lookup.found = _looked_up(host, port)
     except UnicodeError:
-        lookup.error = OSError(f"{host!r} is no name of a host")
+        lookup.error = OSError(errno.EINVAL, f"{host!r} is no name of a host")
     except OSError as error:
         lookup.error = OSError(error.errno, f"cannot resolve {host!r}: {error.strerror or error}")
     finally:

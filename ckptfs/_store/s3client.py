@@ -305,12 +305,14 @@ class S3Client:
             connection, answer = self._send(asked, address, keys)
             REQUESTS.count(kind, outcome_of_status(answer.status))
             if answer.status == 200:
-                region = self._region_of(connection, answer)
-                found = address.in_region(region)
+                error, region = None, self._region_of(connection, answer)
             else:
                 error = self._error_of(connection, answer)
                 region = error.region if isinstance(error, S3Error) else ""
-                found = address.after(error) if isinstance(error, S3Error) else None
+            # Whatever the status is, what is said of the bucket's region is meant.
+            found = address.in_region(region)
+            if found is None and isinstance(error, S3Error):
+                found = address.after(error)
             if found is not None or region:
                 return found
         return None

@@ -23,6 +23,11 @@ def url(address: BucketAddress, key: str = "a") -> str:
     return address.endpoint.text.removesuffix(address.endpoint.path) + address.path(key)
 
 
+class _Empty(io.BytesIO):
+    def stream(self) -> Any:
+        return iter([b""])
+
+
 def botocore_url(bucket: str, region: str, endpoint: str, is_virtual: bool) -> str:
     from botocore.awsrequest import AWSResponse
     from botocore.config import Config
@@ -32,7 +37,7 @@ def botocore_url(bucket: str, region: str, endpoint: str, is_virtual: bool) -> s
 
     def send(request: Any, **_: Any) -> AWSResponse:
         sent.append(request.url)
-        return AWSResponse(request.url, 200, {}, io.BytesIO())
+        return AWSResponse(request.url, 200, {}, _Empty())
 
     session = Session()
     session.set_credentials("key", "secret")
