@@ -17,6 +17,7 @@ from ckptfs._store.credentials import SecretFile, environment_secrets
 from ckptfs._store.descriptions import DESCRIPTIONS
 from ckptfs._store.renewed import RenewedStore
 from ckptfs._store.s3 import S3Store
+from ckptfs._store.s3address import split_path
 from ckptfs._store.s3client import S3Client
 from ckptfs._store.s3options import S3Options
 from ckptfs.errors import AccessDenied, LocationError
@@ -50,7 +51,7 @@ def open_store(location: Location, timeout_s: float, credentials: Credentials = 
         return _open_on_filesystem(location, options, timeout_s, credentials)
     try:
         known = msgspec.convert(options, S3Options)
-        bucket, _, prefix = location.path.partition("/")
+        bucket, prefix = split_path(location.path)
         client = S3Client(bucket, known, keys_for(known, location.uri, credentials), timeout_s)
     except AccessDenied:
         raise
