@@ -1,8 +1,8 @@
-"""A filesystem whose files make their library hang, hold the interpreter's lock, or end the process.
+"""A filesystem whose files make their library hang, hold the lock, or end the process.
 
-What a file does when it is opened says its name: `hang`, `hold-0.5` (seconds, with the lock),
-`sleep-0.5`, `abort`, `exit-7`, `stop`, `deny`, `odd`; with `once-` before it, only the first time. A
-directory whose name is one of these does so when it is listed. Other files are ordinary.
+What a file does when it is opened says its name: `hang`, `hold-0.5` (seconds, with the lock of the
+interpreter), `sleep-0.5`, `abort`, `exit-7`, `stop`, `deny`, `odd`; with `once-` before it, only
+the first time. A directory with such a name does so when it is listed. Other files are ordinary.
 """
 
 import ctypes
