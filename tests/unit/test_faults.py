@@ -306,7 +306,7 @@ class Daemon:
             rig.offload,
             rig.nursery,
             repr,
-            open_store,
+            lambda location, timeout_s, _: open_store(location, timeout_s),
             Handoff(rig.new_memory()),
         )
 
