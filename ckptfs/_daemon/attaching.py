@@ -15,7 +15,7 @@ import trio
 from ckptfs._daemon.attachment import Attachment, new_attachment
 from ckptfs._daemon.attachments import Attachments, Key
 from ckptfs._daemon.handoff import Handoff
-from ckptfs._daemon.limits import StoreCalls, check_attached, check_rights
+from ckptfs._daemon.limits import StoreCalls, check_attached, check_files, check_rights
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.records import Made, recorder
 from ckptfs._daemon.stores import OpenFor
@@ -68,6 +68,7 @@ class Attaching:
         kinds (StoreTimeout at the latest after `attach_deadline_s`), LimitExceeded.
         """
         check_rights(uid, location, self._config)
+        check_files(location)
         key = (uid, location.identity)
         lock = self._locks.setdefault(key, trio.Lock())
         try:
@@ -97,8 +98,7 @@ class Attaching:
     async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
         known = self._attachments.get(key)
         if known is not None and known.in_use:
-            opened = self._attachments.opened_for(known)
-            if (location.secrets, location.store) == (opened.secrets, opened.store):
+            if location == self._attachments.opened_for(known):
                 return known
             store = await self._open(location, uid)
             await self._store_calls.run(uid, _prove_access, store, known.manifest)

@@ -95,7 +95,7 @@ class Remote:
             return self._credentials_of_s3()
         if location.secrets:
             return ok(f"{', '.join(sorted(location.secrets))}: given, or of the environment")
-        from ckptfs._store.lending import lent_for
+        from ckptfs._store.kinds import lent_for
 
         lent = lent_for(location)
         if location.kind in ("local", "http") or not lent:

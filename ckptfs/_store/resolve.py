@@ -11,15 +11,16 @@ import msgspec
 
 from ckptfs._model.location import Location
 from ckptfs._model.stores import Credentials
+from ckptfs._store.ambient import connected
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
-from ckptfs._store.descriptions import DESCRIPTIONS
+from ckptfs._store.kinds import KINDS, NAMESPACE
 from ckptfs._store.renewed import RenewedStore
 from ckptfs._store.s3 import S3Store
 from ckptfs._store.s3address import split_path
 from ckptfs._store.s3client import S3Client
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3options import s3_options
 from ckptfs.errors import AccessDenied, LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
@@ -51,18 +52,21 @@ def open_store(
         LocationError: An option that is not on the list, or of a wrong type.
         AccessDenied: The file or variables with the credentials cannot be used.
     """
-    description = DESCRIPTIONS.get(location.kind)
-    if description is None:
+    row = KINDS.get(location.kind)
+    if row is None:
         raise LocationError(f"{location.uri} can be read by a private daemon only")
-    unknown = (
-        location.options.keys() - description.public | location.secrets.keys() - description.secret
-    )
+    unknown = location.options.keys() - row.public | location.secrets.keys() - row.secret
     if unknown:
         raise LocationError(f"{location.uri}: unknown options {', '.join(sorted(unknown))}")
+    if location.store is not None:
+        location = connected(location)
+    public = {k: v for k, v in location.options.items() if k != NAMESPACE}
+    location = msgspec.structs.replace(location, options=public)
     if location.kind != "s3":
         return _open_with_credentials(location, timeout_s, credentials, open_other)
     try:
-        known = msgspec.convert({**location.options, **location.secrets}, S3Options)
+        known = s3_options({**location.options, **location.secrets})
+        timeout_s = max(known.request_timeout, known.connect_timeout) or timeout_s
         bucket, prefix = split_path(location.path)
         client = S3Client(bucket, known, keys_for(known, location.uri, credentials), timeout_s)
     except AccessDenied:

@@ -13,7 +13,7 @@ from ckptfs._config import load_config
 from ckptfs._daemon.stores import Known, Peer, Stores, known_stores
 from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.stores import StoreTable, is_uri, named_location, split_named
-from ckptfs._store.lending import lent_for
+from ckptfs._store.kinds import lent_for
 from ckptfs.errors import (
     ConfigError,
     LocationError,
