@@ -5,8 +5,9 @@ two certificates: the store's, and one that nobody trusts. UPSTREAM is "host:por
 front of it for TLS to there. It takes one JSON object per line on standard input and answers each
 with a line:
 
-- `{"fault": KIND, "share": P, "operation": NAME}` makes requests fail, of all operations where none
-  is named, and `{}` ends that;
+- `{"fault": KIND, "share": P}` makes requests fail, and `{}` ends that;
+- `{"faults": [{"fault": KIND, "operation": NAME, "within": TEXT}, …]}` does so with several. Each
+  is met by requests of that operation (see `httpwire.Head`) whose decoded target holds the text;
 - `{"pause": true}` and `{"pause": false}` are around a change of the objects: in between no request
   is at the server, so that each of its answers is of one version, as Amazon's are (rclone hashes
   and reads a file in two steps);
@@ -31,6 +32,7 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from httpwire import Answer, Head, has_hung_up, read_body, read_head
 from wronganswers import ANSWERS
@@ -183,7 +185,7 @@ class Server:
         self._chance = random.Random(f"{seed} proxy")
         self._gate = Gate()
         self._lock = threading.Lock()  # guards the four below
-        self._fault: dict[str, Any] = {}
+        self._faults: list[dict[str, Any]] = []
         self._met: dict[str, int] = {}
         self._traffic: list[dict[str, Any]] = []
         self._open: set[socket.socket] = set()
@@ -204,23 +206,25 @@ class Server:
                     self._traffic = []
                 return {"traffic": self._traffic}
         elif "count" not in said:
-            self._set_fault(said)
+            self._set_faults(said.get("faults", [said] if said else []))
         with self._lock:
             return {"endpoint": f"127.0.0.1:{self._port}", "met": self._met}
 
-    def _set_fault(self, fault: dict[str, Any]) -> None:
+    def _set_faults(self, faults: list[dict[str, Any]]) -> None:
         with self._lock:
-            old, self._fault = self._fault, fault
+            old = {fault["fault"] for fault in self._faults}
+            self._faults = faults
             over, self._fault_over = self._fault_over, threading.Event()
         over.set()
-        if old.get("fault") == "refused" and fault.get("fault") != "refused":
+        new = {fault["fault"] for fault in faults}
+        if "refused" in old - new:
             self._listen()
-        elif fault.get("fault") == "refused":
+        elif "refused" in new - old:
             with suppress(OSError):  # shutdown wakes the thread that accepts
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
             self._end_connections()
-        elif fault.get("fault") in TLS_FAULTS:
+        elif new & {*TLS_FAULTS}:
             self._end_connections()
 
     def _end_connections(self) -> None:
@@ -268,7 +272,7 @@ class Server:
 
     def _shaken_hands(self, client: socket.socket) -> socket.socket:
         """Raises OSError, ValueError: the client does not trust us, has gone, or must go."""
-        kind = self._meet(TLS_FAULTS, "")[0].get("fault", "")
+        kind = self._meet(TLS_FAULTS)[0].get("fault", "")
         client.settimeout(HANDSHAKE_TIMEOUT_S)
         if kind == "handshake cut":
             client.recv(1)  # it has begun
@@ -282,7 +286,7 @@ class Server:
         if head.value("expect"):
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = read_body(reader, head)
-        fault, over = self._meet((*CONNECTIONS, *ANSWERS), head.operation)
+        fault, over = self._meet((*CONNECTIONS, *ANSWERS), head)
         kind = fault.get("fault", "")
         if kind in ("dark", "slow"):
             over.wait(fault["delay_s"] if kind == "slow" else None)
@@ -338,18 +342,27 @@ class Server:
         with self._lock:
             self._traffic.append(noted)
 
-    def _meet(self, kinds: Sequence[str], operation: str) -> tuple[dict[str, Any], threading.Event]:
+    def _meet(
+        self, kinds: Sequence[str], head: Head | None = None
+    ) -> tuple[dict[str, Any], threading.Event]:
         """The fault of these kinds that is met now, if any, and what says that it is over."""
         with self._lock:
-            fault, over = self._fault, self._fault_over
-            if (
-                fault.get("fault") not in kinds
-                or fault.get("operation", operation) != operation
-                or self._chance.random() >= fault.get("share", 1)
-            ):
-                return {}, over
-            self._met[fault["fault"]] = self._met.get(fault["fault"], 0) + 1
-            return fault, over
+            for fault in self._faults:
+                if (
+                    fault["fault"] in kinds
+                    and (head is None or _is_aimed(fault, head))
+                    and self._chance.random() < fault.get("share", 1)
+                ):
+                    self._met[fault["fault"]] = self._met.get(fault["fault"], 0) + 1
+                    return fault, self._fault_over
+            return {}, self._fault_over
+
+
+def _is_aimed(fault: dict[str, Any], head: Head) -> bool:
+    """Whether a fault is for this request."""
+    if fault.get("operation", head.operation) != head.operation:
+        return False
+    return fault.get("within", "") in unquote(head.target)
 
 
 def tls_of(path: str) -> ssl.SSLContext:
