@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
+PORTS = 15_000, 32_000
+_given: set[int] = set()
 
 
 class Forwarder:
@@ -512,10 +515,14 @@ SERVERS: tuple[type[Server], ...] = (Moto, SeaweedFS, JuiceFS, FakeGcs, Azurite,
 
 
 def free_port() -> int:
-    """A port that is free at this moment."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
+    """A port that is free at this moment, and below those that the kernel gives to connections."""
+    while True:
+        port = random.randrange(*PORTS)
+        if port not in _given:
+            with socket.socket() as bound, suppress(OSError):
+                bound.bind(("127.0.0.1", port))
+                _given.add(port)
+                return port
 
 
 def children(pid: int) -> list[int]:

@@ -8,9 +8,12 @@ from typing import Any
 
 from conftest import Node
 
+from ckptfs import _client
+from ckptfs.cli.checkpoints import location_of
 from stores.adapters import RealStore
 
 MIB = 1 << 20
+
 
 def configure(node: Node, store: RealStore, **settings: Any) -> None:
     """Settings of the node, and its named stores. Takes effect with `reload`."""
@@ -22,10 +25,15 @@ def configure(node: Node, store: RealStore, **settings: Any) -> None:
 
 
 @contextlib.contextmanager
-def directory(store: RealStore, path: str, **options: Any) -> Iterator[str]:
+def directory(store: RealStore, path: str) -> Iterator[str]:
     """The checkpoint as a directory: mounted, or copied where only this process sees it."""
-    mode = "mount" if store.has_mount else "copy"
-    with store.checkpoint(path).as_directory(mode=mode, **options) as found:
+    if store.name == "local":  # which Python reads where it lies
+        lease = _client.leased(location_of(store.address(path)))
+    elif store.has_mount:
+        lease = store.checkpoint(path).as_directory(mode="mount")
+    else:
+        lease = store.checkpoint(path).as_directory(mode="copy")
+    with lease as found:
         yield found
 
 
@@ -41,12 +49,14 @@ def data_requests(store: RealStore) -> list[dict[str, Any]]:
     return [
         each
         for each in store.traffic()
-        if each["operation"] in ("read", "get") and ".metadata.json" not in each["target"]
+        if each["operation"] in ("read", "get")
+        and each["status"] in (200, 206)
+        and ".metadata.json" not in each["target"]
     ]
 
 
 def read_once(file: str, offset: int, length: int) -> bytes:
-    """Read past the kernel's memory: one request to the daemon, which the kernel does not repeat."""
+    """Read past the kernel's memory: one request to the daemon, which is not repeated."""
     fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
     try:
         with mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE) as aligned:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import Node, mounts, temporary
 from servers import Missing
+
 from stores.adapters import FAST, STORES, RealStore
 from stores.common import configure
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "store" in metafunc.fixturenames:
@@ -52,6 +54,8 @@ def daemon(store: RealStore) -> Iterator[Node]:
                 patched.delenv(name)
         configure(node, store)
         try:
+            if store.has_mount:
+                node.here("mount")
             yield node
         finally:
             node.end()
