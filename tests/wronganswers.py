@@ -5,6 +5,7 @@ A fault may leave an answer as it is, e.g. where the field that it would take aw
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,25 @@ def _renamed(right: Answer) -> Answer:
 ANSWERS: dict[str, Callable[[Answer], Answer]] = {
     "unavailable": _error(503, "Slow Down", "SlowDown"),
     "denied": _error(403, "Forbidden", "AccessDenied"),
+    "azure denied": lambda _: Answer(
+        403,
+        "This request is not authorized to perform this operation.",
+        [
+            ("Content-Type", "application/xml"),
+            ("x-ms-error-code", "AuthorizationFailure"),
+            ("x-ms-request-id", "0"),
+        ],
+        b"<?xml version='1.0' encoding='utf-8'?><Error><Code>AuthorizationFailure</Code>"
+        b"<Message>This request is not authorized to perform this operation.</Message></Error>",
+    ),
+    "google denied": lambda _: Answer(
+        403,
+        "Forbidden",
+        [("Content-Type", "application/json; charset=UTF-8")],
+        json.dumps(
+            {"error": {"code": 403, "message": "no access", "errors": [{"reason": "forbidden"}]}}
+        ).encode(),
+    ),
     "garbage": _page(200, "OK"),
     "html 500": _page(500, "Internal Server Error"),
     "html 403": _page(403, "Forbidden"),

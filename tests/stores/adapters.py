@@ -41,6 +41,9 @@ class RealStore:
         lacks: Characters that no name there can have.
         small_file_requests: Most requests for a file that one request can bring.
         environment: What the daemon and the clients need in theirs.
+        secrets: What must never be shown.
+        secret_environment: Variables that hold the credentials.
+        refusal: The fault of `wronganswers` that is how the server refuses credentials.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,9 @@ class RealStore:
     lacks = ""
     small_file_requests = 1
     environment: ClassVar[dict[str, str]] = {}
+    secrets: tuple[str, ...] = ()
+    secret_environment: ClassVar[dict[str, str]] = {}
+    refusal = "denied"
     proxy: Proxy | None = None
 
     def __init__(self) -> None:
@@ -90,6 +96,10 @@ class RealStore:
     def table(self, name: str, path: str) -> str:
         """The table of a named store that begins at `path`, with the credentials."""
         raise NotImplementedError
+
+    def table_address(self, path: str) -> str:
+        """What a user types for the directory, by the named store `main`, which is the bucket."""
+        return f"main:{path}"
 
     def with_wrong_keys(self, path: str) -> ckptfs.Checkpoint:
         """The directory, by credentials that the server does not take."""
@@ -228,6 +238,14 @@ class S3(RealStore):
         return self.proxy.endpoint
 
     @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.keys[1],)
+
+    @property
+    def secret_environment(self) -> dict[str, str]:
+        return dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), self.keys, strict=True))
+
+    @property
     def keys(self) -> tuple[str, str]:
         return self.server.access_key, self.server.secret_key
 
@@ -346,6 +364,7 @@ class Gcs(RealStore):
     """fake-gcs-server."""
 
     name = "fake-gcs"
+    refusal = "google denied"
 
     def start(self, stack: ExitStack) -> None:
         import requests
@@ -391,6 +410,9 @@ class Azure(RealStore):
     """Azurite."""
 
     name = "azurite"
+    secrets = (servers.Azurite.key,)
+    secret_environment: ClassVar = {"AZURE_STORAGE_ACCOUNT_KEY": servers.Azurite.key}
+    refusal = "azure denied"
     lacks = "\\"  # of which Azure makes a slash
     has_keys = True
 
@@ -430,7 +452,7 @@ class Azure(RealStore):
 
     def address(self, path: str) -> str:
         """By the named store: no scheme of URIs can say where Azurite is, and with what key."""
-        return f"main:{path}"
+        return self.table_address(path)
 
     def checkpoint(self, path: str) -> ckptfs.Checkpoint:
         return ckptfs.Checkpoint(f"{BUCKET}/{path}", filesystem=self.filesystem())
@@ -451,6 +473,7 @@ class Http(OnDisk):
     """nginx with its listings for people, by HTTP."""
 
     name = "nginx"
+    refusal = "html 403"
     scheme = "http"
     has_table = False
     is_writable = False
