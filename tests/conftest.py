@@ -26,6 +26,15 @@ HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_
 COMMAND_TIMEOUT_S = 60
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stores", action="store_true", help="tests/stores: all servers, also those that are slow"
+    )
+    parser.addoption(
+        "--long", action="store_true", help="tests/stores: 1,000 overwrites on each server, not 40"
+    )
+
+
 def pytest_configure() -> None:
     """Give the run a temporary folder of its own, so that what is left in it is ours. With
     pytest-xdist each worker is a run, and its folder lies in that of the run which started it."""
