@@ -15,6 +15,9 @@ _LOWERED_BY = 0.95
 """What a fast answer leaves of the patience: one timeout is forgotten after 14 fast answers."""
 _FAST_SHARE = 0.25
 """An answer is fast that took less than this part of the patience."""
+_REPORT_SHARE = 0.1
+_REPORT_S_MAX = 0.5
+"""Of the time left, for the report that there was no answer: it has to be there at the deadline."""
 PATIENCE_S_MAX = 600.0
 """The longest patience, for callers without a deadline: as long as a listing may take."""
 
@@ -44,9 +47,10 @@ class Patience:
     def for_request(self, left_s: float) -> float:
         """The longest silence before the first byte of a request that has `left_s` seconds left."""
         seconds = self._seconds
+        all_s = left_s - min(_REPORT_S_MAX, _REPORT_SHARE * left_s)
         if seconds > self._least_s and left_s < 3 * seconds:  # the next try would need the double
-            return left_s
-        return min(seconds, left_s)
+            return all_s
+        return min(seconds, all_s)
 
     def was_silent(self, waited_s: float) -> None:
         """A request ended after so much silence without a first byte."""

@@ -15,7 +15,9 @@ counts for all later requests.
 """
 
 import http.client
+import math
 import ssl
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +111,8 @@ class S3Client:
         proxy = parse_proxy(options.proxy) if options.proxy else None
         self._connections = Connections(proxy, trust, timeout_s)
         self._has_worked = False
-        self._asked_s = float("-inf")
+        self._asking = threading.Lock()  # guards _asked_s; held while the server is asked
+        self._asked_s = -math.inf
 
     @property
     def is_amazon(self) -> bool:
@@ -281,42 +284,45 @@ class S3Client:
         server says when it is asked."""
         found = address.after(error)
         if found is None and self._tells_nothing(asked, error):
-            found = self._asked_for(address, keys)
-        if found is None:
-            return False
-        self._address = found
-        self._connections.close_idle()  # those lead to the other address
-        return True
+            with self._asking:  # one thread asks, and the others wait for what it learns
+                if self._address == address:
+                    found = self._asked_for(address, keys)
+        if found is not None:
+            self._address = found
+            self._connections.close_idle()  # those lead to the other address
+        return self._address != address
 
     def _tells_nothing(self, asked: _Asked, error: S3Error) -> bool:
         """Whether the bucket's address may be the reason of an error that does not say so."""
-        if error.region or time.monotonic() - self._asked_s < _ASK_PAUSE_S:
+        if error.region:
             return False
         if error.code or asked.method != "HEAD":
             return error.code in ELSEWHERE
-        return error.status in (301, 302, 307, 400) or (
-            error.status == 403 and not self._has_worked
-        )
+        # Keys without the right to an object are answered with 403, too; then others have worked.
+        return error.status in _NO_REASON or (error.status == 403 and not self._has_worked)
 
     def _asked_for(self, address: BucketAddress, keys: Keys | None) -> BucketAddress | None:
         """The answer to the question where the bucket is: HEAD of the bucket, as botocore asks, and
         then its location, because an answer to GET has a body."""
+        if time.monotonic() - self._asked_s < _ASK_PAUSE_S:
+            return None
         self._asked_s = time.monotonic()
         for kind, method, query in _QUESTIONS:
             asked = _Asked(kind, method, "", query, {}, b"", frozenset(), None)
-            connection, answer = self._send(asked, address, keys)
-            REQUESTS.count(kind, outcome_of_status(answer.status))
-            if answer.status == 200:
-                error, region = None, self._region_of(connection, answer)
-            else:
-                error = self._error_of(connection, answer)
-                region = error.region if isinstance(error, S3Error) else ""
-            # Whatever the status is, what is said of the bucket's region is meant.
-            found = address.in_region(region)
-            if found is None and isinstance(error, S3Error):
-                found = address.after(error)
-            if found is not None or region:
-                return found
+            try:
+                connection, answer = self._send(asked, address, keys)
+                REQUESTS.count(kind, outcome_of_status(answer.status))
+                if answer.status == 200:
+                    error = S3Error(200, "", "", region=self._region_of(connection, answer))
+                else:
+                    error = self._error_of(connection, answer)
+            except (OSError, http.client.HTTPException, BrokenConnection):
+                return None  # the error that led to the question says more
+            if isinstance(error, S3Error):
+                # Whatever the status is, what is said of the bucket's region is meant.
+                found = address.in_region(error.region) or address.after(error)
+                if found is not None or error.region:
+                    return found
         return None
 
     def _region_of(self, connection: Connection, answer: Answer) -> str:

@@ -53,8 +53,14 @@ def test_a_last_try_gets_all_that_is_left() -> None:
     patience = Patience(3)
     assert patience.for_request(4) == 3  # a server that is not known to be slow is asked again
     patience.was_silent(3)
-    assert patience.for_request(17) == 17
+    assert patience.for_request(17) == 16.5
     assert patience.for_request(18) == 6
+
+
+def test_an_error_is_there_at_the_deadline() -> None:
+    patience = Patience(3)
+    assert patience.for_request(1) == 0.9
+    assert patience.for_request(3.1) == pytest.approx(2.79)
 
 
 def test_without_a_deadline() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import pytest
 import trustme
@@ -30,33 +30,16 @@ HOST = "s3.corp.test"
 TIMEOUT_S = 5.0
 
 
-class Server:
-    """A store that speaks TLS or not, as a proxy sees it."""
+class TlsFaultServer(FaultServer):
+    """A store that speaks TLS."""
 
-    def __init__(self, opened: ExitStack, ca: trustme.CA, is_tls: bool) -> None:
-        store = opened.enter_context(FaultServer())
-        store.objects["bucket/run/a"] = Object(b"content" * 9999, 1_600_000_000)
-        self.place = store.endpoint
-        if is_tls:
-            front = opened.enter_context(ProxyServer({}, tls=_server_tls(ca, HOST)))
-            front._serve_one = self._forward  # type: ignore[method-assign]
-            self.place = front.endpoint
-        self._store = store.endpoint
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        super().__init__()
+        self._tls = tls
 
-    def _forward(self, client: socket.socket, incoming: Any) -> bool:
-        """One request and its answer."""
-        head = b""
-        while (line := incoming.readline()).strip():
-            head += line
-        if not head:
-            return False
-        host, _, port = self._store.rpartition(":")
-        with socket.create_connection((host, int(port))) as upstream:
-            upstream.sendall(head + b"\r\n")
-            upstream.shutdown(socket.SHUT_WR)
-            while data := upstream.recv(1 << 16):
-                client.sendall(data)
-        return True
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            super()._serve(self._tls.wrap_socket(connection, server_side=True))
 
 
 def _server_tls(ca: trustme.CA, *names: str) -> ssl.SSLContext:
@@ -106,10 +89,12 @@ def read(client: S3Client) -> bytes:
 def test_a_store_behind_a_proxy(
     opened: ExitStack, ca: trustme.CA, ca_file: str, scheme: str, proxy_scheme: str, user: str
 ) -> None:
-    server = Server(opened, ca, scheme == "https")
+    made = FaultServer() if scheme == "http" else TlsFaultServer(_server_tls(ca, HOST))
+    store = opened.enter_context(made)
+    store.objects["bucket/run/a"] = Object(b"content" * 9999, 1_600_000_000)
     tls = _server_tls(ca, "127.0.0.1") if proxy_scheme == "https" else None
     place = HOST if scheme == "http" else f"{HOST}:443"
-    proxy = opened.enter_context(ProxyServer({place: server.place}, user, tls))
+    proxy = opened.enter_context(ProxyServer({place: store.endpoint}, user, tls))
     given = f"{USER_IN_URL}@" if user else ""
     client = client_of(opened, scheme, f"{proxy_scheme}://{given}{proxy.endpoint}", ca_file)
     for _ in range(2):

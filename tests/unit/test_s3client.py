@@ -15,6 +15,7 @@ from ckptfs._store.awskeys import FixedKeys
 from ckptfs._store.deadline import ends_in
 from ckptfs._store.progress import Progress
 from ckptfs._store.requests import REQUESTS
+from ckptfs._store.s3 import S3Store
 from ckptfs._store.s3client import (
     BrokenConnection,
     S3Client,
@@ -27,7 +28,7 @@ from ckptfs._store.s3options import S3Options
 from ckptfs._store.sigv4 import Keys
 
 TIMEOUT_S = 5.0
-SHORT_S = 0.2
+SHORT_S = 0.5
 """The longest silence where a server is slower than that on purpose."""
 
 
@@ -252,6 +253,19 @@ def test_a_region_that_nothing_tells_is_asked_for_once() -> None:
     assert targets == ["GET /bucket/a", *questions, *["GET /bucket/a"] * 2]
 
 
+def test_requests_beside_each_other_ask_once() -> None:
+    refusal = error(301, "PermanentRedirect")
+    with serving(regional(refusal, "HEAD")) as (server, client):
+        threads = [threading.Thread(target=get, args=(client,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        questions = [each for each in server.requests if each.target == "/bucket"]
+        answered = [each for each in server.requests if each.region == "eu-west-3"]
+        assert (len(questions), len(answered)) == (1, 8)
+
+
 def test_a_request_moves_twice_at_most() -> None:
     count = iter(range(99))
 
@@ -269,7 +283,7 @@ def test_a_request_moves_twice_at_most() -> None:
 
 def test_a_slow_first_byte_raises_patience_and_ends_well() -> None:
     def answer(_: Request) -> Iterable[Piece]:
-        return [3 * SHORT_S, http(body=b"x")]
+        return [1.5 * SHORT_S, http(body=b"x")]
 
     with serving(answer, SHORT_S) as (_, client):
         assert (client.is_slow, client.patience_s) == (False, SHORT_S)
@@ -279,6 +293,7 @@ def test_a_slow_first_byte_raises_patience_and_ends_well() -> None:
             with contextlib.suppress(SilentServer), ends_in(TIMEOUT_S):
                 data = get(client)
         assert client.is_slow
+        assert S3Store(client, "", "s3://bucket").is_slow
         assert 2 <= tries <= 4
         assert get(client) == b"x"  # the next one waits as long at once
 
@@ -299,7 +314,7 @@ def test_silence_within_a_body_is_as_long_as_ever() -> None:
         return [http(body=bytes(1 << 16))[:-9], 9.0]
 
     with serving(answer, SHORT_S) as (_, client):
-        with pytest.raises(SilentServer, match=r"after \d+ bytes nothing within 0\.2"):
+        with pytest.raises(SilentServer, match=r"after \d+ bytes nothing within 0\.5"):
             get(client)
         assert not client.is_slow
 
@@ -316,20 +331,20 @@ def test_one_answer_may_be_waited_for_longer() -> None:
 
 
 def slow_body(pieces: int) -> Answer:
-    """64 KiB in `pieces`, one after the other, each after a half of `SHORT_S`."""
+    """64 KiB in `pieces`, one after the other, each after a fifth of `SHORT_S`."""
     size = (64 << 10) // pieces
 
     def answer(_: Request) -> Iterable[Piece]:
         yield http(body=bytes(64 << 10))[: -64 << 10]
         for _ in range(pieces):
-            yield SHORT_S / 2
+            yield SHORT_S / 5
             yield bytes(size)
 
     return answer
 
 
 def test_bytes_that_keep_coming_are_waited_for() -> None:
-    with serving(slow_body(8), SHORT_S) as (_, client):
+    with serving(slow_body(16), SHORT_S) as (_, client):
         buffer = memoryview(bytearray(64 << 10))
         with ends_in(2 * SHORT_S), client.request("GET", "a", headers={"range": "x"}) as answer:
             assert read_into(answer, buffer) == 64 << 10
