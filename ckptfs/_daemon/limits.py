@@ -45,8 +45,8 @@ def check_rights(uid: int, location: Location, config: Config) -> None:
         )
     if named := sorted(OF_CALLER & location.options.keys()):
         raise RightsNotLent(
-            f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for uid {uid}; "
-            "start a daemon of your own (CKPTFS_SOCKET)"
+            f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for uid "
+            f"{uid}; start a daemon of your own (CKPTFS_SOCKET)"
         )
 
 

@@ -9,11 +9,12 @@ Constructor options and parameters of the URI come first, then variables, then p
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
 from ckptfs._model.location import Kind, Location
-from ckptfs._store import awsprofile, azure, google, huggingface, networks
+from ckptfs._store import awsprofile, azureenv, googleenv, hfenv, networks
 from ckptfs._store.draft import Draft, Setting, add_variables
 from ckptfs._store.kinds import CA_FILES, KINDS, PROXIES
 from ckptfs.errors import AccessDenied, LocationError
@@ -50,53 +51,58 @@ def connected(location: Location, environ: Mapping[str, str] = os.environ) -> Lo
     return msgspec.structs.replace(location, options=draft.options, secrets=draft.secrets)
 
 
-def explained(
-    location: Location, environ: Mapping[str, str] = os.environ
-) -> tuple[list[Setting], str]:
-    """All settings that concern a location, and the error that `completed` raises; "": none."""
+def explained(location: Location, environ: Mapping[str, str] = os.environ) -> list[Setting]:
+    """All settings that concern a location, up to the first that `completed` refuses."""
     draft = Draft(location, environ)
-    try:
+    with suppress(LocationError, AccessDenied):
         _complete(draft)
-    except (LocationError, AccessDenied) as error:
-        return draft.settings, str(error)
-    return draft.settings, ""
+    return draft.settings
 
 
 def _complete(draft: Draft) -> None:
-    row = KINDS.get(draft.kind)
+    location_kind = draft.kind
+    row = KINDS.get(location_kind)
     if row is None:
         return
     if draft.kind in ("azure", "az"):
-        azure.complete(draft)
+        azureenv.complete(draft)
     elif draft.kind == "s3":
         _canonical_endpoint(draft)
         awsprofile.complete(draft)
     elif draft.kind == "gcs":
         _canonical_endpoint(draft)
         add_variables(draft)
-        google.complete(draft)
+        googleenv.complete(draft)
     else:
         add_variables(draft)
         if draft.kind == "hf":
-            huggingface.complete(draft)
+            hfenv.complete(draft)
     if "proxy" in row.secret:
         networks.complete(draft)
     for name, why in row.ignored.items():
         if value := draft.environ.get(name):
             draft.ignored(name, value, why)
+    listed = {word for each in draft.settings for word in (each.place, *each.why.split())}
+    for name in known_variables(location_kind):
+        if draft.environ.get(name) and name not in listed:
+            draft.ignored(name, "", "it has no effect on this location")
 
 
 def _canonical_endpoint(draft: Draft) -> None:
-    """One text for one endpoint, whoever has written it."""
+    """One text for one endpoint, however it was written."""
     endpoint = draft.endpoint
-    draft.options["scheme"] = "https"
     if endpoint is not None:
         draft.options |= {"endpoint_override": endpoint.place, "scheme": endpoint.scheme}
+    elif draft.kind == "gcs":  # pyarrow says "http" of each one that is anonymous
+        draft.options["scheme"] = "https"
+    else:
+        draft.options.setdefault("scheme", "https")
 
 
 def known_variables(kind: Kind) -> tuple[str, ...]:
-    """All variables that concern a kind of store, for the documentation and its test."""
+    """All variables that concern a kind of store."""
     row = KINDS[kind]
-    network = (*PROXIES, *CA_FILES) if "proxy" in row.secret else ()
+    network = (*PROXIES, *(name.lower() for name in PROXIES), *CA_FILES)
     of_options = [name for names in row.variables.values() for name in names]
-    return (*of_options, *row.handled, *row.ignored, *network)
+    more = network if "proxy" in row.secret else ()
+    return (*of_options, *row.handled, *row.ignored, *more)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptfs._model.location import Kind, Location, Option
-from ckptfs._store.ambient import completed
+from ckptfs._store.ambient import completed, explained
+from ckptfs._store.draft import Setting
 from ckptfs._store.filesystems import (
     FileSystem,
     fsspec_name,
@@ -27,6 +28,9 @@ from ckptfs._store.named import asked_for
 from ckptfs._store.networks import proxy_url
 from ckptfs._store.s3fs import s3_arguments
 from ckptfs.errors import LocationError
+
+_LOAD_FREQUENCY_S = 900
+"""pyarrow's default, and that of `S3Options`."""
 
 
 class NotDescribable(LocationError):
@@ -50,6 +54,15 @@ def describe(
     return completed(given(filesystem, path), environ)
 
 
+def explain(
+    filesystem: FileSystem, path: str, environ: Mapping[str, str] = os.environ
+) -> list[Setting]:
+    """All that the user has said about `path` on `filesystem`, and what becomes of it; nothing of a
+    named store, whose table says it. Raises as `given`."""
+    filesystem, path = unwrapped(filesystem, path)
+    return [] if store_name_of(filesystem) else explained(given(filesystem, path), environ)
+
+
 def given(filesystem: FileSystem, path: str) -> Location:
     """The location of `path` on an unwrapped filesystem, by its own options only. Raises as
     `describe`."""
@@ -61,7 +74,8 @@ def given(filesystem: FileSystem, path: str) -> Location:
     if kind == "http":
         refuse_secrets_in(path)
     row = KINDS[kind]
-    said = {k: v for k, v in arguments.items() if v not in (None, "") and k not in row.irrelevant}
+    # Metadata of pyarrow cannot be compared with a text, so what is irrelevant goes first.
+    said = {k: v for k, v in arguments.items() if k not in row.irrelevant and v not in (None, "")}
     for name, value in said.items():
         if name not in row.public | row.secret and not _is_default(value):
             raise NotDescribable(f"a {row.type_name} with {name} cannot be described")
@@ -108,6 +122,8 @@ def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
         for option in ("request_timeout", "connect_timeout"):
             if arguments.get(option, 0) <= 0:  # -1 stands for the default
                 arguments.pop(option, None)
+        if arguments.get("load_frequency") == _LOAD_FREQUENCY_S:
+            del arguments["load_frequency"]
     return kind, arguments
 
 

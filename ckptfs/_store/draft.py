@@ -9,7 +9,8 @@ from ckptfs._model.location import Kind, Location, Option
 from ckptfs._store.kinds import KINDS, NAMESPACE
 from ckptfs.errors import AccessDenied, LocationError
 
-GIVEN = "URI or filesystem"
+GIVEN = "option"
+"""Of a URI or a filesystem."""
 OF_FILES = frozenset(
     [
         "tls_ca_file_path",
@@ -59,7 +60,7 @@ class Draft:
         self.secrets: dict[str, str] = dict(location.secrets)
         self.environ = environ
         self.settings = [
-            Setting(f"{GIVEN}: {name}", "" if name in self.secrets else str(value), "used")
+            Setting(f"{GIVEN} {name}", "" if name in self.secrets else str(value), "used")
             for name, value in {**self.options, **self.secrets}.items()
         ]
         self._name = location.uri

@@ -244,7 +244,7 @@ AZURE_VARIABLES: Names = {
     "federated_token_file": ("AZURE_FEDERATED_TOKEN_FILE",),
     "authority_host": ("AZURE_AUTHORITY_HOST",),
 }
-"""They count for the account that they are for only, see `azure`."""
+"""They count for the account that they are for only, see `azureenv`."""
 
 KINDS: dict[Kind, StoreKind] = {
     "s3": StoreKind(
@@ -427,6 +427,12 @@ KINDS: dict[Kind, StoreKind] = {
         build=_of_fsspec("az"),
         # adlfs completes what it is given from the daemon's environment.
         own_rights=_always("own identity"),
+        handled=(
+            "AZURE_STORAGE_ACCOUNT_NAME",
+            "AZURE_STORAGE_ACCOUNT",
+            "AZURE_STORAGE_CONNECTION_STRING",
+            *(name for names in AZURE_VARIABLES.values() for name in names),
+        ),
         package="adlfs",
     ),
 }

@@ -4,7 +4,6 @@ daemon that does not know the name.
 
 import contextlib
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 
 import msgspec
@@ -20,19 +19,14 @@ from ckptfs._store.resolve import open_store
 from ckptfs._store.s3options import S3Options
 from ckptfs.errors import AccessDenied, UnknownStore
 
-_WHOSE: defaultdict[Kind, tuple[str, ...]] = defaultdict(
-    tuple,
-    {
-        "s3": (
-            "AWS_DEFAULT_PROFILE",
-            "AWS_PROFILE",
-            "AWS_WEB_IDENTITY_TOKEN_FILE",
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        ),
-    },
+_WHOSE = (
+    "AWS_DEFAULT_PROFILE",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
 )
-"""Variables of a caller that say whose credentials the provider's own chain finds."""
+"""Variables of a caller that say whose keys AWS's chain finds."""
 
 
 def own_table(name: str) -> StoreTable | None:
@@ -59,8 +53,8 @@ def asked_for(name: str, below: str, environ: Mapping[str, str] = os.environ) ->
     if table is not None:
         place = table.location(name, below)
         secrets = _in_environment(table, place.kind, environ)
-        is_default = table.credentials == "default"
-        if secrets or (is_default and any(environ.get(name) for name in _WHOSE[place.kind])):
+        of_chain = place.kind == "s3" and table.credentials == "default"
+        if secrets or (of_chain and any(environ.get(name) for name in _WHOSE)):
             place = msgspec.structs.replace(place, secrets=secrets, store=None)
             return completed(place, environ)
     return named_location(name, below, table)

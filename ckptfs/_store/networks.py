@@ -7,10 +7,12 @@ of Python's urllib. The other kinds follow requests, as the providers' own libra
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ckptfs._model.endpoints import Endpoint, parse_endpoint
+from ckptfs._model.location import Kind
 from ckptfs._store.draft import GIVEN, Draft
 from ckptfs._store.kinds import CA_FILES
 from ckptfs.errors import LocationError
@@ -26,7 +28,7 @@ def complete(draft: Draft) -> None:
 
     Raises LocationError for a proxy of another kind, and for a file that cannot be read.
     """
-    endpoint = _endpoint_of(draft)
+    endpoint = endpoint_of(draft.kind, draft.path, draft.options)
     if endpoint is None:
         return
     _add_proxy(draft, endpoint)
@@ -63,23 +65,25 @@ def checked_proxy(text: str) -> str:
     return url
 
 
-def _endpoint_of(draft: Draft) -> Endpoint | None:
-    """Where requests go, before a region or bucket is put into the host's name."""
-    if draft.endpoint is not None:
-        return draft.endpoint
-    options = draft.options
-    if draft.kind == "http":
-        return parse_endpoint("/".join(draft.path.split("/")[:3]))
-    if draft.kind == "s3":
+def endpoint_of(kind: Kind, path: str, options: Mapping[str, object]) -> Endpoint | None:
+    """Where requests go, before a bucket is put into the host's name; None: nowhere that is known.
+
+    Raises LocationError for an endpoint that is malformed.
+    """
+    scheme = str(options.get("scheme") or options.get("blob_storage_scheme") or "https")
+    if named := options.get("endpoint_override") or options.get("endpoint"):
+        return parse_endpoint(str(named), scheme)
+    if kind == "http":
+        return parse_endpoint("/".join(path.split("/")[:3]))
+    if kind == "s3":
         region = str(options.get("region") or "us-east-1")
         suffix = ".cn" if region.startswith("cn-") else ""
-        return parse_endpoint(f"https://s3.{region}.amazonaws.com{suffix}")
-    if draft.kind in ("azure", "az"):
-        account = options.get("account_name", "account")
+        return parse_endpoint(f"s3.{region}.amazonaws.com{suffix}", scheme)
+    if kind in ("azure", "az"):
         authority = str(options.get("blob_storage_authority") or ".blob.core.windows.net")
-        host = f"{account}{authority}" if authority.startswith(".") else authority
-        return parse_endpoint(host, str(options.get("blob_storage_scheme") or "https"))
-    host = _DEFAULT_HOSTS.get(draft.kind)
+        account = options.get("account_name", "")
+        return parse_endpoint(f"{account}{authority}" if authority[0] == "." else authority, scheme)
+    host = _DEFAULT_HOSTS.get(kind)
     return parse_endpoint(host) if host else None
 
 
@@ -91,7 +95,7 @@ def _add_proxy(draft: Draft, endpoint: Endpoint) -> None:
         try:
             draft.secrets["proxy"] = checked_proxy(given)
         except LocationError as error:
-            raise draft.refused(f"{GIVEN}: proxy", "", str(error)) from None
+            raise draft.refused(f"{GIVEN} proxy", "", str(error)) from None
     for scheme in (endpoint.scheme, "all"):
         place, value = _variable(draft, scheme)
         if not value:

@@ -50,7 +50,7 @@ def complete(draft: Draft) -> None:
     if draft.options.pop("anon", False):
         draft.options["anonymous"] = True
     if text := draft.secrets.pop("connection_string", ""):
-        _use(draft, _account_of(draft, text, f"{GIVEN}: connection_string"))
+        _use(draft, _account_of(draft, text, f"{GIVEN} connection_string"))
     draft.kind = "azure"
     if text := draft.environ.get(_STRING):
         found = _account_of(draft, text, _STRING)
