@@ -19,6 +19,7 @@ from ckptfs._workers.messages import (
     encode,
 )
 
+_PROGRAM = "ckptfs._workers"
 STOPPED_S = 1.0
 """Without a beat for so long, and stopped (SIGSTOP, a debugger): who has done that does not say
 when it ends."""
@@ -58,7 +59,7 @@ class Worker:
                 self._tell(setup)
                 fd = theirs.fileno()
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "ckptfs._workers", str(fd), str(os.getpid())],
+                    [sys.executable, "-m", _PROGRAM, str(fd), str(os.getpid())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

@@ -30,6 +30,7 @@ def misbehave(name: str) -> None:
         os._exit(int(argument))
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.1)  # another thread may have taken the signal
     elif what == "deny":
         raise PermissionError("no")
     elif what == "odd":
@@ -71,7 +72,7 @@ class Faulty(fs.FileSystemHandler):
         return self.inner.open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: object) -> object:
-        self._act(path)
+        self._act(path.rpartition(".")[0])  # it is written beside the file
         return self.inner.open_output_stream(path)
 
     def move(self, source: str, destination: str) -> None:
