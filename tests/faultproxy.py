@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from httpwire import Answer, Head, has_hung_up, read_body, read_head
-from wronganswers import ANSWERS
+from wronganswers import ANSWERS, CHANGED, INSTEAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,7 @@ FAULTS = (
 """What scripts/chaos lets happen."""
 CONNECTIONS = ("dark", "slow", "reset", "trickle", "cut", "no length", "whole object")
 """Faults that are no other answer, but another way to give it."""
+NOTHING = Answer(200, "OK", [], b"")
 TLS_FAULTS = "handshake cut", "untrusted"
 
 
@@ -299,13 +300,13 @@ class Server:
             head.fields = [
                 field for field in head.fields if field[0].lower() not in ("range", "x-ms-range")
             ]
-        if kind in ANSWERS and head.operation in ("put", "delete"):
-            found = ANSWERS[kind](Answer(200, "OK", [], b""))  # it does not arrive at the server
+        if kind in INSTEAD:
+            found = INSTEAD[kind](NOTHING)
         else:
             with self._gate:
                 found = upstream.exchange(self._upstream, head, body)
-            if kind in ANSWERS:
-                found = ANSWERS[kind](found)
+            if kind in CHANGED:
+                found = CHANGED[kind](found)
         self._note(head, found)
         return self._send(client, found.raw(head.method), kind, over)
 

@@ -5,7 +5,6 @@ A fault may leave an answer as it is, e.g. where the field that it would take aw
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ def _renamed(right: Answer) -> Answer:
     return right
 
 
-ANSWERS: dict[str, Callable[[Answer], Answer]] = {
+INSTEAD: dict[str, Callable[[Answer], Answer]] = {
     "unavailable": _error(503, "Slow Down", "SlowDown"),
     "denied": _error(403, "Forbidden", "AccessDenied"),
     "azure denied": lambda _: Answer(
@@ -78,9 +77,7 @@ ANSWERS: dict[str, Callable[[Answer], Answer]] = {
         403,
         "Forbidden",
         [("Content-Type", "application/json; charset=UTF-8")],
-        json.dumps(
-            {"error": {"code": 403, "message": "no access", "errors": [{"reason": "forbidden"}]}}
-        ).encode(),
+        b'{"error": {"code": 403, "message": "not allowed", "errors": [{"reason": "forbidden"}]}}',
     ),
     "garbage": _page(200, "OK"),
     "html 500": _page(500, "Internal Server Error"),
@@ -88,6 +85,10 @@ ANSWERS: dict[str, Callable[[Answer], Answer]] = {
     "xml 403 without a body": lambda _: Answer(
         403, "Forbidden", [("Content-Type", "application/xml")], b""
     ),
+}
+"""An answer that has nothing of the right one: what the request asked for has not been done."""
+
+CHANGED: dict[str, Callable[[Answer], Answer]] = {
     "empty body": lambda right: right._replace(body=b""),
     "cut document": _cut,
     "wrong type": _having("content-type", "text/html"),
@@ -102,4 +103,6 @@ ANSWERS: dict[str, Callable[[Answer], Answer]] = {
     "no last-modified": _without("last-modified", "date"),
     "last-modified that is no date": _having("last-modified", "yesterday"),
 }
-"""Another answer, by the name of the fault."""
+"""The right answer but for one thing."""
+
+ANSWERS = INSTEAD | CHANGED

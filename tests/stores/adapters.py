@@ -39,6 +39,7 @@ class RealStore:
         has_versions: The server tells apart two versions of one size that were written within one
             second, by an ETag or a time.
         lacks: Characters that no name there can have.
+        hides_dots: Its listings leave out names that begin with a dot.
         small_file_requests: Most requests for a file that one request can bring.
         environment: What the daemon and the clients need in theirs.
         secrets: What must never be shown.
@@ -53,6 +54,7 @@ class RealStore:
     is_writable = True
     has_versions = True
     lacks = ""
+    hides_dots = False
     small_file_requests = 1
     environment: ClassVar[dict[str, str]] = {}
     secrets: tuple[str, ...] = ()
@@ -477,6 +479,7 @@ class Http(OnDisk):
     scheme = "http"
     has_table = False
     is_writable = False
+    hides_dots = True
     has_versions = False  # its ETag is of size and whole seconds
     small_file_requests = 3  # fsspec's ranges know no condition: the version is asked for twice
 

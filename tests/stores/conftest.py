@@ -17,9 +17,17 @@ from stores.common import configure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "store" in metafunc.fixturenames:
-        names = list(STORES) if metafunc.config.getoption("stores") else list(FAST)
-        metafunc.parametrize("store", names, indirect=True, scope="package")
+    """Without ``--stores`` only the fast servers, and of tests that are marked for all servers, and
+    take long, none but those with rclone."""
+    if "store" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("stores"):
+        names = list(STORES)
+    elif metafunc.definition.get_closest_marker("all_servers"):
+        names = ["rclone"]
+    else:
+        names = list(FAST)
+    metafunc.parametrize("store", names, indirect=True, scope="package")
 
 
 @pytest.fixture(autouse=True)

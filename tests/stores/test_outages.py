@@ -22,6 +22,7 @@ def test_a_reader_outlasts_an_outage(store: RealStore, node: Node, path: str, ou
     """The store is away when the read begins, and is back before its deadline."""
     if store.proxy is None:
         pytest.skip("no network is between")
+    node.expected_in_log.append("weights")
     configure(node, store, store_timeout_s=1.0, window_bytes_max=0)
     node.here("reload")
     data = random.Random(7).randbytes(8 * MIB)
@@ -30,7 +31,7 @@ def test_a_reader_outlasts_an_outage(store: RealStore, node: Node, path: str, ou
         file = f"{top}/weights"
         assert read_once(file, 0, 100) == data[:100]
         store.break_down({"fault": outage})
-        back = threading.Timer(2.0, store.break_down)
+        back = threading.Timer(1.5, store.break_down)
         back.start()
         try:
             assert read_once(file, 4 * MIB, 100) == data[4 * MIB : 4 * MIB + 100]

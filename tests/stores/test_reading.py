@@ -49,7 +49,11 @@ def odd_tree(store: RealStore) -> dict[str, bytes]:
     """Files of odd sizes, and small ones of odd names."""
     random_bytes = random.Random(1).randbytes
     files = {f"sizes/{size}": random_bytes(size) for size in SIZES}
-    names = [name for name in NAMES if not set(name) & set(store.lacks)]
+    names = [
+        name
+        for name in NAMES
+        if not set(name) & set(store.lacks) and not (store.hides_dots and name.startswith("."))
+    ]
     return files | {f"names/{name}": name.encode() for name in names}
 
 

@@ -53,11 +53,12 @@ def test_find_names_what_can_be_attached(store: RealStore, node: Node, path: str
     """What `find` prints is attached as it is, and shows the metadata by which it was found."""
     if not store.has_mount:
         pytest.skip("no command can name it")
+    if store.hides_dots:
+        pytest.skip("its listings have no .metadata.json")
     for step in (1, 2, 3):
         place = f"{path}/my run#{step}/a%41 [x]"
         fill(store, place, {FILE: b'{"step": %d}' % step, **FILES})
-    address = store.table_address(path) if store.has_table else store.address(path)
-    found = node.here("find", address, "--where", "step > 1", "--sort", "-step")
+    found = node.here("find", store.address(path), "--where", "step > 1", "--sort", "-step")
     assert found.stderr == ""
     printed = found.stdout.splitlines()
     assert len(printed) == 2
