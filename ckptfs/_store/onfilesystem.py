@@ -21,6 +21,7 @@ from ckptfs._store.filesystems import (
     wrapped,
 )
 from ckptfs._store.fsspec import FsspecStore
+from ckptfs._store.local import LocalStore
 from ckptfs._store.named import open_own
 from ckptfs.errors import LocationError
 
@@ -59,6 +60,8 @@ def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     if store := store_name_of(filesystem):
         return open_own(store, path.strip("/"), _TIMEOUT_S)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return BoundedStore(LocalStore(path, name))
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
