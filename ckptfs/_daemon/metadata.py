@@ -222,7 +222,8 @@ def _show_listed(attachment: Attachment, found: ListedFile) -> None:
     node = attachment.tree.root.children.get(METADATA_NAME.encode())
     if node is not None and not node.is_directory:
         shown = attachment.listed[node.index]
-        if (shown.size, shown.mtime_ns // 10**9) == (found.size, found.mtime_ns // 10**9):
+        is_same = (shown.size, shown.mtime_ns // 10**9) == (found.size, found.mtime_ns // 10**9)
+        if is_same and (shown.etag == found.etag or not shown.etag or not found.etag):
             return
     _show(attachment, found)
 

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pyarrow import fs as pafs
 from unit.fakes import FakeStore
 
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store import metadata
-from ckptfs._store.arrow import ArrowStore
+from ckptfs._store.local import LocalStore
 from ckptfs.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -64,8 +63,8 @@ def top(tmp_path: Path) -> Path:
     return tmp_path / "ckpt"
 
 
-def local(top: Path) -> ArrowStore:
-    return ArrowStore(pafs.LocalFileSystem(), str(top), f"file://{top}")
+def local(top: Path) -> LocalStore:
+    return LocalStore(str(top), f"file://{top}")
 
 
 def test_updates_wait_for_each_other(locks: Path) -> None:
