@@ -260,10 +260,10 @@ def test_further_parameters() -> None:
 # -- credentials
 
 
-_SECRET = st.text("S3CR/T+=@:?#% ", min_size=1, max_size=12)
+_SECRET = st.text("S3CR/T+=:?#% ", min_size=1, max_size=12)
 
 
-@given(st.text("S3CRT+=@#% ", max_size=12), _SECRET)
+@given(st.text("S3CRT+=#% ", max_size=12), _SECRET)
 def test_credentials_in_a_uri_are_shown_nowhere(key: str, secret: str) -> None:
     text = f"s3://K{key}:Z{secret}Z@bucket/run?regoin=x"
     shown = shown_uri(text)
