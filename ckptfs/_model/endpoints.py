@@ -72,7 +72,8 @@ def parse_endpoint(text: str, scheme: str = "https") -> Endpoint:
     path = (slash + path).rstrip("/")
     if "@" in authority:
         raise LocationError(
-            "an endpoint holds no credentials; write it as https://host:port, and give these as keys"
+            "an endpoint holds no credentials; write it as https://host:port, and give "
+            "these as keys"
         )
     if "?" in rest or "#" in rest:
         raise _refused(text, "it has a query or a fragment")

@@ -17,6 +17,7 @@ from ckptfs._store.filesystems import (
     FileSystem,
     fsspec_name,
     fsspec_of,
+    location_of,
     refuse_secrets_in,
     store_name_of,
     unwrapped,
@@ -84,7 +85,9 @@ def describe(
     description = DESCRIPTIONS[kind]
     given = {k: v for k, v in arguments.items() if v not in (None, "")}
     options: dict[str, Option] = {
-        k: v for k, v in given.items() if k in description.public and v is not False
+        k: v
+        for k, v in given.items()
+        if k in description.public and (v is not False or k == "tls_verify_certificates")
     }
     secrets: dict[str, Any] = {k: v for k, v in given.items() if k in description.secret}
     if not all(isinstance(value, str) for value in secrets.values()):  # hf: token=False
@@ -101,6 +104,8 @@ def describe(
 
 def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
     """The kind of an unwrapped filesystem, and its constructor's arguments."""
+    if (place := location_of(filesystem, "")) is not None:
+        return place.kind, {**place.options, **place.secrets}
     inner = fsspec_of(filesystem)
     name = type(filesystem).__name__ if inner is None else fsspec_name(inner)
     if name == "s3fs.S3FileSystem":

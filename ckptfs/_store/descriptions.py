@@ -32,6 +32,9 @@ DESCRIPTIONS: dict[Kind, Description] = {
                 "load_frequency",
                 "force_virtual_addressing",
                 "tls_ca_file_path",
+                "tls_ca_dir_path",
+                "tls_verify_certificates",
+                "requester_pays",
             ]
         ),
         frozenset({"access_key", "secret_key", "session_token"}),
@@ -54,6 +57,7 @@ DESCRIPTIONS: dict[Kind, Description] = {
                 "dfs_storage_scheme",
                 "client_id",
                 "tenant_id",
+                "anonymous",
             ]
         ),
         frozenset({"account_key", "client_secret", "sas_token"}),

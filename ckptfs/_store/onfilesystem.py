@@ -16,6 +16,7 @@ from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
 from ckptfs._store.filesystems import (
     FileSystem,
+    built,
     fsspec_of,
     store_name_of,
     wrapped,
@@ -59,6 +60,7 @@ def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     if store := store_name_of(filesystem):
         return open_own(store, path.strip("/"), _TIMEOUT_S)
+    filesystem = built(filesystem)
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))

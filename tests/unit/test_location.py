@@ -308,7 +308,7 @@ def test_hugging_face_with_and_without_a_token() -> None:
     assert describe(hf(), "me/model/step", {}) == Location("hf", "me/model/step")
     location = describe(hf(token="S3CR3T", endpoint="https://hub"), "me/model", {})
     assert location == Location("hf", "me/model", {"endpoint": "https://hub"}, {"token": "S3CR3T"})
-    assert location.uri == "hf://me/model"
+    assert location.uri == "hf://me/model?endpoint=https://hub"
     environment = {"HF_TOKEN": "envtoken", "HF_ENDPOINT": "https://other"}
     location = describe(hf(), "me/model", environment)
     assert location.options == {"endpoint": "https://other"}
@@ -322,7 +322,7 @@ def test_hugging_face_with_and_without_a_token() -> None:
 def test_azure_through_fsspec() -> None:
     location = describe(adlfs(account_name="me", account_key="S3CR3T"), "box/run/", {})
     assert location == Location("az", "box/run", {"account_name": "me"}, {"account_key": "S3CR3T"})
-    assert location.uri == "az://box/run"
+    assert location.uri == "az://box@me.dfs.core.windows.net/run"
     environment = {
         "AZURE_STORAGE_ACCOUNT_NAME": "env",
         "AZURE_STORAGE_SAS_TOKEN": "envtoken",
@@ -350,10 +350,12 @@ def test_http_paths_are_whole_urls() -> None:
     open_store(location, 1).close()
 
 
-@pytest.mark.parametrize("uri", ["hf://me/model/step 1", "https://host/a%20b/run", "az://box/a b"])
+@pytest.mark.parametrize(
+    "uri", ["hf://me/model/step 1", "https://host/a%20b/run", "az://box/a%20b"]
+)
 def test_a_uri_of_fsspec_leads_back_to_the_place(uri: str) -> None:
     filesystem: Any = {"hf": hf, "https": http, "az": adlfs}[uri.partition(":")[0]]()
-    path = uri if uri.startswith("https") else uri.partition("://")[2]
+    path = uri if uri.startswith("https") else uri.partition("://")[2].replace("%20", " ")
     location = describe(filesystem, path, {})
     assert location.uri == uri
     if not uri.startswith("az"):  # its package is not installed

@@ -1,4 +1,4 @@
-"""What is typed is attached, or an error says how to write it; what is printed is attached again."""
+"""What a person types is attached, or an error says how to write it. What is printed is, too."""
 
 import msgspec
 import pytest
@@ -268,16 +268,13 @@ def test_credentials_in_a_uri_are_shown_nowhere(key: str, secret: str) -> None:
     text = f"s3://K{key}:Z{secret}Z@bucket/run?regoin=x"
     shown = shown_uri(text)
     assert f"Z{secret}Z" not in shown
-    try:
-        found = parse_uri(text.replace("regoin", "region"))
-    except LocationError as error:
-        assert f"Z{secret}Z" not in str(error)
-    else:
-        assert found.path.startswith("bucket/run")
-        assert f"Z{secret}Z" not in found.uri
     with pytest.raises(LocationError) as caught:
         parse_uri(text)
     assert f"Z{secret}Z" not in str(caught.value)
+    if not set(secret) & set("/?"):
+        found = parse_uri(text.replace("regoin", "region"))
+        assert found.path == "bucket/run"
+        assert f"Z{secret}Z" not in found.uri
 
 
 def test_credentials_become_secrets() -> None:
