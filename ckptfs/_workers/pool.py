@@ -330,7 +330,7 @@ class Pool:
             self._note_death(group, how)
         if worker.reason != "idle":
             about = worker.pid, _kind(group), worker.reason, how
-            log.warning("worker %d of a %s store ended: %s (%s)", *about)
+            log.warning("worker %d (%s) ended: %s (%s)", *about)
         self._close_if_buried(group, worker)
         self._changed.notify_all()
 
@@ -375,7 +375,7 @@ class Pool:
             worker = Worker(group.setup)
         except OSError as error:
             how = f"did not start: {error.strerror}"
-            log.warning("a worker of a %s store %s", _kind(group), how)
+            log.warning("a worker (%s) %s", _kind(group), how)
         with self._changed:
             group.is_starting = False
             if worker is not None:

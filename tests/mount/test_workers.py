@@ -36,14 +36,18 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-class Odd(BaseHTTPRequestHandler):
-    """Answers in a way that pyarrow's Azure client ends its process for."""
+class LoginPage(BaseHTTPRequestHandler):
+    """Something on the way that wants a login. pyarrow's Azure client ends its process for it."""
 
     def answer(self) -> None:
-        self.send_response(403)
+        """Say so."""
+        page = b"<html><body>Please log in<br></body></html>"
+        self.send_response(200)
         self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(page)))
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
 
     do_HEAD = do_GET = do_PUT = answer
 
@@ -137,7 +141,7 @@ def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
 def test_readers_do_not_notice_that_a_worker_is_gone(
     node: Node, top: Path, number: signal.Signals
 ) -> None:
-    node.expected_in_log.append("a local store ended: ")
+    node.expected_in_log.append("(local) ended: ")
     content = (top / "weights").read_bytes()
     with _client.leased(local(top)) as path:
         pid = node.status()["pid"]
@@ -202,6 +206,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
     node.configure(allow_other=True, linger_s=60.0, attach_deadline_s=10.0)
     let_others_in(node.folder)
     node.here("mount")
+    node.expected_in_log.append("(azure) ended: died (was killed by SIGABRT)")
     pid = node.status()["pid"]
     content = (top / "weights").read_bytes()
 
@@ -210,7 +215,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
             with _client.connect() as connection, pytest.raises(ckptfs.CkptfsError):
                 connection.attach(azure_at(port))
 
-    with served(Odd) as port, _client.leased(local(top)) as path:
+    with served(LoginPage) as port, _client.leased(local(top)) as path:
         as_user(BOB, attach_again_and_again)
         assert Path(path, "weights").read_bytes() == content
     assert node.status()["pid"] == pid
