@@ -8,8 +8,7 @@ given up: its connection is closed (`_store.progress`), and its thread ends by i
 the first is one of the transfer only if the second fails, too.
 
 A task looks at what is under way every `_LOOK_S`, while a second request may begin. Stores whose
-requests cannot be given up, because they are a library's, get no second ones: each would keep a
-thread.
+requests cannot be given up get no second ones: each would keep a thread.
 """
 
 import logging

@@ -119,6 +119,7 @@ def libraries_of(pid: int) -> set[str]:
 
 
 def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
+    node.configure(store_timeout_s=0.3)
     node.here("mount")
     with served(lambda *args: Quiet(*args, directory=str(top))) as port:
         place = Location("gcs", "box/x", {"endpoint_override": "127.0.0.1:9", "scheme": "http"})
@@ -191,7 +192,7 @@ def test_a_library_that_holds_the_lock_stops_nobody_else(
 def test_a_library_that_aborts_costs_an_error_and_no_daemon(
     node: Node, faulty: ckptfs.Checkpoint
 ) -> None:
-    node.configure(read_deadline_s=2.0, idle_exit_s=0.5)
+    node.configure(read_deadline_s=1.5, idle_exit_s=0.5)
     with faulty.as_directory(mode="mount") as path:
         assert Path(path, "once-abort").read_bytes() == b"once-abort" * 1000
         assert Path(path, "once-stop").read_bytes() == b"once-stop" * 1000
