@@ -81,6 +81,7 @@ class Group:
     """The workers of one store of one user. Belongs to the pool.
 
     Attributes:
+        key: What tells it from others.
         uid: The user.
         setup: What they are told.
         stores: The numbers of the directories that are in use.
@@ -90,7 +91,8 @@ class Group:
         not_before_s: When the next one may start.
     """
 
-    def __init__(self, uid: int, setup: Setup) -> None:
+    def __init__(self, key: Hashable, uid: int, setup: Setup) -> None:
+        self.key = key
         self.uid = uid
         self.setup = setup
         self.processes_max = _PROCESSES.get(setup.location.kind, 1)
@@ -132,19 +134,19 @@ class Pool:
         self._limit_for = limit_for
         self._pickled = pickled
         self._changed = threading.Condition()
-        self._groups: dict[Hashable, Group] = {}
+        self._groups: dict[Hashable, Group] = {}  # by store, user and credentials
+        self._all: set[Group] = set()  # with those that a closed store still uses
         self._starts: dict[int, _Starts] = {}
         self._numbers = itertools.count()
         self._asked: SimpleQueue[Group | None] = SimpleQueue()
-        self._released: deque[tuple[Hashable, int]] = deque()
+        self._released: deque[tuple[Group, int]] = deque()
         self._supervisor: threading.Thread | None = None
         self._is_shut = False
         COUNTS.running = self._memory
 
     def _memory(self) -> list[int]:
         with self._changed:
-            groups = list(self._groups.values())
-            return [worker.memory_bytes() for group in groups for worker in group.workers]
+            return [worker.memory_bytes() for group in self._all for worker in group.workers]
 
     # -- directories
 
@@ -163,29 +165,33 @@ class Pool:
             group = self._groups.get(key)
             if group is None:
                 setup = Setup(PROTOCOL, place, timeout_s, self._pickled)
-                group = self._groups[key] = Group(uid, setup)
+                group = self._groups[key] = Group(key, uid, setup)
             number = next(self._numbers)
             group.stores.add(number)
-        leave = weakref.finalize(owner, self._release, key, number)
+        leave = weakref.finalize(owner, self._release, group, number)
         leave.atexit = False
         return group, number, leave
 
-    def _release(self, key: Hashable, number: int) -> None:
+    def _release(self, group: Group, number: int) -> None:
         """Called by any thread, at any time, also by the garbage collector: takes no lock."""
-        self._released.append((key, number))
+        self._released.append((group, number))
         self._asked.put(None)
 
     def _forget_released(self) -> None:
         while self._released:
-            key, number = self._released.popleft()
-            group = self._groups.get(key)
-            if group is None:
-                continue
+            group, number = self._released.popleft()
             group.stores.discard(number)
             for worker in group.workers:
                 worker.tell(encode(Call("close", number, "", None, 0.0)))
-            if not group.stores and not group.size and not group.dying:
-                del self._groups[key]
+            self._forget_unused(group)
+
+    def _forget_unused(self, group: Group) -> None:
+        """Forget its credentials, if nothing needs them any more."""
+        if group.stores or group.size or group.dying:
+            return
+        self._all.discard(group)
+        if self._groups.get(group.key) is group:
+            del self._groups[group.key]
 
     # -- calls
 
@@ -199,6 +205,7 @@ class Pool:
             Died: The worker does not take the channel.
         """
         with self._changed:
+            self._all.add(group)
             while True:
                 worker = group.best()
                 if worker is None or worker.calls:
@@ -302,20 +309,20 @@ class Pool:
 
     def _has_place(self, uid: int) -> bool:
         limit = self._limit_for(uid, PROCESSES_MAX)
-        own = [group for group in self._groups.values() if group.uid == uid]
+        own = [group for group in self._all if group.uid == uid]
         if sum(group.size for group in own) >= limit or sum(len(g.dying) for g in own) >= limit:
             return False
-        return sum(group.size for group in self._groups.values()) < PROCESSES_MAX
+        return sum(group.size for group in self._all) < PROCESSES_MAX
 
     def _make_place(self, uid: int) -> bool:
         """Whether the user may have one more, when an idle one has ended."""
         if self._has_place(uid):
             return True
-        own = [group for group in self._groups.values() if group.uid == uid]
+        own = [group for group in self._all if group.uid == uid]
         is_full = sum(group.size for group in own) >= self._limit_for(uid, PROCESSES_MAX)
         idle = [
             (worker.used_s, id(worker), group, worker)
-            for group in (own if is_full else self._groups.values())
+            for group in (own if is_full else self._all)
             for worker in group.workers
             if not worker.calls
         ]
@@ -379,7 +386,7 @@ class Pool:
 
     def _has_workers(self) -> bool:
         with self._changed:
-            return any(group.size or group.dying for group in self._groups.values())
+            return any(group.size or group.dying for group in self._all)
 
     def _start(self, group: Group) -> None:
         worker, how = None, "did not start"
@@ -401,15 +408,14 @@ class Pool:
     def _look_after_all(self) -> None:
         self._forget_released()
         now_s = time.monotonic()
-        for key, group in list(self._groups.items()):
+        for group in list(self._all):
             for worker in list(group.workers):
                 if worker.has_ended:
                     self._bury(group, worker, worker.how_it_ended())
                 else:
                     self._look_after(group, worker, now_s)
             group.dying = [worker for worker in group.dying if not worker.has_ended]
-            if not group.stores and not group.size and not group.dying:
-                del self._groups[key]
+            self._forget_unused(group)
 
     def _look_after(self, group: Group, worker: Worker, now_s: float) -> None:
         for channel in list(worker.left):
@@ -437,12 +443,13 @@ class Pool:
                 channel.close()
 
     def _end_all(self) -> None:
-        for group in self._groups.values():
+        for group in self._all:
             for worker in list(group.workers):
                 self._end(group, worker, "idle")
             for worker in group.dying:
                 worker.how_it_ended()
         self._groups.clear()
+        self._all.clear()
 
     def shut(self) -> None:
         """End all workers, and wait until they are gone."""
