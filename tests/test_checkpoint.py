@@ -5,12 +5,16 @@ import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -27,6 +31,9 @@ from s3server import S3Server
 import ckptfs
 from ckptfs import Checkpoint, _client, _connection
 from ckptfs._config import load_config
+from ckptfs._model.uris import parse_uri
+from ckptfs._store.describe import describe
+from ckptfs.checkpoint import filesystem_behind
 
 CONTENT = {
     "config.json": b'{"layers": 1}',
@@ -311,8 +318,8 @@ def place(
 
 def end_private_daemons() -> None:
     """So that nobody has to wait until they are idle."""
-    for socket in Path(tempfile.gettempdir()).glob("ckptfs-private-*/sock"):
-        with _connection.connect_to(str(socket), 10) as connection:
+    for path in Path(tempfile.gettempdir()).glob("ckptfs-private-*/sock"):
+        with _connection.connect_to(str(path), 10) as connection:
             connection.stop(force=True)
 
 
@@ -669,6 +676,72 @@ def test_the_constructor_asks_nobody(s3: S3Server, bucket: Path) -> None:
     for checkpoint in checkpoints:
         assert "missing" in repr(pickle.loads(pickle.dumps(checkpoint)))
     assert s3.traffic().requests == []
+
+
+def test_a_uri_is_read_without_a_filesystem_of_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's own look-up of a region kept a process for minutes after its last error."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("pyarrow was asked")
+
+    monkeypatch.setattr(pafs, "S3FileSystem", refuse)
+    monkeypatch.setattr(pafs, "GcsFileSystem", refuse)
+    monkeypatch.setattr(pafs, "resolve_s3_region", refuse)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        query = f"endpoint_override=http://127.0.0.1:{bound.getsockname()[1]}"
+        checkpoint = Checkpoint(f"s3://key:secret@bucket/run?{query}")
+        for use in (checkpoint.get_metadata, checkpoint.to_directory):
+            with pytest.raises(ckptfs.StoreUnavailable):
+                use()
+    assert repr(checkpoint) == "Checkpoint(filesystem=s3, path=bucket/run)"
+    assert repr(Checkpoint("gs://bucket/run")) == "Checkpoint(filesystem=gcs, path=bucket/run)"
+
+
+def test_what_a_uri_says_goes_with_the_checkpoint() -> None:
+    uri = "s3://key:secret@bucket/run?region=x&requester_pays=true&tls_verify_certificates=false"
+    checkpoint = pickle.loads(pickle.dumps(Checkpoint(uri)))
+    found = describe(filesystem_behind(checkpoint), checkpoint.path, {})
+    assert found == parse_uri(uri)
+    below = pafs.SubTreeFileSystem("bucket", filesystem_behind(checkpoint))
+    assert describe(below, "run", {}) == parse_uri(uri)
+    with pytest.raises(ckptfs.LocationError, match="requester_pays"):
+        _ = checkpoint.filesystem  # pyarrow has no such option
+
+
+@pytest.mark.parametrize(
+    ("uri", "environ", "region"),
+    [
+        ("s3://bucket/run?region=eu-west-3", {"AWS_REGION": "eu-west-1"}, "eu-west-3"),
+        ("s3://bucket/run", {"AWS_REGION": "eu-west-1"}, "eu-west-1"),
+        ("s3://bucket/run", {"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+        ("s3://bucket/run?endpoint_override=http://minio:9000", {}, "us-east-1"),
+        ("s3://bucket/run", {}, "sa-east-1"),
+    ],
+)
+def test_the_region_of_a_filesystem(
+    monkeypatch: pytest.MonkeyPatch, uri: str, environ: dict[str, str], region: str
+) -> None:
+    """Amazon is asked where nothing else says it, and says it with a refusal, too."""
+    asked: list[str] = []
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> None:
+        asked.append(f"{request.method} {request.full_url}")
+        headers = Message()
+        headers["x-amz-bucket-region"] = "sa-east-1"
+        raise urllib.error.HTTPError(request.full_url, 403, "Forbidden", headers, None)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    filesystem = Checkpoint(uri).filesystem
+    assert isinstance(filesystem, pafs.S3FileSystem)
+    assert filesystem.region == region
+    lookup = ["HEAD https://s3.us-east-1.amazonaws.com/bucket"]
+    assert asked == (lookup if region == "sa-east-1" else [])
 
 
 def test_secrets_are_in_no_text_of_a_checkpoint(s3: S3Server, bucket: Path) -> None:

@@ -28,7 +28,7 @@ class Last:
     """What the events of the attachment `ordinal` come to. Raises DaemonError.
 
     Attributes:
-        ordinal: Of the attachment.
+        ordinal: Of the attachment; `uid`: its user.
         location: Where it is, with the credentials that were given last.
         prefetches: Those that have not ended.
     """
@@ -41,6 +41,7 @@ class Last:
         self._made = made
         self._events = events
         self.location = made.location
+        self.uid = made.uid
         prefetches: dict[int, PrefetchBegun] = {}
         for event in events:
             if isinstance(event, StoreChanged):
@@ -80,7 +81,8 @@ class Last:
                 attachment.snapshot.hide(event.path)
             elif isinstance(event, EtagLearned):
                 file = attachment.file(event.index)
-                file.pin = msgspec.structs.replace(file.pin, etag=event.etag)
+                about = {"etag": event.etag, "etag_of": event.etag_of}
+                file.pin = msgspec.structs.replace(file.pin, **about)
             elif isinstance(event, Trouble) and event.index != OWN:
                 file = attachment.file(event.index)
                 file.error, file.changed, file.failing = event.error, event.changed, event.failing

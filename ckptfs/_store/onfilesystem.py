@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
 from ckptfs._store.arrow import ArrowStore
@@ -13,11 +14,13 @@ from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
 from ckptfs._store.filesystems import (
     FileSystem,
+    built,
     fsspec_of,
     store_name_of,
 )
 from ckptfs._store.fsspec import FsspecStore
 from ckptfs._store.kinds import KINDS
+from ckptfs._store.local import LocalStore
 from ckptfs._store.named import open_own
 from ckptfs.errors import LocationError
 
@@ -58,6 +61,9 @@ def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     if store := store_name_of(filesystem):
         return open_own(store, path.strip("/"), _TIMEOUT_S)
+    filesystem = built(filesystem)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return BoundedStore(LocalStore(path, name))
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
