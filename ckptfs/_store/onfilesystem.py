@@ -9,6 +9,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
+from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
