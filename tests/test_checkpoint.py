@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import pytest
 from conftest import HAS_FUSE, Node, daemons, wait_until
@@ -142,7 +141,6 @@ class Place:
         checkpoint: Makes the object for a checkpoint of that name.
         mode: How ``as_directory`` has to be asked for it.
         local: Whether a checkpoint is its own directory.
-        shown: The name under which a file appears.
     """
 
     mode: Any = "auto"
@@ -151,7 +149,6 @@ class Place:
     def __init__(self, folder: Path, checkpoint: Callable[[str], Checkpoint]) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
-        self.shown: Callable[[str], str] = str
 
     def write(self, path: str, data: bytes) -> None:
         """Store a file behind the filesystem's back."""
@@ -297,13 +294,11 @@ def place(
             place = InMemory()
         elif kind == "http":
             place = Place(top, lambda name: Checkpoint(f"{url}/{name}/"))
-            place.shown = quote
         elif kind == "http with a token":
             (top / "closed").mkdir(exist_ok=True)
             headers = {"Authorization": "Bearer S3CR3T"}
             closed = HTTPFileSystem(client_kwargs={"headers": headers})
             place = Place(top / "closed", lambda name: Checkpoint(f"{url}/closed/{name}", closed))
-            place.shown = quote
         else:
             place = stack.enter_context(described_by_nothing(folder))
         place.local = "local" in kind
@@ -338,10 +333,6 @@ def stored(place: Place, name: str) -> Iterator[Checkpoint]:
     place.remove(name)
 
 
-def shown_at(place: Place) -> dict[str, bytes]:
-    return {place.shown(path): data for path, data in CONTENT.items()}
-
-
 def wait_gone(path: str) -> None:
     """The daemon needs a moment to let go of what nobody holds."""
     wait_until(lambda: not os.path.exists(path))
@@ -355,7 +346,7 @@ def test_as_directory_shows_what_is_stored(place: Place, stored: Checkpoint, nam
     with stored.as_directory(mode=place.mode) as path:
         assert (path == str(place.folder / name)) is place.local
         assert os.path.isabs(path)
-        assert files_in(path) == shown_at(place)
+        assert files_in(path) == CONTENT
     if place.local:
         assert files_in(path) == CONTENT
     else:
@@ -367,8 +358,8 @@ def test_as_directory_shows_what_is_stored(place: Place, stored: Checkpoint, nam
 def test_contexts_can_be_nested(place: Place, stored: Checkpoint) -> None:
     with stored.as_directory(mode=place.mode) as outer:
         with stored.as_directory(mode=place.mode) as inner:
-            assert files_in(inner) == shown_at(place)
-        assert files_in(outer) == shown_at(place)
+            assert files_in(inner) == CONTENT
+        assert files_in(outer) == CONTENT
     if not place.local:
         wait_gone(outer)
 
@@ -390,7 +381,7 @@ def test_the_first_exit_leaves_the_directory_to_another_thread(
         thread.join(60)
         with _client.connect() as connection:  # the daemon has seen the end of the first
             connection.status()
-        assert files_in(path) == shown_at(place)
+        assert files_in(path) == CONTENT
 
 
 @pytest.mark.mount
@@ -399,7 +390,7 @@ def test_a_pickled_checkpoint_is_the_same_one(place: Place, stored: Checkpoint) 
     assert again is not stored
     assert (again.path, repr(again)) == (stored.path, repr(stored))
     with stored.as_directory(mode=place.mode) as path, again.as_directory(mode=place.mode) as other:
-        assert files_in(other) == shown_at(place)
+        assert files_in(other) == CONTENT
         assert (other == path) is (place.mode != "copy")
     target = stored.to_directory(include=["config.json"])
     try:
@@ -413,7 +404,7 @@ def test_to_directory_copies(place: Place, stored: Checkpoint, name: str, tmp_pa
     target = stored.to_directory()
     try:
         assert os.path.dirname(target) == tempfile.gettempdir()
-        assert files_in(target) == shown_at(place)
+        assert files_in(target) == CONTENT
         assert stored.to_directory() == target
     finally:
         subprocess.run(["rm", "-r", target], check=True)
@@ -422,7 +413,7 @@ def test_to_directory_copies(place: Place, stored: Checkpoint, name: str, tmp_pa
     (given / "layers" / "mine").write_bytes(b"stays")
     (given / "config.json").write_bytes(b"is replaced")
     assert stored.to_directory(f"{given}/./") == str(given)
-    assert files_in(given) == shown_at(place) | {"layers/mine": b"stays"}
+    assert files_in(given) == CONTENT | {"layers/mine": b"stays"}
     assert place.stored(name) == CONTENT
     assert os.listdir(tmp_path) == ["given"]
 
