@@ -11,6 +11,7 @@ import msgspec
 
 from ckptfs._model.location import Location, Option
 from ckptfs._model.stores import Credentials
+from ckptfs._store import objectstore
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
@@ -62,9 +63,13 @@ def open_store(location: Location, timeout_s: float, credentials: Credentials = 
 def _open_on_filesystem(
     location: Location, options: Mapping[str, Option], timeout_s: float, credentials: Credentials
 ) -> Store:
-    from ckptfs._store.onfilesystem import open_on_filesystem
-
     def open_with(secrets: Mapping[str, str]) -> Store:
+        if location.kind in objectstore.KINDS:
+            all_secrets = {**location.secrets, **secrets}
+            place = msgspec.structs.replace(location, secrets=all_secrets)
+            return objectstore.open_objects(place, timeout_s)
+        from ckptfs._store.onfilesystem import open_on_filesystem
+
         return open_on_filesystem(location, {**options, **secrets}, timeout_s)
 
     if isinstance(credentials, str):

