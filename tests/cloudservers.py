@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +25,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from ckptfs._model.location import Location
+from ckptfs._store.base import Store, pin_of
+from ckptfs.errors import ObjectChanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
+_POLL_S = 0.01
+"""How often the proxy looks whether it is to end."""
 ACCOUNT = "devstoreaccount1"
 ACCOUNT_KEY = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -189,6 +195,23 @@ class Azurite(_Server):
         )
 
 
+def sas_token(hours: float = 1) -> str:
+    """A shared access signature for `BUCKET` of Azurite that ends in so many hours."""
+    from azure.storage.blob import ContainerSasPermissions, generate_container_sas
+
+    now = datetime.now(timezone.utc)
+    return str(
+        generate_container_sas(
+            ACCOUNT,
+            BUCKET,
+            account_key=ACCOUNT_KEY,
+            permission=ContainerSasPermissions(read=True, write=True, list=True),
+            start=now - timedelta(hours=2),
+            expiry=now + timedelta(hours=hours),
+        )
+    )
+
+
 class Seen(NamedTuple):
     """A request that the proxy has passed on; header names are in lower case."""
 
@@ -233,6 +256,7 @@ class CloudProxy:
         self.seen: list[Seen] = []
         self.change: Callable[[Seen, Reply], Reply | None] = lambda _, reply: reply
         self.latency_s = 0.0
+        self._barrier: threading.Barrier | None = None
         self._ends = threading.Event()
 
     def __enter__(self) -> CloudProxy:
@@ -242,10 +266,11 @@ class CloudProxy:
             def answer(self) -> None:
                 proxy.serve(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), daemon=True
+        )
         self._thread.start()
         return self
 
@@ -260,12 +285,21 @@ class CloudProxy:
         seen, self.seen = self.seen, []
         return [each.operation for each in seen]
 
+    @contextmanager
+    def hold(self, count: int) -> Generator[None]:
+        """Answer no request before `count` of them have come."""
+        self._barrier = threading.Barrier(count, timeout=START_DEADLINE_S)
+        yield
+        self._barrier = None
+
     def serve(self, handler: _Handler) -> None:
         """Pass a request on, and the answer back."""
         headers = {name.lower(): value for name, value in handler.headers.items()}
         seen = Seen(handler.command, handler.path, headers)
         self.seen.append(seen)
         body = handler.rfile.read(int(headers.get("content-length", "0")))
+        if self._barrier is not None:
+            self._barrier.wait()
         reply = self.change(seen, self._pass_on(seen, body))
         self._ends.wait(self.latency_s)
         if reply is None:
@@ -297,8 +331,16 @@ class CloudProxy:
             return Reply(answer.status, kept, data, length)
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients may go away."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def answer(self) -> None:
         raise NotImplementedError
@@ -310,6 +352,51 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+def overwrite_while_reading(
+    cloud: Any, proxy: CloudProxy, store: Store, rounds: int, seed: int
+) -> tuple[int, int]:
+    """Overwrite an object with one of the same size while it is read in pieces, `rounds` times.
+
+    The moment is before or during a request, as `seed` has it. Each byte that is read must be one
+    of the pinned version. Returns how many pieces were read, and how many were refused because the
+    object had changed.
+    """
+    chance = random.Random(seed)
+    step, pieces = 10_007, 4
+    whole = changed = 0
+    key = f"{store_prefix(store)}/x"
+    for i in range(rounds):
+        old, new = bytes([2 * i % 256]) * step * pieces, bytes([(2 * i + 1) % 256]) * step * pieces
+        cloud.put(key, old)
+        pin = next(pin_of(file) for file in store.list(10).files)
+        moment, is_during = chance.randrange(pieces), chance.random() < 0.5
+
+        def overwrite(_: Seen, reply: Reply, new: bytes = new) -> Reply:
+            cloud.put(key, new)
+            proxy.change = lambda _, reply: reply
+            return reply
+
+        for piece in range(pieces):
+            if piece == moment and is_during:
+                proxy.change = overwrite
+            elif piece == moment:
+                cloud.put(key, new)
+            buffer = bytearray(step)
+            try:
+                store.read_into(pin, piece * step, memoryview(buffer))
+            except ObjectChanged:
+                changed += 1
+                continue
+            assert bytes(buffer) == old[:step], f"round {i}, piece {piece}"
+            whole += 1
+    return whole, changed
+
+
+def store_prefix(store: Store) -> str:
+    """The last component of the directory of `store`."""
+    return store.name.partition("?")[0].rpartition("/")[2]
 
 
 def _free_port() -> int:

@@ -32,6 +32,7 @@ from ckptfs.errors import LocationError, StoreUnavailable
 T = TypeVar("T")
 
 _REFUSED = frozenset([401, 403])
+_NOT_MODIFIED = 304
 _SECRET = re.compile(
     r"(?i)\b(sig|signature|x-goog-signature|access_token|authorization)(=|%3d|: *(?:bearer +)?)"
     r"[^&\s\"'<>]+"
@@ -95,6 +96,7 @@ class AuthorizedClient(S3Client):
         timeout_s: As of `S3Client`.
         headers: Of each request, with lower-case names.
         object_headers: Of each request for an object.
+        mark: The field that the service has in the head of each answer about an object.
         codes: The service's names of errors, each with S3's for the same.
 
     Raises as `S3Client`, and LocationError for a malformed endpoint.
@@ -109,12 +111,14 @@ class AuthorizedClient(S3Client):
         *,
         headers: Mapping[str, str] | None = None,
         object_headers: Mapping[str, str] | None = None,
+        mark: str = "",
         codes: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(bucket, options, FixedKeys(None), timeout_s)
         self._authority = authority
         self._headers = headers or {}
         self._object_headers = object_headers or {}
+        self._mark = mark
         self._codes = codes or {}
         endpoint = parse_endpoint(options.endpoint_override, options.scheme)
         self._root = f"{endpoint.path}/{encoded(bucket)}"
@@ -135,7 +139,10 @@ class AuthorizedClient(S3Client):
         plain = Request(method, path, query or {}, {**(headers or {}), **own}, len(body))
         try:
             with ExitStack() as stack:
-                yield self._begun(stack, plain, key, body, expected)
+                response = self._begun(stack, plain, key, body, expected)
+                if key and response.status != _NOT_MODIFIED:
+                    self._check_mark(response)
+                yield response
         except (S3Error, BrokenConnection) as error:
             self._explain(error)
             raise
@@ -156,6 +163,12 @@ class AuthorizedClient(S3Client):
                 if error.status not in _REFUSED or has_renewed or not self._authority.renew():
                     raise
                 has_renewed = True
+
+    def _check_mark(self, response: HTTPResponse) -> None:
+        """Raise S3Error for an answer that the service has not made, e.g. a login page."""
+        if self._mark and not response.headers.get(self._mark):
+            text = f"the answer has no {self._mark}, so a proxy or login page seems to answer"
+            raise S3Error(response.status, "", f"{text}; check the endpoint")
 
     def _explain(self, error: S3Error | BrokenConnection) -> None:
         """Give `error` S3's code, the authority's reason, and no secrets."""

@@ -47,7 +47,13 @@ class AzureStore(S3Store):
     ) -> None:
         version = {"x-ms-version": _VERSION}
         self._blobs = AuthorizedClient(
-            container, options, authority, timeout_s, headers=version, codes=_CODES
+            container,
+            options,
+            authority,
+            timeout_s,
+            headers=version,
+            mark="x-ms-version",
+            codes=_CODES,
         )
         super().__init__(self._blobs, prefix, name)
         self._answers_are_whole = True

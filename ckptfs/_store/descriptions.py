@@ -39,9 +39,17 @@ DESCRIPTIONS: dict[Kind, Description] = {
     "gcs": Description(
         "GcsFileSystem",
         frozenset(
-            ["anonymous", "scheme", "endpoint_override", "target_service_account", "project_id"]
+            [
+                "anonymous",
+                "scheme",
+                "endpoint_override",
+                "target_service_account",
+                "project_id",
+                "application_credentials",
+                "tls_ca_file_path",
+            ]
         ),
-        frozenset({"access_token"}),
+        frozenset({"access_token", "service_account_key", "proxy"}),
     ),
     "azure": Description(
         "AzureFileSystem",
@@ -54,9 +62,12 @@ DESCRIPTIONS: dict[Kind, Description] = {
                 "dfs_storage_scheme",
                 "client_id",
                 "tenant_id",
+                "anonymous",
+                "federated_token_file",
+                "tls_ca_file_path",
             ]
         ),
-        frozenset({"account_key", "client_secret", "sas_token"}),
+        frozenset({"account_key", "client_secret", "sas_token", "proxy"}),
     ),
     "hdfs": Description("HadoopFileSystem", frozenset({"host", "port", "user"}), frozenset()),
     "local": Description("LocalFileSystem", frozenset(), frozenset()),

@@ -12,11 +12,18 @@ and then knows neither length nor ranges. Requests for objects accept gzip, so a
 they are stored.
 """
 
+import json
+from typing import Any, cast
+
 from ckptfs._store.authorized import Authority, AuthorizedClient, repeat
 from ckptfs._store.s3 import S3Store
+from ckptfs._store.s3client import read_all
 from ckptfs._store.s3options import S3Options
+from ckptfs.errors import StoreError
 
 HOST = "storage.googleapis.com"
+_ANSWER_BYTES_MAX = 1 << 20
+"""Of the answer to an upload, which describes the object."""
 
 
 class GoogleStore(S3Store):
@@ -35,7 +42,14 @@ class GoogleStore(S3Store):
         timeout_s: float,
     ) -> None:
         as_stored = {"accept-encoding": "gzip"}
-        client = AuthorizedClient(bucket, options, authority, timeout_s, object_headers=as_stored)
+        client = AuthorizedClient(
+            bucket,
+            options,
+            authority,
+            timeout_s,
+            object_headers=as_stored,
+            mark="x-goog-generation",
+        )
         super().__init__(client, prefix, name)
         self._answers_are_whole = True
         self._bucket = bucket
@@ -50,7 +64,12 @@ class GoogleStore(S3Store):
         def attempt() -> None:
             key = f"storage/v1/b/{self._bucket}/o"
             with self._uploads.request("POST", key, query, headers, data) as response:
-                response.read()
+                answer = read_all(response, _ANSWER_BYTES_MAX)
+            if _name_in(answer) != query["name"]:
+                raise StoreError(
+                    f"{self._name_of(path)}: the store's answer to the upload is not Google's; "
+                    "check the endpoint, and whether the object was written"
+                )
 
         repeat(attempt, self._name_of(path))
 
@@ -58,3 +77,12 @@ class GoogleStore(S3Store):
         """See Store.close."""
         super().close()
         self._uploads.close()
+
+
+def _name_in(answer: bytes) -> object:
+    """The name of the object that a JSON answer describes; None: it describes none."""
+    try:
+        found: Any = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, object]", found).get("name") if isinstance(found, dict) else None

@@ -27,17 +27,25 @@ def _s3(options: Mapping[str, Option]) -> str:
 
 
 def _gcs(options: Mapping[str, Option]) -> str:
+    for name in ("application_credentials", "tls_ca_file_path"):
+        if options.get(name):
+            return f"right to read {name}"
     # A service account is impersonated by somebody else.
-    own = options.get("anonymous") or options.get("access_token")
+    given = ("anonymous", "access_token", "service_account_key")
+    own = any(options.get(name) for name in given)
     alone = own and not options.get("target_service_account")
     return "" if alone else "Google credentials"
 
 
 def _azure(options: Mapping[str, Option]) -> str:
-    # As pyarrow's AzureFileSystem decides: a client_id alone is that of a managed identity.
+    for name in ("federated_token_file", "tls_ca_file_path"):
+        if options.get(name):
+            return f"right to read {name}"
+    # As `objectstore` decides; a client_id alone is that of a managed identity.
     client = [options.get(name) for name in ("client_id", "tenant_id", "client_secret")]
     key = options.get("account_key") or options.get("sas_token")
-    return "" if all(client) or (key and not any(client)) else "Azure credentials"
+    own = options.get("anonymous") or all(client) or (key and not any(client))
+    return "" if own else "Azure credentials"
 
 
 _LENDS: dict[Kind, Callable[[Mapping[str, Option]], str]] = {

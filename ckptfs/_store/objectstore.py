@@ -61,9 +61,13 @@ def _azure(location: Location, options: Mapping[str, Option], timeout_s: float) 
     if not account:
         raise LocationError("there is no account_name; write abfss://container@account.…/path")
     server = _server(options, *_azure_endpoint(options, account))
+    # As pyarrow decides: an identity comes before a key.
+    has_identity = any(options.get(name) for name in ("client_id", "client_secret", "tenant_id"))
     authority: Authority
     if options.get("anonymous"):
         authority = Anonymous()
+    elif has_identity:
+        authority = Bearer(azure_tokens(options, location.uri, server.proxy))
     elif key := _text(options, "account_key"):
         authority = SharedKey(account, key)
     elif sas := _text(options, "sas_token"):
