@@ -32,6 +32,9 @@ _EARLY_S = 240.0
 _PAUSE_S = 5.0
 """Time between two look-ups that fail, or that the service's refusals ask for."""
 _GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_GOOGLE_SCOPE_OF_ALL = "https://www.googleapis.com/auth/cloud-platform"
+"""What impersonation needs."""
+_KEY_BYTES_MAX = 64 << 10
 _AZURE_SCOPE = "https://storage.azure.com/.default"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _OWN_KINDS = frozenset(["service_account", "authorized_user"])
@@ -142,7 +145,8 @@ def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSou
 
     Raises LocationError: The key is malformed.
     """
-    key = _own_key(str(options.get("service_account_key", "")))
+    text = str(options.get("service_account_key", ""))
+    key = _own_key(text, "the service_account_key") if text else None
     path = str(options.get("application_credentials", ""))
     target = str(options.get("target_service_account", ""))
     found: list[Any] = []  # the credentials, from the first look-up on
@@ -161,8 +165,14 @@ def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSou
                 "GOOGLE_APPLICATION_CREDENTIALS, run 'gcloud auth application-default login', or "
                 "add ?anonymous=true for a public bucket"
             ) from None
+        except google.auth.exceptions.TransportError as error:
+            raise _no_answer("Google", name, error) from None
         except google.auth.exceptions.GoogleAuthError as error:
-            raise _of_google(error, name) from None
+            if error.retryable:
+                raise _no_answer("Google", name, error) from None
+            raise AccessDenied(
+                f"{name}: Google gives no token for the credentials ({_line(error)}); check them"
+            ) from None
         except (OSError, ValueError) as error:
             what = path or "Google credentials"
             raise AccessDenied(f"{name}: {what}: {_line(error)}; check the credentials") from None
@@ -173,18 +183,18 @@ def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSou
     return TokenSource(look_up, name)
 
 
-def _own_key(text: str) -> dict[str, Any] | None:
-    if not text:
-        return None
+def _own_key(text: str | bytes, what: str) -> dict[str, Any]:
+    """A key of Google in JSON. Raises LocationError for what is none."""
     try:
         found: Any = json.loads(text)
     except ValueError:
-        raise LocationError("the service_account_key is not JSON; give the file's text") from None
+        raise LocationError(f"{what} is not JSON; give a key as Google has it") from None
     kind = cast("dict[str, Any]", found).get("type") if isinstance(found, dict) else None
     if kind not in _OWN_KINDS:
         known = " or ".join(sorted(_OWN_KINDS))
         raise LocationError(
-            f"the service_account_key is not of type {known}; give application_credentials instead"
+            f"{what} is not of type {known}; keys of other types are used only where "
+            "GOOGLE_APPLICATION_CREDENTIALS names them in the environment of the process that reads"
         )
     return cast("dict[str, Any]", found)
 
@@ -192,14 +202,18 @@ def _own_key(text: str) -> dict[str, Any] | None:
 def _google_credentials(key: dict[str, Any] | None, path: str, target: str, transport: Any) -> Any:
     import google.auth
     from google.auth import impersonated_credentials
+    from google.oauth2 import credentials, service_account
 
-    scopes = [_GOOGLE_SCOPE] if not target else ["https://www.googleapis.com/auth/cloud-platform"]
-    if key is not None:
-        found, _ = google.auth.load_credentials_from_dict(key, scopes=scopes, request=transport)
-    elif path:
-        found, _ = google.auth.load_credentials_from_file(path, scopes=scopes, request=transport)
-    else:
+    if path:
+        with open(path, "rb") as file:
+            key = _own_key(file.read(_KEY_BYTES_MAX), path)
+    scopes = [_GOOGLE_SCOPE] if not target else [_GOOGLE_SCOPE_OF_ALL]
+    if key is None:
         found, _ = google.auth.default(scopes=scopes, request=transport)
+    elif key["type"] == "service_account":
+        found = service_account.Credentials.from_service_account_info(key, scopes=scopes)
+    else:
+        found = credentials.Credentials.from_authorized_user_info(key, scopes=scopes)
     if target:
         return impersonated_credentials.Credentials(found, target, [_GOOGLE_SCOPE])
     return found
@@ -209,17 +223,9 @@ def _google_transport(proxy: str) -> Any:
     import urllib3
     from google.auth.transport.urllib3 import Request
 
-    return Request(urllib3.ProxyManager(proxy) if proxy else urllib3.PoolManager())
-
-
-def _of_google(error: Any, name: str) -> CkptfsError:
-    if getattr(error, "retryable", False):
-        return StoreUnavailable(
-            f"{name}: Google's token server does not answer ({_line(error)}); try again later"
-        )
-    return AccessDenied(
-        f"{name}: Google gives no token for the credentials ({_line(error)}); check them"
-    )
+    if proxy:
+        return Request(urllib3.ProxyManager(proxy, retries=False))
+    return Request(urllib3.PoolManager(retries=False))
 
 
 # -- Azure
@@ -250,9 +256,7 @@ def azure_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSour
                 "or a sas_token"
             ) from None
         except (AzureError, OSError) as error:
-            raise StoreUnavailable(
-                f"{name}: Azure's token server does not answer ({_line(error)}); try again later"
-            ) from None
+            raise _no_answer("Azure", name, error) from None
         except ValueError as error:
             raise AccessDenied(f"{name}: {_line(error)}; check the credentials") from None
         return Token(token.token, float(token.expires_on))
@@ -286,6 +290,12 @@ def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
             exclude_visual_studio_code_credential=True,
             **more,
         ),
+    )
+
+
+def _no_answer(whose: str, name: str, error: BaseException) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"{name}: the token server of {whose} does not answer ({_line(error)}); try again later"
     )
 
 
