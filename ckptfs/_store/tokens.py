@@ -12,6 +12,7 @@ in a thread of its own for `LOOK_UP_S` at most, and no longer than the caller's 
 """
 
 import json
+import logging
 import re
 import threading
 import time
@@ -267,6 +268,9 @@ def azure_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSour
 def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
     from azure import identity
 
+    logger = logging.getLogger("azure.identity")
+    if logger.level == logging.NOTSET:  # a failed look-up is twenty lines of warnings there
+        logger.setLevel(logging.ERROR)
     more: dict[str, Any] = {"retry_total": 1, "connection_timeout": 5, "read_timeout": 10}
     if proxy:
         more["proxies"] = {"https": proxy, "http": proxy}
@@ -280,16 +284,13 @@ def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
         )
     if client:
         return identity.ManagedIdentityCredential(client_id=client, **more)
-    return identity.ChainedTokenCredential(
-        identity.EnvironmentCredential(**more),
-        identity.DefaultAzureCredential(
-            exclude_environment_credential=True,
-            exclude_developer_cli_credential=True,
-            exclude_powershell_credential=True,
-            exclude_shared_token_cache_credential=True,
-            exclude_visual_studio_code_credential=True,
-            **more,
-        ),
+    return identity.DefaultAzureCredential(
+        exclude_broker_credential=True,
+        exclude_developer_cli_credential=True,
+        exclude_powershell_credential=True,
+        exclude_shared_token_cache_credential=True,
+        exclude_visual_studio_code_credential=True,
+        **more,
     )
 
 

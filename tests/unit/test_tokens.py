@@ -286,7 +286,7 @@ def test_no_credentials_of_azure(monkeypatch: pytest.MonkeyPatch) -> None:
 
         raise ClientAuthenticationError("no credential of the chain has a token.\nmore")
 
-    monkeypatch.setattr("azure.identity.ChainedTokenCredential.get_token", none_of_them)
+    monkeypatch.setattr("azure.identity.DefaultAzureCredential.get_token", none_of_them)
     with pytest.raises(AccessDenied, match=r"has a token\); set AZURE_CLIENT_ID"):
         azure_tokens({}, NAME, "").token()
 
@@ -299,7 +299,7 @@ def test_which_credential_of_azure_is_meant(tmp_path: Path) -> None:
         "ClientSecretCredential": {**who, "client_secret": SECRET},
         "WorkloadIdentityCredential": {**who, "federated_token_file": str(file)},
         "ManagedIdentityCredential": {"client_id": "c"},
-        "ChainedTokenCredential": {},
+        "DefaultAzureCredential": {},
     }
     for kind, options in kinds.items():
         made = tokens._azure_credential(options, "")  # type: ignore[attr-defined]
