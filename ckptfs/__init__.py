@@ -28,6 +28,7 @@ from ckptfs.errors import PlanError as PlanError
 from ckptfs.errors import PrefetchFailed as PrefetchFailed
 from ckptfs.errors import ProtocolError as ProtocolError
 from ckptfs.errors import RateError as RateError
+from ckptfs.errors import RightsNotLent as RightsNotLent
 from ckptfs.errors import SizeError as SizeError
 from ckptfs.errors import StoreError as StoreError
 from ckptfs.errors import StoreNotAllowed as StoreNotAllowed

@@ -22,6 +22,7 @@ from ckptfs._model.replies import (
     Attached,
 )
 from ckptfs._mounts import require_seen
+from ckptfs._store.kinds import PROXIES, TRAVELLING
 from ckptfs.errors import (
     BY_CODE,
     CkptfsError,
@@ -31,21 +32,6 @@ from ckptfs.errors import (
 
 _START_WAIT_S = 60.0
 """Longest wait for a daemon that somebody else is starting."""
-_SECRETS = frozenset(
-    [
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AZURE_STORAGE_ACCOUNT_KEY",
-        "AZURE_STORAGE_CLIENT_SECRET",
-        "AZURE_STORAGE_CONNECTION_STRING",
-        "AZURE_STORAGE_SAS_TOKEN",
-        "GOOGLE_OAUTH_ACCESS_TOKEN",
-        "HF_TOKEN",
-    ]
-)
-"""Variables whose values go with a location (``_store.describe``), so a daemon that is started on
-demand does without."""
 
 
 def connect(config: Config | None = None, timeout_s: float | None = None) -> Connection:
@@ -187,9 +173,8 @@ def connect_or_start(
         with contextlib.suppress(NoDaemon):
             return connect(config, timeout_s)
         # These travel with each request, and are for who asks: not for whoever asks next.
-        secrets = dict.fromkeys(_secrets_in(os.environ, config), "")
         try:
-            start(secrets, flags)
+            start(dict.fromkeys(_travelling_in(os.environ, config)), flags)
         except DaemonError:
             # Whoever had the lock before us may have died while its daemon was coming up.
             with contextlib.suppress(NoDaemon):
@@ -198,18 +183,20 @@ def connect_or_start(
         return connect(config, timeout_s)
 
 
-def _secrets_in(environ: Mapping[str, str], config: Config) -> set[str]:
-    """Variables that hold credentials, those of named stores too."""
+def _travelling_in(environ: Mapping[str, str], config: Config) -> set[str]:
+    """Variables that say whose credentials are used, those of named stores too."""
     sources = [table.credentials for table in config.store.values()]
     prefixes = {"", *(s.environment for s in sources if not isinstance(s, str))}
-    return {prefix + name for prefix in prefixes for name in _SECRETS} & environ.keys()
+    found = {prefix + name for prefix in prefixes for name in TRAVELLING} & environ.keys()
+    proxies = {each for name in PROXIES for each in (name, name.lower())} & environ.keys()
+    return found | {name for name in proxies if "@" in environ[name]}  # with a password
 
 
-def start(environment: Mapping[str, str] | None = None, flags: Flags | None = None) -> None:
+def start(environment: Mapping[str, str | None] | None = None, flags: Flags | None = None) -> None:
     """Start a daemon in the background and wait until it serves.
 
     Args:
-        environment: Added to that of this process.
+        environment: Changes to that of this process; None: the variable is taken out.
         flags: Of the command line.
 
     Raises CannotMount, ConfigError or DaemonError.
@@ -218,13 +205,13 @@ def start(environment: Mapping[str, str] | None = None, flags: Flags | None = No
 
 
 def run_keeper(
-    options: list[str], environment: Mapping[str, str], given: bytes = b""
+    options: list[str], environment: Mapping[str, str | None], given: bytes = b""
 ) -> dict[str, str]:
     """Run the keeper until it has gone to the background; returns its report.
 
     Args:
         options: Of the keeper's command line.
-        environment: Added to that of this process.
+        environment: Changes to that of this process; None: the variable is taken out.
         given: Its standard input.
 
     Raises CannotMount, ConfigError, DaemonError, or what else the report names.
@@ -233,7 +220,7 @@ def run_keeper(
     done = subprocess.run(
         [sys.executable, "-m", "ckptfs._daemon.keeper", *options],
         cwd="/",
-        env={**os.environ, **environment},
+        env={k: v for k, v in {**os.environ, **environment}.items() if v is not None},
         input=given,
         capture_output=True,
         check=False,

@@ -49,6 +49,7 @@ from ckptfs.errors import (
     DaemonError,
     NoDaemon,
     ProtocolError,
+    RightsNotLent,
     StoreNotAllowed,
     UnknownStore,
 )
@@ -324,16 +325,27 @@ class Connection:
 
 
 def _at(location: Location, ask: Callable[[Location], T]) -> T:
-    """Ask about a location. A named store that the daemon does not know, or not for us, and that
-    our own configuration has, is asked about as the place that it is there."""
+    """Ask about a location.
+
+    A named store that the daemon does not know, or not for us, and that our own configuration has,
+    is asked about as the place that it is there. A daemon that does not read our files gets their
+    contents.
+    """
     try:
         return ask(location)
     except (UnknownStore, StoreNotAllowed):
         if "like" not in location.options:
             raise
+    except RightsNotLent:
+        from ckptfs._store.carrying import carried
+
+        place = carried(location)
+        if place is None:
+            raise
+        return ask(place)
     from ckptfs._store.named import own_location
 
-    return ask(own_location(location))
+    return _at(own_location(location), ask)
 
 
 def connect_to(path: str, timeout_s: float, mount: str = "") -> Connection:

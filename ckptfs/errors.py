@@ -49,6 +49,15 @@ class AccessDenied(CkptfsError, PermissionError):
     code = "access-denied"
 
 
+class RightsNotLent(AccessDenied):
+    """The daemon would have to read the location with rights of its own, or files of the caller's.
+
+    A client then sends contents in place of paths, where it has some.
+    """
+
+    code = "rights-not-lent"
+
+
 class StoreNotAllowed(AccessDenied):
     """The daemon's named store is not for this user."""
 

@@ -57,7 +57,7 @@ def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     from ckptfs._model import requests, wire
     from ckptfs._model.location import Location
     from ckptfs._model.plan import Plan, Step
-    from ckptfs._store.lending import lent_for
+    from ckptfs._store.kinds import lent_for
     from ckptfs.errors import ProtocolError
 
     place = Location("s3", "bucket/run", {"region": "eu"}, {"access_key": "k"})

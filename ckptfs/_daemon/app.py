@@ -2,7 +2,8 @@
 
 Started by the keeper only, which passes the FUSE session, the listening socket, the memory of
 `handoff` and a pipe to say "ready" on as descriptors, and on standard input the configuration, one
-line of JSON; to a private daemon also the pickled filesystem, behind that line.
+line of JSON; to a private daemon also the pickled filesystem, behind that line, which it passes on
+to its workers as it is.
 
 A daemon after another one restores what that had before it takes the kernel's requests. It says
 "ready" when it serves, and from then on its heart beats as long as the event loop turns.
@@ -10,7 +11,6 @@ A daemon after another one restores what that had before it takes the kernel's r
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -34,15 +34,15 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.relay import Relay
 from ckptfs._daemon.reload import Reloading, tell_by
 from ckptfs._daemon.service import Service
-from ckptfs._daemon.stores import Stores, known_stores
+from ckptfs._daemon.stores import Stores, known_stores, opening_with
 from ckptfs._daemon.tree import MOUNT_ROOT
+from ckptfs._daemon.users import limit_for
 from ckptfs._model.config import Config
-from ckptfs._store.resolve import OpenStore, open_store
+from ckptfs._workers.lifeline import end_with
+from ckptfs._workers.pool import Pool
 from ckptfs.errors import CkptfsError
 
 log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
-    _end_with(args.keeper_pid)
+    end_with(args.keeper_pid)  # without it nobody could unmount
     settings, end, pickled = sys.stdin.buffer.read().partition(b"\n")
     if not end:
         sys.exit(1)  # the keeper is dead, and nobody needs a spare daemon any more
@@ -62,8 +62,8 @@ def main() -> None:
     _raise_descriptor_limit()
     table, *journal = args.handoff_fds
     try:
-        opener = _private_opener(pickled) if pickled else open_store
-        stores = Stores({} if pickled else known_stores(config.store), opener)
+        open_with = opening_with(Pool(limit_for, pickled), is_private=bool(pickled))
+        stores = Stores({} if pickled else known_stores(config.store), open_with)
         handoff = Handoff(Fds(table, (journal[0], journal[1])))
         cache = Cache(
             Path(config.cache_dir),
@@ -91,14 +91,8 @@ def main() -> None:
     except BaseException:
         log.critical("the daemon cannot go on", exc_info=True)
     logging.shutdown()
-    # Not sys.exit: threads that a store keeps waiting, and pyarrow's own end, must not keep us.
+    # Not sys.exit: threads that a store keeps waiting must not keep us.
     os._exit(status)
-
-
-def _private_opener(pickled: bytes) -> OpenStore:
-    from ckptfs._store import private  # it needs pyarrow, which most daemons can do without
-
-    return private.opener(pickled)
 
 
 async def _run(
@@ -207,13 +201,6 @@ async def _serve_metrics(config: Config, service: Service, offload: Offload) -> 
     parts = config, service.attachments, service.reporter, offload
     source = exporter.Exporter(*parts, is_open=scrapes.is_open(config.metrics))
     await scrapes.Scrapes(source, config.metrics).serve()
-
-
-def _end_with(keeper_pid: int) -> None:
-    """Ask the kernel to end us when the keeper dies: without it nobody could unmount."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != keeper_pid:
-        sys.exit(1)
 
 
 def _raise_descriptor_limit() -> None:

@@ -15,14 +15,14 @@ import trio
 from ckptfs._daemon.attachment import Attachment, new_attachment
 from ckptfs._daemon.attachments import Attachments, Key
 from ckptfs._daemon.handoff import Handoff
-from ckptfs._daemon.limits import StoreCalls, check_attached, check_rights
+from ckptfs._daemon.limits import StoreCalls, check_attached, check_files, check_rights
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.records import Made, recorder
+from ckptfs._daemon.stores import OpenFor
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._store.base import Store, pin_of
-from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import ObjectChanged, StoreTimeout, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Attaching:
         attachments: Attachments,
         metadata: MetadataKeeper,
         store_calls: StoreCalls,
-        open_store: OpenStore,
+        open_store: OpenFor,
         handoff: Handoff,
     ) -> None:
         self._config = config
@@ -68,6 +68,7 @@ class Attaching:
         kinds (StoreTimeout at the latest after `attach_deadline_s`), LimitExceeded.
         """
         check_rights(uid, location, self._config)
+        check_files(location)
         key = (uid, location.identity)
         lock = self._locks.setdefault(key, trio.Lock())
         try:
@@ -97,8 +98,7 @@ class Attaching:
     async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
         known = self._attachments.get(key)
         if known is not None and known.in_use:
-            opened = self._attachments.opened_for(known)
-            if (location.secrets, location.store) == (opened.secrets, opened.store):
+            if location == self._attachments.opened_for(known):
                 return known
             store = await self._open(location, uid)
             await self._store_calls.run(uid, _prove_access, store, known.manifest)
@@ -153,9 +153,9 @@ class Attaching:
             log.warning("%s: left out %s: %s", uri, skipped.name, skipped.reason, extra=left_out)
 
     async def _open(self, location: Location, uid: int) -> Store:
-        """In a thread: it may have to read a file, or start a Java machine."""
+        """In a thread: it may have to read a file."""
         timeout_s = self._config.store_timeout_s
-        return await self._store_calls.run(uid, self._open_store, location, timeout_s)
+        return await self._store_calls.run(uid, self._open_store, location, timeout_s, uid)
 
     def _store_of(self, known: Attachment | None, location: Location) -> Store | None:
         """The store of `known`, which has connections, if it is the one that would be opened for

@@ -32,7 +32,7 @@ from ckptfs._daemon.users import is_ours
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._store.base import Store, pin_of
-from ckptfs.errors import CkptfsError, StoreUnavailable
+from ckptfs.errors import CkptfsError
 
 if TYPE_CHECKING:
     from ckptfs._model.formats import Parts
@@ -46,8 +46,9 @@ class Metadata:
         values: The keys and values; empty if the file is no JSON object.
         shown: What `xattrs.shown_values` makes of them; None until somebody asks.
         read_s: When that was so (event loop time).
-        error: What the store answered last time, if that was an error which can pass; `failed_s`:
-            when.
+        error: The store's last answer, if that was an error.
+        noted: The last error that the log and the attribute have.
+        pause_s: How long the store is not asked again after `error`; `until_s`: until when.
         lock: Held by whoever reads or changes it at the store.
     """
 
@@ -56,8 +57,10 @@ class Metadata:
         self.values: dict[str, Any] = {}
         self.shown: tuple[dict[str, bytes], list[tuple[str, str]]] | None = None
         self.read_s = -math.inf
-        self.error: StoreUnavailable | None = None
-        self.failed_s = -math.inf
+        self.error: CkptfsError | None = None
+        self.noted: CkptfsError | None = None
+        self.pause_s = 0.0
+        self.until_s = -math.inf
         self.lock = trio.Lock()
 
 

@@ -25,6 +25,7 @@ from ckptfs._model.config import Config
 from ckptfs._model.metrics import METRICS, PREFIX
 from ckptfs._model.replies import ActivityReply
 from ckptfs._store.requests import REQUESTS
+from ckptfs._workers.counts import COUNTS
 
 Labels = tuple[str, ...]
 Values = Mapping[Labels, float]
@@ -104,6 +105,7 @@ class Exporter:
         self._add_node(found, now)
         self._add_reads(found)
         self._add_fetches(found, now)
+        self._add_workers(found)
         self._add_checkpoints(found)
         return found
 
@@ -147,6 +149,13 @@ class Exporter:
         found.add("store_requests", outcomes)
         times = {(kind.kind,): (kind.latency_ns, kind.total_ns) for kind in requests}
         found.add_histogram("store_request_seconds", times)
+
+    def _add_workers(self, found: Families) -> None:
+        workers = COUNTS.snapshot()
+        found.add("workers", workers.running)
+        found.add("worker_memory_bytes", workers.memory_bytes)
+        found.add("worker_starts", workers.starts)
+        found.add("worker_ends", {(reason,): n for reason, n in workers.ends.items()})
 
     def _add_checkpoints(self, found: Families) -> None:
         usages = dict(self._usages())

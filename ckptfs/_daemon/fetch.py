@@ -4,8 +4,8 @@ The parts: `spans` (single flight, the life of a span), `transfers` (requests), 
 `outages` (retries, dark stores), `storing` (to the disk), `slots` (places), `readahead` (what will
 be wanted next), `remote` (the state of a file).
 
-A read ends with its bytes, or with an error within its deadline. A reader that joined an older
-span's failure tries once more within its own deadline.
+A read ends with its bytes, or with an error when the store gave no new byte for as long as the read
+deadline (`liveness`). A reader that joined an older span's failure tries once more.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from ckptfs._daemon import blockio
 from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.cache import Cache, Views
 from ckptfs._daemon.cached import ABSENT, DYING, ON_DISK, CachedObject
+from ckptfs._daemon.flow import Flows
+from ckptfs._daemon.liveness import Liveness
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.readahead import Readahead
@@ -53,13 +55,27 @@ class Fetcher:
         self._cache = cache
         self._offload = offload
         self._nursery = nursery
-        slots = self._slots = Slots(config.connections_max, config.in_flight_bytes_max, nursery)
+        self._flows = Flows()
+        self._liveness = Liveness()
+        places = config.connections_max, config.in_flight_bytes_max
+        slots = self._slots = Slots(*places, nursery, self._flows)
         self._outages = Outages(slots)
         self._versions = Versions(cache, offload, self._outages, allow_other=config.allow_other)
         self._storing = Storing(cache, offload)
-        self._transfers = Transfers(offload, slots, cache.buffers, self._outages, nursery)
-        parts = slots, self._outages, self._versions, self._transfers, self._storing
-        self._spans = Spans(config, cache, *parts, nursery)
+        self._transfers = Transfers(
+            offload, slots, cache.buffers, self._outages, nursery, self._flows, self._liveness
+        )
+        self._spans = Spans(
+            config,
+            cache,
+            slots,
+            self._outages,
+            self._versions,
+            self._transfers,
+            self._storing,
+            nursery,
+            self._flows,
+        )
         self._take_in(config)
         self._files_of: Counter[int] = Counter()  # open ones, by user
         descriptors_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -180,10 +196,12 @@ class Fetcher:
     async def read(self, file: RemoteFile, offset: int, length: int) -> Views:
         """The bytes [offset, offset + length), which must lie within the file; `length` >= 1.
 
-        Raises what a Store raises, at the latest when the read deadline is over.
+        Raises what a Store raises, at the latest when the store gave no new byte for as long as the
+        read deadline.
         """
         entry = file.entry  # held, because a forced detach closes the file at any time
-        with self._cache.held(entry), trio.move_on_after(self._deadline_s):
+        waiting = self._liveness.waiting(file.store, self._deadline_s)
+        with self._cache.held(entry), waiting:
             while True:
                 await self._ensure(file, entry, blocks_of(offset, length), Priority.DEMAND)
                 data = self._read_now(file, entry, offset, length)
@@ -221,6 +239,7 @@ class Fetcher:
         entry = file.entry
         if needed := entry.absent(blocks_of(offset, length)):
             self._spans.want(file, entry, needed, Priority.DEMAND, usage)
+        file.readahead.limit_window(self._flows.of(file.store).ahead_bytes_max)
         ahead = file.readahead.access(offset, length)
         if file.readahead.is_read_whole:
             self._read_whole.add(file.store)
@@ -256,10 +275,7 @@ class Fetcher:
         entry = file.entry
         with self._cache.held(entry):
             if not file.trusted:
-                with trio.move_on_after(self._deadline_s):
-                    await self._learn(file, entry)
-                if not file.trusted:
-                    raise StoreTimeout(f"{file.name}: {file.cause or 'no answer'}")
+                await self._learn(file, entry)
             with self._spans.prefetching(entry, blocks):
                 if not await self._ensure(file, entry, blocks, priority):
                     await self._ensure(file, entry, blocks, priority)
@@ -275,7 +291,17 @@ class Fetcher:
             return await self._spans.take_in(file, entry, blocks, fill)
 
     async def _learn(self, file: RemoteFile, entry: CachedObject) -> None:
-        await self._outages.persist(file, lambda: self._versions.learn(file, entry))
+        """Do the first check. Its deadline stays where it is, although other files' bytes come."""
+        with trio.move_on_after(self._deadline_s):
+            await self._outages.persist(file, lambda: self._versions.learn(file, entry))
+        if not file.trusted:
+            error = StoreTimeout(
+                f"{file.name}: no answer within {self._deadline_s:g} s; last: "
+                f"{file.cause or 'none'}"
+            )
+            if not file.failing:
+                file.note(error)
+            raise error
 
     async def _ensure(
         self, file: RemoteFile, entry: CachedObject, blocks: range, priority: Priority

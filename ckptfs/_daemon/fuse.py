@@ -50,6 +50,7 @@ ERRNOS: dict[type[Exception], int] = {
     errors.StoreUnavailable: errno.EIO,
     errors.StoreError: errno.EIO,
     errors.AccessDenied: errno.EACCES,
+    errors.RightsNotLent: errno.EACCES,
     errors.StoreNotAllowed: errno.EACCES,
     errors.CheckpointNotFound: errno.EIO,
     errors.CheckpointIsFile: errno.EIO,

@@ -12,8 +12,9 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.users import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
-from ckptfs._store.lending import lent_for
-from ckptfs.errors import AccessDenied, LimitExceeded
+from ckptfs._store.draft import OF_CALLER, mount_namespace
+from ckptfs._store.kinds import NAMESPACE, lent_for
+from ckptfs.errors import LimitExceeded, RightsNotLent
 
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that there can be
@@ -29,15 +30,34 @@ def may_see(uid: int, attachment: Attachment) -> bool:
 
 
 def check_rights(uid: int, location: Location, config: Config) -> None:
-    """Raise AccessDenied where the daemon would lend its own rights to another user. Who may use a
-    named store was decided when it was looked up."""
-    if is_ours(uid) or config.lend_daemon_rights or location.store is not None:
+    """Raise RightsNotLent where the daemon would lend its own rights to another user.
+
+    The table of a named store has decided who may use that. Files that another user names are never
+    read, also where rights are lent: a profile of AWS, for example, can name a program to run.
+    """
+    if is_ours(uid) or location.store is not None:
         return
-    if lent := lent_for(location):
-        raise AccessDenied(
+    if (lent := lent_for(location)) and not config.lend_daemon_rights:
+        raise RightsNotLent(
             f"{location.uri} would be read with the ckptfs daemon's own {lent}, which are not "
             f"for uid {uid}; give credentials of your own (e.g. AWS_ACCESS_KEY_ID), or start a "
             "daemon of your own (CKPTFS_SOCKET), or have lend_daemon_rights set"
+        )
+    if named := sorted(OF_CALLER & location.options.keys()):
+        raise RightsNotLent(
+            f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for uid "
+            f"{uid}; start a daemon of your own (CKPTFS_SOCKET)"
+        )
+
+
+def check_files(location: Location) -> None:
+    """Raise RightsNotLent where the caller's files are not the daemon's, though the user is the
+    same: the caller runs in another container."""
+    namespace = location.options.get(NAMESPACE)
+    if namespace is not None and namespace != mount_namespace():
+        raise RightsNotLent(
+            f"{location.uri} names files of another mount namespace than the ckptfs daemon's; "
+            "start a daemon of your own (CKPTFS_SOCKET)"
         )
 
 

@@ -6,7 +6,13 @@ when the store has taken it; changes of one checkpoint wait for each other (``Me
 this daemon, a lock file among the processes of one user). A new version of the file gets an inode
 of its own, so nothing that is open or cached of the old one is wrong.
 
-After a change that failed nobody knows which version the store has: what is known counts as old.
+After a change that failed the daemon does not know which version the store has, so what it knows
+counts as old.
+
+**Errors.** After an error the store is not asked again for `_PAUSE_S`, and for twice as long after
+each further error, unless it is one that can pass. A denial counts as "there is none" where the
+listing does not have the file (see ``_store.metadata``), and the store is asked again after
+`_DENIED_S`.
 """
 
 import contextlib
@@ -17,7 +23,7 @@ from typing import Any, cast
 
 import trio
 
-from ckptfs._daemon.attachment import Attachment
+from ckptfs._daemon.attachment import Attachment, Metadata
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.tree import Node
 from ckptfs._daemon.vfs import StaleInode, is_metadata
@@ -40,7 +46,10 @@ _FRESH_S = 1.0
 _BYTES_MAX = 4 << 20
 """Longest file whose keys are shown: parsing holds up everybody, and takes 20 times its bytes."""
 _PAUSE_S = 5.0
-"""How long a store that did not answer is not asked again."""
+_PAUSE_S_MAX = 60.0
+"""First and longest pause after an error: programs look at attributes many times a second."""
+_DENIED_S = 60.0
+"""A file that other nodes make meanwhile is seen after that."""
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -70,7 +79,7 @@ class MetadataKeeper:
     async def refresh(self, attachment: Attachment) -> None:
         """Read what the store has now. Errors are noted at the attachment."""
         attachment.metadata.read_s = -math.inf
-        attachment.metadata.error = None  # whoever says that it has changed has reached the store
+        attachment.metadata.error = None  # the client that has changed it has reached the store
         with contextlib.suppress(CkptfsError):
             await self.values(attachment)
 
@@ -113,15 +122,25 @@ class MetadataKeeper:
         with self._deadline(attachment):
             async with metadata.lock:
                 metadata.read_s = -math.inf  # old, whatever happens
-                raw, found = await self._offload.control(_change, attachment.store, how)
+                raw, found = await self._offload.control(
+                    _change, attachment.store, how, _is_listed(attachment)
+                )
                 self._take(attachment, raw, found, is_new=True)
 
     async def _read(self, attachment: Attachment) -> None:
         metadata = attachment.metadata
-        if metadata.error is not None and trio.current_time() - metadata.failed_s < _PAUSE_S:
+        if metadata.error is not None and trio.current_time() < metadata.until_s:
             raise metadata.error
-        raw, found = await self._offload.control(_read, attachment.store)
-        self._take(attachment, raw, found)
+        try:
+            raw, found = await self._offload.control(_read, attachment.store)
+        except CkptfsError as error:
+            if _is_listed(attachment) or not isinstance(error, AccessDenied):
+                _pause(metadata, error)
+                raise
+            self._take(attachment, None, None)
+            metadata.read_s += _DENIED_S - _FRESH_S
+        else:
+            self._take(attachment, raw, found)
 
     def _take(
         self,
@@ -135,7 +154,7 @@ class MetadataKeeper:
         can have listed before."""
         metadata = attachment.metadata
         metadata.read_s = trio.current_time()
-        metadata.error = None
+        metadata.error, metadata.pause_s = None, 0.0
         if raw is None:
             attachment.hide(METADATA_NAME)
         elif found is not None and (is_new or metadata.raw not in (None, raw)):
@@ -172,13 +191,30 @@ class MetadataKeeper:
                     f"{self.deadline_s:g} s; try again"
                 ) from None
         except CkptfsError as error:
-            if error is not metadata.error:  # that is an old one
-                attachment.note(error)
-                if isinstance(error, StoreError | AccessDenied):
+            if error is not metadata.noted:
+                if isinstance(error, StoreError | AccessDenied) and str(error) != str(
+                    metadata.noted
+                ):
                     log.warning("%s", error)
-                if isinstance(error, StoreUnavailable):
-                    metadata.error, metadata.failed_s = error, trio.current_time()
+                metadata.noted = error
+                attachment.note(error)
+                if isinstance(error, StoreUnavailable) and error is not metadata.error:
+                    _pause(metadata, error)  # a change, or a read that took too long
             raise
+
+
+def _pause(metadata: Metadata, error: CkptfsError) -> None:
+    """Do not ask the store again for a while."""
+    metadata.error = error
+    can_pass = isinstance(error, StoreUnavailable)
+    pause_s = _PAUSE_S if can_pass else max(_PAUSE_S, 2 * metadata.pause_s)
+    metadata.pause_s = min(pause_s, _PAUSE_S_MAX)
+    metadata.until_s = trio.current_time() + metadata.pause_s
+
+
+def _is_listed(attachment: Attachment) -> bool:
+    """Whether the metadata file is among those that are shown."""
+    return METADATA_NAME.encode() in attachment.tree.root.children
 
 
 def _show_listed(attachment: Attachment, found: ListedFile) -> None:
@@ -186,7 +222,8 @@ def _show_listed(attachment: Attachment, found: ListedFile) -> None:
     node = attachment.tree.root.children.get(METADATA_NAME.encode())
     if node is not None and not node.is_directory:
         shown = attachment.listed[node.index]
-        if (shown.size, shown.mtime_ns // 10**9) == (found.size, found.mtime_ns // 10**9):
+        is_same = (shown.size, shown.mtime_ns // 10**9) == (found.size, found.mtime_ns // 10**9)
+        if is_same and (shown.etag == found.etag or not shown.etag or not found.etag):
             return
     _show(attachment, found)
 
@@ -203,6 +240,6 @@ def _read(store: Store) -> tuple[bytes | None, ListedFile | None]:
     return raw, store.find(METADATA_NAME) if raw is not None else None
 
 
-def _change(store: Store, how: Change) -> tuple[bytes, ListedFile | None]:
+def _change(store: Store, how: Change, is_listed: bool) -> tuple[bytes, ListedFile | None]:
     """Blocking."""
-    return stored.change(store, how), store.find(METADATA_NAME)
+    return stored.change(store, how, is_listed), store.find(METADATA_NAME)

@@ -88,7 +88,7 @@ class Readahead:
     ) -> None:
         self.eager = eager
         self._size = size
-        self._window_bytes_max = window_bytes_max
+        self._window_bytes_most = self._window_bytes_max = window_bytes_max
         self._cursors: list[_Cursor] = []  # least recently used first
         self._read_bytes = 0  # by all of them
         self._parts = parts
@@ -99,6 +99,10 @@ class Readahead:
     def learn_parts(self, parts: Parts) -> None:
         """Take in what the file consists of."""
         self._parts = parts
+
+    def limit_window(self, bytes_max: float) -> None:
+        """Let a window be no longer than `bytes_max` from now on, nor than the first maximum."""
+        self._window_bytes_max = int(min(self._window_bytes_most, bytes_max))
 
     @property
     def is_read_whole(self) -> bool:

@@ -132,7 +132,8 @@ class Reloading:
             if before.get(name) == self._config.store.get(name):
                 continue
             try:
-                store = self._stores.open(location, self._config.store_timeout_s)
+                timeout_s = self._config.store_timeout_s
+                store = self._stores.open(location, timeout_s, attachment.uid)
             except CkptfsError as error:
                 log.error("%s goes on with its former credentials: %s", location.uri, error)
             else:

@@ -28,7 +28,7 @@ class Last:
     """What the events of the attachment `ordinal` come to. Raises DaemonError.
 
     Attributes:
-        ordinal: Of the attachment.
+        ordinal: Of the attachment; `uid`: its user.
         location: Where it is, with the credentials that were given last.
         prefetches: Those that have not ended.
     """
@@ -41,6 +41,7 @@ class Last:
         self._made = made
         self._events = events
         self.location = made.location
+        self.uid = made.uid
         prefetches: dict[int, PrefetchBegun] = {}
         for event in events:
             if isinstance(event, StoreChanged):

@@ -26,12 +26,12 @@ from ckptfs._daemon.recognise import Recogniser
 from ckptfs._daemon.records import forget, recorded, recorder
 from ckptfs._daemon.restore import Last
 from ckptfs._daemon.status import Reporter
+from ckptfs._daemon.stores import OpenFor
 from ckptfs._daemon.vfs import Vfs
 from ckptfs._daemon.xattrs import Xattrs
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.replies import Trace
-from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import Busy, CkptfsError, LimitExceeded, StoreTimeout
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Service:
         offload: Offload,
         nursery: trio.Nursery,
         forget_name: Callable[[str], None],
-        open_store: OpenStore,
+        open_store: OpenFor,
         handoff: Handoff,
         passthrough: str = "off",
     ) -> None:
@@ -183,7 +183,7 @@ class Service:
                     self._prefetches.go_on(attachment, begun)
 
     async def _reopen(self, last: Last, stores: "dict[int, Store | CkptfsError]") -> None:
-        opened = self._open_store, last.location, self._config.store_timeout_s
+        opened = self._open_store, last.location, self._config.store_timeout_s, last.uid
         try:
             with trio.fail_after(_REOPEN_S):
                 stores[last.ordinal] = await self._offload.control(*opened)

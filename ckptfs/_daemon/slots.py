@@ -15,6 +15,9 @@ one; one that a reader joins becomes the reader's. Transfers that run are not in
 bytes. More they get only while nobody else's reader waits, and while a quarter stays free for
 others, so that these need not wait until one of them has ended.
 
+**One store** has no more requests, and no more bytes that no reader waits for, than its speed
+allows (`flow`). One transfer of each kind may always run.
+
 A store that does not answer (DARK) takes no bandwidth: it is no reader, and does not wait behind a
 prefetch that yields.
 """
@@ -27,6 +30,7 @@ from typing import NamedTuple
 
 import trio
 
+from ckptfs._daemon.flow import Flows
 from ckptfs._daemon.users import share_of
 
 
@@ -87,10 +91,13 @@ class SlotsInUse(NamedTuple):
 class Slots:
     """`places_max` places and `bytes_max` bytes. One transfer may always run, however large.
 
-    `nursery` runs the timer of the prefetches that yield.
+    `nursery` runs the timer of the prefetches that yield; `flows` limit each store.
     """
 
-    def __init__(self, places_max: int, bytes_max: int, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, places_max: int, bytes_max: int, nursery: trio.Nursery, flows: Flows | None = None
+    ) -> None:
+        self._flows = flows or Flows()
         self._places_max = places_max
         self._bytes_max = bytes_max
         self._nursery = nursery
@@ -141,6 +148,8 @@ class Slots:
         if any(waiting.priority is Priority.DEMAND for waiting in self._waiting):
             return False
         if self._has_share(ticket) and not self._leaves_share(ticket):
+            return False
+        if self._is_too_much(ticket):
             return False
         self._start(ticket)
         return True
@@ -217,6 +226,7 @@ class Slots:
             candidates = [t for t in self._waiting if t.priority is not Priority.PREFETCH]
             if len(candidates) < len(self._waiting):
                 self._grant_at(start_s)
+        candidates = [ticket for ticket in candidates if not self._is_too_much(ticket)]
         if self._bytes_of:
             candidates = self._within_shares(candidates)
         return min(candidates, key=lambda t: (t.priority, t.serial), default=None)
@@ -227,6 +237,19 @@ class Slots:
         if any(ticket.priority <= Priority.READAHEAD for ticket in within):
             return within
         return within + [ticket for ticket in beyond if self._leaves_share(ticket)]
+
+    def _is_too_much(self, ticket: Ticket) -> bool:
+        """Whether its store has all that it may have under way."""
+        beside = [t for t in self._running if t.store is ticket.store]
+        if ticket.store is None or not beside:
+            return False
+        flow = self._flows.of(ticket.store)
+        if len(beside) >= flow.requests_max:
+            return True
+        if ticket.wanted is Priority.DEMAND:
+            return False
+        ahead_bytes = sum(t.length for t in beside if t.wanted is not Priority.DEMAND)
+        return bool(ahead_bytes) and ahead_bytes + ticket.length > flow.ahead_bytes_max
 
     def _leaves_share(self, ticket: Ticket) -> bool:
         """Whether somebody else would find as much free as one user may have."""

@@ -17,6 +17,9 @@ Bytes of another version are never visible, and never on the disk: they end with
 **Errors** that can pass are tried again until the span's deadline (`outages`), the place given back
 meanwhile; others end the span at once, and with it the reads that wait.
 
+**Deadline.** It counts from the last bytes that were new: those that one try brought do not count
+in the next one.
+
 **Cancellation.** A reader that goes away leaves the span running for others; a prefetch that ends
 takes those with it that no reader has asked for meanwhile. A span that runs out of time abandons
 its thread, and the buffer with it.
@@ -36,6 +39,7 @@ from ckptfs._daemon.activity import Usage
 from ckptfs._daemon.buffers import capacity_of
 from ckptfs._daemon.cache import Cache
 from ckptfs._daemon.cached import CachedObject
+from ckptfs._daemon.flow import Flows
 from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.remote import RemoteFile
 from ckptfs._daemon.slots import Priority, Slots, Ticket
@@ -56,6 +60,10 @@ _PURPOSES: dict[Priority, Purpose] = {
 }
 
 
+_NEW_BYTES = 4 << 10
+"""Fewer new bytes do not move a deadline, so that a server that trickles holds no reader. The S3
+client ends a request that brings less in twice the longest silence."""
+
 Fill = Callable[[int, memoryview], None]
 """Fills a buffer with consecutive blocks of the pinned version, from that one on."""
 
@@ -68,6 +76,7 @@ class Span:
         done: Its blocks can be read, or it has failed; then `error` says why.
         ended: And they are stored, if they can be.
         tries: How many requests it has taken.
+        bytes_most: The most bytes that one of them has brought.
         wanted_s: When it was made, by ``time.perf_counter``; `begun_s`: when its last request was
             sent; `arrived_s`: when that had an answer.
     """
@@ -93,12 +102,23 @@ class Span:
         self.transferred: Transferred | None = None
         self.error: CkptfsError | None = None
         self.tries = 0
+        self.bytes_most = 0
+        self.deadline_s = math.inf
         self.wanted_s = self.begun_s = self.arrived_s = time.perf_counter()
 
     def start_clock(self, deadline_s: float) -> None:
         """Count from the first dealing with the store: waiting for a place is no fault of it."""
         if self.scope.deadline == math.inf:
+            self.deadline_s = deadline_s
             self.scope.deadline = trio.current_time() + deadline_s
+
+    def heard(self, count: int, at_s: float) -> bool:
+        """The request that runs has `count` bytes, the last since `at_s`: whether some are new."""
+        if count < self.bytes_most + _NEW_BYTES:
+            return False
+        self.bytes_most = count
+        self.scope.deadline = max(self.scope.deadline, at_s + self.deadline_s)
+        return True
 
 
 class Spans:
@@ -119,7 +139,9 @@ class Spans:
         transfers: Transfers,
         storing: Storing,
         nursery: trio.Nursery,
+        flows: Flows | None = None,
     ) -> None:
+        self._flows = flows or Flows()
         self._cache = cache
         self._slots = slots
         self._outages = outages
@@ -165,7 +187,7 @@ class Spans:
             elif span not in spans:
                 spans[span] = None
                 self._join(span, file, priority)
-        length_max = self._blocks_max
+        length_max = int(min(self._blocks_max, self._flows.of(file.store).span_blocks_max))
         if priority is Priority.PREFETCH:  # more connections for the bytes it may have in flight
             length_max = max(1, length_max // 2)
         for run in runs(missing, length_max):
@@ -276,7 +298,7 @@ class Spans:
     def _out_of_time(self, span: Span) -> None:
         file = span.file
         span.error = StoreTimeout(
-            f"{file.name}: not fetched within {self._deadline_s:g} s; last: "
+            f"{file.name}: nothing came from the store within {self._deadline_s:g} s; last: "
             f"{file.cause or 'no answer'}"
         )
         if not span.dropped:
@@ -316,7 +338,15 @@ class Spans:
         span.tries += 1
         span.begun_s = time.perf_counter()
         offset = span.blocks.start * BLOCK_BYTES
-        got = await self._transfers.read(file.store, file.pin, offset, span.length, ticket)
+        got = await self._transfers.read(
+            file.store,
+            file.pin,
+            offset,
+            span.length,
+            ticket,
+            heard=span.heard,
+            silence_s=span.deadline_s,
+        )
         if not got.is_confirmed:
             try:
                 await self._versions.confirm(file)

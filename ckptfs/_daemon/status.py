@@ -34,6 +34,7 @@ from ckptfs._model.replies import (
     StatusReply,
 )
 from ckptfs._store.requests import REQUESTS
+from ckptfs._workers.counts import COUNTS
 
 _VERSION = version_of("ckptfs")  # looked up once: an upgrade takes it away for a moment
 _SKIPPED_IN_STATUS = 100
@@ -79,6 +80,7 @@ class Reporter:
         """The daemon's state, with the attachments that this user may see."""
         visible = [a for a in self._attachments if may_see(uid, a)]
         told = _fitting(self._status_of(a, uid) for a in visible)
+        workers = COUNTS.snapshot()
         return StatusReply(
             version=_VERSION,
             pid=os.getpid(),
@@ -95,6 +97,8 @@ class Reporter:
             attachments=told,
             left_out=len(visible) - len(told),
             log=self._log,
+            workers=workers.running,
+            worker_bytes=workers.memory_bytes,
         )
 
     def _status_of(self, attachment: Attachment, uid: int) -> AttachmentStatus:

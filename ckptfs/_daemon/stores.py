@@ -6,8 +6,14 @@ and the daemon's own user) never gets them, and gets nowhere but below its URI.
 
 A location that has been looked up says so in `Location.store`. On the control socket that field is
 refused, because it stands for the permission.
+
+S3 is read by our own client in threads of the daemon, which end by themselves. Everything else
+needs a library, and so is read by a worker (``ckptfs._workers``). So are local files, because a
+file system of the network may not answer: the thread that waits for it keeps a process that is
+killed, and so the next daemon could not begin.
 """
 
+import functools
 import grp
 import logging
 import os
@@ -19,12 +25,17 @@ from ckptfs._daemon.users import is_ours
 from ckptfs._model.location import Location
 from ckptfs._model.stores import Credentials, StoreTable, Who
 from ckptfs._store.base import Store
-from ckptfs._store.resolve import OpenStore, open_store
+from ckptfs._store.resolve import open_store
+from ckptfs._workers.pool import Pool
+from ckptfs._workers.store import WorkerStore
 from ckptfs.errors import CkptfsError, LocationError, ProtocolError, StoreNotAllowed, UnknownStore
 
 log = logging.getLogger(__name__)
 
-OpenNamed: TypeAlias = Callable[[Location, float, Credentials], Store]
+OpenFor: TypeAlias = Callable[[Location, float, int], Store]
+"""Opens a location with that timeout (see ``resolve.open_store``) for that user."""
+OpenWith: TypeAlias = Callable[[Location, float, int, Credentials], Store]
+"""Likewise, with these credentials."""
 _OPTIONS = frozenset(["store", "like"])
 
 
@@ -81,24 +92,36 @@ def _numbers(store: str, who: Who, number_of: Callable[[str], int]) -> frozenset
     return frozenset(found)
 
 
+def opening_with(pool: Pool, *, is_private: bool) -> OpenWith:
+    """What opens all stores of a daemon, whose workers are those of `pool`. A private daemon has
+    one filesystem, which they know."""
+
+    def open_with(
+        location: Location, timeout_s: float, uid: int, credentials: Credentials
+    ) -> Store:
+        in_worker = functools.partial(WorkerStore, pool, uid)
+        if is_private:
+            return in_worker(location, timeout_s)
+        return open_store(location, timeout_s, credentials, in_worker)
+
+    return open_with
+
+
+def _open_nothing(location: Location, *_: object) -> Store:
+    raise LocationError(f"{location.uri} cannot be opened here")
+
+
 class Stores:
     """The named stores, and all others, for `open`.
 
     Args:
         known: The named ones.
-        open_plain: Opens what has no name.
-        open_named: Opens what has one, with its credentials.
+        open_with: Opens all of them.
     """
 
-    def __init__(
-        self,
-        known: Mapping[str, Known],
-        open_plain: OpenStore = open_store,
-        open_named: OpenNamed = open_store,
-    ) -> None:
+    def __init__(self, known: Mapping[str, Known], open_with: OpenWith = _open_nothing) -> None:
         self.known = dict(known)
-        self._open_plain = open_plain
-        self._open_named = open_named
+        self._open_with = open_with
 
     def find(self, location: Location, peer: Peer) -> Location:
         """The place that a client asks for. Other locations than named ones are what they say.
@@ -126,17 +149,17 @@ class Stores:
             )
         return known.table.location(name, location.path)
 
-    def open(self, location: Location, timeout_s: float) -> Store:
+    def open(self, location: Location, timeout_s: float, uid: int) -> Store:
         """See ``resolve.open_store``. Raises LocationError, too, for what a named store was."""
         if location.store is None:
-            return self._open_plain(location, timeout_s)
+            return self._open_with(location, timeout_s, uid, "default")
         known = self.known.get(location.store.name)
         if known is None or not self._leads_to(location):
             raise LocationError(
                 f"{location.uri}: the store {location.store.name!r} is no longer what it was; "
                 "attach it again"
             )
-        return self._open_named(location, timeout_s, known.table.credentials)
+        return self._open_with(location, timeout_s, uid, known.table.credentials)
 
     def still_for(self, location: Location, uid: int, gid: int) -> bool:
         """Blocking. Whether a location that was looked up earlier is still what its name stands

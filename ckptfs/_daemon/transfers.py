@@ -10,9 +10,13 @@ the first is one of the transfer only if the second fails, too.
 A task looks at what is under way every `_LOOK_S`, while a second request may begin. Stores whose
 requests cannot be given up, because they are a library's, get no second ones: each would keep a
 thread.
+
+**Bytes that come** are noticed every `_NOTICE_S`: the store's speed follows from them (`flow`), and
+the deadlines of the reads that wait for them move (`liveness`).
 """
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -21,13 +25,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from ckptfs._daemon.flow import Flows
+from ckptfs._daemon.liveness import Liveness
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.outages import Outages
 from ckptfs._daemon.pace import Pace
 from ckptfs._daemon.slots import Priority, Slots, Ticket
 from ckptfs._store.base import Pin, Store
+from ckptfs._store.deadline import deadline_s, ends_at
 from ckptfs._store.progress import Progress
-from ckptfs.errors import CkptfsError, StoreUnavailable
+from ckptfs.errors import CkptfsError, StoreTimeout, StoreUnavailable
 
 if TYPE_CHECKING:
     from ckptfs._daemon.buffers import Buffer, Buffers
@@ -37,6 +44,19 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.025
 """A quarter of the shortest time that is called slow."""
+_NOTICE_S = 0.1
+"""Far below the shortest deadline that makes sense, 1 s."""
+
+Heard = Callable[[int, float], bool]
+"""Told how many bytes a transfer has, and when the last of them came; says whether that is more
+than ever before."""
+
+
+def _while_bytes_come(read: Callable[[], bool], progress: Progress, silence_s: float) -> bool:
+    """Run `read` with a deadline that moves as the span's does."""
+    end_s = deadline_s()
+    with ends_at(lambda: max(end_s, progress.last_s and progress.last_s + silence_s)):
+        return read()
 
 
 class Transferred(NamedTuple):
@@ -51,7 +71,20 @@ class Transferred(NamedTuple):
 class _Transfer:
     """One that is under way."""
 
-    def __init__(self, store: Store, pin: Pin, offset: int, length: int, ticket: Ticket) -> None:
+    def __init__(
+        self,
+        store: Store,
+        pin: Pin,
+        offset: int,
+        length: int,
+        ticket: Ticket,
+        heard: Heard,
+        silence_s: float,
+    ) -> None:
+        self.heard = heard
+        self.silence_s = silence_s
+        self.noticed = 0
+        self.noticed_s = 0.0
         self.store = store
         self.pin = pin
         self.offset = offset
@@ -79,7 +112,12 @@ class Transfers:
         buffers: "Buffers[CachedObject]",
         outages: Outages,
         nursery: trio.Nursery,
+        flows: Flows | None = None,
+        liveness: Liveness | None = None,
     ) -> None:
+        self._flows = flows or Flows()
+        self._liveness = liveness or Liveness()
+        self._notices = False
         self._offload = offload
         self._slots = slots
         self._buffers = buffers
@@ -92,14 +130,27 @@ class Transfers:
         self.hedged_requests = 0
 
     async def read(
-        self, store: Store, pin: Pin, offset: int, length: int, ticket: Ticket
+        self,
+        store: Store,
+        pin: Pin,
+        offset: int,
+        length: int,
+        ticket: Ticket,
+        heard: Heard = lambda _count, _at_s: True,
+        silence_s: float = 0.0,
     ) -> Transferred:
         """Read `length` bytes. `ticket` has been granted, and gives its place back when this ends;
-        its bytes, too, if it is not that of the result.
+        its bytes, too, if it is not that of the result. `heard` is told of bytes that came; the
+        request may last `silence_s` from each of them on.
 
         Raises what a Store raises.
         """
-        transfer = _Transfer(store, pin, offset, length, ticket)
+        transfer = _Transfer(store, pin, offset, length, ticket, heard, silence_s)
+        with self._measured(transfer):
+            return await self._read(transfer)
+
+    async def _read(self, transfer: _Transfer) -> Transferred:
+        store, length = transfer.store, transfer.length
         pace = self._paces.setdefault(store, Pace())
         self._under_way.add(transfer)
         if not self._looks and self._may_hedge(transfer):
@@ -120,6 +171,44 @@ class Transfers:
         whole_s = trio.current_time() - transfer.begun_s
         pace.took(length, transfer.progress.first_s or whole_s, whole_s)
         return transfer.result
+
+    @contextmanager
+    def _measured(self, transfer: _Transfer) -> Generator[None]:
+        """Learn from a transfer, which runs in this context, what the store can give."""
+        flow = self._flows.of(transfer.store)
+        flow.began()
+        if not self._notices:
+            self._notices = True
+            self._nursery.start_soon(self._notice)
+        try:
+            yield
+            self._came(transfer, transfer.length, trio.current_time())
+            flow.answered()
+        except StoreTimeout:
+            if not transfer.progress.count:
+                flow.timed_out(transfer.begun_s, trio.current_time())
+            raise
+        finally:
+            flow.ended()
+
+    async def _notice(self) -> None:
+        while self._under_way:
+            await trio.sleep(_NOTICE_S)
+            for transfer in list(self._under_way):
+                progress = transfer.progress
+                if progress.body_count > transfer.noticed:
+                    ago_s = time.monotonic() - progress.last_s
+                    self._came(transfer, progress.body_count, trio.current_time() - ago_s)
+        self._notices = False
+
+    def _came(self, transfer: _Transfer, count: int, at_s: float) -> None:
+        """A transfer has `count` bytes since `at_s`."""
+        if transfer.progress.body_count:  # a library's call does not say when its bytes came
+            since_s = transfer.noticed_s or transfer.begun_s + transfer.progress.first_s
+            self._flows.of(transfer.store).came(count - transfer.noticed, since_s, at_s)
+        transfer.noticed, transfer.noticed_s = count, at_s
+        if transfer.heard(count, at_s):
+            self._liveness.came(transfer.store, at_s)
 
     def give_up(self, transferred: Transferred) -> None:
         """The bytes are of no use."""
@@ -162,6 +251,7 @@ class Transfers:
         with self._filling(buffer, ticket):
             try:
                 read = partial(transfer.store.read_into, transfer.pin, transfer.offset, view)
+                read = partial(_while_bytes_come, read, progress, transfer.silence_s)
                 is_confirmed = await self._offload.data(progress.run, read)
             except trio.Cancelled:
                 progress.give_up()

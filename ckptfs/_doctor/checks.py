@@ -25,6 +25,10 @@ class Outcome(NamedTuple):
     remedy: str = ""
 
 
+_CHARACTERS_MAX = 2000
+"""Of a message: many settings of a store can be in one."""
+
+
 class Check(NamedTuple):
     """One check.
 
@@ -100,7 +104,7 @@ class Examination:
                 check.name,
                 check.group,
                 outcome.status,
-                printable(outcome.message),
+                printable(outcome.message, _CHARACTERS_MAX),
                 printable(outcome.remedy),
             )
 

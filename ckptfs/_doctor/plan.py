@@ -91,6 +91,11 @@ def _of_store(remote: Remote) -> list[Check]:
             needs=("config",),
         ),
         Check(
+            *("settings", STORE, remote.settings, "correct the setting"),
+            needs=("config",),
+            after=("location",),
+        ),
+        Check(
             *("credentials", STORE, remote.credentials),
             "check the profile or role",
             needs=("location",),

@@ -10,26 +10,28 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
-
-import msgspec
+from urllib.parse import urlsplit
 
 from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
 from ckptfs._doctor.node import Node
-from ckptfs._model.location import Location
+from ckptfs._model.location import Location, Option
 from ckptfs._model.units import size_text
 from ckptfs._store.awskeys import FixedKeys, source_of
 from ckptfs._store.base import pin_of
 from ckptfs._store.deadline import ends_in
+from ckptfs._store.networks import endpoint_of as where_of
 from ckptfs._store.s3client import S3Client
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3options import s3_options
 from ckptfs.errors import AccessDenied, LimitExceeded
 
 if TYPE_CHECKING:
     from ckptfs._model.manifest import ListedFile
     from ckptfs._store.base import Store
+    from ckptfs._store.draft import Setting
 
 _STEP_S = 5.0
 """Longest time for one step of the network, which usually takes milliseconds."""
@@ -42,6 +44,8 @@ _READ_BYTES = 64 << 20
 _SPAN_BYTES = 8 << 20
 _READ_S = 2.0
 """Longest time for reading; the last span may add to it."""
+_PROXY_PORTS = {"http": 80, "https": 443}
+_HDFS_PORT = 8020
 _CLOCK_REMEDY = "set the clock: enable an NTP service (timedatectl set-ntp true)"
 
 
@@ -66,6 +70,8 @@ class Remote:
         self._socket: socket.socket
         self._opened = contextlib.ExitStack()
         self._largest: ListedFile | None = None
+        self._settings: list[Setting] = []
+        self._proxy = ""
 
     def close(self) -> None:
         """Close the connections."""
@@ -76,15 +82,34 @@ class Remote:
         if not self._uri:
             return skipped("give a URI to check its store: ckptfs doctor s3://bucket/run")
         # Not at the top: pyarrow is for those that have a URI.
-        from ckptfs._store.describe import describe
+        from ckptfs._store.describe import describe, explain
         from ckptfs._store.filesystems import filesystem_of
         from ckptfs._store.named import open_place
 
-        described = describe(*filesystem_of(self._uri))
+        place = filesystem_of(self._uri)
+        self._settings = explain(*place)
+        described = describe(*place)
         timeout_s = self._node.config.store_timeout_s
         self._location, self._store = open_place(described, timeout_s)
         self._opened.callback(self._store.close)
         return ok(self._location.uri)
+
+    def settings(self) -> Outcome:
+        """What the user has said about the store, in the URI, in variables and in a profile."""
+        if not self._settings:
+            return skipped("the URI alone says where the store is")
+        used: list[str] = []
+        others: list[str] = []
+        for each in self._settings:
+            shown = f"{each.place} = {each.value or '(hidden)'}"
+            if each.use == "used":
+                used.append(shown)
+            else:
+                others.append(f"{each.place} is {each.use} ({each.why})")
+        text = "; ".join([*used, *others])
+        if any(each.use == "refused" for each in self._settings):
+            return failed(text, "correct the setting that is refused, or unset it")
+        return ok(text)
 
     def credentials(self) -> Outcome:
         """Whether there are credentials, and where they come from. They are never shown."""
@@ -95,7 +120,7 @@ class Remote:
             return self._credentials_of_s3()
         if location.secrets:
             return ok(f"{', '.join(sorted(location.secrets))}: given, or of the environment")
-        from ckptfs._store.lending import lent_for
+        from ckptfs._store.kinds import lent_for
 
         lent = lent_for(location)
         if location.kind in ("local", "http") or not lent:
@@ -104,7 +129,7 @@ class Remote:
 
     def _credentials_of_s3(self) -> Outcome:
         secrets = self._location.secrets
-        options = msgspec.convert({**self._location.options, **secrets}, S3Options)
+        options = s3_options({**self._location.options, **secrets})
         if options.anonymous:
             return ok("none are needed: anonymous")
         if options.access_key and not options.role_arn:
@@ -112,9 +137,14 @@ class Remote:
             kind = "for a time" if options.session_token else "without an end"
             where = "the environment (AWS_ACCESS_KEY_ID)" if is_known else "the URI"
             return ok(f"of {where}, valid {kind}")
+        source = source_of(options, self._location.uri)
+        if options.profile:
+            return ok(f"of the profile {options.profile!r}: {source}")
+        if options.web_identity_token_file or options.container_credentials_uri:
+            return ok(f"of the environment: {source}")
         served_by = self._node.served_by
         whose = f"; the daemon at {served_by} has its own" if served_by else ""
-        return ok(f"of AWS's chain: {source_of(options, self._location.uri)}{whose}")
+        return ok(f"of AWS's chain: {source}{whose}")
 
     def name(self) -> Outcome:
         """Whether the host of the store has an address."""
@@ -122,13 +152,20 @@ class Remote:
         if endpoint is None:
             return skipped("local files need no network")
         self._endpoint = endpoint
+        host, port, what = endpoint.host, endpoint.port, ""
+        if url := self._location.secrets.get("proxy"):
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or _PROXY_PORTS[parts.scheme]
+            self._proxy = what = f"the proxy {host}:{port}"
+            what += f" for {endpoint.host}: "
         begun_s = time.monotonic()
         try:
-            found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:
-            return failed(f"{endpoint.host}: {error}", "check the endpoint, and /etc/resolv.conf")
-        self._addresses = [(str(address[0]), endpoint.port) for *_, address in found]
-        return ok(f"{endpoint.host} is {self._addresses[0][0]}, {_ms(begun_s)}")
+            remedy = "check the proxy's variable" if what else "check the endpoint"
+            return failed(f"{what}{host}: {error}", f"{remedy}, and /etc/resolv.conf")
+        self._addresses = [(str(address[0]), port) for *_, address in found]
+        return ok(f"{what}{host} is {self._addresses[0][0]}, {_ms(begun_s)}")
 
     def connection(self) -> Outcome:
         """Whether the host can be reached."""
@@ -142,6 +179,8 @@ class Remote:
             else:
                 self._opened.enter_context(self._socket)
                 return ok(f"{address[0]} port {address[1]} answers, {_ms(begun_s)}")
+        if self._proxy:
+            return failed(f"{self._proxy}: {failure}", "check the proxy, and NO_PROXY")
         host, port = self._endpoint.host, self._endpoint.port
         return failed(
             f"{host} port {port}: {failure}",
@@ -153,6 +192,8 @@ class Remote:
         endpoint = self._endpoint
         if endpoint.tls is None:
             return skipped("the connection is plain: http")
+        if self._proxy:
+            return skipped(f"it goes through {self._proxy}: see store-list")
         begun_s = time.monotonic()
         self._socket.settimeout(_STEP_S)
         try:
@@ -169,6 +210,8 @@ class Remote:
         """Whether the machine's time is the store's."""
         if self._location.kind == "hdfs":
             return skipped("HDFS does not look at it")
+        if self._proxy:
+            return skipped(f"the connection goes through {self._proxy}")
         request = http.client.HTTPConnection(self._endpoint.host, self._endpoint.port)
         self._socket.settimeout(_STEP_S)
         request.sock = self._socket
@@ -225,27 +268,26 @@ class Remote:
 
 def endpoint_of(location: Location) -> Endpoint | None:
     """Where requests to a location go; None: nowhere."""
-    options = {name: str(value) for name, value in location.options.items()}
-    account = options.get("account_name", "")
     if location.kind in ("local", "private"):
         return None
     if location.kind == "hdfs":
-        return Endpoint(options.get("host", ""), int(options.get("port", "8020")), None)
+        port = int(location.options.get("port") or _HDFS_PORT)
+        return Endpoint(str(location.options.get("host", "")), port, None)
     if location.kind == "s3":
         bucket = location.path.partition("/")[0]
-        known = msgspec.convert(location.options, S3Options)
+        known = s3_options(location.options)
         return _endpoint(*S3Client(bucket, known, FixedKeys(None), _STEP_S).endpoint)
-    default = {
-        "gcs": "storage.googleapis.com",
-        "azure": f"{account}{options.get('blob_storage_authority', '.blob.core.windows.net')}",
-        "az": f"{account}.blob.core.windows.net",
-        "hf": options.get("endpoint", "huggingface.co"),
-        "http": location.path,
-    }[location.kind]
-    scheme, _, rest = (options.get("endpoint_override") or default).rpartition("://")
-    scheme = scheme or options.get("scheme") or options.get("blob_storage_scheme") or "https"
-    tls = ssl.create_default_context() if scheme == "https" else None
-    return _endpoint(rest.partition("/")[0], tls)
+    found = where_of(location.kind, location.path, location.options)
+    if found is None:
+        return None
+    tls = _tls_of(location.options) if found.scheme == "https" else None
+    return _endpoint(found.authority, tls)
+
+
+def _tls_of(options: Mapping[str, Option]) -> ssl.SSLContext:
+    names = ("tls_ca_file_path", "tls_ca_dir_path")
+    cafile, capath = (str(options.get(name) or "") or None for name in names)
+    return ssl.create_default_context(cafile=cafile, capath=capath)
 
 
 def _endpoint(host: str, tls: ssl.SSLContext | None) -> Endpoint:

@@ -72,9 +72,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Seconds,
         _live("How long a daemon with no attachment and no client stays; 0: for ever."),
     ] = 60.0
-    read_deadline_s: Annotated[Seconds, _live("Longest time that a read waits for the store.")] = (
-        60.0
-    )
+    read_deadline_s: Annotated[
+        Seconds, _live("Longest time that a read waits for new bytes of the store.")
+    ] = 60.0
     attach_deadline_s: Annotated[
         Seconds, _live("Longest time that an attach waits for the store's listing.")
     ] = 60.0

@@ -71,12 +71,12 @@ class Manifest(msgspec.Struct, frozen=True):
     size: int
 
 
-def printable(name: str) -> str:
-    """`name` with control characters, quotes and undecodable bytes escaped; at most 300
+def printable(name: str, characters_max: int = 300) -> str:
+    """`name` with control characters, quotes and undecodable bytes escaped; at most so many
     characters."""
     text = name.encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= characters_max else text[: characters_max - 3] + "..."
 
 
 def fault_of_name(path: str) -> str | None:

@@ -43,6 +43,10 @@ LABELS: Mapping[str, str] = {
     ),
     "passthrough": "`on` or `off`",
     "priority": "`demand`, `readahead`, `prefetch`, `dark` (the store does not answer)",
+    "reason": (
+        "`idle`, or `died` (by itself, or killed by others), `stopped`, `still` (its library held "
+        "the interpreter's lock for too long), `overdue` (its library hangs), `nonsense`"
+    ),
     "source": "`cache`: the bytes were on the node when they were asked for; `store`: not yet",
     "version": "of ckptfs",
 }
@@ -88,7 +92,11 @@ _NODE = (
     Metric("cache_limit_bytes", "gauge", "`cache_bytes_max`; 0: only the free share limits it."),
     Metric("evicted_bytes", "counter", "Bytes that had to go because there was no room."),
     Metric("evicted_objects", "counter", "Files that went as a whole."),
-    Metric("threads", "gauge", "Threads that work, or hang in a store's library."),
+    Metric("threads", "gauge", "Threads of the daemon that work, or wait for others."),
+    Metric("workers", "gauge", "Processes in which libraries of stores run."),
+    Metric("worker_memory_bytes", "gauge", "What these have in memory."),
+    Metric("worker_starts", "counter", "Such processes that were started."),
+    Metric("worker_ends", "counter", "Such processes that have ended.", ("reason",)),
 )
 _OF_ONE = ("checkpoint",)
 _CHECKPOINT = (

@@ -246,6 +246,7 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     """Reply to `Status`. Sizes in bytes; what is fetched from stores, taken from other nodes and
     given to them is counted since the daemon started.
     `restarts`: how many daemons have served the mount before this one.
+    `workers`: how many processes run libraries of stores for it; `worker_bytes`: their memory.
     `passthrough`: "on", or "off: " and the reason why the kernel reads no cached file itself.
     `left_out`: attachments for which a message has no room.
     `log`: where the daemon's log is to be read: a file, a command, or in words."""
@@ -265,6 +266,8 @@ class StatusReply(Message, frozen=True, tag="status-reply"):
     taken_bytes: int = 0
     given_bytes: int = 0
     log: str = ""
+    workers: int = 0
+    worker_bytes: int = 0
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -12,20 +12,18 @@ import hmac
 import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime, timezone
 from email.utils import formatdate
 from http.client import HTTPResponse
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote
 
-from ckptfs._model.endpoints import parse_endpoint
 from ckptfs._store.awskeys import FixedKeys
 from ckptfs._store.deadline import left_s
 from ckptfs._store.s3 import translate_error
 from ckptfs._store.s3client import BrokenConnection, S3Client, S3Error
 from ckptfs._store.s3options import S3Options
-from ckptfs._store.sigv4 import encoded
 from ckptfs._store.tokens import TokenSource
 from ckptfs.errors import LocationError, StoreUnavailable
 
@@ -120,8 +118,6 @@ class AuthorizedClient(S3Client):
         self._object_headers = object_headers or {}
         self._mark = mark
         self._codes = codes or {}
-        endpoint = parse_endpoint(options.endpoint_override, options.scheme)
-        self._root = f"{endpoint.path}/{encoded(bucket)}"
 
     @contextmanager
     def request(
@@ -132,14 +128,22 @@ class AuthorizedClient(S3Client):
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
         expected: frozenset[int] = frozenset({200}),
+        patience_s: float | None = None,
     ) -> Generator[HTTPResponse]:
         """See S3Client.request."""
-        path = f"{self._root}/{encoded(key, '/')}" if key else self._root
+        path = self._address.path(key)
         own = {**self._headers, **(self._object_headers if key else {})}
         plain = Request(method, path, query or {}, {**(headers or {}), **own}, len(body))
+
+        def send(request: Request) -> AbstractContextManager[HTTPResponse]:
+            about = request.query, request.headers
+            return super(AuthorizedClient, self).request(
+                method, key, *about, body, expected, patience_s
+            )
+
         try:
             with ExitStack() as stack:
-                response = self._begun(stack, plain, key, body, expected)
+                response = self._begun(stack, plain, send)
                 if key and response.status != _NOT_MODIFIED:
                     self._check_mark(response)
                 yield response
@@ -148,21 +152,24 @@ class AuthorizedClient(S3Client):
             raise
 
     def _begun(
-        self, stack: ExitStack, plain: Request, key: str, body: bytes, expected: frozenset[int]
+        self,
+        stack: ExitStack,
+        plain: Request,
+        send: Callable[[Request], AbstractContextManager[HTTPResponse]],
     ) -> HTTPResponse:
         """The answer, whose context is in `stack`."""
         has_renewed = False
         while True:
-            request = self._authority.authorize(plain)
-            about = request.query, request.headers
             try:
-                return stack.enter_context(
-                    super().request(request.method, key, *about, body, expected)
-                )
+                return stack.enter_context(send(self._authority.authorize(plain)))
             except S3Error as error:
                 if error.status not in _REFUSED or has_renewed or not self._authority.renew():
                     raise
                 has_renewed = True
+
+    def _has_moved(self, *_: Any, **__: Any) -> bool:
+        """A bucket or container has one address, and what authorizes stays with its host."""
+        return False
 
     def _check_mark(self, response: HTTPResponse) -> None:
         """Raise S3Error for an answer that the service has not made, e.g. a login page."""
@@ -176,6 +183,7 @@ class AuthorizedClient(S3Client):
         shown = scrubbed(text, self._authority.secrets)
         if isinstance(error, S3Error):
             error.code = self._codes.get(error.code, error.code)
+            error.message = scrubbed(error.message, self._authority.secrets)
             fault = self._authority.fault() if error.status in _REFUSED else ""
             shown += f"; {fault}" if fault else ""
         if shown != text:

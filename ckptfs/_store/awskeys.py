@@ -4,9 +4,11 @@
 """Where the keys for S3 come from: the location, a store's own, or AWS's chain (by botocore).
 
 The chain is that of every AWS tool: environment, profile (also with a role, web identity or single
-sign-on), container, instance. Keys that expire are renewed when they are asked for; keys that the
-server refuses are looked for once more, because a file of them may have been rewritten. botocore
-takes a quarter of a second to import, so it is imported for the chain only.
+sign-on), container, instance. A location can name the caller's profile, web identity or container
+(see `awsprofile`), which then count instead of the daemon's. Keys that expire are renewed when they
+are asked for; keys that the server refuses are looked for once more, because a file of them may
+have been rewritten. botocore takes a quarter of a second to import, so it is imported for the chain
+only.
 """
 
 import math
@@ -155,7 +157,8 @@ def _translated(name: str) -> Generator[None]:
 
     try:
         yield
-    except (BotoCoreError, ClientError, RuntimeError) as error:  # the last: expired when renewed
+    # A RuntimeError is one of keys that were not renewed in time, an OSError one of a token's file.
+    except (BotoCoreError, ClientError, RuntimeError, OSError) as error:
         raise AccessDenied(
             f"{name}: no AWS credentials ({error}); check the profile or role"
         ) from None
@@ -169,26 +172,77 @@ def _credentials(options: S3Options, profile: str) -> Any:
     """botocore's credentials: of the chain, or of the role that is to be assumed with those."""
     from botocore.credentials import (
         AssumeRoleCredentialFetcher,
+        AssumeRoleWithWebIdentityCredentialFetcher,
         Credentials,
         DeferredRefreshableCredentials,
     )
-    from botocore.session import Session
+    from botocore.utils import FileWebIdentityTokenLoader
 
-    session = Session(profile=profile or None)
+    session = _session(options, profile or options.profile)
+    extra: dict[str, str | int] = {}
+    if options.session_name:
+        extra["RoleSessionName"] = options.session_name
+    if options.web_identity_token_file:
+        fetcher: Any = AssumeRoleWithWebIdentityCredentialFetcher(
+            session.create_client,
+            FileWebIdentityTokenLoader(options.web_identity_token_file),
+            options.role_arn,
+            extra_args=extra,
+        )
+        return DeferredRefreshableCredentials(fetcher.fetch_credentials, "web-identity")
     if options.access_key:  # the chain is not asked then: it may wait for an instance that is none
         source = Credentials(options.access_key, options.secret_key, options.session_token or None)
+    elif options.container_credentials_uri:
+        source = _of_container(options)
     else:
         source = session.get_credentials()
     if not options.role_arn or source is None:
         return source
-    extra: dict[str, str | int] = {"DurationSeconds": options.load_frequency}
-    if options.session_name:
-        extra["RoleSessionName"] = options.session_name
+    extra["DurationSeconds"] = options.load_frequency
     if options.external_id:
         extra["ExternalId"] = options.external_id
-    if options.region:
-        session.set_config_variable("region", options.region)
     fetcher = AssumeRoleCredentialFetcher(
         session.create_client, source, options.role_arn, extra_args=extra
     )
     return DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
+
+
+def _session(options: S3Options, profile: str) -> Any:
+    """botocore's session as the caller would have it: by the caller's files, proxy and endpoint."""
+    from botocore.config import Config
+    from botocore.session import Session
+
+    class CallersSession(Session):
+        def create_client(self, service_name: str, *args: Any, **more: Any) -> Any:
+            if service_name == "sts" and options.sts_endpoint_url:
+                more["endpoint_url"] = options.sts_endpoint_url
+            return super().create_client(service_name, *args, **more)
+
+    session = CallersSession(profile=profile or None)
+    # Certificates for a server of one's own are not those of Amazon.
+    ca_file = "" if options.endpoint_override else options.tls_ca_file_path
+    for name, value in (
+        ("config_file", options.config_file),
+        ("credentials_file", options.credentials_file),
+        ("region", options.region),
+        ("ca_bundle", ca_file),
+    ):
+        if value:
+            session.set_config_variable(name, value)
+    if options.proxy:
+        proxies = {"http": options.proxy, "https": options.proxy}
+        session.set_default_client_config(Config(proxies=proxies))
+    return session
+
+
+def _of_container(options: S3Options) -> Any:
+    from botocore.credentials import ContainerProvider
+
+    uri = options.container_credentials_uri
+    kind = "RELATIVE" if uri.startswith("/") else "FULL"
+    environ = {f"AWS_CONTAINER_CREDENTIALS_{kind}_URI": uri}
+    if options.container_token_file:
+        environ["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"] = options.container_token_file
+    elif options.container_token:
+        environ["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = options.container_token
+    return ContainerProvider(environ).load()

@@ -11,16 +11,22 @@ files there, or goes on where the first one failed.
 
 The main thread decides (what is next, what is complete); the workers only read and write.
 
-Every request ends in time (``timed``), and none is tried again later than `_TRIES_WITHIN_S`; so a
-copy from a store that stays silent, or all but does, ends with StoreTimeout.
+Every request ends in time (``timed``), and none is tried again later than `_TRIES_WITHIN_S` after
+its first failure. So a copy from a store that stays silent ends with StoreTimeout.
+
+A store that gives no first byte in time is asked by fewer requests at once (`_Places`): it may do
+much for each of them.
 """
 
+import contextlib
 import contextvars
 import fnmatch
+import math
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,7 +48,9 @@ _FILES_MAX = 10_000_000
 _PAUSES_S = 0.2, 0.4, 0.8, 1.6
 """Before a request whose error can pass is tried again (jittered)."""
 _TRIES_WITHIN_S = 60.0
-"""No try begins later than that after the first."""
+"""No try begins later than that after the first failure."""
+_PLACES_MIN = 2
+"""Fewest requests at once: with one, a request that hangs would hold up the whole copy."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes of all files, from the calling thread."""
@@ -144,6 +152,7 @@ class _Copy:
         self._running = 0
         self._outcomes: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
         self._pool = ThreadPoolExecutor(_THREADS, "ckptfs-copy")
+        self._places = _Places(_THREADS)
 
     def run(self) -> None:
         """Copy; returns when everything is there. The first error ends the rest."""
@@ -167,7 +176,8 @@ class _Copy:
     ) -> None:
         self._running += 1
         context = contextvars.copy_context()  # has the deadline, if there is one
-        future = self._pool.submit(context.run, _persist, partial(work, file, *part))
+        attempt = partial(work, file, *part)
+        future = self._pool.submit(context.run, _retry, attempt, self._places)
         future.add_done_callback(lambda f: self._outcomes.put((f, partial(then, file, *part))))
 
     def _count(self, length: int) -> None:
@@ -248,14 +258,52 @@ def _nothing(_: _File) -> None:
     """A finished file needs nothing more."""
 
 
-def _persist(work: Callable[[], None]) -> None:
-    end_s = time.monotonic() + min(_TRIES_WITHIN_S, left_s())
+class _Places:
+    """How many requests run at once: half as many after a timeout, and one more after as many
+    answers as there are places. May be used from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._running = 0
+        self._cut_s = 0.0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def one(self) -> Generator[None]:
+        """Wait for a place, and keep it for the request that runs in this context."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < int(self._limit))
+            self._running += 1
+        begun_s = time.monotonic()
+        try:
+            yield
+            with self._changed:
+                self._limit = min(self._most, self._limit + 1 / self._limit)
+        except StoreTimeout:
+            with self._changed:
+                if begun_s >= self._cut_s:  # the requests of one burst are cut once
+                    self._cut_s = time.monotonic()
+                    self._limit = max(_PLACES_MIN, self._limit / 2)
+            raise
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
+def _retry(attempt: Callable[[], None], places: _Places) -> None:
+    end_s = math.inf
     for pause_s in _PAUSES_S:
         try:
-            return work()
+            with places.one():
+                return attempt()
         except StoreUnavailable as error:
+            now_s = time.monotonic()
+            end_s = min(end_s, now_s + min(_TRIES_WITHIN_S, left_s()))
             wait_s = max(pause_s * random.uniform(0.5, 1), error.retry_after_s)
-            if time.monotonic() + wait_s > end_s:
+            if now_s + wait_s > end_s:
                 raise
             time.sleep(wait_s)
-    return work()
+    with places.one():
+        return attempt()

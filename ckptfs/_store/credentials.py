@@ -5,7 +5,7 @@ that changes (a rotation) is read anew with the next request. Whatever is wrong 
 and while it is not there, the last ones that were good go on; that is logged once.
 
 The names in a file are those of AWS's credentials files, of what `credential_process` prints
-(JSON), or the options of the filesystem.
+(JSON), or the options of the filesystem: see `kinds`.
 """
 
 import configparser
@@ -20,31 +20,12 @@ from typing import Any, cast
 
 from ckptfs._model.location import Kind
 from ckptfs._model.stores import CredentialSource
+from ckptfs._store.kinds import KINDS
 from ckptfs.errors import AccessDenied
 
 log = logging.getLogger(__name__)
 
 _FILE_BYTES_MAX = 64 << 10
-
-# Names in files; before which the environment's prefix comes, in capitals.
-_NAMES: dict[Kind, dict[str, tuple[str, ...]]] = {
-    "s3": {
-        "access_key": ("aws_access_key_id", "AccessKeyId", "access_key"),
-        "secret_key": ("aws_secret_access_key", "SecretAccessKey", "secret_key"),
-        "session_token": ("aws_session_token", "SessionToken", "session_token"),
-    },
-    "gcs": {"access_token": ("google_oauth_access_token", "access_token")},
-    "azure": {
-        name: (f"azure_storage_{name}", name)
-        for name in ("account_key", "sas_token", "tenant_id", "client_id", "client_secret")
-    },
-}
-_NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
-    "s3": (("access_key", "secret_key"),),
-    "gcs": (("access_token",),),
-    "azure": (("account_key",), ("sas_token",), ("tenant_id", "client_id", "client_secret")),
-}
-"""One of these groups has to be there."""
 
 
 class SecretFile:
@@ -111,7 +92,7 @@ def environment_secrets(
 ) -> dict[str, str]:
     """The secrets in variables with a prefix. Raises AccessDenied where there are none."""
     prefix = source.environment
-    known = {name for names in _NAMES[kind].values() for name in names[:1]}
+    known = {name for names in KINDS[kind].in_files.values() for name in names[:1]}
     values = {name: environ.get(prefix + name.upper(), "") for name in known}
     return _picked(values, kind, f"credentials in the environment ({prefix}…)", prefix)
 
@@ -121,10 +102,12 @@ def _picked(
 ) -> dict[str, str]:
     found = {
         option: next((values[name] for name in names if values.get(name)), "")
-        for option, names in _NAMES[kind].items()
+        for option, names in KINDS[kind].in_files.items()
     }
-    if not any(all(found[option] for option in group) for group in _NEEDED[kind]):
-        groups = [[_NAMES[kind][option][0] for option in group] for group in _NEEDED[kind]]
+    if not any(all(found[option] for option in group) for group in KINDS[kind].needed):
+        groups = [
+            [KINDS[kind].in_files[option][0] for option in group] for group in KINDS[kind].needed
+        ]
         if prefix is not None:
             groups = [[prefix + name.upper() for name in group] for group in groups]
         wanted = ", or ".join(" and ".join(group) for group in groups)

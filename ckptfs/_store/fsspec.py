@@ -20,6 +20,7 @@ import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
+from ckptfs._store.kinds import KINDS
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
@@ -30,10 +31,8 @@ from ckptfs.errors import (
 )
 
 PACKAGES = {
-    "hf": "huggingface_hub",
-    "az": "adlfs",
-    "http": "fsspec aiohttp",
-    "https": "fsspec aiohttp",
+    **{scheme: KINDS[scheme].package for scheme in ("hf", "az", "http")},
+    "https": KINDS["http"].package,
 }
 """The schemes that pyarrow does not know and fsspec does, and what has to be installed for each.
 A fixed list: fsspec knows more, among them some that read or run what the URI names."""

@@ -1,4 +1,8 @@
-"""A checkpoint's own metadata: the JSON object in its file ``.metadata.json``, as Ray has it."""
+"""A checkpoint's own metadata: the JSON object in its file ``.metadata.json``, as Ray has it.
+
+S3 denies access to an object that is missing, where the credentials may not list the whole bucket.
+So a denial counts as "there is none" if the checkpoint's listing does not have the file.
+"""
 
 import contextlib
 import hashlib
@@ -13,11 +17,45 @@ from ckptfs._filelock import locked
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.base import Store
 from ckptfs._store.deadline import left_s
-from ckptfs.errors import MetadataError, MetadataNotDict, StoreTimeout
+from ckptfs.errors import (
+    AccessDenied,
+    CkptfsError,
+    MetadataError,
+    MetadataNotDict,
+    StoreTimeout,
+)
 
 _LOCK_WAIT_S = 60.0
 """Longest wait for another process that changes the metadata of the same checkpoint. Who has a
 deadline waits no longer: a change must not come when nobody expects it any more."""
+_LISTED_MAX = 100_000
+"""Most objects that are listed to learn whether the file is there: a hundred requests to S3."""
+
+
+def get(store: Store, is_listed: bool | None = None) -> bytes | None:
+    """The file's bytes; None where there is none.
+
+    Args:
+        store: The checkpoint.
+        is_listed: Whether the store's listing has the file; None: the store is asked if it matters.
+
+    Raises:
+        AccessDenied, StoreError: The store's answer.
+    """
+    try:
+        return store.get(METADATA_NAME)
+    except AccessDenied:
+        if _is_listed(store) if is_listed is None else is_listed:
+            raise
+        return None
+
+
+def _is_listed(store: Store) -> bool:
+    """Whether the file is in the store's listing; True where that cannot be found out."""
+    try:
+        return any(file.path == METADATA_NAME for file in store.list(_LISTED_MAX).files)
+    except CkptfsError:
+        return True
 
 
 def read(store: Store) -> Any:
@@ -27,17 +65,17 @@ def read(store: Store) -> Any:
         MetadataError: The file is not JSON.
         AccessDenied, StoreError: The store's answer.
     """
-    return parse(store.get(METADATA_NAME), store.name)
+    return parse(get(store), store.name)
 
 
-def read_dict(store: Store) -> dict[str, Any]:
-    """The metadata where it has keys.
+def read_dict(store: Store, is_listed: bool | None = None) -> dict[str, Any]:
+    """The metadata where it has keys; `is_listed` as of `get`.
 
     Raises:
         MetadataNotDict: What is stored is no dict.
         MetadataError, AccessDenied, StoreError: As of `read`.
     """
-    stored: Any = read(store)
+    stored: Any = parse(get(store, is_listed), store.name)
     if not isinstance(stored, dict):
         raise MetadataNotDict(
             f"{METADATA_NAME} in {store.name} holds a {type(stored).__name__} and not a dict, so "
@@ -85,13 +123,18 @@ def update(store: Store, changes: Mapping[str, Any]) -> None:
     change(store, lambda stored: {**stored, **changes})
 
 
-def change(store: Store, how: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
-    """Replace the metadata by what `how` makes of it, while nobody else on this node changes it.
+def change(
+    store: Store,
+    how: Callable[[dict[str, Any]], dict[str, Any]],
+    is_listed: bool | None = None,
+) -> bytes:
+    """Replace the metadata by what `how` makes of it, while no other process of this user on this
+    node changes it. `is_listed` as of `get`.
 
     Returns the new bytes. Nothing is written if `how` raises. Raises as `update`.
     """
     with _serialised(store.name):
-        raw = json.dumps(how(read_dict(store))).encode()
+        raw = json.dumps(how(read_dict(store, is_listed))).encode()
         store.put(METADATA_NAME, raw)
         return raw
 

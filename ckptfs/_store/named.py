@@ -11,12 +11,22 @@ import msgspec
 from ckptfs._config import load_config
 from ckptfs._model.location import Kind, Location
 from ckptfs._model.stores import CredentialSource, StoreTable, named_location, split_named
+from ckptfs._store.ambient import completed
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
 from ckptfs._store.resolve import open_store
 from ckptfs._store.s3options import S3Options
 from ckptfs.errors import AccessDenied, UnknownStore
+
+_WHOSE = (
+    "AWS_DEFAULT_PROFILE",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+)
+"""Variables of a caller that say whose keys AWS's chain finds."""
 
 
 def own_table(name: str) -> StoreTable | None:
@@ -37,13 +47,16 @@ def asked_for(name: str, below: str, environ: Mapping[str, str] = os.environ) ->
     """What is sent to a daemon for a path in a store: the name, or where our own table has its
     credentials from the environment, and there are some in ours, the place with these.
 
-    Raises LocationError, ConfigError.
+    Raises LocationError, ConfigError, AccessDenied.
     """
     table = own_table(name)
     if table is not None:
         place = table.location(name, below)
-        if secrets := _in_environment(table, place.kind, environ):
-            return msgspec.structs.replace(place, secrets=secrets, store=None)
+        secrets = _in_environment(table, place.kind, environ)
+        of_chain = place.kind == "s3" and table.credentials == "default"
+        if secrets or (of_chain and any(environ.get(name) for name in _WHOSE)):
+            place = msgspec.structs.replace(place, secrets=secrets, store=None)
+            return completed(place, environ)
     return named_location(name, below, table)
 
 

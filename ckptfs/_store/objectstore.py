@@ -12,12 +12,20 @@ from ckptfs._store.authorized import Anonymous, Authority, Bearer, SasToken, Sha
 from ckptfs._store.azure import AzureStore
 from ckptfs._store.base import Store
 from ckptfs._store.gcs import GoogleStore
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3options import S3Options, s3_options
 from ckptfs._store.tokens import GivenToken, azure_tokens, google_tokens
 from ckptfs.errors import LocationError
 
 KINDS: frozenset[Kind] = frozenset(["azure", "gcs"])
 """What `open_objects` opens."""
+_NETWORK = (
+    "proxy",
+    "tls_ca_dir_path",
+    "tls_ca_file_path",
+    "tls_ca_pem",
+    "tls_verify_certificates",
+)
+"""Options that say how the server is reached, as of S3."""
 _AZURE_BLOB = ".blob.core.windows.net"
 
 
@@ -95,12 +103,9 @@ def _azure_endpoint(options: Mapping[str, Option], account: str) -> tuple[str, s
 
 def _server(options: Mapping[str, Option], endpoint: str, scheme: str) -> S3Options:
     parsed = parse_endpoint(endpoint, scheme)
-    return S3Options(
-        endpoint_override=parsed.place,
-        scheme=parsed.scheme,
-        tls_ca_file_path=_text(options, "tls_ca_file_path"),
-        proxy=_text(options, "proxy"),
-    )
+    network = {name: options[name] for name in _NETWORK if name in options}
+    where = {"endpoint_override": parsed.place, "scheme": parsed.scheme}
+    return s3_options({**network, **where})
 
 
 def _text(options: Mapping[str, Option], name: str) -> str:

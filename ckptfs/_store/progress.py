@@ -21,12 +21,17 @@ class Progress:
 
     Attributes:
         count: Bytes that came so far, those of the answer's head included.
+        body_count: Those of the answer's body: a head that does not end is no progress.
         first_s: Seconds until the first of them came; 0: none did.
+        last_s: When the last byte of the body came, by `time.monotonic`; 0: none did.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.body_count = 0
+        self._is_in_head = False
         self.first_s = 0.0
+        self.last_s = 0.0
         self._begun_s = time.monotonic()
         self._lock = threading.Lock()  # guards the two below
         self._sock: socket.socket | None = None
@@ -61,11 +66,25 @@ class Progress:
         with self._lock:
             self._sock = None
 
+    def expect_head(self) -> None:
+        """The bytes that come from now on are those of an answer's head."""
+        self._is_in_head = True
+
+    def expect_body(self) -> None:
+        """The bytes that come from now on are those of an answer's body."""
+        self._is_in_head = False
+
     def came(self, count: int) -> None:
         """So many more bytes came."""
-        if not self.count and count:
-            self.first_s = time.monotonic() - self._begun_s
+        if not count:
+            return
+        now_s = time.monotonic()
+        if not self.count:
+            self.first_s = now_s - self._begun_s
         self.count += count
+        if not self._is_in_head:
+            self.last_s = now_s
+            self.body_count += count
 
 
 _current: ContextVar[Progress] = ContextVar("progress")

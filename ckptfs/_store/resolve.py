@@ -9,49 +9,68 @@ from typing import TypeAlias
 
 import msgspec
 
-from ckptfs._model.location import Location, Option
+from ckptfs._model.location import Location
 from ckptfs._model.stores import Credentials
 from ckptfs._store import objectstore
+from ckptfs._store.ambient import connected
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
-from ckptfs._store.descriptions import DESCRIPTIONS
+from ckptfs._store.kinds import KINDS, NAMESPACE
 from ckptfs._store.renewed import RenewedStore
 from ckptfs._store.s3 import S3Store
+from ckptfs._store.s3address import split_path
 from ckptfs._store.s3client import S3Client
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3options import s3_options
 from ckptfs.errors import AccessDenied, LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
-"""The type of `open_store`."""
+"""Opens a location that brings its credentials, or needs none."""
 
 
-def open_store(location: Location, timeout_s: float, credentials: Credentials = "default") -> Store:
+def open_here(location: Location, timeout_s: float) -> Store:
+    """The store at a location that is not S3, in this process. Raises LocationError."""
+    from ckptfs._store.onfilesystem import open_on_filesystem
+
+    return open_on_filesystem(location, {**location.options, **location.secrets}, timeout_s)
+
+
+def open_store(
+    location: Location,
+    timeout_s: float,
+    credentials: Credentials = "default",
+    open_other: OpenStore = open_here,
+) -> Store:
     """The store at `location`. Opens no connection.
 
     Args:
         location: Checked here against the allow-list: it may come from another process.
         timeout_s: Longest connect, and longest silence within a request.
         credentials: Of its named store, if it has one.
+        open_other: Opens what we have no client of our own for, and so needs a library.
 
     Raises:
         LocationError: An option that is not on the list, or of a wrong type.
         AccessDenied: The file or variables with the credentials cannot be used.
     """
-    description = DESCRIPTIONS.get(location.kind)
-    if description is None:
+    row = KINDS.get(location.kind)
+    if row is None:
         raise LocationError(f"{location.uri} can be read by a private daemon only")
-    unknown = (
-        location.options.keys() - description.public | location.secrets.keys() - description.secret
-    )
+    unknown = location.options.keys() - row.public | location.secrets.keys() - row.secret
     if unknown:
         raise LocationError(f"{location.uri}: unknown options {', '.join(sorted(unknown))}")
-    options = {**location.options, **location.secrets}
+    if location.store is not None:
+        location = connected(location)
+    public = {k: v for k, v in location.options.items() if k != NAMESPACE}
+    location = msgspec.structs.replace(location, options=public)
+    if location.kind in objectstore.KINDS:
+        open_other = objectstore.open_objects
     if location.kind != "s3":
-        return _open_on_filesystem(location, options, timeout_s, credentials)
+        return _open_with_credentials(location, timeout_s, credentials, open_other)
     try:
-        known = msgspec.convert(options, S3Options)
-        bucket, _, prefix = location.path.partition("/")
+        known = s3_options({**location.options, **location.secrets})
+        timeout_s = max(known.request_timeout, known.connect_timeout) or timeout_s
+        bucket, prefix = split_path(location.path)
         client = S3Client(bucket, known, keys_for(known, location.uri, credentials), timeout_s)
     except AccessDenied:
         raise
@@ -60,17 +79,12 @@ def open_store(location: Location, timeout_s: float, credentials: Credentials = 
     return S3Store(client, prefix, location.uri)
 
 
-def _open_on_filesystem(
-    location: Location, options: Mapping[str, Option], timeout_s: float, credentials: Credentials
+def _open_with_credentials(
+    location: Location, timeout_s: float, credentials: Credentials, open_other: OpenStore
 ) -> Store:
     def open_with(secrets: Mapping[str, str]) -> Store:
-        if location.kind in objectstore.KINDS:
-            all_secrets = {**location.secrets, **secrets}
-            place = msgspec.structs.replace(location, secrets=all_secrets)
-            return objectstore.open_objects(place, timeout_s)
-        from ckptfs._store.onfilesystem import open_on_filesystem
-
-        return open_on_filesystem(location, {**options, **secrets}, timeout_s)
+        complete = msgspec.structs.replace(location, secrets={**location.secrets, **secrets})
+        return open_other(complete, timeout_s)
 
     if isinstance(credentials, str):
         return open_with({})

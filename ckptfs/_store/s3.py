@@ -260,6 +260,11 @@ class S3Store:
         """See Store.close."""
         self._client.close()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether first bytes took longer than the usual silence lately (see `patience`)."""
+        return self._client.is_slow
+
     # -- errors
 
     def _name_of(self, path: str) -> str:
@@ -316,16 +321,16 @@ def translate_error(error: S3Error | BrokenConnection, what: str) -> CkptfsError
     """The exception of ours that says what the server's answer means for `what`."""
     cause = printable(str(error))
     if isinstance(error, SilentServer):
-        return StoreTimeout(f"{what}: the store did not answer ({cause}); check the endpoint")
+        return StoreTimeout(f"{what}: the store did not answer ({cause}); {error.advice}")
     if isinstance(error, BrokenConnection):
-        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); check the endpoint")
+        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); {error.advice}")
     if error.code == "NoSuchBucket":
         return CheckpointNotFound(f"{what}: there is no such bucket; check its name")
     if error.code in _TRANSIENT or error.status in _TRANSIENT_STATUS:
         busy = StoreUnavailable(f"{what}: the store is busy or broken ({cause}); try again later")
         busy.retry_after_s = error.retry_after_s
         return busy
-    if error.code in _DENIED or error.status in (401, 403):
+    if error.code in _DENIED or error.status in (401, 403, 407):  # 407: a proxy
         return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
     return StoreError(f"{what}: {cause}")
 

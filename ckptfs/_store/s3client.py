@@ -5,156 +5,148 @@ allocation in between. For a GiB in ranges of 8 MiB that takes 0.5 s of CPU, nea
 kernel's copy, where pyarrow's S3 client takes 1.1 s (measured side by side, plain HTTP); and the
 requests can be conditional, which pyarrow's cannot.
 
-A connection serves one request at a time, and is kept for the next one if its answer was read to
-the end. All methods block, and may be called from any thread.
+All methods block, and may be called from any thread. **A request ends** with its answer, or with
+an error: when the server is silent for too long (see `answers` and `patience`), when the caller's
+deadline is over (see `deadline`), or when it is given up (see `progress`).
 
-**A request ends** with its answer, or with an error: when `timeout_s` pass in silence, when less
-comes than `_PROGRESS_BYTES` in twice that time, and in any case when the caller's deadline is over
-(see `deadline`), or it is given up (see `progress`). What has no limit of its own is the resolver:
-getaddrinfo(3) gives up when resolv.conf(5) says so.
+**A request is sent again** where its answer says that the bucket is in another region or has to
+be in the host's name (see `s3address`), and where other keys are there by now. What was learned
+counts for all later requests.
 """
 
-import functools
 import http.client
-import io
-import re
-import select
-import socket
+import math
 import ssl
 import threading
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from importlib.metadata import version as version_of
-from typing import Any, cast
-from xml.etree import ElementTree
 
+import msgspec
+
+from ckptfs._model.endpoints import Endpoint
 from ckptfs._requestid import request_id
 from ckptfs._store import deadline, progress
+from ckptfs._store.answers import Answer, Limits, Silence, read_all, read_into
 from ckptfs._store.awskeys import KeySource
-from ckptfs._store.requests import (
-    REQUESTS,
-    Kind,
-    Outcome,
-    counted,
-    outcome_of,
-    outcome_of_status,
+from ckptfs._store.connections import Connection, Connections, ended
+from ckptfs._store.patience import Patience
+from ckptfs._store.proxies import parse_proxy, refused
+from ckptfs._store.requests import REQUESTS, Kind, Outcome, counted, outcome_of, outcome_of_status
+from ckptfs._store.s3address import ELSEWHERE, BucketAddress, address_of
+from ckptfs._store.s3errors import (
+    BrokenConnection,
+    S3Error,
+    SilentServer,
+    error_of,
+    region_in,
+    region_in_location,
 )
 from ckptfs._store.s3options import S3Options
-from ckptfs._store.sigv4 import Keys, encoded, encoded_query, signed
+from ckptfs._store.sigv4 import Keys, encoded_query, signed
+from ckptfs._store.tls import Trust
 from ckptfs.errors import CkptfsError
 
-_IDLE_MAX = 32
-"""Connections kept: as many as `connections_max` and the version checks use at the same time."""
-_IDLE_S = 15.0
-"""How long one is kept: S3 ends those that are idle for longer than 20 s or so."""
-_PROGRESS_BYTES = 4 << 10
-"""Less than that in twice the longest silence (6 s) is as good as nothing: at such a speed all of
-the default's 16 connections together bring no block of 1 MiB within the default read deadline."""
-_ADDRESSES_MAX = 3
-"""Of one host, among which a connect shares its time: S3 has eight, and they rarely fail apart."""
-_RETRY_AFTER_S_MAX = 3600.0
-_ERROR_BYTES_MAX = 64 << 10
-"""Of an answer that is an error, of which only code and message are of interest."""
+__all__ = ["BrokenConnection", "S3Client", "S3Error", "SilentServer", "read_all", "read_into"]
+
+_MOVES_MAX = 2
+"""Other addresses that one request tries: another region, and the bucket in the host's name."""
+_ASK_PAUSE_S = 60.0
+"""Time between two questions where the bucket is: what says nothing of it may be so for good."""
+_CHUNK_BYTES = 64 << 10
+"""Of a body that is sent: each may take as long as the longest silence."""
+_LOCATION_BYTES_MAX = 4 << 10
+_QUESTIONS: tuple[tuple[Kind, str, dict[str, str]], ...] = (
+    ("head", "HEAD", {}),
+    ("get", "GET", {"location": ""}),
+)
 _PROGRAM = f"ckptfs/{version_of('ckptfs')}"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9/+=_-]{1,128}")
+_NO_REASON = frozenset([301, 302, 307, 400])
+"""What HEAD is answered with where the bucket is in another region."""
 _REFUSED = frozenset([400, 401, 403])
 """What keys that have expired or were revoked are answered with; 400 is that of ExpiredToken."""
-_REGION = re.compile(r"[a-z0-9-]{1,40}")
-_OWN_REGION = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""What a location may say: it becomes a part of a host's name, and must not lead to another one."""
-_BUCKET_IN_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
-"""Buckets whose names can be in the host's: RFC 1123, and no dot, because a certificate's wildcard
-stands for one label."""
 
 
-class S3Error(Exception):
-    """The server's answer is an error.
+class _Asked(msgspec.Struct, frozen=True):
+    """A request; see `S3Client.request`."""
 
-    Attributes:
-        status: Of HTTP.
-        code: S3's name for it; "" where the server gave none (as always with HEAD).
-        message: What the server said.
-        retry_after_s: How long the server asks to be left alone; 0: it did not say.
-
-    `request_id`: what the server calls the request, for whoever runs it; "": it did not say.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        retry_after_s: float = 0.0,
-        request_id: str = "",
-    ) -> None:
-        text = f"{code or f'HTTP status {status}'}{': ' if message else ''}{message}"
-        super().__init__(f"{text} [request {request_id}]" if request_id else text)
-        self.status = status
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-
-class BrokenConnection(Exception):
-    """There was no answer, or only a part of one."""
-
-
-class SilentServer(BrokenConnection):
-    """The server did not answer in time."""
+    kind: Kind
+    method: str
+    key: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    expected: frozenset[int]
+    patience_s: float | None
 
 
 class S3Client:
     """One bucket.
 
     Args:
-        bucket: Its name.
-        options: Which server.
+        bucket: Its name, or the ARN of an access point.
+        options: Which server, and the way to it.
         keys: Gives the keys to sign with.
-        timeout_s: Longest silence, and longest connect (with TLS, and a handshake as long again).
+        timeout_s: Longest silence of a server that is fast, and longest connect (with TLS, and a
+            handshake as long again).
 
-    Raises OSError: The certificates cannot be read; ValueError: The region cannot be one.
+    Raises:
+        OSError: The certificates cannot be read.
+        LocationError: The options contradict each other, or name what ckptfs does not know.
     """
 
     def __init__(self, bucket: str, options: S3Options, keys: KeySource, timeout_s: float) -> None:
-        if options.region and not _OWN_REGION.fullmatch(options.region):
-            raise ValueError(f"{options.region!r} is no region")
-        self._bucket = bucket
         self._keys = keys
         self._timeout_s = timeout_s
-        scheme, _, host = options.endpoint_override.rstrip("/").rpartition("://")
-        is_plain = (scheme or options.scheme) == "http"
-        self._tls = None if is_plain else _tls_context(options.tls_ca_file_path)
-        self._endpoint = host
-        self._virtual = not host or options.force_virtual_addressing
-        self._virtual &= bool(_BUCKET_IN_HOST.fullmatch(bucket))
-        self._region = options.region or "us-east-1"
-        self._is_open = True
-        self._lock = threading.Lock()  # guards _idle; never held during IO
-        self._idle: list[tuple[float, http.client.HTTPConnection]] = []  # oldest first
+        self._address = address_of(bucket, options)
+        self._more = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
+        self._patience = Patience(timeout_s)
+        trust = Trust(
+            options.tls_ca_file_path, options.tls_ca_dir_path, options.tls_verify_certificates
+        )
+        if self._address.scheme == "https":
+            trust.context()
+        proxy = parse_proxy(options.proxy) if options.proxy else None
+        self._connections = Connections(proxy, trust, timeout_s)
+        self._has_worked = False
+        self._asking = threading.Lock()  # guards _asked_s; held while the server is asked
+        self._asked_s = -math.inf
 
     @property
     def is_amazon(self) -> bool:
         """Whether it is Amazon's S3."""
-        return not self._endpoint
+        return self._address.is_amazon
 
     @property
     def endpoint(self) -> tuple[str, ssl.SSLContext | None]:
         """Where requests go: the host, with its port where that is not the scheme's own, and whom
         to trust; None: the connection is plain."""
-        return self._address("")[0], self._tls
+        endpoint = self._address.endpoint
+        tls = self._connections.trust.context() if endpoint.scheme == "https" else None
+        return endpoint.authority, tls
+
+    @property
+    def proxy(self) -> str:
+        """The proxy's URL without credentials; "": there is no proxy."""
+        proxy = self._connections.proxy
+        return proxy.endpoint.text if proxy else ""
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request waits for its first byte, if the caller's deadline allows it."""
+        return self._patience.seconds
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether answers took longer than `timeout_s` lately, so that fewer requests at the same
+        time may be faster."""
+        return self._patience.is_raised
 
     def close(self) -> None:
         """Close the connections that are idle now; those in use are closed when they are."""
-        self._is_open = False
-        self._close_idle()
-
-    def _close_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for _, connection in idle:
-            connection.close()
+        self._connections.close()
 
     @contextmanager
     def request(
@@ -165,6 +157,7 @@ class S3Client:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
         expected: frozenset[int] = frozenset({200}),
+        patience_s: float | None = None,
     ) -> Generator[http.client.HTTPResponse]:
         """Send a request; the context has the answer, to be read in it.
 
@@ -175,248 +168,169 @@ class S3Client:
             headers: With lower-case names.
             body: To send.
             expected: Statuses that are no errors.
+            patience_s: Longest silence before the first byte; None: as the server's speed asks.
 
         Raises:
             S3Error, BrokenConnection, SilentServer: Also while the answer is read in the context.
             AccessDenied: There are no keys to sign with.
         """
         kind = _kind_of(method, query, headers)
+        asked = _Asked(kind, method, key, query or {}, headers or {}, body, expected, patience_s)
         with counted(kind, _outcome_of), _translated():
-            keys = self._keys.keys()
-            connection, response = self._send(method, key, query, headers, body, keys)
-            if region := self._other_region(response):
-                REQUESTS.count(kind, "redirected")
-                _close(connection)
-                self._region = region
-                self._close_idle()  # those may lead to a host of the other region
-                connection, response = self._send(method, key, query, headers, body, keys)
-            elif response.status in _REFUSED and self._has_other_keys(keys, connection):
-                keys = self._keys.keys()
-                connection, response = self._send(method, key, query, headers, body, keys)
+            connection, answer = self._answer_to(asked)
             try:
-                if response.status not in expected:
-                    raise _error_of(response)
-                yield response
+                progress.current().expect_body()
+                yield answer
+                answer.end()
+            except Silence:
+                self._connections.was_silent(connection)
+                raise
             finally:
-                self._give_back(connection, response)
+                self._connections.give_back(connection, answer)
+
+    def _answer_to(self, asked: _Asked) -> tuple[Connection, Answer]:
+        """The expected answer, perhaps from another address or with other keys."""
+        moves, is_renewed = 0, False
+        while True:
+            address, keys = self._address, self._keys.keys()
+            connection, answer = self._send(asked, address, keys)
+            if answer.status in asked.expected:
+                self._has_worked = True
+                return connection, answer
+            error = self._error_of(connection, answer)
+            if isinstance(error, BrokenConnection):
+                raise error
+            if moves < _MOVES_MAX and self._has_moved(asked, address, keys, error):
+                moves += 1
+                REQUESTS.count(asked.kind, "redirected")
+            elif not is_renewed and error.status in _REFUSED and self._keys.renew(keys):
+                is_renewed = True
+            else:
+                raise error
 
     def _send(
-        self,
-        method: str,
-        key: str,
-        query: Mapping[str, str] | None,
-        headers: Mapping[str, str] | None,
-        body: bytes,
-        keys: Keys | None,
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        host, path = self._address(key)
-        text = encoded_query(query or {})
-        target = f"{path}?{text}" if text else path
+        self, asked: _Asked, address: BucketAddress, keys: Keys | None
+    ) -> tuple[Connection, Answer]:
+        endpoint, path = address.endpoint, address.path(asked.key)
+        query = encoded_query(asked.query)
+        target = f"{path}?{query}" if query else path
+        if self._is_forwarded(endpoint):
+            target = f"http://{endpoint.authority}{target}"
         while True:
-            connection, is_kept = self._take(host)
-            all_headers = {**(headers or {}), "host": host}
+            connection = self._connections.take(endpoint)
+            headers = {**asked.headers, **self._more, "host": endpoint.authority}
             if keys is not None:
-                now = datetime.now(timezone.utc)
-                all_headers = signed(method, path, text, all_headers, body, keys, self._region, now)
-            all_headers["user-agent"] = _user_agent()  # not signed: a proxy may change it
+                now, body = datetime.now(timezone.utc), asked.body
+                headers = signed(
+                    asked.method, path, query, headers, body, keys, address.region, now
+                )
+            headers |= self._unsigned(asked, endpoint)
             try:
-                progress.current().hold(connection.sock)
-                connection.sock.settimeout(self._patience_s())
-                connection.request(method, target, body or None, all_headers)
-                return connection, connection.getresponse()
+                progress.current().hold(connection.held)
+                progress.current().expect_head()
+                connection.limit(self._limits(asked))
+                connection.request(asked.method, target, _chunks(asked.body), headers)
+                answer = connection.getresponse()
+                assert isinstance(answer, Answer)
+                return connection, answer
             except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError):
-                _close(connection)
-                if not is_kept:  # else the server has just closed it, as it may
+                ended(connection)
+                if not connection.is_kept:  # else the server has just closed it, as it may
                     raise
+            except Silence:
+                ended(connection)
+                self._connections.was_silent(connection)
+                raise
             except BaseException:
-                _close(connection)
+                ended(connection)
                 raise
 
-    def _has_other_keys(self, refused: Keys | None, connection: http.client.HTTPConnection) -> bool:
-        """Whether to try again; the connection is of no more use then."""
-        renewed = True
+    def _is_forwarded(self, endpoint: Endpoint) -> bool:
+        """Whether a proxy reads the requests."""
+        return self._connections.proxy is not None and endpoint.scheme == "http"
+
+    def _unsigned(self, asked: _Asked, endpoint: Endpoint) -> dict[str, str]:
+        """Headers that something on the way may change."""
+        headers = {"user-agent": _user_agent()}
+        if asked.body:
+            headers["content-length"] = str(len(asked.body))
+        proxy = self._connections.proxy
+        return headers | proxy.headers if proxy and self._is_forwarded(endpoint) else headers
+
+    def _limits(self, asked: _Asked) -> Limits:
+        may_last = asked.kind in ("read", "get")  # the others have answers of no use by then
+        if asked.patience_s is not None:
+            return Limits(asked.patience_s, self._timeout_s, may_last)
+        first_s = self._patience.for_request(deadline.left_s())
+        return Limits(first_s, self._timeout_s, may_last, self._patience)
+
+    def _error_of(self, connection: Connection, answer: Answer) -> S3Error | BrokenConnection:
         try:
-            renewed = self._keys.renew(refused)
+            proxy = self._connections.proxy
+            if proxy is not None and answer.status == http.client.PROXY_AUTHENTICATION_REQUIRED:
+                return refused(proxy)
+            error = error_of(answer, self.proxy if self._is_forwarded(connection.endpoint) else "")
+            answer.end()
+            return error
         finally:
-            if renewed:
-                connection.close()
-        return renewed
+            self._connections.give_back(connection, answer)
 
-    def _address(self, key: str) -> tuple[str, str]:
-        """Host (with its port, where that is not the scheme's own) and encoded path."""
-        suffix = ".cn" if self._region.startswith("cn-") else ""
-        host = self._endpoint or f"s3.{self._region}.amazonaws.com{suffix}"
-        path = "/" + encoded(key, "/")
-        if self._virtual:
-            return f"{self._bucket}.{host}", path
-        host, _, base = host.partition("/")
-        bucket = f"/{base}/{encoded(self._bucket)}" if base else "/" + encoded(self._bucket)
-        return host, bucket + path if key else bucket
+    # -- other addresses
 
-    def _other_region(self, response: http.client.HTTPResponse) -> str:
-        """The bucket's region, if the answer says that it is another one; "" otherwise."""
-        region = response.headers.get("x-amz-bucket-region", "")
-        if response.status in (301, 307, 400) and _REGION.fullmatch(region):
-            return region if region != self._region else ""
-        return ""
+    def _has_moved(
+        self, asked: _Asked, address: BucketAddress, keys: Keys | None, error: S3Error
+    ) -> bool:
+        """Whether the bucket is at another address than `address`, as an error says or as the
+        server says when it is asked."""
+        found = address.after(error)
+        if found is None and self._tells_nothing(asked, error):
+            with self._asking:  # one thread asks, and the others wait for what it learns
+                if self._address == address:
+                    found = self._asked_for(address, keys)
+        if found is not None:
+            self._address = found
+            self._connections.close_idle()  # those lead to the other address
+        return self._address != address
 
-    # -- connections
+    def _tells_nothing(self, asked: _Asked, error: S3Error) -> bool:
+        """Whether the bucket's address may be the reason of an error that does not say so."""
+        if error.region:
+            return False
+        if error.code or asked.method != "HEAD":
+            return error.code in ELSEWHERE
+        # Keys without the right to an object are answered with 403, too; then others have worked.
+        return error.status in _NO_REASON or (error.status == 403 and not self._has_worked)
 
-    def _take(self, host: str) -> tuple[http.client.HTTPConnection, bool]:
-        """A connection, to `host` if it is a new one, and whether it served before."""
-        dropped: list[http.client.HTTPConnection] = []
-        found = None
-        with self._lock:
-            while self._idle and found is None:
-                since_s, connection = self._idle.pop()
-                if time.monotonic() - since_s < _IDLE_S and _is_quiet(connection):
-                    found = connection
-                else:
-                    dropped.append(connection)
-        for connection in dropped:
-            connection.close()
-        return (self._connected(host), False) if found is None else (found, True)
-
-    def _connected(self, host: str) -> http.client.HTTPConnection:
-        kind = http.client.HTTPConnection if self._tls is None else http.client.HTTPSConnection
-        connection = kind(host)
-        sock = self._connect(connection.host, connection.port)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls is not None:
-                sock.settimeout(self._patience_s())
-                sock = self._tls.wrap_socket(sock, server_hostname=connection.host)
-        except BaseException:
-            sock.close()
-            raise
-        connection.sock = sock
-        connection.response_class = functools.partial(_Answer, self._timeout_s)  # type: ignore[assignment]
-        return connection
-
-    def _connect(self, host: str, port: int) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:_ADDRESSES_MAX]
-        except UnicodeError:
-            raise OSError(f"{host!r} is no name of a host") from None
-        failure = OSError("the host has no address")
-        for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
+    def _asked_for(self, address: BucketAddress, keys: Keys | None) -> BucketAddress | None:
+        """The answer to the question where the bucket is: HEAD of the bucket, as botocore asks, and
+        then its location, because an answer to GET has a body."""
+        if time.monotonic() - self._asked_s < _ASK_PAUSE_S:
+            return None
+        self._asked_s = time.monotonic()
+        for kind, method, query in _QUESTIONS:
+            asked = _Asked(kind, method, "", query, {}, b"", frozenset(), None)
             try:
-                sock.settimeout(self._patience_s() / len(found))
-                sock.connect(address)
-            except OSError as error:
-                sock.close()
-                failure = error
-            else:
-                return sock
-        raise failure
+                connection, answer = self._send(asked, address, keys)
+                REQUESTS.count(kind, outcome_of_status(answer.status))
+                if answer.status == 200:
+                    error = S3Error(200, "", "", region=self._region_of(connection, answer))
+                else:
+                    error = self._error_of(connection, answer)
+            except (OSError, http.client.HTTPException, BrokenConnection):
+                return None  # the error that led to the question says more
+            if isinstance(error, S3Error):
+                # Whatever the status is, what is said of the bucket's region is meant.
+                found = address.in_region(error.region) or address.after(error)
+                if found is not None or error.region:
+                    return found
+        return None
 
-    def _patience_s(self) -> float:
-        """Longest wait for the next thing to happen, > 0. Raises TimeoutError."""
-        return min(self._timeout_s, _left_s())
-
-    def _give_back(
-        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
-    ) -> None:
-        progress.current().let_go()
-        if response.length == 0:
-            response.close()
-        if response.length or not response.isclosed() or response.will_close:
-            connection.close()  # the answer was not read to its end, or is the last one
-            response.close()  # which the connection does not do where it is the last one
-            return
-        with self._lock:
-            self._idle.append((time.monotonic(), connection))
-            is_full = len(self._idle) > _IDLE_MAX or not self._is_open
-            dropped = self._idle.pop(0)[1] if is_full else None
-        if dropped is not None:
-            dropped.close()
-
-
-def _close(connection: http.client.HTTPConnection) -> None:
-    progress.current().let_go()
-    connection.close()
-
-
-def read_all(response: http.client.HTTPResponse, bytes_max: int) -> bytes:
-    """The answer's body, or its first `bytes_max` bytes. To be called in the context of the
-    request. Raises BrokenConnection where it ends early, which `HTTPResponse.read` does not say."""
-    data = response.read(bytes_max)
-    if response.length and len(data) < bytes_max:
-        raise BrokenConnection(f"the answer ended {response.length} bytes early")
-    return data
-
-
-class _Answer(http.client.HTTPResponse):
-    """One whose reads end, see the module's text."""
-
-    def __init__(self, timeout_s: float, sock: socket.socket, *args: Any, **more: Any) -> None:
-        super().__init__(sock, *args, **more)
-        self._incoming = _Incoming(self.fp.detach(), sock, timeout_s)
-        self.fp = io.BufferedReader(cast("io.RawIOBase", self._incoming))
-
-    def begin(self) -> None:
-        """Read the head. What is missing of one that is cut would be taken to be absent."""
-        super().begin()
-        if self._incoming.has_ended:
-            raise http.client.IncompleteRead(b"")
-
-
-class _Incoming(io.RawIOBase):
-    """The bytes that come from the server for one answer; `raw` reads them from `sock`, whose own
-    timeout is that of silence."""
-
-    def __init__(self, raw: Any, sock: socket.socket, timeout_s: float) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._timeout_s = timeout_s
-        self._deadline_s = deadline.deadline_s()
-        self._progress = progress.current()
-        self._counted_s = time.monotonic()  # since when `_count` bytes came
-        self._count = 0
-        self.has_ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        if self._deadline_s - time.monotonic() < self._timeout_s:
-            self._sock.settimeout(_left_s())
-        count: int = self._raw.readinto(buffer)
-        self._count += count
-        self._progress.came(count)
-        self.has_ended = not count
-        now_s = time.monotonic()
-        if count and now_s - self._counted_s > 2 * self._timeout_s:
-            if self._count < _PROGRESS_BYTES:
-                raise TimeoutError(
-                    f"no more than {self._count} bytes in {now_s - self._counted_s:.1f} s"
-                )
-            self._counted_s, self._count = now_s, 0
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _left_s() -> float:
-    left_s = deadline.left_s()
-    if left_s <= 0:
-        raise TimeoutError("the time for the request is over")
-    return left_s
-
-
-def read_into(response: http.client.HTTPResponse, buffer: memoryview) -> int:
-    """Fill `buffer` with the answer's body; returns how many bytes there were. To be called in the
-    context of the request."""
-    done = 0
-    while done < len(buffer):
-        count = response.readinto(buffer[done:])
-        if not count:
-            break
-        done += count
-    return done
+    def _region_of(self, connection: Connection, answer: Answer) -> str:
+        try:
+            body = read_all(answer, _LOCATION_BYTES_MAX)
+            return region_in(answer) or region_in_location(body)
+        finally:
+            self._connections.give_back(connection, answer)
 
 
 @contextmanager
@@ -436,20 +350,6 @@ def _text_of(error: Exception) -> str:
         return "the connection ended in the middle of an answer"
     text = error.strerror if isinstance(error, OSError) else str(error)
     return text or str(error) or type(error).__name__
-
-
-def _error_of(response: http.client.HTTPResponse) -> S3Error:
-    found = {"Code": "", "Message": ""}
-    with suppress(ElementTree.ParseError):
-        root = ElementTree.fromstring(response.read(_ERROR_BYTES_MAX))
-        for child in root:
-            name = child.tag.rpartition("}")[2]
-            if name in found:
-                found[name] = (child.text or "").strip()
-    text = response.headers.get("x-amz-request-id", "")
-    name = text if _REQUEST_ID.fullmatch(text) else ""
-    more = _retry_after_s(response), name
-    return S3Error(response.status, found["Code"], found["Message"], *more)
 
 
 def _kind_of(
@@ -477,25 +377,8 @@ def _user_agent() -> str:
     return f"{_PROGRAM} request/{asked}" if asked else _PROGRAM
 
 
-def _retry_after_s(response: http.client.HTTPResponse) -> float:
-    """RFC 9110, 10.2.3: seconds, or a date."""
-    text = response.headers.get("retry-after", "").strip()
-    if re.fullmatch("[0-9]{1,9}", text):
-        return min(float(text), _RETRY_AFTER_S_MAX)
-    try:
-        left_s = (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds()
-    except (ValueError, TypeError):  # the latter: a date of no time zone
-        return 0.0
-    return min(max(left_s, 0.0), _RETRY_AFTER_S_MAX)
-
-
-def _is_quiet(connection: http.client.HTTPConnection) -> bool:
-    """Whether nothing came from the server, which could only be the end of the connection."""
-    poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
-    return not poll.poll(0)
-
-
-@functools.cache
-def _tls_context(ca_file: str) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=ca_file or None)
+def _chunks(body: bytes) -> Iterator[memoryview] | None:
+    if not body:
+        return None
+    view = memoryview(body)
+    return (view[i : i + _CHUNK_BYTES] for i in range(0, len(body), _CHUNK_BYTES))

@@ -238,6 +238,7 @@ def azure_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSour
     Args:
         options: `tenant_id`, `client_id` with `client_secret` or `federated_token_file`; a
             `client_id` alone is that of a managed identity; none: what Azure's chain finds.
+            `authority_host`: another token server than that of the public cloud.
         name: For messages.
         proxy: Through which Azure's token server is asked; "": there is none.
     """
@@ -272,6 +273,8 @@ def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
     if logger.level == logging.NOTSET:  # a failed look-up is twenty lines of warnings there
         logger.setLevel(logging.ERROR)
     more: dict[str, Any] = {"retry_total": 1, "connection_timeout": 5, "read_timeout": 10}
+    if options.get("authority_host"):
+        more["authority"] = options["authority_host"]
     if proxy:
         more["proxies"] = {"https": proxy, "http": proxy}
     tenant, client = options.get("tenant_id"), options.get("client_id")

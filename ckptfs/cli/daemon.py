@@ -104,6 +104,9 @@ def status(as_json: output.JsonOption = False) -> None:
     if reply.taken_bytes or reply.given_bytes:
         taken, given = output.size(reply.taken_bytes), output.size(reply.given_bytes)
         print(f"{taken} came from other nodes, {given} were given to them")
+    if reply.workers:
+        memory = output.size(reply.worker_bytes)
+        print(f"{reply.workers} processes with libraries of stores, {memory} of memory")
     print(f"passthrough {reply.passthrough}")
     print(f"log {reply.log}")
     if not reply.attachments:

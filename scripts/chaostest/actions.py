@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from faultproxy import FAULTS, TLS_FAULTS
+
 from chaostest import verdict
 from chaostest.content import MIB
 from chaostest.node import DAEMON, KEEPER
-from chaostest.proxy import FAULTS, TLS_FAULTS
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
 if TYPE_CHECKING:

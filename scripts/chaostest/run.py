@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from faultproxy import TLS_FAULTS, Proxy
 from s3server import S3Server
 
 from chaostest import actions, rest
@@ -25,7 +26,6 @@ from chaostest.board import Board
 from chaostest.certificates import certify
 from chaostest.content import MIB, Contents, File
 from chaostest.node import DAEMON, KEEPER, Node
-from chaostest.proxy import TLS_FAULTS, Proxy
 from chaostest.reader import NOTED
 from chaostest.verdict import Breach, Timeline, Verdict
 from ckptfs._model.config import Config

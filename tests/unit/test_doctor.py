@@ -123,7 +123,8 @@ def test_all_checks_are_known_and_each_has_a_remedy() -> None:
         *("request-size", "allow-other", "limits"),
         *("daemon", "version", "leftover-mounts"),
         *("directories", "cache-space", "cache-speed"),
-        *("location", "credentials", "store-name", "store-connect", "store-tls", "clock"),
+        *("location", "settings", "credentials", "store-name", "store-connect", "store-tls"),
+        "clock",
         *("store-list", "store-read"),
     ]
     assert all(each.remedy for each in found)

@@ -306,7 +306,7 @@ class Daemon:
             rig.offload,
             rig.nursery,
             repr,
-            open_store,
+            lambda location, timeout_s, _: open_store(location, timeout_s),
             Handoff(rig.new_memory()),
         )
 
@@ -355,7 +355,7 @@ class Daemon:
             await self.rig.fetcher.fetch(file, range(1))
 
     async def metadata_read(self) -> None:
-        self.attachment.metadata.read_s = self.attachment.metadata.failed_s = -1e9
+        self.attachment.metadata.read_s = self.attachment.metadata.until_s = -1e9
         assert (await self.service.metadata.values(self.attachment))["step"] == 5
 
     async def metadata_write(self) -> None:

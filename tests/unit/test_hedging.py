@@ -356,7 +356,7 @@ async def test_a_read_that_is_given_up_ends_and_its_connection_too(fault: str) -
             progress.give_up()
             await trio.to_thread.run_sync(ended.wait, 20)
         thread.join()
-        assert not store._client._idle
+        assert not store._client._connections._idle
         with pytest.raises(StoreUnavailable):  # nor does it begin
             progress.run(lambda: store.read_into(pin, 0, memoryview(bytearray(len(DATA)))))
         server.heal()

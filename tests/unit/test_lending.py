@@ -12,8 +12,7 @@ from unit.rig import rig_in
 from unit.test_service import SETTINGS, Bench
 
 from ckptfs._model.location import Kind, Location
-from ckptfs._store.descriptions import DESCRIPTIONS
-from ckptfs._store.lending import lent_for
+from ckptfs._store.kinds import KINDS, lent_for
 from ckptfs._store.resolve import open_store
 from ckptfs.errors import AccessDenied, LocationError
 
@@ -61,7 +60,7 @@ TAKES_SOME: list[tuple[Kind, dict[str, Any], dict[str, str]]] = [
 
 
 def test_every_kind_is_decided() -> None:
-    assert {kind for kind, _, _ in TAKES_SOME} == {*DESCRIPTIONS, "private"} - {"http"}
+    assert {kind for kind, _, _ in TAKES_SOME} == {*KINDS, "private"} - {"http"}
     assert all(not lent_for(Location(kind, "p", *rest)) for kind, *rest in BRINGS_ALL)
 
 

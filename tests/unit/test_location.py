@@ -280,11 +280,15 @@ def test_s3fs_options_in_client_kwargs_and_the_environment() -> None:
 @pytest.mark.parametrize(
     "filesystem",
     [
-        s3fs(key="S3CR3T"),  # no region, no endpoint
+        s3fs(key="S3CR3T"),  # half of a key
         s3fs("positional", endpoint_url="http://h:1"),
-        s3fs(endpoint_url="http://h:1", config_kwargs={"s3": {}}),
-        s3fs(endpoint_url="http://h:1", client_kwargs={"verify": False}),
-        s3fs(endpoint_url="http://h:1", requester_pays=True),
+        s3fs(endpoint_url="http://h:1", session=object()),
+        s3fs(endpoint_url="http://h:1", version_aware=True),
+        s3fs(endpoint_url="http://h:1", s3_additional_kwargs={"SSECustomerKey": "S3CR3T"}),
+        s3fs(endpoint_url="http://h:1", client_kwargs={"api_version": "1"}),
+        s3fs(endpoint_url="http://h:1", config_kwargs={"client_cert": "/x"}),
+        s3fs(endpoint_url="http://h:1", config_kwargs={"signature_version": "s3"}),
+        s3fs(endpoint_url="http://h:1", config_kwargs={"s3": {"use_accelerate_endpoint": True}}),
         hf(token=False),
         hf(token=True),
         hf(block_size=5),
@@ -319,20 +323,35 @@ def test_hugging_face_with_and_without_a_token() -> None:
     open_store(location, 1).close()
 
 
-def test_azure_through_fsspec() -> None:
+def test_adlfs_is_read_as_azure() -> None:
     location = describe(adlfs(account_name="me", account_key="S3CR3T"), "box/run/", {})
-    assert location == Location("az", "box/run", {"account_name": "me"}, {"account_key": "S3CR3T"})
-    assert location.uri == "az://box/run"
+    public, secrets = {"account_name": "me"}, {"account_key": "S3CR3T"}
+    assert location == Location("azure", "box/run", public, secrets)
+    assert location.identity == describe(pafs.AzureFileSystem("me"), "box/run", {}).identity
     environment = {
         "AZURE_STORAGE_ACCOUNT_NAME": "env",
         "AZURE_STORAGE_SAS_TOKEN": "envtoken",
-        "AZURE_STORAGE_CONNECTION_STRING": "envstring",
     }
     location = describe(adlfs(), "box/run", environment)
-    assert location.options == {"account_name": "env"}
-    assert location.secrets == {"sas_token": "envtoken", "connection_string": "envstring"}
-    assert describe(adlfs(anon=True, account_name="me"), "box/run", environment).secrets == {}
-    assert describe(adlfs(account_name="me"), "box/run", {}).identity != location.identity
+    assert location == Location(
+        "azure", "box/run", {"account_name": "env"}, {"sas_token": "envtoken"}
+    )
+    anonymous = describe(adlfs(anon=True, account_name="me"), "box/run", environment)
+    assert (anonymous.options["anonymous"], anonymous.secrets) == (True, {})
+    assert anonymous.identity != location.identity
+    with pytest.raises(LocationError, match="no storage account is named"):
+        describe(adlfs(), "box/run", {})
+
+
+def test_two_connection_strings_are_two_accounts() -> None:
+    def of(account: str, more: str = "") -> Location:
+        text = f"AccountName={account};AccountKey=S3CR3T;{more}"
+        return describe(adlfs(connection_string=text), "box/run", {})
+
+    assert of("one").identity != of("two").identity
+    assert of("one").secrets == {"account_key": "S3CR3T"}
+    assert of("one").identity == describe(pafs.AzureFileSystem("one"), "box/run", {}).identity
+    assert of("one", "EndpointSuffix=core.chinacloudapi.cn").identity != of("one").identity
 
 
 def test_http_paths_are_whole_urls() -> None:
@@ -350,14 +369,13 @@ def test_http_paths_are_whole_urls() -> None:
     open_store(location, 1).close()
 
 
-@pytest.mark.parametrize("uri", ["hf://me/model/step 1", "https://host/a%20b/run", "az://box/a b"])
+@pytest.mark.parametrize("uri", ["hf://me/model/step 1", "https://host/a%20b/run"])
 def test_a_uri_of_fsspec_leads_back_to_the_place(uri: str) -> None:
-    filesystem: Any = {"hf": hf, "https": http, "az": adlfs}[uri.partition(":")[0]]()
+    filesystem: Any = {"hf": hf, "https": http}[uri.partition(":")[0]]()
     path = uri if uri.startswith("https") else uri.partition("://")[2]
     location = describe(filesystem, path, {})
     assert location.uri == uri
-    if not uri.startswith("az"):  # its package is not installed
-        assert describe(*filesystem_of(location.uri), {}) == location
+    assert describe(*filesystem_of(location.uri), {}) == location
 
 
 def test_directories_of_all_kinds_are_unwrapped() -> None:
@@ -377,7 +395,7 @@ def test_directories_of_all_kinds_are_unwrapped() -> None:
 
 
 def test_a_place_without_a_path_is_refused() -> None:
-    for filesystem in (pafs.S3FileSystem(region="eu-west-3"), hf(), adlfs()):
+    for filesystem in (pafs.S3FileSystem(region="eu-west-3"), hf(), adlfs(account_name="me")):
         with pytest.raises(LocationError, match="without a path names no checkpoint"):
             describe(filesystem, "/", {})
 

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from pyarrow import fs as pafs
+from unit.fakes import FakeStore
 
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store import metadata
-from ckptfs._store.arrow import ArrowStore
+from ckptfs._store.local import LocalStore
 from ckptfs.errors import (
+    AccessDenied,
     CheckpointNotFound,
     MetadataError,
     StoreError,
@@ -62,8 +63,8 @@ def top(tmp_path: Path) -> Path:
     return tmp_path / "ckpt"
 
 
-def local(top: Path) -> ArrowStore:
-    return ArrowStore(pafs.LocalFileSystem(), str(top), f"file://{top}")
+def local(top: Path) -> LocalStore:
+    return LocalStore(str(top), f"file://{top}")
 
 
 def test_updates_wait_for_each_other(locks: Path) -> None:
@@ -169,3 +170,21 @@ def test_what_is_not_json_is_not_sent() -> None:
             with pytest.raises((TypeError, ValueError)):
                 change(store, values)  # type: ignore[arg-type]
     assert (store.puts, store.raw) == (0, b"{}")
+
+
+def test_a_denial_is_none_where_the_listing_lacks_the_file() -> None:
+    store = FakeStore({"weights": b"x"})
+    store.fail_always("get", AccessDenied("s3:ListBucket is missing"))
+    assert metadata.read(store) == {}
+    metadata.update(store, {"a": 1})
+    assert store.content(METADATA_NAME) == b'{"a": 1}'
+    with pytest.raises(AccessDenied):  # now it is listed
+        metadata.read(store)
+
+
+def test_a_denial_is_an_error_where_the_listing_is_denied_too() -> None:
+    store = FakeStore({"weights": b"x"})
+    store.fail_always("get", AccessDenied("wrong key"))
+    store.fail_always("list", AccessDenied("wrong key"))
+    with pytest.raises(AccessDenied, match="wrong key"):
+        metadata.read(store)

@@ -531,30 +531,6 @@ def test_what_is_no_http(server: Scripted) -> None:
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("options", "url"),
-    [
-        ({"region": "eu-west-3"}, "https://bucket.s3.eu-west-3.amazonaws.com/a"),
-        ({"region": "cn-north-1"}, "https://bucket.s3.cn-north-1.amazonaws.com.cn/a"),
-        ({"endpoint_override": "http://h:1"}, "http://h:1/bucket/a"),
-        ({"endpoint_override": "h:1"}, "https://h:1/bucket/a"),
-        ({"endpoint_override": "h:1", "force_virtual_addressing": True}, "https://bucket.h:1/a"),
-        ({"endpoint_override": "http://h:1/", "scheme": "https"}, "http://h:1/bucket/a"),
-    ],
-)
-def test_addresses(options: dict[str, Any], url: str) -> None:
-    store: Any = open_store(Location("s3", "bucket/run", options, SECRETS), 1)
-    client = store._client
-    host, path = client._address("a")
-    assert f"{'https' if client._tls else 'http'}://{host}{path}" == url
-
-
-@pytest.mark.parametrize("bucket", ["a.b", "evil.host#", "user@host", "A", "x:1"])
-def test_a_bucket_that_is_no_label_stays_out_of_the_host(bucket: str) -> None:
-    store: Any = open_store(Location("s3", f"{bucket}/run", {"region": "us-east-1"}, SECRETS), 1)
-    assert store._client._address("a")[0] == "s3.us-east-1.amazonaws.com"
-
-
 def test_certificates_that_are_not_there() -> None:
     options = {"tls_ca_file_path": "/no/such/file"}
     with pytest.raises(LocationError, match="No such file"):

@@ -65,8 +65,8 @@ class Bench:
         """The store at a place."""
         return self.stores.setdefault(location.path, FakeStore({"a/b": b"content", "c": b"x"}))
 
-    def open_store(self, location: Location, timeout_s: float) -> FakeStore:
-        """In place of ``resolve.open_store``."""
+    def open_store(self, location: Location, timeout_s: float, uid: int) -> FakeStore:
+        """In place of ``Stores.open``."""
         assert timeout_s == self.rig.config.store_timeout_s
         if location.path == self.refused:
             raise LocationError("no such store")

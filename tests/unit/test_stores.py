@@ -13,7 +13,7 @@ from ckptfs._config import load_config
 from ckptfs._daemon.stores import Known, Peer, Stores, known_stores
 from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.stores import StoreTable, is_uri, named_location, split_named
-from ckptfs._store.lending import lent_for
+from ckptfs._store.kinds import lent_for
 from ckptfs.errors import (
     ConfigError,
     LocationError,
@@ -239,13 +239,13 @@ def test_what_a_client_may_not_say(location: Location, error: type[Exception]) -
 def test_a_location_that_was_looked_up_holds_as_long_as_its_table() -> None:
     opened: list[object] = []
 
-    def open_named(*arguments: object) -> Any:
+    def open_with(*arguments: object) -> Any:
         opened.append(arguments)
 
-    stores = Stores(known_stores({"prod": TABLE}), open_named=open_named)
+    stores = Stores(known_stores({"prod": TABLE}), open_with)
     place = stores.find(named_location("prod", "x", None), Peer(0, 0))
-    stores.open(place, 1.0)
-    assert opened == [(place, 1.0, "default")]
+    stores.open(place, 1.0, OTHER)
+    assert opened == [(place, 1.0, OTHER, "default")]
     assert stores.still_for(place, OTHER, OTHER)
     assert not stores.still_for(place, OTHER + 1, OTHER)
     stores.known = known_stores({"prod": StoreTable("s3://elsewhere/runs", users="*")})
@@ -253,7 +253,7 @@ def test_a_location_that_was_looked_up_holds_as_long_as_its_table() -> None:
     for known in (stores.known, {}):
         stores.known = known
         with pytest.raises(LocationError, match="no longer what it was"):
-            stores.open(place, 1.0)
+            stores.open(place, 1.0, OTHER)
 
 
 def test_a_named_location_is_nothing_by_itself() -> None:

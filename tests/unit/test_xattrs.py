@@ -745,9 +745,56 @@ async def test_an_error_of_the_store_is_told_and_passes(
     assert await shown(view, attachment) == {"a": 1}
     store.fail("get", AccessDenied("expired"))
     await trio.sleep(2)
-    with pytest.raises(AccessDenied):
-        await view.text(root, META + "a")
-    assert await view.text(root, META + "a") == "1"  # this one is asked again at once
+    for _ in range(3):
+        with pytest.raises(AccessDenied):
+            await view.text(root, META + "a")
+    await trio.sleep(5.5)
+    assert await view.text(root, META + "a") == "1"
+
+
+async def test_metadata_that_cannot_be_read_is_asked_for_ever_less(
+    view: View, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore({METADATA: raw({"a": 1})})
+    attachment = view.attach(store)
+    store.fail_always("get", AccessDenied("not with this key"))
+    for _ in range(120):
+        with pytest.raises(AccessDenied):
+            await view.text(root_of(attachment), META + "a")
+        await trio.sleep(1)
+    # After 0, 5, 15, 35 and 75 s.
+    assert sum(call.operation == "get" for call in store.calls) == 5
+    assert sum("not with this key" in record.message for record in caplog.records) == 1
+
+
+async def test_metadata_that_is_denied_and_not_listed_is_none(
+    view: View, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore({"weights": b"x"})
+    attachment = view.attach(store)
+    root = root_of(attachment)
+    store.fail_always("get", AccessDenied("s3:ListBucket is missing"))
+    for _ in range(60):
+        assert await shown(view, attachment) == {}
+        await trio.sleep(0.5)
+    assert sum(call.operation == "get" for call in store.calls) == 1
+    assert names.ERROR not in await view.names(root)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    await view.xattrs.set(root, META + "a", b"2", UID)
+    store.fail_always("get", None)
+    assert await shown(view, attachment) == {"a": 2}
+
+
+async def test_metadata_of_another_node_is_seen_after_a_denial(
+    view: View, autojump_clock: MockClock
+) -> None:
+    store = FakeStore({"weights": b"x"})
+    attachment = view.attach(store)
+    store.fail("get", AccessDenied("s3:ListBucket is missing"))
+    assert await shown(view, attachment) == {}
+    store.overwrite(METADATA, raw({"a": 1}))
+    await trio.sleep(61)
+    assert await shown(view, attachment) == {"a": 1}
 
 
 async def test_a_change_by_somebody_on_this_node_ends_the_pause(

@@ -1,12 +1,19 @@
-"""The HTTP proxy between ckptfs and the S3 server, which does what networks and stores do.
+"""The HTTP proxy between ckptfs and a server, which counts, and does what networks and stores do.
 
-A process of its own: `python -m chaostest.proxy HOST:PORT SEED [PEM PEM]`, with TLS where it gets
-two certificates: the store's, and one that nobody trusts. It takes one JSON object per line
-on standard input and answers each with a line: `{"fault": KIND, "share": P, …}` makes requests
-fail, `{}` ends that, `{"pause": true}` and `{"pause": false}` are around a change of the objects:
-in between no request is at the server, so that each of its answers is of one version, as Amazon's
-are (rclone hashes and reads a file in two steps). `{"count": true}` asks how many requests each
-kind has met.
+A process of its own: `python faultproxy.py UPSTREAM SEED [PEM PEM]`, with TLS where it gets
+two certificates: the store's, and one that nobody trusts. UPSTREAM is "host:port", "https://…" in
+front of it for TLS to there. It takes one JSON object per line on standard input and answers each
+with a line:
+
+- `{"fault": KIND, "share": P}` makes requests fail, and `{}` ends that;
+- `{"faults": [{"fault": KIND, "operation": NAME, "within": TEXT}, …]}` does so with several. Each
+  is met by requests of that operation (see `httpwire.Head`) whose decoded target holds the text;
+- `{"pause": true}` and `{"pause": false}` are around a change of the objects: in between no request
+  is at the server, so that each of its answers is of one version, as Amazon's are (rclone hashes
+  and reads a file in two steps);
+- `{"count": true}` asks how many requests each kind has met;
+- `{"traffic": "all"}` asks for the requests since the last `{"traffic": "reset"}`;
+- `{"upstream": UPSTREAM}` leads to another server from the next request on.
 
 A share of the requests, taken by chance, meets the fault; with share 1 all. Faults of TLS are met
 by connections, so all that there are end when one begins.
@@ -25,12 +32,15 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from httpwire import Answer, Head, has_hung_up, read_body, read_head
+from wronganswers import ANSWERS, CHANGED, INSTEAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-HEAD_BYTES_MAX = 64 << 10
 PIECE_BYTES = 16 << 10
 PIECE_PAUSE_S = 0.2
 """A trickle: 80 KB a second, never silent, and nothing ever gets finished."""
@@ -38,13 +48,14 @@ PIECE_PAUSE_S = 0.2
 UPSTREAM_TIMEOUT_S = 20.0
 HANDSHAKE_TIMEOUT_S = 5.0
 
-UNAVAILABLE = 503, "Slow Down", "SlowDown"
-DENIED = 403, "Forbidden", "AccessDenied"
-GARBAGE = b"<html><body>Welcome to the airport. Please accept our terms.</body></html>"
 FAULTS = (
     *("refused", "dark", "reset", "slow", "trickle", "cut"),
     *("unavailable", "denied", "garbage"),
 )
+"""What scripts/chaos lets happen."""
+CONNECTIONS = ("dark", "slow", "reset", "trickle", "cut", "no length", "whole object")
+"""Faults that are no other answer, but another way to give it."""
+NOTHING = Answer(200, "OK", [], b"")
 TLS_FAULTS = "handshake cut", "untrusted"
 
 
@@ -59,9 +70,11 @@ class Proxy:
         self._cleanup = ExitStack()
 
     def __enter__(self) -> Proxy:
-        command = [sys.executable, "-m", "chaostest.proxy", *self._arguments]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [sys.executable, __file__, *self._arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self.endpoint = self.ask({})["endpoint"]
         return self
@@ -116,17 +129,66 @@ class Gate:
             self._changed.notify_all()
 
 
+class Upstream:
+    """One client's connection to the server, made when it is needed."""
+
+    def __init__(self) -> None:
+        self._to = ""
+        self._connection: http.client.HTTPConnection | None = None
+
+    def exchange(self, to: str, head: Head, body: bytes) -> Answer:
+        """Raises OSError, HTTPException."""
+        was_open = self._connection is not None and to == self._to
+        try:
+            return self._exchange(to, head, body)
+        except (ConnectionError, http.client.BadStatusLine):
+            self.close()
+            if not was_open:
+                raise
+        return self._exchange(to, head, body)  # the server had closed it, being idle
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _exchange(self, to: str, head: Head, body: bytes) -> Answer:
+        if self._connection is None or to != self._to:
+            self.close()
+            self._to, self._connection = to, _connection(to)
+        upstream = self._connection
+        upstream.putrequest(head.method, head.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in head.fields:
+            if name.lower() not in ("expect", "transfer-encoding", "content-length"):
+                upstream.putheader(name, value)
+        if body or head.method in ("PUT", "POST"):
+            upstream.putheader("Content-Length", str(len(body)))
+        upstream.endheaders(body or None)
+        found = upstream.getresponse()
+        return Answer(found.status, found.reason, found.getheaders(), found.read())
+
+
+def _connection(to: str) -> http.client.HTTPConnection:
+    scheme, _, endpoint = to.rpartition("://")
+    host, _, port = endpoint.rpartition(":")
+    if scheme != "https":
+        return http.client.HTTPConnection(host, int(port), timeout=UPSTREAM_TIMEOUT_S)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the tests' own server
+    return http.client.HTTPSConnection(host, int(port), timeout=UPSTREAM_TIMEOUT_S, context=context)
+
+
 class Server:
     """Accepts connections; a thread for each."""
 
     def __init__(self, upstream: str, seed: int, certificates: Sequence[str] = ()) -> None:
-        host, _, port = upstream.rpartition(":")
-        self._upstream = host, int(port)
+        self._upstream = upstream
         self._chance = random.Random(f"{seed} proxy")
         self._gate = Gate()
-        self._lock = threading.Lock()  # guards the three below
-        self._fault: dict[str, Any] = {}
+        self._lock = threading.Lock()  # guards the four below
+        self._faults: list[dict[str, Any]] = []
         self._met: dict[str, int] = {}
+        self._traffic: list[dict[str, Any]] = []
         self._open: set[socket.socket] = set()
         self._fault_over = threading.Event()
         self._tls = [tls_of(path) for path in certificates]  # the right one first
@@ -137,24 +199,33 @@ class Server:
         """Carry out a command; returns the answer."""
         if "pause" in said:
             (self._gate.close if said["pause"] else self._gate.open)()
+        elif "upstream" in said:
+            self._upstream = said["upstream"]
+        elif "traffic" in said:
+            with self._lock:
+                if said["traffic"] == "reset":
+                    self._traffic = []
+                return {"traffic": self._traffic}
         elif "count" not in said:
-            self._set_fault(said)
+            self._set_faults(said.get("faults", [said] if said else []))
         with self._lock:
             return {"endpoint": f"127.0.0.1:{self._port}", "met": self._met}
 
-    def _set_fault(self, fault: dict[str, Any]) -> None:
+    def _set_faults(self, faults: list[dict[str, Any]]) -> None:
         with self._lock:
-            old, self._fault = self._fault, fault
+            old = {fault["fault"] for fault in self._faults}
+            self._faults = faults
             over, self._fault_over = self._fault_over, threading.Event()
         over.set()
-        if old.get("fault") == "refused" and fault.get("fault") != "refused":
+        new = {fault["fault"] for fault in faults}
+        if "refused" in old - new:
             self._listen()
-        elif fault.get("fault") == "refused":
+        elif "refused" in new - old:
             with suppress(OSError):  # shutdown wakes the thread that accepts
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
             self._end_connections()
-        elif fault.get("fault") in TLS_FAULTS:
+        elif new & {*TLS_FAULTS}:
             self._end_connections()
 
     def _end_connections(self) -> None:
@@ -184,7 +255,7 @@ class Server:
             except (OSError, ValueError):
                 client.close()
                 return
-        upstream = http.client.HTTPConnection(*self._upstream, timeout=UPSTREAM_TIMEOUT_S)
+        upstream = Upstream()
         with self._lock:
             self._open.add(client)
         try:
@@ -211,40 +282,46 @@ class Server:
         secured.settimeout(None)
         return secured
 
-    def _answer(
-        self, client: socket.socket, reader: Any, upstream: http.client.HTTPConnection, head: Head
-    ) -> bool:
+    def _answer(self, client: socket.socket, reader: Any, upstream: Upstream, head: Head) -> bool:
         """Answer one request; False: the connection is over."""
         if head.value("expect"):
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = read_body(reader, head)
-        fault, over = self._meet(FAULTS)
+        fault, over = self._meet((*CONNECTIONS, *ANSWERS), head)
         kind = fault.get("fault", "")
-        if kind == "dark":
-            over.wait()
+        if kind in ("dark", "slow"):
+            over.wait(fault["delay_s"] if kind == "slow" else None)
             if has_hung_up(client):  # else TCP sends again what was lost on the way
-                return False
-        elif kind == "slow":
-            over.wait(fault["delay_s"])
-            if has_hung_up(client):
                 return False
         elif kind == "reset":
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return False
-        elif kind == "unavailable":
-            client.sendall(error_answer(head, *UNAVAILABLE))
-            return True
-        elif kind == "denied":
-            client.sendall(error_answer(head, *DENIED))
-            return True
-        elif kind == "garbage":
-            client.sendall(answer(200, "OK", [("Content-Type", "text/html")], GARBAGE, head))
-            return True
-        with self._gate:
-            message = self._exchange(upstream, head, body)
+        elif kind == "whole object":
+            head.fields = [
+                field for field in head.fields if field[0].lower() not in ("range", "x-ms-range")
+            ]
+        if kind in INSTEAD:
+            found = INSTEAD[kind](NOTHING)
+        else:
+            with self._gate:
+                found = upstream.exchange(self._upstream, head, body)
+            if kind in CHANGED:
+                found = CHANGED[kind](found)
+        self._note(head, found)
+        return self._send(client, found.raw(head.method), kind, over)
+
+    def _send(
+        self, client: socket.socket, message: bytes, kind: str, over: threading.Event
+    ) -> bool:
+        """Send the answer, in the way of `kind`; False: the connection is over."""
+        start = message.index(b"\r\n\r\n") + 4
         if kind == "cut":
-            start = message.index(b"\r\n\r\n") + 4
             client.sendall(message[: self._chance.randrange(start, len(message) + 1)])
+            return False
+        if kind == "no length":
+            lines = message[:start].split(b"\r\n")
+            kept = [line for line in lines if not line.lower().startswith(b"content-length:")]
+            client.sendall(b"\r\n".join(kept) + message[start:])
             return False
         if kind == "trickle":
             while message and not over.wait(PIECE_PAUSE_S):
@@ -253,53 +330,40 @@ class Server:
         client.sendall(message)
         return True
 
-    def _meet(self, kinds: Sequence[str]) -> tuple[dict[str, Any], threading.Event]:
+    def _note(self, head: Head, found: Answer) -> None:
+        """Count a request; before the client has its answer, so that what it counts is complete."""
+        noted = {
+            "operation": head.operation,
+            "method": head.method,
+            "target": head.target,
+            "range": head.range,
+            "status": found.status,
+            "body_bytes": 0 if head.method == "HEAD" else len(found.body),
+        }
+        with self._lock:
+            self._traffic.append(noted)
+
+    def _meet(
+        self, kinds: Sequence[str], head: Head | None = None
+    ) -> tuple[dict[str, Any], threading.Event]:
         """The fault of these kinds that is met now, if any, and what says that it is over."""
         with self._lock:
-            fault, over = self._fault, self._fault_over
-            if fault.get("fault") not in kinds or self._chance.random() >= fault["share"]:
-                return {}, over
-            self._met[fault["fault"]] = self._met.get(fault["fault"], 0) + 1
-            return fault, over
-
-    def _exchange(self, upstream: http.client.HTTPConnection, head: Head, body: bytes) -> bytes:
-        upstream.putrequest(head.method, head.target, skip_host=True, skip_accept_encoding=True)
-        for name, value in head.fields:
-            if name.lower() not in ("expect", "transfer-encoding", "content-length"):
-                upstream.putheader(name, value)
-        if body or head.method in ("PUT", "POST"):
-            upstream.putheader("Content-Length", str(len(body)))
-        upstream.endheaders(body or None)
-        found = upstream.getresponse()
-        data = found.read()
-        fields = found.getheaders()
-        if head.method != "HEAD":
-            left_out = ("transfer-encoding", "content-length")
-            fields = [field for field in fields if field[0].lower() not in left_out]
-        return answer(found.status, found.reason, fields, data, head)
+            for fault in self._faults:
+                if (
+                    fault["fault"] in kinds
+                    and (head is None or _is_aimed(fault, head))
+                    and self._chance.random() < fault.get("share", 1)
+                ):
+                    self._met[fault["fault"]] = self._met.get(fault["fault"], 0) + 1
+                    return fault, self._fault_over
+            return {}, self._fault_over
 
 
-def has_hung_up(client: socket.socket) -> bool:
-    """Whether the client has closed the connection: what it has asked for must not happen later."""
-    client.settimeout(0)
-    try:
-        return socket.socket.recv(client, 1, socket.MSG_PEEK) == b""  # of TLS, too
-    except BlockingIOError:
+def _is_aimed(fault: dict[str, Any], head: Head) -> bool:
+    """Whether a fault is for this request."""
+    if fault.get("operation", head.operation) != head.operation:
         return False
-    finally:
-        client.settimeout(None)
-
-
-class Head:
-    """A request's head."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.method, self.target, _ = lines[0].split(" ")
-        parts = [line.partition(":") for line in lines[1:]]
-        self.fields = [(name, value.strip()) for name, _, value in parts]
-
-    def value(self, name: str) -> str:
-        return next((value for key, value in self.fields if key.lower() == name), "")
+    return fault.get("within", "") in unquote(head.target)
 
 
 def tls_of(path: str) -> ssl.SSLContext:
@@ -307,59 +371,6 @@ def tls_of(path: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
     return context
-
-
-def read_head(reader: Any) -> Head | None:
-    """The next request's head; None at the connection's end."""
-    lines: list[str] = []
-    length = 0
-    while (line := reader.readline(HEAD_BYTES_MAX)) not in (b"\r\n", b""):
-        lines.append(line.decode("latin-1").rstrip("\r\n"))
-        length += len(line)
-        if length > HEAD_BYTES_MAX:
-            raise ValueError("the head does not end")
-    return Head(lines) if lines and line else None
-
-
-def read_body(reader: Any, head: Head) -> bytes:
-    """The request's body, also one in chunks."""
-    if not head.value("transfer-encoding"):
-        return _exactly(reader, int(head.value("content-length") or 0))
-    parts: list[bytes] = []
-    while length := int(reader.readline(HEAD_BYTES_MAX), 16):
-        parts.append(_exactly(reader, length))
-        reader.readline(HEAD_BYTES_MAX)
-    while reader.readline(HEAD_BYTES_MAX) not in (b"\r\n", b""):
-        pass
-    return b"".join(parts)
-
-
-def _exactly(reader: Any, length: int) -> bytes:
-    """So many bytes. Raises ValueError where the client has gone away before: what it had begun to
-    send must not pass for a request with less in it."""
-    data = reader.read(length)
-    if len(data) < length:
-        raise ValueError(f"the client has gone away after {len(data)} of {length} bytes")
-    return data
-
-
-def answer(
-    status: int, reason: str, fields: list[tuple[str, str]], body: bytes, head: Head
-) -> bytes:
-    """A whole answer. That to HEAD has no body, and its length is among the fields."""
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in fields)]
-    if head.method == "HEAD":
-        body = b""
-        if not any(name.lower() == "content-length" for name, _ in fields):
-            lines.append("Content-Length: 0")
-    else:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def error_answer(head: Head, status: int, reason: str, code: str) -> bytes:
-    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{reason}</Message></Error>"
-    return answer(status, reason, [("Content-Type", "application/xml")], text.encode(), head)
 
 
 def main() -> None:
