@@ -1,10 +1,11 @@
 """The Checkpoint API: Ray's names, with a mount instead of a download.
 
-The methods use nothing of an object but `path`, `filesystem` and `_uuid`, which Ray's checkpoints
-have, too: ``ckptfs.ray.install`` puts them in the place of Ray's.
+The methods use nothing of an object but `path`, its filesystem (by `filesystem_behind`) and
+`_uuid`, which Ray's checkpoints have, too: ``ckptfs.ray.install`` puts them in the place of Ray's.
 """
 
 import contextlib
+import functools
 import os
 import tempfile
 import uuid
@@ -22,10 +23,12 @@ from ckptfs._store.copy import Progress, copy_directory
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import (
     FileSystem,
+    built,
     filesystem_of,
     is_lent,
     local_filesystem,
     local_path_of,
+    type_name_of,
     wrapped,
 )
 from ckptfs._store.private import dump
@@ -46,7 +49,9 @@ class Checkpoint:
 
     Attributes:
         path: Path on the filesystem.
-        filesystem: The pyarrow filesystem that holds it.
+        filesystem: The pyarrow filesystem that holds it. One of a URI is made when it is first
+            asked for; the methods do without. Amazon is asked for the region of a bucket then, if
+            neither the URI nor AWS_REGION names it.
 
     >>> checkpoint = Checkpoint.from_directory("/tmp/example_checkpoint_dir")
     >>> checkpoint.filesystem
@@ -56,7 +61,6 @@ class Checkpoint:
     """
 
     path: str
-    filesystem: FileSystem
 
     def __init__(
         self, path: "str | os.PathLike[str]", filesystem: FileSystem | None = None
@@ -72,17 +76,21 @@ class Checkpoint:
         Raises:
             LocationError: The URI's scheme is unknown, a package for it is missing, or the path is
                 relative.
-            StoreError: The store had to be asked for the bucket's region, and failed.
             TypeError: `filesystem` is no filesystem.
         """
         if filesystem is None:
-            self.filesystem, self.path = filesystem_of(os.fspath(path))
+            self._filesystem, self.path = filesystem_of(os.fspath(path))
         else:
-            self.filesystem, self.path = wrapped(filesystem), os.fspath(path)
+            self._filesystem, self.path = wrapped(filesystem), os.fspath(path)
         self._uuid = uuid.uuid4()
 
+    @functools.cached_property
+    def filesystem(self) -> FileSystem:
+        """See the class."""
+        return built(self._filesystem)
+
     def __repr__(self) -> str:
-        return f"Checkpoint(filesystem={self.filesystem.type_name}, path={self.path})"
+        return f"Checkpoint(filesystem={type_name_of(filesystem_behind(self))}, path={self.path})"
 
     def __fspath__(self) -> str:
         raise TypeError(
@@ -141,7 +149,7 @@ class Checkpoint:
             raise ValueError(f"mode must be 'auto', 'mount' or 'copy', not {mode!r}")
         globs = ["*"] if prefetch == "all" else _globs("prefetch", prefetch)
         included = _globs("include", include)
-        local = local_path_of(self.filesystem, self.path)
+        local = local_path_of(filesystem_behind(self), self.path)
         with contextlib.ExitStack() as stack:
             if local is not None:
                 path = _existing(local)
@@ -150,7 +158,7 @@ class Checkpoint:
             else:
                 try:
                     path = stack.enter_context(
-                        _mounted(self.filesystem, self.path, globs, timeout_s, plan)
+                        _mounted(filesystem_behind(self), self.path, globs, timeout_s, plan)
                     )
                 except (CannotMount, NotDescribable) as error:
                     if mode == "mount":
@@ -197,7 +205,7 @@ class Checkpoint:
 
                 progress = stack.enter_context(progress_bar(f"copying {self.path}"))
             copy_directory(
-                stack.enter_context(_readable(self.filesystem, self.path)),
+                stack.enter_context(_readable(filesystem_behind(self), self.path)),
                 Path(target),
                 include=included,
                 timeout_s=timeout_s,
@@ -214,10 +222,10 @@ class Checkpoint:
             MetadataError: What is stored is not JSON.
             AccessDenied, StoreError: The store's answer.
         """
-        if is_lent(self.filesystem):
-            with _readable(self.filesystem, self.path) as store:
+        if is_lent(filesystem_behind(self)):
+            with _readable(filesystem_behind(self), self.path) as store:
                 return _metadata.read(store)
-        return ask(self.filesystem, self.path, _metadata.read)
+        return ask(filesystem_behind(self), self.path, _metadata.read)
 
     def set_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Replace the metadata that is stored with the checkpoint, as a whole; in a store that only
@@ -227,15 +235,15 @@ class Checkpoint:
             TypeError, ValueError: It cannot be written as JSON; what is stored stays.
             AccessDenied, StoreError: The store's answer.
         """
-        if is_lent(self.filesystem):
-            with _client.leased(describe(self.filesystem, self.path)) as top:
+        if is_lent(filesystem_behind(self)):
+            with _client.leased(describe(filesystem_behind(self), self.path)) as top:
                 shown = xattrs.metadata(top)
                 shown.update(metadata)
                 for key in shown.keys() - metadata.keys():
                     del shown[key]
             return
-        ask(self.filesystem, self.path, _metadata.write, metadata)
-        _tell_changed(self.filesystem, self.path)
+        ask(filesystem_behind(self), self.path, _metadata.write, metadata)
+        _tell_changed(filesystem_behind(self), self.path)
 
     def update_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Change some keys of the metadata. Processes of this node that do so wait for each other.
@@ -245,12 +253,18 @@ class Checkpoint:
             MetadataNotDict: What is stored is no dict (also a TypeError).
             MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
         """
-        if is_lent(self.filesystem):
-            with _client.leased(describe(self.filesystem, self.path)) as top:
+        if is_lent(filesystem_behind(self)):
+            with _client.leased(describe(filesystem_behind(self), self.path)) as top:
                 xattrs.metadata(top).update(metadata)
             return
-        ask(self.filesystem, self.path, _metadata.update, metadata)
-        _tell_changed(self.filesystem, self.path)
+        ask(filesystem_behind(self), self.path, _metadata.update, metadata)
+        _tell_changed(filesystem_behind(self), self.path)
+
+
+def filesystem_behind(checkpoint: Any) -> FileSystem:
+    """The filesystem of a checkpoint, or what stands for that of a URI. Checkpoints of Ray have
+    filesystems only."""
+    return getattr(checkpoint, "_filesystem", None) or checkpoint.filesystem
 
 
 def _tell_changed(filesystem: FileSystem, path: str) -> None:
@@ -275,7 +289,7 @@ def _existing(path: str) -> str:
 def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
     # The copy's lock file is beside it: in the scratch directory, and not left if we are killed.
     path = Path(stack.enter_context(scratch_directory("ckptfs-copy-")), "checkpoint")
-    with _readable(checkpoint.filesystem, checkpoint.path) as store:
+    with _readable(filesystem_behind(checkpoint), checkpoint.path) as store:
         copy_directory(store, path, include=include)
     return str(path)
 

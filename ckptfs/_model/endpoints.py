@@ -71,7 +71,10 @@ def parse_endpoint(text: str, scheme: str = "https") -> Endpoint:
     authority, slash, path = rest.partition("/")
     path = (slash + path).rstrip("/")
     if "@" in authority:
-        raise LocationError("an endpoint holds no credentials; give these as keys")
+        raise LocationError(
+            "an endpoint holds no credentials; write it as https://host:port, and give "
+            "these as keys"
+        )
     if "?" in rest or "#" in rest:
         raise _refused(text, "it has a query or a fragment")
     if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):

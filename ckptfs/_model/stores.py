@@ -8,11 +8,13 @@ table ``[store.prod]``. Plain data and pure functions: credentials are read by
 import hashlib
 import re
 from typing import Annotated, Literal
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from ckptfs._model.endpoints import Endpoint, parse_endpoint
 from ckptfs._model.location import Kind, Location, Option, StoreRef
+from ckptfs._model.uriparameters import endpoint_options
+from ckptfs._model.uris import parse_uri
 from ckptfs.errors import ConfigError, LocationError
 
 STORE_NAME = r"[A-Za-z][A-Za-z0-9_-]{0,62}"
@@ -25,10 +27,12 @@ _SCHEMES: dict[str, Kind] = {
     "file": "local",
 }
 _RESERVED = frozenset(
-    [*_SCHEMES, "abfs", "az", "gcs", "hf", "http", "https", "local", "mock", "viewfs", "s3a"]
+    [
+        *(*_SCHEMES, "abfs", "az", "gcs", "hf", "http", "https", "local", "mock", "viewfs"),
+        *("adl", "s3a", "s3n", "wasb", "wasbs"),
+    ]
 )
 """What begins a URI, so that a misspelt one is not taken for a store, or a store for a URI."""
-_AZURE_DOMAIN = "dfs.core.windows.net"
 _DEFAULT: Literal["default"] = "default"
 
 
@@ -75,7 +79,21 @@ class StoreTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         str, _about("Another server than the provider's, e.g. `https://minio.example:9000`.")
     ] = ""
     region: Annotated[str, _about("Of the bucket (S3).")] = ""
-    ca_file: Annotated[str, _about("Certificates to trust instead of the system's (S3).")] = ""
+    force_virtual_addressing: Annotated[
+        bool, _about("The bucket is a part of the host's name, also at an `endpoint` (S3).")
+    ] = False
+    requester_pays: Annotated[
+        bool, _about("The owner of the credentials pays for the requests (S3).")
+    ] = False
+    ca_file: Annotated[
+        str, _about("Certificates to trust instead of the system's (S3, Google, Azure).")
+    ] = ""
+    ca_dir: Annotated[
+        str, _about("A directory of such certificates, with the names that OpenSSL gives them.")
+    ] = ""
+    verify_certificates: Annotated[
+        bool, _about("Off: the server may have any certificate, and so may an attacker.")
+    ] = True
     credentials: Annotated[
         Credentials,
         _about(
@@ -176,15 +194,12 @@ def check_table(name: str, table: StoreTable) -> None:
     if name.lower() in _RESERVED:
         raise ConfigError(f"store.{name}: {name}: begins a URI; use another name")
     kind = _checked_kind(name, table)
-    for key, kinds in (
-        ("region", {"s3"}),
-        ("ca_file", {"s3"}),
-        ("endpoint", {"s3", "gcs", "azure"}),
-    ):
-        if getattr(table, key) and kind not in kinds:
+    for key, kinds in _KINDS_OF_KEYS.items():
+        if getattr(table, key) != _DEFAULTS[key] and kind not in kinds:
             raise ConfigError(f"store.{name}.{key}: there is none for {_scheme(table)}://")
-    if table.ca_file and not table.ca_file.startswith("/"):
-        raise ConfigError(f"store.{name}.ca_file: must be an absolute path")
+    for key in ("ca_file", "ca_dir"):
+        if getattr(table, key) and not getattr(table, key).startswith("/"):
+            raise ConfigError(f"store.{name}.{key}: must be an absolute path")
     if kind == "local" and not table.is_restricted:
         # Links in it lead anywhere, and it would be read with the daemon's rights.
         raise ConfigError(
@@ -193,9 +208,26 @@ def check_table(name: str, table: StoreTable) -> None:
         )
     _check_credentials(name, table, kind)
     try:
+        _endpoint_of(table)
+    except LocationError as error:
+        raise ConfigError(f"store.{name}.endpoint: {error}") from None
+    try:
         _root_of(table)
     except LocationError as error:
         raise ConfigError(f"store.{name}.uri: {error}") from None
+
+
+_SERVERS: frozenset[Kind] = frozenset(["s3", "gcs", "azure"])
+_KINDS_OF_KEYS: dict[str, frozenset[Kind]] = {
+    "endpoint": _SERVERS,
+    "region": frozenset(["s3"]),
+    "force_virtual_addressing": frozenset(["s3"]),
+    "requester_pays": frozenset(["s3"]),
+    "ca_file": _SERVERS,
+    "ca_dir": _SERVERS,
+    "verify_certificates": _SERVERS,
+}
+_DEFAULTS = {f.name: f.default for f in msgspec.structs.fields(StoreTable)}
 
 
 def _checked_kind(name: str, table: StoreTable) -> Kind:
@@ -213,7 +245,7 @@ def _scheme(table: StoreTable) -> str:
 def _check_credentials(name: str, table: StoreTable, kind: Kind) -> None:
     source, key = table.credentials, f"store.{name}.credentials"
     if isinstance(source, str):
-        if source == "anonymous" and kind not in ("s3", "gcs"):
+        if source == "anonymous" and kind not in ("s3", "gcs", "azure"):
             raise ConfigError(f"{key}: there is no anonymous access by {_scheme(table)}://")
         return
     given = {each for each in ("file", "environment", "profile") if getattr(source, each)}
@@ -229,62 +261,44 @@ def _check_credentials(name: str, table: StoreTable, kind: Kind) -> None:
 
 def _root_of(table: StoreTable) -> tuple[str, dict[str, Option]]:
     """Path, without trailing slash, and options of a store. Raises LocationError."""
-    parts = urlsplit(table.uri)
-    if parts.query or parts.fragment:
+    if "?" in table.uri:
         raise LocationError("a store's URI has no query; use the other keys of its table")
-    if "@" in parts.netloc and parts.scheme != "abfss":
+    if not _SCHEMES.get(_scheme(table)):
+        raise LocationError("a store's URI cannot begin like that")
+    found = parse_uri(table.uri)
+    if found.secrets:
         raise LocationError("a store's URI holds no credentials; use the key credentials")
-    host, path = parts.netloc, unquote(parts.path).strip("/")
-    check_below("", path)
-    if parts.scheme in ("s3", "gs"):
-        if not host:
-            raise LocationError("there is no bucket in it")
-        return f"{host}/{path}" if path else host, _server_options(table)
-    if parts.scheme == "abfss":
-        container, at, authority = host.partition("@")
-        account, _, domain = authority.partition(".")
-        if not (container and at and account) or ":" in container:
-            raise LocationError(f"must be like abfss://container@account.{_AZURE_DOMAIN}/prefix")
-        return f"{container}/{path}" if path else container, _azure_options(table, account, domain)
-    if parts.scheme == "hdfs":
-        options: dict[str, Option] = {"host": parts.hostname or "default", "port": parts.port or 0}
-        return f"/{path}" if path else "", options
-    if host:
-        raise LocationError("must be like file:///path")
-    return f"/{path}" if path else "", {}
+    path = found.path.rstrip("/")
+    check_below("", path.lstrip("/") if found.kind in ("local", "hdfs") else path)
+    return path, {**found.options, **_options_of(table, found)}
 
 
-def _server_options(table: StoreTable) -> dict[str, Option]:
-    options: dict[str, Option] = {}
-    if table.region:
-        options["region"] = table.region
-    if table.endpoint:
-        scheme, host = _endpoint(table.endpoint)
-        options |= {"scheme": scheme, "endpoint_override": host}
-    if table.ca_file:
-        options["tls_ca_file_path"] = table.ca_file
-    if table.credentials == "anonymous":
-        options["anonymous"] = True
+def _options_of(table: StoreTable, found: Location) -> dict[str, Option]:
+    """What the other keys of the table say. Raises LocationError."""
+    said: dict[str, Option] = {
+        "region": table.region,
+        "force_virtual_addressing": table.force_virtual_addressing,
+        "requester_pays": table.requester_pays,
+        "tls_ca_file_path": table.ca_file,
+        "tls_ca_dir_path": table.ca_dir,
+        "anonymous": table.credentials == "anonymous",
+    }
+    options = {name: value for name, value in said.items() if value}
+    if not table.verify_certificates:
+        options["tls_verify_certificates"] = False
+    endpoint = _endpoint_of(table)
+    if endpoint is None:
+        return options
+    if found.kind != "azure":
+        return {**endpoint_options(found.kind, endpoint), **options}
+    # The account's name follows in each URL, so one that is in the endpoint would be there twice.
+    place = endpoint.place.removesuffix(f"/{found.options['account_name']}")
+    for service in ("blob", "dfs"):
+        options[f"{service}_storage_authority"] = place
+        if endpoint.scheme == "http":
+            options[f"{service}_storage_scheme"] = "http"
     return options
 
 
-def _azure_options(table: StoreTable, account: str, domain: str) -> dict[str, Option]:
-    options: dict[str, Option] = {"account_name": account}
-    if table.endpoint:
-        scheme, host = _endpoint(table.endpoint)
-        for service in ("blob", "dfs"):
-            options[f"{service}_storage_authority"] = host
-            options[f"{service}_storage_scheme"] = scheme
-    elif domain != _AZURE_DOMAIN:
-        options["dfs_storage_authority"] = f".{domain}"
-        options["blob_storage_authority"] = "." + domain.replace("dfs.", "blob.", 1)
-    return options
-
-
-def _endpoint(text: str) -> tuple[str, str]:
-    """Scheme and authority."""
-    scheme, separator, host = text.rstrip("/").rpartition("://")
-    scheme = scheme if separator else "https"
-    if scheme not in ("http", "https") or not host or set(host) & set("/@?# "):
-        raise LocationError("endpoint must be like https://host:port")
-    return scheme, host
+def _endpoint_of(table: StoreTable) -> Endpoint | None:
+    return parse_endpoint(table.endpoint) if table.endpoint else None

@@ -19,6 +19,7 @@ from ckptfs._store.filesystems import (
     FileSystem,
     fsspec_name,
     fsspec_of,
+    location_of,
     refuse_secrets_in,
     store_name_of,
     unwrapped,
@@ -100,6 +101,8 @@ def _is_default(value: object) -> bool:
 
 def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
     """The kind of an unwrapped filesystem, and its constructor's arguments."""
+    if (place := location_of(filesystem, "")) is not None:
+        return place.kind, {**place.options, **place.secrets}
     inner = fsspec_of(filesystem)
     name = type(filesystem).__name__ if inner is None else fsspec_name(inner)
     if name == "s3fs.S3FileSystem":

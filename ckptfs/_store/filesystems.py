@@ -2,21 +2,23 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """pyarrow and fsspec filesystems as objects: from a URI, wrapped, and without their wrappers."""
 
+import importlib.util
 import os
 import sys
 from typing import Any, TypeAlias
 
-import pyarrow as pa
+import msgspec
 from pyarrow import fs as pafs
 
-from ckptfs._model.manifest import printable
+from ckptfs._model.location import Location
 from ckptfs._model.stores import check_below, split_named
+from ckptfs._model.uris import parse_uri, scheme_of, shown_uri
 from ckptfs._store import fsspec
-from ckptfs._store.arrow import translate_error
+from ckptfs._store.lazyfs import UriHandler
 from ckptfs._store.named import own_table
 from ckptfs._store.namedfs import StoreHandler
 from ckptfs._store.timed import ANSWER_S, within
-from ckptfs.errors import LocationError, StoreTimeout
+from ckptfs.errors import LocationError
 
 FileSystem: TypeAlias = Any
 """A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
@@ -26,40 +28,71 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     """The pyarrow filesystem and the path that `uri`, ``store:path`` or an absolute path (also with
     ``~``) names.
 
+    No server is asked. The filesystem of an object store only knows the URI until it is used:
+    `location_of` and `built`.
+
     Raises:
         LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
-        StoreError: The store was asked for the bucket's region.
     """
     if found := split_named(uri):
         check_below(*found)
         return pafs.PyFileSystem(StoreHandler(found[0])), found[1]
     text = os.path.expanduser(uri)
-    shown = without_userinfo(text)
-    scheme = text.partition("://")[0].lower()
-    if "://" in text and scheme in fsspec.PACKAGES:
-        if scheme.startswith("http"):
-            refuse_secrets_in(text)
-        filesystem, path = fsspec.filesystem_of(text, shown)
-        return wrapped(filesystem), path
-    try:
-        filesystem, path = within(ANSWER_S, shown, pafs.FileSystem.from_uri, text)
-    except StoreTimeout:
-        raise
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        cause = printable(str(error).replace(text, shown).partition("\n")[0])
-        if "AWS Error" in cause or "Bucket '" in cause:  # it was asked for its region
-            raise translate_error(error, shown) from None
-        if "empty scheme" in cause:
-            raise LocationError(
-                f"{shown!r} is a relative path; use an absolute path or a URI"
-            ) from None
-        if "Unrecognized filesystem type" in cause:
-            schemes = "s3://, gs://, abfss://, hdfs://, file://, hf://, az:// or https://"
-            raise LocationError(
-                f"{shown}: unknown scheme; use {schemes}, or give a filesystem"
-            ) from None
-        raise LocationError(f"{shown}: {cause}; check the URI") from None
-    return filesystem, path.rstrip("/") or path
+    scheme = scheme_of(text)
+    if not scheme:
+        return pafs.LocalFileSystem(), _absolute(text)
+    if scheme == "mock":  # pyarrow's own, for tests
+        filesystem, path = pafs.FileSystem.from_uri(text)
+        return filesystem, path.rstrip("/")
+    location = parse_uri(text)
+    if location.kind == "local":
+        return pafs.LocalFileSystem(), location.path
+    if location.kind == "hdfs" or (location.options and location.kind == "hf"):
+        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
+
+        return within(ANSWER_S, shown_uri(text), filesystem_for, location), location.path
+    if location.kind in ("hf", "http"):
+        filesystem, _ = fsspec.filesystem_of(location.uri, shown_uri(text))
+        return wrapped(filesystem), location.path
+    if location.kind == "az" and importlib.util.find_spec("adlfs") is None:
+        raise LocationError(
+            f"{shown_uri(text)}: az:// needs a package that is not installed; pip install adlfs"
+        )
+    return pafs.PyFileSystem(UriHandler(location)), location.path
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/"):
+        raise LocationError(f"{text!r} is a relative path; use an absolute path or a URI")
+    if "\0" in text or text != text.encode(errors="replace").decode():
+        raise LocationError(f"{text!r} is not UTF-8; rename it")
+    return text.rstrip("/") or "/"
+
+
+def location_of(filesystem: FileSystem, path: str) -> Location | None:
+    """The place of `path` on the filesystem of a URI, as far as the URI says it. None: another
+    filesystem, which has to be described by its options."""
+    handler = getattr(filesystem, "handler", None)
+    if not isinstance(handler, UriHandler):
+        return None
+    return msgspec.structs.replace(handler.location, path=path.rstrip("/"))
+
+
+def built(filesystem: FileSystem) -> FileSystem:
+    """The filesystem that a URI stands for; any other one as it is.
+
+    Raises LocationError where pyarrow has no such filesystem, and StoreError where Amazon has to be
+    asked for the bucket's region, and does not answer.
+    """
+    handler = getattr(filesystem, "handler", None)
+    return handler.filesystem if isinstance(handler, UriHandler) else filesystem
+
+
+def type_name_of(filesystem: FileSystem) -> str:
+    """The name of a filesystem's type, as of the one that a URI stands for."""
+    handler = getattr(filesystem, "handler", None)
+    is_of_uri = isinstance(handler, UriHandler)
+    return handler.get_type_name() if is_of_uri else filesystem.type_name
 
 
 def wrapped(filesystem: FileSystem) -> FileSystem:
@@ -121,20 +154,11 @@ def refuse_secrets_in(url: str) -> None:
     http are whole URLs."""
     userinfo, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
     if at or "?" in url:
-        shown = without_userinfo(url.replace(f"{userinfo}{at}", "", 1))
+        shown = shown_uri(url.replace(f"{userinfo}{at}", "", 1))
         raise LocationError(
             f"{shown}: a URL with credentials or a query cannot be mounted; give "
             "an fsspec HTTPFileSystem with client_kwargs instead"
         )
-
-
-def without_userinfo(uri: str) -> str:
-    """`uri` with what looks like ``key:secret@`` hidden and without its query, for messages."""
-    scheme, separator, rest = uri.partition("://")
-    # The last "@": a secret that was not percent-encoded may hold any character.
-    userinfo, at, host = rest.rpartition("@")
-    shown = f"***@{host}" if at and ":" in userinfo else rest
-    return printable(f"{scheme}{separator}{shown.partition('?')[0]}")
 
 
 def local_filesystem() -> FileSystem:

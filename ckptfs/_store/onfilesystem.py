@@ -14,6 +14,7 @@ from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
 from ckptfs._store.filesystems import (
     FileSystem,
+    built,
     fsspec_of,
     store_name_of,
 )
@@ -60,6 +61,7 @@ def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     """The store at `path` on an unwrapped filesystem; `name` is for messages."""
     if store := store_name_of(filesystem):
         return open_own(store, path.strip("/"), _TIMEOUT_S)
+    filesystem = built(filesystem)
     if isinstance(filesystem, pafs.LocalFileSystem):
         return BoundedStore(LocalStore(path, name))
     inner = fsspec_of(filesystem)

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import FileSystem, local_path_of
-from ckptfs.checkpoint import Checkpoint
+from ckptfs.checkpoint import Checkpoint, filesystem_behind
 from ckptfs.errors import LocationError
 from ckptfs.ray._peer import Failure, Joined, Peer
 
@@ -35,7 +35,7 @@ def place_of(checkpoint: Any) -> tuple[FileSystem, str]:
     """
     if isinstance(checkpoint, str):
         checkpoint = Checkpoint(checkpoint)
-    filesystem, path = checkpoint.filesystem, checkpoint.path
+    filesystem, path = filesystem_behind(checkpoint), checkpoint.path
     if local_path_of(filesystem, path) is not None:
         raise LocationError(f"{path} is a local directory: other nodes cannot attach it")
     try:

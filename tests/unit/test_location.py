@@ -312,7 +312,7 @@ def test_hugging_face_with_and_without_a_token() -> None:
     assert describe(hf(), "me/model/step", {}) == Location("hf", "me/model/step")
     location = describe(hf(token="S3CR3T", endpoint="https://hub"), "me/model", {})
     assert location == Location("hf", "me/model", {"endpoint": "https://hub"}, {"token": "S3CR3T"})
-    assert location.uri == "hf://me/model"
+    assert location.uri == "hf://me/model?endpoint=https://hub"
     environment = {"HF_TOKEN": "envtoken", "HF_ENDPOINT": "https://other"}
     location = describe(hf(), "me/model", environment)
     assert location.options == {"endpoint": "https://other"}

@@ -13,6 +13,7 @@ from ckptfs._config import load_config
 from ckptfs._daemon.stores import Known, Peer, Stores, known_stores
 from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.stores import StoreTable, is_uri, named_location, split_named
+from ckptfs._model.uris import parse_uri
 from ckptfs._store.kinds import lent_for
 from ckptfs.errors import (
     ConfigError,
@@ -55,17 +56,20 @@ def load(tmp_path: Path, text: str) -> dict[str, StoreTable]:
         ('[store.prod]\nuri = "s3://b"\ncredentials = {}', "one of file"),
         ('[store.prod]\nuri = "s3://b"\ncredentials = { environment = "A B" }', "no prefix"),
         ('[store.prod]\nuri = "gs://b"\ncredentials = { profile = "x" }', "profiles are AWS's"),
-        (
-            '[store.prod]\nuri = "abfss://c@a.dfs.core.windows.net"\ncredentials = "anonymous"',
-            "no anonymous",
-        ),
+        ('[store.prod]\nuri = "hdfs://h/x"\ncredentials = "anonymous"', "no anonymous"),
+        ('[store.prod]\nuri = "gs://b"\nrequester_pays = true', "there is none for gs://"),
+        ('[store.prod]\nuri = "file:///x"\nverify_certificates = false', "none for file://"),
+        ('[store.prod]\nuri = "s3://b"\nca_dir = "x"', "ca_dir: must be an absolute path"),
+        ('[store.prod]\nuri = "s3a://b"', "must begin with"),
+        ('[store.prod]\nuri = "s3://b c"', "not the name of a bucket"),
         ('[store.prod]\nuri = "file:///x"\ncredentials = { file = "x" }', "takes none"),
         ('[store.prod]\nuri = "file:///x"\nusers = "*"', "not lent by users"),
         ('[store.prod]\nuri = "gs://b"\nregion = "x"', "region: there is none for gs://"),
         ('[store.prod]\nuri = "s3://b"\nca_file = "x"', "absolute"),
         ('[store.prod]\nuri = "s3://key:SECRET@b/x"', "holds no credentials"),
         ('[store.prod]\nuri = "s3://b/x?region=y"', "no query"),
-        ('[store.prod]\nuri = "s3://b/../x"', "leads out"),
+        ('[store.prod]\nuri = "s3://b/../x"', "'.' or '..' between slashes"),
+        ('[store.prod]\nuri = "s3://b//x"', "leads out"),
         ('[store.prod]\nuri = "s3://b/%2e%2e/x"', "leads out"),
         ('[store.prod]\nuri = "s3:///x"', "no bucket"),
         ('[store.prod]\nuri = "abfss://c/x"', "must be like abfss://"),
@@ -106,7 +110,65 @@ def test_a_table_that_cannot_be_meant_is_an_error(tmp_path: Path, text: str, err
             "x",
             Location("s3", "b/x", {"scheme": "https", "endpoint_override": "h", "anonymous": True}),
         ),
+        (
+            {"uri": "s3://b/run#2", "endpoint": "HTTP://H:80/a/", "requester_pays": True},
+            "x",
+            Location(
+                "s3",
+                "b/run#2/x",
+                {"scheme": "http", "endpoint_override": "h/a", "requester_pays": True},
+            ),
+        ),
+        (
+            {
+                "uri": "s3://b",
+                "endpoint": "https://s3.eu-west-3.amazonaws.com",
+                "force_virtual_addressing": True,
+                "ca_file": "/f",
+                "ca_dir": "/d",
+                "verify_certificates": False,
+            },
+            "x",
+            Location(
+                "s3",
+                "b/x",
+                {
+                    "region": "eu-west-3",
+                    "force_virtual_addressing": True,
+                    "tls_ca_file_path": "/f",
+                    "tls_ca_dir_path": "/d",
+                    "tls_verify_certificates": False,
+                },
+            ),
+        ),
         ({"uri": "gs://b/r"}, "x", Location("gcs", "b/r/x")),
+        (
+            {"uri": "gs://b/r", "credentials": "anonymous", "endpoint": "http://h:1"},
+            "x",
+            Location(
+                "gcs", "b/r/x", {"anonymous": True, "endpoint_override": "h:1", "scheme": "http"}
+            ),
+        ),
+        (
+            {"uri": "abfss://c@acc.dfs.core.windows.net/r", "endpoint": "http://h:10000/acc"},
+            "x",
+            Location(
+                "azure",
+                "c/r/x",
+                {
+                    "account_name": "acc",
+                    "blob_storage_authority": "h:10000",
+                    "blob_storage_scheme": "http",
+                    "dfs_storage_authority": "h:10000",
+                    "dfs_storage_scheme": "http",
+                },
+            ),
+        ),
+        (
+            {"uri": "abfss://c@acc.dfs.core.windows.net/r", "credentials": "anonymous"},
+            "x",
+            Location("azure", "c/r/x", {"account_name": "acc", "anonymous": True}),
+        ),
         (
             {"uri": "abfss://c@acc.dfs.core.windows.net/r"},
             "x",
@@ -125,6 +187,7 @@ def test_where_a_name_leads(table: dict[str, Any], below: str, place: Location) 
     assert msgspec.structs.replace(found, store=None) == place
     assert found.uri == f"prod:{below}"
     assert found.identity == place.identity
+    assert parse_uri(place.uri) == place
     further = msgspec.structs.replace(found, path=f"{found.path}/z")
     assert further.uri == f"prod:{below}/z".replace(":/", ":")
 

@@ -1,0 +1,147 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# pyright: reportUntypedBaseClass=false
+"""pyarrow filesystems that are made when they are first used.
+
+Making one can ask a server: pyarrow's S3FileSystem needs a region. ckptfs itself asks by its own
+clients, and needs only what the filesystem was to be made of.
+"""
+
+import functools
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+import msgspec
+from pyarrow import fs as pafs
+
+from ckptfs._model.location import Kind, Location
+from ckptfs._store.timed import ANSWER_S, within
+from ckptfs.errors import StoreUnavailable
+
+_TYPE_NAMES: dict[Kind, str] = {"s3": "s3", "gcs": "gcs", "azure": "abfs", "az": "py::fsspec+abfs"}
+"""As pyarrow has them."""
+_REGION = "us-east-1"
+"""Of servers that are not Amazon's, and of buckets that Amazon does not know."""
+
+
+class LazyHandler(pafs.FileSystemHandler):
+    """What pyarrow asks. Each method is that of the same name of a pyarrow filesystem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def build(self) -> Any:
+        """The filesystem."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def filesystem(self) -> Any:
+        """The filesystem, which is made when it is first asked for."""
+        return self.build()
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return self.filesystem.get_file_info(paths)
+
+    def get_file_info_selector(self, selector: Any) -> Any:
+        return self.filesystem.get_file_info(selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self.filesystem.create_dir(path, recursive=recursive)
+
+    def delete_dir(self, path: str) -> None:
+        self.filesystem.delete_dir(path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self.filesystem.delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
+
+    def delete_root_dir_contents(self) -> None:
+        self.filesystem.delete_dir_contents("/", accept_root_dir=True)
+
+    def delete_file(self, path: str) -> None:
+        self.filesystem.delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        self.filesystem.move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self.filesystem.copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return self.filesystem.open_input_stream(path, compression=None)
+
+    def open_input_file(self, path: str) -> Any:
+        return self.filesystem.open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        return self.filesystem.open_output_stream(path, compression=None, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: Any) -> Any:
+        return self.filesystem.open_append_stream(path, compression=None, metadata=metadata)
+
+
+class UriHandler(LazyHandler):
+    """The store of a URI, as far as the URI says it.
+
+    Attributes:
+        location: The store, with an empty path. Its secrets are those of the URI.
+    """
+
+    def __init__(self, location: Location) -> None:
+        super().__init__()
+        self.location = msgspec.structs.replace(location, path="")
+        self._bucket = location.path.partition("/")[0]
+
+    def __reduce__(self) -> tuple[type["UriHandler"], tuple[Location]]:
+        return UriHandler, (msgspec.structs.replace(self.location, path=self._bucket),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UriHandler) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((self.location.identity, self._bucket))
+
+    def build(self) -> Any:
+        """See `LazyHandler`. Raises LocationError, and StoreUnavailable where Amazon does not say
+        in which region the bucket is."""
+        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
+
+        options = dict(self.location.options)
+        if self.location.kind == "s3" and not options.get("region"):
+            options["region"] = _region_for(options, self._bucket)
+        if self.location.kind == "gcs":  # pyarrow's default for anonymous access is http
+            options.setdefault("scheme", "https")
+        return filesystem_for(msgspec.structs.replace(self.location, options=options))
+
+    def get_type_name(self) -> str:
+        return _TYPE_NAMES[self.location.kind]
+
+
+def _region_for(options: dict[str, Any], bucket: str) -> str:
+    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    elsewhere = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    if named or options.get("endpoint_override") or any(os.environ.get(v) for v in elsewhere):
+        return named or _REGION
+    return within(ANSWER_S, f"s3://{bucket}", _region_of, bucket)
+
+
+def _region_of(bucket: str) -> str:
+    """Amazon says the region of a bucket also where access is denied."""
+    url = f"https://s3.{_REGION}.amazonaws.com/{bucket}"
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
+            headers = response.headers
+    except urllib.error.HTTPError as error:
+        headers = error.headers
+        error.close()
+    except OSError as error:
+        raise StoreUnavailable(
+            f"s3://{bucket}: cannot ask Amazon for the bucket's region ({error}); give "
+            "region= in the URI, or AWS_REGION"
+        ) from None
+    return headers.get("x-amz-bucket-region") or _REGION
