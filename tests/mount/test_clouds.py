@@ -13,11 +13,9 @@ from cloudservers import (
     ACCOUNT,
     ACCOUNT_KEY,
     BUCKET,
-    Azurite,
     CloudProxy,
-    FakeGcs,
     Reply,
-    azurite_program,
+    cloud_server,
 )
 from pyarrow import fs as pafs
 from unit.fakes import pattern
@@ -38,10 +36,7 @@ SPAN = 8 * MIB
 
 @pytest.fixture(scope="module", params=["gcs", "azure"])
 def cloud(request: pytest.FixtureRequest) -> Iterator[Any]:
-    program = azurite_program()
-    if request.param == "azure" and program is None:
-        pytest.skip("Azurite is not installed: npm install azurite, and name it in AZURITE")
-    with FakeGcs() if request.param == "gcs" else Azurite(str(program)) as server:
+    with cloud_server(request.param) as server:
         yield server
 
 

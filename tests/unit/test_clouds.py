@@ -22,7 +22,7 @@ from cloudservers import (
     CloudProxy,
     FakeGcs,
     Reply,
-    azurite_program,
+    cloud_server,
     overwrite_while_reading,
     sas_token,
 )
@@ -58,29 +58,19 @@ ODD_NAMES = [
 
 @pytest.fixture(scope="module", params=["gcs", "azure"])
 def cloud(request: pytest.FixtureRequest) -> Iterator[Any]:
-    if request.param == "gcs":
-        with FakeGcs() as server:
-            yield server
-        return
-    program = azurite_program()
-    if program is None:
-        pytest.skip("Azurite is not installed: npm install azurite, and name it in AZURITE")
-    with Azurite(program) as server:
+    with cloud_server(request.param) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def gcs() -> Iterator[FakeGcs]:
-    with FakeGcs() as server:
+    with cloud_server("gcs") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def azure() -> Iterator[Azurite]:
-    program = azurite_program()
-    if program is None:
-        pytest.skip("Azurite is not installed: npm install azurite, and name it in AZURITE")
-    with Azurite(program) as server:
+    with cloud_server("azure") as server:
         yield server
 
 
