@@ -19,6 +19,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.plan import Plan, decode, encode, make_plan
 from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
+from ckptfs._model.uris import shown_uri
 from ckptfs._store import metadata
 from ckptfs._store.caller import ask
 from ckptfs._store.filesystems import filesystem_of
@@ -35,6 +36,7 @@ def read(source: "str | os.PathLike[str]") -> Plan:
         AccessDenied, StoreError: The store's answer.
     """
     source = os.fspath(source)
+    shown = shown_uri(source)
     try:
         if not is_uri(source):
             return decode(Path(source).read_bytes())
@@ -42,12 +44,12 @@ def read(source: "str | os.PathLike[str]") -> Plan:
         if isinstance(found, str):
             return decode(found)
     except FileNotFoundError:
-        raise PlanError(f"{source} does not exist; ckptfs plan save makes a plan") from None
+        raise PlanError(f"{shown} does not exist; ckptfs plan save makes a plan") from None
     except OSError as error:
-        raise PlanError(f"{source}: {error.strerror}") from None
+        raise PlanError(f"{shown}: {error.strerror}") from None
     except PlanError as error:
-        raise PlanError(f"{source}: {error}") from None
-    raise PlanError(f"{source} has no plan; ckptfs plan save --metadata {source} adds one")
+        raise PlanError(f"{shown}: {error}") from None
+    raise PlanError(f"{shown} has no plan; ckptfs plan save --metadata {shown} adds one")
 
 
 def kept(location: Location) -> Plan | None:

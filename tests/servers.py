@@ -485,6 +485,8 @@ class Nginx(Server):
             )
             + f"  server {{ listen {self.endpoint}; listen {self.tls_endpoint} ssl;\n"
             f"    ssl_certificate {pem}; ssl_certificate_key {pem};\n"
+            # Else it names its own port, and what follows passes by a proxy in front of it.
+            "    absolute_redirect off;\n"
             f"    location / {{ {what} }}\n  }}\n}}\n"
         )
 

@@ -5,15 +5,18 @@ import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import pytest
 from conftest import HAS_FUSE, Node, daemons, wait_until
@@ -27,6 +30,9 @@ from s3server import S3Server
 import ckptfs
 from ckptfs import Checkpoint, _client, _connection
 from ckptfs._config import load_config
+from ckptfs._model.uris import parse_uri
+from ckptfs._store.describe import describe
+from ckptfs.checkpoint import filesystem_behind
 
 CONTENT = {
     "config.json": b'{"layers": 1}',
@@ -135,7 +141,6 @@ class Place:
         checkpoint: Makes the object for a checkpoint of that name.
         mode: How ``as_directory`` has to be asked for it.
         local: Whether a checkpoint is its own directory.
-        shown: The name under which a file appears.
     """
 
     mode: Any = "auto"
@@ -144,7 +149,6 @@ class Place:
     def __init__(self, folder: Path, checkpoint: Callable[[str], Checkpoint]) -> None:
         self.folder = folder
         self.checkpoint = checkpoint
-        self.shown: Callable[[str], str] = str
 
     def write(self, path: str, data: bytes) -> None:
         """Store a file behind the filesystem's back."""
@@ -290,13 +294,11 @@ def place(
             place = InMemory()
         elif kind == "http":
             place = Place(top, lambda name: Checkpoint(f"{url}/{name}/"))
-            place.shown = quote
         elif kind == "http with a token":
             (top / "closed").mkdir(exist_ok=True)
             headers = {"Authorization": "Bearer S3CR3T"}
             closed = HTTPFileSystem(client_kwargs={"headers": headers})
             place = Place(top / "closed", lambda name: Checkpoint(f"{url}/closed/{name}", closed))
-            place.shown = quote
         else:
             place = stack.enter_context(described_by_nothing(folder))
         place.local = "local" in kind
@@ -311,8 +313,8 @@ def place(
 
 def end_private_daemons() -> None:
     """So that nobody has to wait until they are idle."""
-    for socket in Path(tempfile.gettempdir()).glob("ckptfs-private-*/sock"):
-        with _connection.connect_to(str(socket), 10) as connection:
+    for path in Path(tempfile.gettempdir()).glob("ckptfs-private-*/sock"):
+        with _connection.connect_to(str(path), 10) as connection:
             connection.stop(force=True)
 
 
@@ -331,10 +333,6 @@ def stored(place: Place, name: str) -> Iterator[Checkpoint]:
     place.remove(name)
 
 
-def shown_at(place: Place) -> dict[str, bytes]:
-    return {place.shown(path): data for path, data in CONTENT.items()}
-
-
 def wait_gone(path: str) -> None:
     """The daemon needs a moment to let go of what nobody holds."""
     wait_until(lambda: not os.path.exists(path))
@@ -348,7 +346,7 @@ def test_as_directory_shows_what_is_stored(place: Place, stored: Checkpoint, nam
     with stored.as_directory(mode=place.mode) as path:
         assert (path == str(place.folder / name)) is place.local
         assert os.path.isabs(path)
-        assert files_in(path) == shown_at(place)
+        assert files_in(path) == CONTENT
     if place.local:
         assert files_in(path) == CONTENT
     else:
@@ -360,8 +358,8 @@ def test_as_directory_shows_what_is_stored(place: Place, stored: Checkpoint, nam
 def test_contexts_can_be_nested(place: Place, stored: Checkpoint) -> None:
     with stored.as_directory(mode=place.mode) as outer:
         with stored.as_directory(mode=place.mode) as inner:
-            assert files_in(inner) == shown_at(place)
-        assert files_in(outer) == shown_at(place)
+            assert files_in(inner) == CONTENT
+        assert files_in(outer) == CONTENT
     if not place.local:
         wait_gone(outer)
 
@@ -383,7 +381,7 @@ def test_the_first_exit_leaves_the_directory_to_another_thread(
         thread.join(60)
         with _client.connect() as connection:  # the daemon has seen the end of the first
             connection.status()
-        assert files_in(path) == shown_at(place)
+        assert files_in(path) == CONTENT
 
 
 @pytest.mark.mount
@@ -392,7 +390,7 @@ def test_a_pickled_checkpoint_is_the_same_one(place: Place, stored: Checkpoint) 
     assert again is not stored
     assert (again.path, repr(again)) == (stored.path, repr(stored))
     with stored.as_directory(mode=place.mode) as path, again.as_directory(mode=place.mode) as other:
-        assert files_in(other) == shown_at(place)
+        assert files_in(other) == CONTENT
         assert (other == path) is (place.mode != "copy")
     target = stored.to_directory(include=["config.json"])
     try:
@@ -406,7 +404,7 @@ def test_to_directory_copies(place: Place, stored: Checkpoint, name: str, tmp_pa
     target = stored.to_directory()
     try:
         assert os.path.dirname(target) == tempfile.gettempdir()
-        assert files_in(target) == shown_at(place)
+        assert files_in(target) == CONTENT
         assert stored.to_directory() == target
     finally:
         subprocess.run(["rm", "-r", target], check=True)
@@ -415,7 +413,7 @@ def test_to_directory_copies(place: Place, stored: Checkpoint, name: str, tmp_pa
     (given / "layers" / "mine").write_bytes(b"stays")
     (given / "config.json").write_bytes(b"is replaced")
     assert stored.to_directory(f"{given}/./") == str(given)
-    assert files_in(given) == shown_at(place) | {"layers/mine": b"stays"}
+    assert files_in(given) == CONTENT | {"layers/mine": b"stays"}
     assert place.stored(name) == CONTENT
     assert os.listdir(tmp_path) == ["given"]
 
@@ -669,6 +667,72 @@ def test_the_constructor_asks_nobody(s3: S3Server, bucket: Path) -> None:
     for checkpoint in checkpoints:
         assert "missing" in repr(pickle.loads(pickle.dumps(checkpoint)))
     assert s3.traffic().requests == []
+
+
+def test_a_uri_is_read_without_a_filesystem_of_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's own look-up of a region kept a process for minutes after its last error."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("pyarrow was asked")
+
+    monkeypatch.setattr(pafs, "S3FileSystem", refuse)
+    monkeypatch.setattr(pafs, "GcsFileSystem", refuse)
+    monkeypatch.setattr(pafs, "resolve_s3_region", refuse)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        query = f"endpoint_override=http://127.0.0.1:{bound.getsockname()[1]}"
+        checkpoint = Checkpoint(f"s3://key:secret@bucket/run?{query}")
+        for use in (checkpoint.get_metadata, checkpoint.to_directory):
+            with pytest.raises(ckptfs.StoreUnavailable):
+                use()
+    assert repr(checkpoint) == "Checkpoint(filesystem=s3, path=bucket/run)"
+    assert repr(Checkpoint("gs://bucket/run")) == "Checkpoint(filesystem=gcs, path=bucket/run)"
+
+
+def test_what_a_uri_says_goes_with_the_checkpoint() -> None:
+    uri = "s3://key:secret@bucket/run?region=x&requester_pays=true&tls_verify_certificates=false"
+    checkpoint = pickle.loads(pickle.dumps(Checkpoint(uri)))
+    found = describe(filesystem_behind(checkpoint), checkpoint.path, {})
+    assert found == parse_uri(uri)
+    below = pafs.SubTreeFileSystem("bucket", filesystem_behind(checkpoint))
+    assert describe(below, "run", {}) == parse_uri(uri)
+    with pytest.raises(ckptfs.LocationError, match="requester_pays"):
+        _ = checkpoint.filesystem  # pyarrow has no such option
+
+
+@pytest.mark.parametrize(
+    ("uri", "environ", "region"),
+    [
+        ("s3://bucket/run?region=eu-west-3", {"AWS_REGION": "eu-west-1"}, "eu-west-3"),
+        ("s3://bucket/run", {"AWS_REGION": "eu-west-1"}, "eu-west-1"),
+        ("s3://bucket/run", {"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+        ("s3://bucket/run?endpoint_override=http://minio:9000", {}, "us-east-1"),
+        ("s3://bucket/run", {}, "sa-east-1"),
+    ],
+)
+def test_the_region_of_a_filesystem(
+    monkeypatch: pytest.MonkeyPatch, uri: str, environ: dict[str, str], region: str
+) -> None:
+    """Amazon is asked where nothing else says it, and says it with a refusal, too."""
+    asked: list[str] = []
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> None:
+        asked.append(f"{request.method} {request.full_url}")
+        headers = Message()
+        headers["x-amz-bucket-region"] = "sa-east-1"
+        raise urllib.error.HTTPError(request.full_url, 403, "Forbidden", headers, None)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    filesystem = Checkpoint(uri).filesystem
+    assert isinstance(filesystem, pafs.S3FileSystem)
+    assert filesystem.region == region
+    lookup = ["HEAD https://s3.us-east-1.amazonaws.com/bucket"]
+    assert asked == (lookup if region == "sa-east-1" else [])
 
 
 def test_secrets_are_in_no_text_of_a_checkpoint(s3: S3Server, bucket: Path) -> None:

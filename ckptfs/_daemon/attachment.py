@@ -185,7 +185,7 @@ class Attachment:
         if known := self.files.get(index):
             return known
         file = self.files[index] = self.peek(index)
-        file.on_etag = lambda etag: self.record(EtagLearned(index, etag))
+        file.on_etag = lambda etag, of: self.record(EtagLearned(index, etag, of))
         file.trace, file.index = self.trace, index
         file.on_trouble = lambda: self.record(
             Trouble(index, file.error, changed=file.changed, failing=file.failing)

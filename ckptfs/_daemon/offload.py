@@ -3,11 +3,11 @@
 Network and disk have lanes of their own, so that a dark store cannot keep the disk waiting.
 
 **A call that is cancelled** is abandoned, not waited for. A call to a store knows the deadline of
-whoever waits for it (``_store.deadline``), and our own S3 client ends by then, or at once where a
-read is given up (``_store.progress``); a library may never end. A thread that was left behind so
-takes no place from the others: its lane has one more for as long as it runs. How many there can be
-of one store is limited (``_store.bounded``), and here in all: what is beyond `_LEFT_BEHIND_MAX`
-does take places.
+its caller (``_store.deadline``) and ends by then, or at once where a read is given up
+(``_store.progress``): our own S3 client does so by itself, and no other library runs in this
+process (``ckptfs._workers``). What may take longer is the look-up of a name by the system's
+resolver, and the look-up of credentials by botocore. A thread that was left behind so takes no
+place from the others: its lane has one more for as long as it runs, up to `_LEFT_BEHIND_MAX`.
 
 Computing holds the interpreter's lock, so what takes long has to let go of it now and then.
 """
@@ -35,8 +35,7 @@ _DARK_THREADS = 4
 _COMPUTE_THREADS = 1
 """They would only share one interpreter lock; one also bounds the memory that parsing takes."""
 _LEFT_BEHIND_MAX = 64
-"""Threads of one lane that nobody waits for and that take no place: those of eight stores whose
-library hangs. A thread that sleeps costs some 50 KiB."""
+"""Threads of one lane that were left behind and take no place. One costs some 50 KiB."""
 
 
 class Offload:
@@ -79,7 +78,7 @@ class Offload:
         return await self._compute.run(functools.partial(function, *args, **kwargs))
 
     def threads(self) -> int:
-        """How many threads work, or hang, now."""
+        """How many threads work, or wait, now."""
         lanes = (
             *(self._data, self._control, self._dark, self._disk),
             *(self._compute, self._names),

@@ -16,6 +16,7 @@ from ckptfs._daemon.handoff import Journal
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._model.plan import Wanted
+from ckptfs._store.base import TagOf
 from ckptfs.errors import DaemonError
 
 
@@ -42,10 +43,12 @@ class PinSet(msgspec.Struct, frozen=True, tag="pin"):
 
 
 class EtagLearned(msgspec.Struct, frozen=True, tag="etag"):
-    """The pinned version of the file at `index` of those it lists has this ETag."""
+    """The pinned version of the file at `index` of those it lists has this ETag, which those
+    answers of the store name (`Pin.etag_of`)."""
 
     index: int
     etag: str
+    etag_of: TagOf = "answers"
 
 
 class FileShown(msgspec.Struct, frozen=True, tag="shown"):

@@ -11,7 +11,7 @@ from ckptfs._daemon.activity import Activity
 from ckptfs._daemon.cached import CachedObject
 from ckptfs._daemon.cachedir import UNKNOWN, ObjectKey, Origin
 from ckptfs._model.manifest import printable
-from ckptfs._store.base import Pin, Store
+from ckptfs._store.base import Pin, Store, TagOf
 from ckptfs.errors import CkptfsError, NotAttached, ObjectChanged
 
 if TYPE_CHECKING:
@@ -100,15 +100,18 @@ class RemoteFile:
         self.trace: Trace | None = None
         self.index = -1
         self._entry: CachedObject | None = None
-        self.on_etag: Callable[[str], None] | None = None  # told what the listing did not have
+        self.on_etag: Callable[[str, TagOf], None] | None = None  # told what no listing says
         self.on_trouble: Callable[[], None] = lambda: None  # told of other errors, or their end
 
-    def pin_etag(self, etag: str) -> None:
-        """The pinned version turned out to have this ETag."""
-        if etag != self.pin.etag:
-            self.pin = msgspec.structs.replace(self.pin, etag=etag)
-            if self.on_etag is not None:
-                self.on_etag(etag)
+    def pin_etag(self, etag: str, etag_of: TagOf = "answers") -> None:
+        """The pinned version turned out to have this ETag; see `Pin.etag_of`."""
+        known = self.pin
+        if etag_of == "listing":  # the object's own answers have confirmed it
+            etag_of = "answers"
+        self.pin = msgspec.structs.replace(known, etag=etag, etag_of=etag_of)
+        is_news = etag != known.etag or (etag_of == "checks" and known.etag_of != etag_of)
+        if is_news and self.on_etag is not None:
+            self.on_etag(etag, etag_of)
 
     @property
     def name(self) -> str:

@@ -81,7 +81,8 @@ class Last:
                 attachment.snapshot.hide(event.path)
             elif isinstance(event, EtagLearned):
                 file = attachment.file(event.index)
-                file.pin = msgspec.structs.replace(file.pin, etag=event.etag)
+                about = {"etag": event.etag, "etag_of": event.etag_of}
+                file.pin = msgspec.structs.replace(file.pin, **about)
             elif isinstance(event, Trouble) and event.index != OWN:
                 file = attachment.file(event.index)
                 file.error, file.changed, file.failing = event.error, event.changed, event.failing

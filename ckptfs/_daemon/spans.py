@@ -49,7 +49,8 @@ from ckptfs._daemon.versions import Versions
 from ckptfs._model.blocks import BLOCK_BYTES, blocks_length, runs
 from ckptfs._model.config import Config
 from ckptfs._model.trace import Purpose
-from ckptfs.errors import CkptfsError, StoreError, StoreTimeout, StoreUnavailable
+from ckptfs._store.base import Pin, changed
+from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreTimeout, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -318,12 +319,19 @@ class Spans:
         span.ended.set()
 
     async def _attempt(self, span: Span) -> None:
-        try:
-            await self._fetch(span)
-        except StoreUnavailable as error:
-            if not error.retry_after_s:  # an object that became shorter can look like an outage
-                await self._versions.confirm(span.file)
-            raise
+        file, entry = span.file, span.entry
+        while True:
+            pin = file.pin
+            try:
+                return await self._fetch(span)
+            except StoreUnavailable as error:
+                if not error.retry_after_s:  # an object that became shorter can look like an outage
+                    await self._versions.confirm(file, entry)
+                raise
+            except ObjectChanged:
+                await self._versions.repin(file, entry, pin)
+                if file.pin == pin:
+                    raise
 
     async def _fetch(self, span: Span) -> None:
         """Steps 1 to 4, once."""
@@ -338,18 +346,21 @@ class Spans:
         span.tries += 1
         span.begun_s = time.perf_counter()
         offset = span.blocks.start * BLOCK_BYTES
+        pin = file.pin
         got = await self._transfers.read(
             file.store,
-            file.pin,
+            pin,
             offset,
             span.length,
             ticket,
             heard=span.heard,
             silence_s=span.deadline_s,
         )
-        if not got.is_confirmed:
+        if got.is_confirmed:
+            self._prove(file, pin, got)
+        else:
             try:
-                await self._versions.confirm(file)
+                await self._versions.confirm(file, entry)
             except BaseException:
                 self._transfers.give_up(got)
                 raise
@@ -357,6 +368,14 @@ class Spans:
         self.fetched_bytes += span.length
         self.fetched_spans += 1
         file.activity.fetched(span.usage, span.length)
+
+    def _prove(self, file: RemoteFile, pin: Pin, got: Transferred) -> None:
+        """The answer to a read has named the ETag of `pin`. Raises ObjectChanged where another one
+        was pinned meanwhile."""
+        if file.pin.etag != pin.etag:
+            self._transfers.give_up(got)
+            raise changed(file.store.name, pin, "two answers named two versions")
+        file.pin_etag(pin.etag, file.pin.etag_of)
 
     def _arrived(self, span: Span, got: Transferred) -> None:
         """Let the readers go on. Raises ObjectChanged if the cache has another version by now."""

@@ -8,8 +8,7 @@ given up: its connection is closed (`_store.progress`), and its thread ends by i
 the first is one of the transfer only if the second fails, too.
 
 A task looks at what is under way every `_LOOK_S`, while a second request may begin. Stores whose
-requests cannot be given up, because they are a library's, get no second ones: each would keep a
-thread.
+requests cannot be given up get no second ones: each would keep a thread.
 
 **Bytes that come** are noticed every `_NOTICE_S`: the store's speed follows from them (`flow`), and
 the deadlines of the reads that wait for them move (`liveness`).

@@ -404,5 +404,4 @@ def _glob_of(node: Node) -> str:
 
 
 def _uri(location: Location, node: Node) -> str:
-    path = f"{location.path}/{_path_of(node)}".rstrip("/")
-    return msgspec.structs.replace(location, path=path).uri
+    return location.below(_path_of(node)).uri

@@ -101,7 +101,7 @@ class Remote:
         used: list[str] = []
         others: list[str] = []
         for each in self._settings:
-            shown = f"{each.place} = {each.value or '(hidden)'}"
+            shown = f"{each.place} = {each.value or '(secret)'}"
             if each.use == "used":
                 used.append(shown)
             else:
@@ -139,7 +139,7 @@ class Remote:
             return ok(f"of {where}, valid {kind}")
         source = source_of(options, self._location.uri)
         if options.profile:
-            return ok(f"of the profile {options.profile!r}: {source}")
+            return ok(f"of AWS's chain: {source}, profile {options.profile!r}")
         if options.web_identity_token_file or options.container_credentials_uri:
             return ok(f"of the environment: {source}")
         served_by = self._node.served_by

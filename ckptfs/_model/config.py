@@ -82,7 +82,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Seconds,
         _live(
             "Longest silence of the store within one request, and longest connect; of what is "
-            "attached from then on. Two attempts of 3 s, the AWS SDK's default, keep the answer to "
+            "attached from then on. A store on S3 whose first bytes take longer gets more time for "
+            "them. Two attempts of 3 s, the AWS SDK's default, keep the answer to "
             "an attach below 10 s."
         ),
     ] = STORE_TIMEOUT_S

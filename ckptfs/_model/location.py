@@ -97,6 +97,14 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         """Its directory in the mount, for one user: name and digest."""
         return f"{self.name}-{self.digest}"
 
+    def below(self, path: str) -> "Location":
+        """The location of a relative path, whose names are decoded, below this one; "": this
+        one."""
+        if not path:
+            return self
+        text = quoted(path) if self.kind == "http" else path
+        return msgspec.structs.replace(self, path=f"{self.path.rstrip('/')}/{text}")
+
     @property
     def uri(self) -> str:
         """A URI without secrets, that names this directory and can be attached again."""

@@ -39,10 +39,18 @@ class ListedFile(msgspec.Struct, frozen=True, gc=False):
 
 
 class Skipped(msgspec.Struct, frozen=True, gc=False):
-    """An object that is not shown, and why. `name` is printable (escaped) text."""
+    """An object that is not shown, and why.
+
+    Attributes:
+        name: Printable (escaped) text.
+        reason: A sentence.
+        is_lacking: It is a file of the checkpoint that cannot be read now, so a copy without it
+            would not be whole.
+    """
 
     name: str
     reason: str
+    is_lacking: bool = False
 
 
 class Listing(msgspec.Struct, frozen=True):

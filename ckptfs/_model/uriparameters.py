@@ -216,7 +216,10 @@ def write_parameters(kind: str, options: Mapping[str, Option]) -> str:
     written = dict(options)
     if "scheme" in PARAMETERS[kind]:
         endpoint = endpoint_in(options)
-        if endpoint is not None:
+        if endpoint is not None and (region := own_region(kind, endpoint)) is not None:
+            del written["endpoint_override"]
+            written = {**({"region": region} if region else {}), **written}
+        elif endpoint is not None:
             written["endpoint_override"] = endpoint.text
         if endpoint is not None or kind == "gcs" or written.get("scheme") != "http":
             written.pop("scheme", None)

@@ -94,6 +94,19 @@ def with_parameters(uri: str, **more: str) -> str:
     return text
 
 
+def anonymous_uri(text: str) -> str:
+    """A URI with anonymous access. Raises LocationError where there is none."""
+    kind = SCHEMES.get(scheme_of(text), "private")
+    if "anonymous" not in PARAMETERS.get(kind, ()):
+        raise LocationError(
+            f"{shown_uri(text)}: anonymous access is for s3://, gs://, abfss:// and az:// only; "
+            'the table of a named store has credentials = "anonymous"'
+        )
+    if parse_uri(text).options.keys() & {"anonymous", "anon"}:
+        return text
+    return with_parameters(text, anonymous="true")
+
+
 def scheme_of(text: str) -> str:
     """The scheme of a URI; "": it is another text."""
     scheme, separator, _ = text.partition("://")

@@ -15,14 +15,27 @@ the listing did not have is learned by the first `confirm`, and compared by the 
 `read_into` returns True, the store itself has said that the bytes are of the pinned version. Else
 the rule that makes it safe is: know the ETag, read, `confirm`. Stores are strongly consistent, so
 equal versions before and after mean that the bytes in between are of that version.
+
+**ETags of listings** are not those of the objects' own answers on every server. So an ETag that
+only the listing has said is corrected by the first `confirm`, as long as no byte was read; a read
+that is refused before that is no proof of a change (see `repinned`).
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, printable
-from ckptfs.errors import CheckpointIsFile, CheckpointNotFound, LimitExceeded, ObjectChanged
+from ckptfs.errors import (
+    CheckpointIsFile,
+    CheckpointNotFound,
+    LimitExceeded,
+    ObjectChanged,
+    StoreError,
+)
+
+TagOf = Literal["listing", "answers", "checks"]
+"""Which answers of the store name a pin's ETag, see `Pin.etag_of`."""
 
 
 class Pin(msgspec.Struct, frozen=True):
@@ -33,17 +46,27 @@ class Pin(msgspec.Struct, frozen=True):
         size: Bytes.
         mtime_ns: Modification time from the listing, nanoseconds since the epoch.
         etag: The ETag; "" while it is not known, and for stores that have none.
+        etag_of: What names the ETag: only the "listing" so far, so that the object's own answers
+            may have another one; all "answers" of the object; "checks" only, because the answers to
+            reads have another ETag or none.
     """
 
     path: str
     size: int
     mtime_ns: int
     etag: str = ""
+    etag_of: TagOf = "answers"
+
+    @property
+    def identifies(self) -> bool:
+        """Whether the ETag alone identifies the bytes: a weak one does not (RFC 9110, 8.8.1)."""
+        return bool(self.etag) and not self.etag.startswith("W/")
 
 
 def pin_of(file: ListedFile) -> Pin:
     """The version of a file that a listing says."""
-    return Pin(file.path, file.size, file.mtime_ns, file.etag)
+    of = "listing" if file.etag else "answers"
+    return Pin(file.path, file.size, file.mtime_ns, file.etag, of)
 
 
 class Store(Protocol):
@@ -92,6 +115,26 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of open handles. Calls that are still running may fail."""
         ...
+
+
+def repinned(store: Store, pin: Pin) -> Pin:
+    """The pin to go on with after a read has said that the object is no longer that of `pin`.
+
+    Blocking. A check decides, because some servers look at other ETags in reads than elsewhere.
+
+    Raises:
+        ObjectChanged: The check says so, too.
+        StoreError: It does not, and reads need not even name the version any more.
+    """
+    confirmed = store.confirm(pin)
+    if confirmed.etag != pin.etag:
+        return confirmed
+    if pin.etag_of == "checks":
+        raise StoreError(
+            f"{printable(pin.path)} in {store.name}: the store contradicts itself: it says that "
+            "the object has not changed, and answers a read as if it had; check the endpoint"
+        )
+    return msgspec.structs.replace(confirmed, etag_of="checks")
 
 
 # What all stores say in the same words; `name` is the store's.

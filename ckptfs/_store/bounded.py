@@ -1,8 +1,10 @@
-"""A limit on the threads that hang in a library.
+"""A limit on the threads of a program that hang in a library.
 
 What pyarrow or an fsspec package does with a server that stays silent is up to it; some wait for
-ever. Whoever called has a deadline and goes away then; the thread cannot be ended, and stays until
-the library returns. Here such threads are counted, and a store that has too many gets no more.
+ever. A program that asks a store itself has a deadline and goes on then (``timed``). The thread
+cannot be ended, and stays until the library returns. Such threads are counted here, and a store
+that has too many gets no more. A daemon needs no such limit: libraries run in processes of their
+own there, which can be ended (``ckptfs._workers``).
 """
 
 import threading
@@ -22,7 +24,7 @@ can still be tried, in case that the store is back and only the old connections 
 
 
 class BoundedStore:
-    """A Store that has at most `OVERDUE_MAX` calls in `store` for which nobody waits any more.
+    """A Store that has at most `OVERDUE_MAX` calls in `store` whose deadline is over.
 
     Further ones raise StoreTimeout, until one of those returns.
     """

@@ -12,12 +12,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 from ckptfs._model.config import STORE_TIMEOUT_S
 from ckptfs._store import objectstore
 from ckptfs._store.base import Store
-from ckptfs._store.describe import describe
+from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import FileSystem, unwrapped
 from ckptfs._store.onfilesystem import store_on
 from ckptfs._store.resolve import open_store
 from ckptfs._store.timed import ANSWER_S, within
-from ckptfs.errors import LocationError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +33,7 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
         name = location.uri
         if location.kind == "s3" or location.kind in objectstore.KINDS:
             return within(ANSWER_S, name, open_store, location, STORE_TIMEOUT_S)
-    except LocationError:
+    except NotDescribable:
         name = f"{filesystem.type_name}:{path}"
     return store_on(*unwrapped(filesystem, path), name)
 

@@ -8,6 +8,7 @@ attaches again, which gives the running attachment the new ones.
 
 import json
 import os
+import ssl
 from typing import Any
 
 import msgspec
@@ -49,6 +50,9 @@ def carried(location: Location) -> Location | None:
     options.pop(NAMESPACE, None)
     if location.kind == "s3" and not options.get("anonymous"):
         _carry_keys(location, options, secrets)
+    for name in ("tls_ca_file_path", "tls_ca_dir_path"):
+        if name in options and _is_systems(str(options[name])):
+            del options[name]  # the daemon has them as well
     if path := options.pop("tls_ca_file_path", ""):
         secrets["tls_ca_pem"] = _text_of(location, str(path))
     for name in ("tls_ca_dir_path", "federated_token_file"):
@@ -73,6 +77,15 @@ def _carry_keys(location: Location, options: dict[str, Option], secrets: dict[st
         secrets.pop("session_token", None)
         if keys.token:
             secrets["session_token"] = keys.token
+
+
+def _is_systems(path: str) -> bool:
+    """Whether it has the certificates that OpenSSL trusts without being told."""
+    paths = ssl.get_default_verify_paths()
+    real, folder = os.path.realpath(path), os.path.realpath(paths.openssl_capath)
+    return real in (os.path.realpath(paths.openssl_cafile), folder) or (
+        os.path.dirname(real) == folder
+    )
 
 
 def _text_of(location: Location, path: str) -> str:

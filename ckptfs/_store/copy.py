@@ -34,7 +34,7 @@ from queue import SimpleQueue
 
 from ckptfs._filelock import locked
 from ckptfs._model.manifest import ListedFile, Manifest, build_manifest
-from ckptfs._store.base import Store, pin_of
+from ckptfs._store.base import Store, pin_of, repinned
 from ckptfs._store.buffers import leave_thread_buffer, thread_buffer
 from ckptfs._store.deadline import left_s
 from ckptfs._store.timed import TimedStore
@@ -86,6 +86,7 @@ def copy_directory(
         with locked(str(lock), float("inf") if timeout_s is None else timeout_s):
             timed = TimedStore(store)
             manifest = build_manifest(timed.list(_FILES_MAX))
+            _check_whole(manifest, include, store.name)
             target.mkdir(exist_ok=True)
             if not include:
                 for directory in manifest.directories:  # also the empty ones
@@ -105,7 +106,21 @@ def copy_directory(
 def _chosen(manifest: Manifest, include: Sequence[str]) -> list[ListedFile]:
     if not include:
         return list(manifest.files)
-    return [f for f in manifest.files if any(fnmatch.fnmatchcase(f.path, g) for g in include)]
+    return [file for file in manifest.files if _is_in(include, file.path)]
+
+
+def _check_whole(manifest: Manifest, include: Sequence[str], name: str) -> None:
+    """Raise StoreError where the store lists a file that is to be copied and cannot be read."""
+    for skipped in manifest.skipped:
+        if skipped.is_lacking and (not include or _is_in(include, skipped.name)):
+            raise StoreError(
+                f"{skipped.name} in {name} cannot be copied: {skipped.reason}, or leave it out "
+                "with include"
+            )
+
+
+def _is_in(include: Sequence[str], path: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, glob) for glob in include)
 
 
 class _File:
@@ -201,12 +216,20 @@ class _Copy:
     def _fetch(self, file: _File, part: int) -> None:
         buffer = thread_buffer(file.length(part))
         try:
-            self._store.read_into(file.pin, part * PART_BYTES, buffer)
+            self._read(file, part * PART_BYTES, buffer)
         except StoreTimeout:
             leave_thread_buffer()
             raise
         _write_at(file.partial, part * PART_BYTES, buffer)
         _write_at(file.parts_file, len(file.version) + part, memoryview(b"+"))
+
+    def _read(self, file: _File, offset: int, buffer: memoryview) -> None:
+        pin = file.pin
+        try:
+            self._store.read_into(pin, offset, buffer)
+        except ObjectChanged:
+            file.pin = repinned(self._store, pin)
+            self._store.read_into(file.pin, offset, buffer)
 
     def _after_fetch(self, file: _File, part: int) -> None:
         self._count(file.length(part))

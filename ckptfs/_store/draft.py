@@ -84,10 +84,13 @@ class Draft:
         """The first variable that is set, and its value; two empty texts: none is."""
         return next(((v, self.environ[v]) for v in variables if self.environ.get(v)), ("", ""))
 
-    def take(self, option: str, value: Option, place: str) -> bool:
-        """Use a setting for an option, unless something that comes first has set it."""
+    def take(self, option: str, value: Option, place: str, shown: str = "") -> bool:
+        """Use a setting for an option, unless something that comes first has set it.
+
+        `shown` stands for the value of a secret.
+        """
         is_secret = option in KINDS[self.kind].secret
-        shown = "" if is_secret else str(value)
+        shown = shown if is_secret else str(value)
         if option in self.options or option in self.secrets:
             self.settings.append(
                 Setting(place, shown, "ignored", f"{option} is said in a place that comes first")

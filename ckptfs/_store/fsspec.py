@@ -100,6 +100,45 @@ def build(protocol: str, options: Mapping[str, Any], timeout_s: float) -> Any:
     return filesystem(protocol, **options, **own)
 
 
+_OF_HTTP = frozenset(
+    [
+        "block_size",
+        "cache_options",
+        "cache_type",
+        "encoded",
+        "listings_expiry_time",
+        "max_paths",
+        "same_scheme",
+        "simple_links",
+        "size_policy",
+        "skip_instance_cache",
+        "use_listings_cache",
+    ]
+)
+"""Options of an HTTPFileSystem that say how fsspec caches and reads, and not what."""
+
+
+def http_headers_of(filesystem: Any) -> dict[str, str] | None:
+    """The headers with which an fsspec HTTPFileSystem asks for everything; None: it is another
+    filesystem, or one that does more than that with its requests."""
+    kind = type(filesystem)
+    if f"{kind.__module__}.{kind.__name__}" != "fsspec.implementations.http.HTTPFileSystem":
+        return None
+    options = dict(filesystem.storage_options)
+    client = options.pop("client_kwargs", None) or {}
+    given = {k: v for k, v in (*client.items(), *options.items()) if k not in _OF_HTTP}
+    given.pop("timeout", None)
+    headers = given.pop("headers", None) or {}
+    login = given.pop("auth", None)
+    if given or filesystem.storage_args or not isinstance(headers, Mapping):
+        return None
+    if login is not None:
+        if not callable(getattr(login, "encode", None)):
+            return None
+        headers = {**headers, "Authorization": login.encode()}
+    return {str(name): str(value) for name, value in headers.items()}
+
+
 class FsspecStore:
     """The directory `root` of an fsspec filesystem; `name`, its URI, is for messages."""
 

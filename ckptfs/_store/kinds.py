@@ -9,6 +9,7 @@ The module is cheap to import, because clients without pyarrow use the table as 
 import pyarrow and fsspec when they run.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -179,15 +180,40 @@ def _build_local(_options: Options, _: float) -> Any:
     return pafs.LocalFileSystem()
 
 
-def _of_fsspec(protocol: str) -> Callable[[Options, float], Any]:
-    def build(options: Options, timeout_s: float) -> Any:
-        from pyarrow import fs as pafs
+def _build_http(options: Options, timeout_s: float) -> Any:
+    import ssl
 
-        from ckptfs._store import fsspec
+    known = {**options}
+    names = ("tls_ca_file_path", "tls_ca_dir_path", "tls_ca_pem")
+    cafile, capath, cadata = (known.pop(name, None) for name in names)
+    if known.pop("tls_verify_certificates", True) is False:
+        known["ssl"] = False  # as aiohttp has it
+    elif cafile or capath or cadata:
+        known["ssl"] = ssl.create_default_context(cafile=cafile, capath=capath, cadata=cadata)
+    return _of_fsspec("https", known, timeout_s)
 
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.build(protocol, options, timeout_s)))
 
-    return build
+def _build_hf(options: Options, timeout_s: float) -> Any:
+    """huggingface_hub takes proxy and certificates from the environment of its process only."""
+    for name in sorted(options.keys() & (_NETWORK | _NETWORK_SECRET) - {NAMESPACE}):
+        if not any(value and str(options[name]).endswith(value) for value in os.environ.values()):
+            raise LocationError(
+                f"huggingface_hub takes {name} from the environment of the ckptfs daemon only; "
+                "start the daemon with the same variables"
+            )
+    return _of_fsspec("hf", {k: v for k, v in options.items() if k in _OF_HF}, timeout_s)
+
+
+def _build_az(options: Options, timeout_s: float) -> Any:
+    return _of_fsspec("az", _kept(options, _OF_ADLFS, "AzureBlobFileSystem"), timeout_s)
+
+
+def _of_fsspec(protocol: str, options: Options, timeout_s: float) -> Any:
+    from pyarrow import fs as pafs
+
+    from ckptfs._store import fsspec
+
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.build(protocol, options, timeout_s)))
 
 
 _OF_ARROW_S3 = frozenset(
@@ -229,6 +255,19 @@ _OF_ARROW_AZURE = frozenset(
         "account_key",
         "client_secret",
         "sas_token",
+    ]
+)
+_OF_HF = frozenset(["endpoint", "token"])
+_OF_ADLFS = frozenset(
+    [
+        "account_key",
+        "account_name",
+        "anon",
+        "client_id",
+        "client_secret",
+        "connection_string",
+        "sas_token",
+        "tenant_id",
     ]
 )
 _S3_SECRET = frozenset(["access_key", "secret_key", "session_token", "container_token"])
@@ -401,7 +440,7 @@ KINDS: dict[Kind, StoreKind] = {
         "huggingface_hub.HfFileSystem",
         public=_NETWORK | {"endpoint"},
         secret=_NETWORK_SECRET | {"token"},
-        build=_of_fsspec("hf"),
+        build=_build_hf,
         own_rights=_own_hf,
         variables={
             "endpoint": ("HF_ENDPOINT",),
@@ -415,7 +454,7 @@ KINDS: dict[Kind, StoreKind] = {
         "fsspec.HTTPFileSystem",
         public=_NETWORK | {"encoded", "same_scheme", "simple_links"},
         secret=_NETWORK_SECRET,
-        build=_of_fsspec("https"),
+        build=_build_http,
         own_rights=_files,  # there are no credentials
         package="fsspec aiohttp",
     ),
@@ -424,7 +463,7 @@ KINDS: dict[Kind, StoreKind] = {
         "adlfs.AzureBlobFileSystem",
         public=_NETWORK | {"account_name", "anon", "client_id", "tenant_id"},
         secret=_NETWORK_SECRET | {"account_key", "client_secret", "connection_string", "sas_token"},
-        build=_of_fsspec("az"),
+        build=_build_az,
         # adlfs completes what it is given from the daemon's environment.
         own_rights=_always("own identity"),
         handled=(

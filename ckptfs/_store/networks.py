@@ -108,7 +108,8 @@ def _add_proxy(draft: Draft, endpoint: Endpoint) -> None:
             draft.ignored(place, "", f"{because} excludes {endpoint.authority}")
         else:
             try:
-                draft.take("proxy", checked_proxy(value), place)
+                url = checked_proxy(value)
+                draft.take("proxy", url, place, url.rpartition("@")[2])
             except LocationError as error:
                 raise draft.refused(place, "", str(error)) from None
 

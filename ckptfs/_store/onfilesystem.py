@@ -9,6 +9,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
+from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
@@ -19,6 +20,8 @@ from ckptfs._store.filesystems import (
     store_name_of,
 )
 from ckptfs._store.fsspec import FsspecStore
+from ckptfs._store.http import HttpStore
+from ckptfs._store.httpclient import HttpOptions
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.local import LocalStore
 from ckptfs._store.named import open_own
@@ -33,8 +36,20 @@ def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s
 
     Raises LocationError.
     """
+    if location.kind == "http":
+        return _http_store(location, options, timeout_s)
     filesystem = _built(location, options, timeout_s)
     return store_on(filesystem, location.path, location.uri)
+
+
+def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
+    known = {name: options[name] for name in HttpOptions.__struct_fields__ if name in options}
+    try:
+        return HttpStore(location.path, location.uri, HttpOptions(**known), timeout_s)
+    except (OSError, ValueError) as error:
+        if isinstance(error, LocationError):
+            raise
+        raise LocationError(f"{location.uri}: {error}; check the options") from None
 
 
 def filesystem_for(location: Location) -> FileSystem:
@@ -67,4 +82,6 @@ def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
+    if (headers := fsspec.http_headers_of(inner)) is not None:
+        return HttpStore(path, name, HttpOptions(headers), _TIMEOUT_S)
     return BoundedStore(FsspecStore(inner, path, name))

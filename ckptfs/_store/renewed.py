@@ -28,7 +28,8 @@ class RenewedStore:
         secrets = self._file.current()
         with self._lock:
             if secrets != self._secrets:
-                # The former one is not closed: calls in other threads may be under way.
+                # The former one is not closed, because calls in other threads may be under way. It
+                # lets go of its worker and connections when these have ended.
                 self._store = self._open_with(secrets)
                 self._secrets = secrets
             return self._store

@@ -8,72 +8,72 @@ Servers that hand out files of a disk do not do so: what they send may change on
 told apart by whether they look at conditions at all: `confirm` asks "if it is no longer this
 version", and the answer 304 Not Modified is one that such a server does not give. Until that
 was seen, each read has to be confirmed.
+
+**Versions of other servers.** A check (`confirm`) compares what HEAD says with the pin. Where they
+differ and only the listing has named the pinned ETag so far, the listing of this one object
+decides: if it still says what it said, the object is unchanged, and its own ETag is pinned. Where
+HEAD has no ETag, each check asks the listing. A weak ETag is compared and never made a condition.
+
+Without a strong ETag the time of a version is a whole second, so an object that is overwritten
+within the second in which it was written looks the same. The first check of such an object
+therefore waits until that second has passed by the server's own clock. From then on, each change
+has another time.
 """
 
+import base64
 import functools
+import hashlib
 import random
-import re
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from http.client import HTTPMessage
-from typing import TypeVar
-from urllib.parse import unquote_plus
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
-from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
+from ckptfs._model.manifest import ListedFile, Listing, printable
+from ckptfs._store.base import Pin, changed, is_file, not_found
 from ckptfs._store.deadline import left_s
+from ckptfs._store.patience import PATIENCE_S_MAX
+from ckptfs._store.s3advice import translate_error
 from ckptfs._store.s3client import (
     BrokenConnection,
     S3Client,
     S3Error,
-    SilentServer,
     read_all,
     read_into,
 )
-from ckptfs.errors import (
-    AccessDenied,
-    CheckpointNotFound,
-    CkptfsError,
-    StoreError,
-    StoreTimeout,
-    StoreUnavailable,
+from ckptfs._store.s3listing import find_one, list_all
+from ckptfs._store.s3versions import (
+    Seen,
+    content_range_in,
+    encoding_in,
+    etag_in,
+    is_same,
+    is_same_moment,
+    is_same_second,
+    is_strong,
+    is_web_page,
+    seen_in,
 )
+from ckptfs.errors import CkptfsError, StoreError, StoreTimeout, StoreUnavailable
 
-_DENIED = frozenset(
-    [
-        "AccessDenied",
-        "AccountProblem",
-        "AllAccessDisabled",
-        "AuthorizationHeaderMalformed",
-        "ExpiredToken",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-    ]
-)
-_TRANSIENT = frozenset(["InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"])
-_TRANSIENT_STATUS = frozenset([408, 429, 500, 502, 503, 504])
-# Amazon S3 API reference, "Error responses".
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+__all__ = ["S3Store", "translate_error"]
 
 _ANSWER_BYTES_MAX = 16 << 20
 """Of a page of a listing (1,000 objects, each with a name of at most 1 KiB, 3 when encoded), and
 of an object that is read as a whole."""
-_PAGE_TAGS_MAX = 250_000
-"""Of a page: 1,000 objects have some 20 each. Parsed, one takes 100 times its bytes."""
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_ETAG = re.compile(r'(W/)?"[\x21\x23-\x7e]*"')  # RFC 9110, 8.8.3
+_SETTLED_S = 2.0
+"""A version is settled when its second, and one more for what was being written in it, is over."""
 _ATTEMPTS = 2
 """Of requests that nobody repeats (`outages` does so for reads)."""
 _PAUSE_S = 0.2
 _PAUSE_S_MAX = 10.0
 """Between them: the shortest, times 0.5 to 1, and the longest that a server may ask for."""
+_NO_REASON = frozenset([400, 403, 405, 501])
+"""Refusals of HEAD, which has no body to say why; the last two: the server does not know HEAD."""
 
 T = TypeVar("T")
 
@@ -89,172 +89,263 @@ class S3Store:
         self.name = name
         self._answers_are_whole = client.is_amazon
 
+    # -- listing
+
     def list(self, files_max: int) -> Listing:
         """See Store.list."""
-        listing = Listing([], [], [])
-        exists = not self._prefix
-        query = {"list-type": "2", "encoding-type": "url", "prefix": self._prefix}
-        while True:
-            page = _repeat(functools.partial(self._page, query), self.name)
-            about = _fields(page)
-            items = [child for child in page if _tag(child) == "Contents"]
-            for item in items:
-                self._take_in(_fields(item), listing, about.get("EncodingType") == "url")
-            exists |= bool(items)
-            found = len(listing.files) + len(listing.directories) + len(listing.skipped)
-            check_count(self.name, found, files_max)
-            token = about.get("NextContinuationToken", "")
-            if about.get("IsTruncated") != "true" or not token:
-                break
-            if not items:
-                raise StoreError(f"{self.name}: the store's listing has no end; check the store")
-            query["continuation-token"] = token
-        if not exists:
+        # There is no other way to learn the names, so only the deadline ends the wait for a page.
+        patience_s = min(max(left_s(), _PAUSE_S), PATIENCE_S_MAX)
+        ask = functools.partial(self._page, patience_s=patience_s)
+        found = list_all(ask, self._prefix, self.name, files_max)
+        if not found.exists and self._prefix:
             raise self._why_not_found()
-        return listing
+        return found.listing
 
-    def _page(self, query: dict[str, str]) -> ElementTree.Element:
-        with self._client.request("GET", query=query) as response:
-            text = read_all(response, _ANSWER_BYTES_MAX)
-        # A document type could define entities that grow in memory; UTF-16 would hide it.
-        if b"<!DOCTYPE" in text or b"\0" in text or text.count(b"<") > _PAGE_TAGS_MAX:
-            raise StoreError(
-                f"{self.name}: the store's listing is not valid XML, or too much of it; check the "
-                "endpoint"
-            )
-        try:
-            page = ElementTree.fromstring(text)
-        except ElementTree.ParseError as error:
-            raise StoreError(
-                f"{self.name}: the store's listing is not valid XML ({error}); if an object's name "
-                "has a control character, rename or remove that object"
-            ) from None
-        if _tag(page) != "ListBucketResult":  # a web page can be XML, too, and has no objects
-            raise StoreError(
-                f"{self.name}: the store answered with <{printable(_tag(page))}> instead of a "
-                "listing; check the endpoint"
-            )
-        return page
+    def _page(
+        self, query: dict[str, str], headers: dict[str, str], patience_s: float | None = None
+    ) -> bytes:
+        def attempt() -> bytes:
+            asked = self._client.request("GET", "", query, headers, patience_s=patience_s)
+            with asked as response:
+                return read_all(response, _ANSWER_BYTES_MAX)
 
-    def _take_in(self, item: dict[str, str], listing: Listing, encoded: bool) -> None:
-        key = item.get("Key", "")
-        if encoded:
-            key = unquote_plus(key, errors="surrogateescape")
-        path = key[len(self._prefix) :]
-        if not path:
-            return  # the marker of this very directory
-        size = _number(item.get("Size", ""))
-        if path.endswith("/"):
-            listing.directories.append(path[:-1])
-            if size > 0:
-                listing.skipped.append(Skipped(printable(path), "it is a directory with content"))
-            return
-        if size < 0:
-            listing.skipped.append(Skipped(printable(path), "the store gives no size of it"))
-            return
-        mtime_ns = _listed_ns(item.get("LastModified", ""))
-        listing.files.append(ListedFile(path, size, mtime_ns, _etag(item.get("ETag", ""))))
+        return _repeat(attempt, self.name)
+
+    def _is_listed(self, key: str) -> ListedFile | None:
+        """What the listing says of one object; None: it does not have it."""
+        query = {"list-type": "2", "encoding-type": "url", "prefix": key, "max-keys": "1"}
+        item = find_one(self._page(query, {}), key, self.name)
+        return None if item is None else ListedFile("", item.size, item.mtime_ns, item.etag)
+
+    def _why_not_found(self) -> CkptfsError:
+        """To be called where nothing is below the prefix."""
+        key = self._prefix[:-1]
+        found = _repeat(lambda: self._or_none(key, lambda: self._head(key, {})), self.name)
+        return not_found(self.name) if found is None else is_file(self.name)
+
+    # -- versions
 
     def confirm(self, pin: Pin) -> Pin:
         """See Store.confirm."""
-        condition = {"if-none-match": pin.etag} if pin.etag else {}
-        current = self._of_object(pin, lambda: self._head(self._key(pin.path), condition))
-        if current is None:
+        confirmed, seen = self._check(pin)
+        if (
+            seen is not None
+            and not is_strong(confirmed.etag)
+            and self._wait_until_settled(pin, seen)
+        ):
+            confirmed, _ = self._check(confirmed)
+        return confirmed
+
+    def _check(self, pin: Pin) -> tuple[Pin, Seen | None]:
+        """Compare `pin` with the current version; returns the pin to go on with, and what was seen
+        (None: no more than that nothing has changed)."""
+        condition = {"if-none-match": pin.etag} if is_strong(pin.etag) else {}
+        seen = self._of_object(pin, lambda: self._head(self._key(pin.path), condition))
+        if seen is None:
             self._answers_are_whole = True
-            return pin
-        self._check_etag(pin, current.etag)
-        if current.size != pin.size:
-            raise changed(self.name, pin, f"{pin.size} bytes became {current.size}")
-        # The listing has fractions of seconds, Last-Modified has not.
-        if not pin.etag and pin.mtime_ns and current.mtime_ns // 10**9 != pin.mtime_ns // 10**9:
-            raise changed(self.name, pin, "it was written again")
-        return msgspec.structs.replace(pin, etag=current.etag)
+            return _proven(pin), None
+        is_same_time = is_same_second(pin.mtime_ns, seen.mtime_ns)
+        if seen.size not in (-1, pin.size):
+            self._check_listing(pin, False)
+            raise StoreError(
+                f"{self._name_of(pin.path)}: the store's listing says {pin.size} bytes, and the "
+                f"object itself has {seen.size}; check the store"
+            )
+        if is_same(pin.etag, seen.etag) and (is_strong(pin.etag) or is_same_time):
+            return _proven(pin), seen
+        if pin.etag and pin.etag_of == "answers":
+            self._check_etag(pin, seen.etag)
+        says_nothing = not seen.etag and not seen.mtime_ns
+        if pin.etag or not is_same_time or says_nothing:
+            self._check_listing(pin, is_same_time)
+        if pin.etag_of == "checks" or (pin.etag and not seen.etag):
+            return msgspec.structs.replace(pin, etag_of="checks"), seen
+        return msgspec.structs.replace(pin, etag=seen.etag, etag_of="answers"), seen
 
     def _check_etag(self, pin: Pin, etag: str) -> None:
-        if pin.etag and not etag:  # no version at all: this was something between us and the store
+        if not etag:  # no version at all: this was something between us and the store
             raise StoreError(
-                f"{printable(pin.path)} in {self.name}: the store answered without an ETag, which "
-                "its listing had; check the endpoint"
+                f"{self._name_of(pin.path)}: the store answered without an ETag, which its answers "
+                "had before; check the endpoint"
             )
-        if pin.etag and etag != pin.etag:
-            raise changed(self.name, pin, f"ETag {pin.etag} became {etag or 'none'}")
+        if not is_same(etag, pin.etag):
+            raise changed(self.name, pin, f"ETag {pin.etag} became {etag}")
+
+    def _check_listing(self, pin: Pin, is_same_time: bool) -> None:
+        """Raise ObjectChanged unless the listing says of the object what it said before.
+
+        `is_same_time`: whether its own time is that of the listing, which decides where the listing
+        says nothing."""
+        listed = self._is_listed(self._key(pin.path))
+        if listed is None:
+            if not is_same_time:
+                raise changed(self.name, pin, "it was written again")
+            return
+        if listed.size not in (-1, pin.size):
+            raise changed(self.name, pin, f"{pin.size} bytes became {listed.size}")
+        if pin.etag and not is_same(pin.etag, listed.etag):
+            raise changed(self.name, pin, f"ETag {pin.etag} became {listed.etag or 'none'}")
+        if not is_same_moment(pin.mtime_ns, listed.mtime_ns):
+            raise changed(self.name, pin, "it was written again")
+
+    def _wait_until_settled(self, pin: Pin, seen: Seen) -> bool:
+        """Whether it had to wait."""
+        mtime_ns = seen.mtime_ns or pin.mtime_ns
+        age_s = (seen.date_s or time.time()) - mtime_ns // 10**9
+        # A time that is far ahead of the server's clock was given to the object by its writer.
+        if not mtime_ns or not -_SETTLED_S <= age_s < _SETTLED_S:
+            return False
+        wait_s = min(_SETTLED_S, _SETTLED_S - age_s)
+        if wait_s > left_s():
+            raise StoreTimeout(
+                f"{self._name_of(pin.path)} was written just now, and the store has no ETags to "
+                "tell its versions apart; try again in 2 s"
+            )
+        time.sleep(wait_s)
+        return True
 
     def _key(self, path: str) -> str:
         return self._prefix + path
 
-    def _head(self, key: str, condition: dict[str, str]) -> ListedFile | None:
-        """What a HEAD says; None: 304. The path is left out."""
+    def _head(self, key: str, condition: dict[str, str]) -> Seen | None:
+        """What the store says of an object; None: 304."""
         expected = frozenset([200, 304] if condition else [200])
         try:
-            with self._client.request("HEAD", key, headers=condition, expected=expected) as answer:
-                if answer.status == 304:
-                    return None
-                headers = answer.headers
+            headers = {**condition, **_AS_STORED}
+            with self._client.request("HEAD", key, headers=headers, expected=expected) as answer:
+                return None if answer.status == 304 else self._seen(key, answer)
         except S3Error as error:
-            if error.status != 400:
+            if error.code or error.status not in _NO_REASON:
                 raise
-            likely = "HEAD gives no reason, this one is likely"
-            raise S3Error(400, error.code or "ExpiredToken", likely) from None
-        size = _number(headers.get("content-length", ""))
-        return ListedFile("", size, _mtime_ns(headers), _etag(headers.get("etag", "")))
+        # The answer to GET says why, or has what HEAD should have had.
+        headers = {"range": "bytes=0-0", **_AS_STORED}
+        expected = frozenset([200, 206, 416])  # 416: the object is empty
+        with self._client.request("GET", key, headers=headers, expected=expected) as answer:
+            return self._seen(key, answer)
+
+    def _seen(self, key: str, answer: "HTTPResponse") -> Seen:
+        if is_web_page(answer.headers):
+            raise self._web_page(key)
+        return seen_in(answer.headers)
+
+    def _web_page(self, key: str) -> StoreError:
+        return StoreError(
+            f"{self._name_of(key.removeprefix(self._prefix))}: the store answered with a web page "
+            "instead of an object; check the endpoint, and whether a proxy wants a login"
+        )
+
+    # -- reading
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
         return self._of_object(pin, lambda: self._read_into(pin, offset, buffer))
 
     def _read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
-        last = offset + len(buffer) - 1
-        headers = {"range": f"bytes={offset}-{last}"}
-        if pin.etag:
+        headers = {"range": f"bytes={offset}-{offset + len(buffer) - 1}", **_AS_STORED}
+        is_conditional = is_strong(pin.etag) and pin.etag_of != "checks"
+        if is_conditional:
             headers["if-match"] = pin.etag
         # Some servers answer 200 to a range.
         expected = frozenset([200, 206])
         key = self._key(pin.path)
         with self._client.request("GET", key, headers=headers, expected=expected) as response:
-            self._check_etag(pin, _etag(response.headers.get("etag", "")))
-            found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-            start, stop, size = map(int, found.groups()) if found else (0, -1, response.length)
-            if size is None:
-                raise StoreError(
-                    f"{self._name_of(pin.path)}: the store does not say what its answer is of"
-                )
-            if size != pin.size:
-                raise changed(self.name, pin, f"{pin.size} bytes became {size}")
-            if (start, stop if found else size - 1) != (offset, last):
-                raise StoreError(
-                    f"{printable(pin.path)} in {self.name}: the store answered with other bytes "
-                    f"than were asked for ({headers['range']}); does it know ranges?"
-                )
+            etag = etag_in(response.headers.get("etag", ""))
+            if etag and pin.etag and pin.etag_of != "checks":
+                self._check_etag(pin, etag)
+            self._check_range(pin, offset, len(buffer), response)
             count = read_into(response, buffer)
             if count != len(buffer):
                 raise BrokenConnection(f"the answer ended after {count} of {len(buffer)} bytes")
-        return bool(pin.etag) and self._answers_are_whole
+            if response.length is None and "content-range" not in response.headers:
+                self._check_end(pin, response)
+        return is_conditional and etag == pin.etag and self._answers_are_whole
+
+    def _check_range(self, pin: Pin, offset: int, length: int, response: "HTTPResponse") -> None:
+        """Raise unless the body of the answer is the range that was asked for."""
+        what = f"bytes {offset} to {offset + length - 1}"
+        part = content_range_in(response.headers)
+        if part is not None:
+            if part.size not in (-1, pin.size):
+                raise changed(self.name, pin, f"{pin.size} bytes became {part.size}")
+            if (part.first, part.last) != (offset, offset + length - 1):
+                raise self._other_bytes(pin, what, f"bytes {part.first} to {part.last}")
+            return
+        if response.status == 206:
+            kind = response.headers.get("content-type", "no type")
+            raise self._other_bytes(pin, what, f"a part that it does not name ({printable(kind)})")
+        encoding = encoding_in(response.headers)
+        if encoding and response.length != pin.size:
+            raise self._other_bytes(pin, what, f"bytes that are compressed ({encoding})")
+        if is_web_page(response.headers):
+            raise self._web_page(self._key(pin.path))
+        if response.length not in (None, pin.size):
+            etag = etag_in(response.headers.get("etag", ""))
+            if is_same(etag, pin.etag) or not etag:
+                raise self._other_bytes(pin, what, f"{response.length} bytes of {pin.size}")
+            raise changed(self.name, pin, f"{pin.size} bytes became {response.length}")
+        if (offset, length) != (0, pin.size):
+            raise self._other_bytes(pin, what, "the whole object")
+
+    def _check_end(self, pin: Pin, response: "HTTPResponse") -> None:
+        if response.read(1):
+            raise changed(self.name, pin, f"{pin.size} bytes became more")
+
+    def _other_bytes(self, pin: Pin, asked: str, answer: str) -> StoreError:
+        return StoreError(
+            f"{self._name_of(pin.path)}: the store answered with other bytes than were asked for: "
+            f"{asked} were asked for, and the answer is {answer}; check that it knows ranges, and "
+            "that nothing on the way changes answers"
+        )
+
+    # -- small objects
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""
-        return _repeat(lambda: self._or_none(lambda: self._get(path)), self._name_of(path))
+        key = self._key(path)
+        return _repeat(lambda: self._or_none(key, lambda: self._get(key)), self._name_of(path))
 
-    def _get(self, path: str) -> bytes:
-        with self._client.request("GET", self._key(path)) as response:
+    def _get(self, key: str) -> bytes:
+        with self._client.request("GET", key, headers=_AS_STORED) as response:
             data = read_all(response, _ANSWER_BYTES_MAX + 1)
+            if is_web_page(response.headers, data):
+                raise self._web_page(key)
         if len(data) > _ANSWER_BYTES_MAX:
+            path = key.removeprefix(self._prefix)
             raise StoreError(f"{self._name_of(path)} has more than {_ANSWER_BYTES_MAX} bytes")
         return data
 
     def put(self, path: str, data: bytes) -> None:
         """See Store.put."""
+        # Buckets with an object lock want a checksum, and each server knows this one.
+        digest = hashlib.md5(data, usedforsecurity=False).digest()
+        headers = {"content-md5": base64.b64encode(digest).decode()}
 
-        def attempt() -> None:
-            with self._client.request("PUT", self._key(path), body=data) as response:
-                response.read()
+        def attempt() -> str:
+            key = self._key(path)
+            asked = self._client.request(
+                "PUT", key, None, headers, data, frozenset([200, 201, 204])
+            )
+            with asked as response:
+                if response.read(_ANSWER_BYTES_MAX).strip() or is_web_page(response.headers):
+                    raise self._web_page(key)
+                return etag_in(response.headers.get("etag", ""))
 
-        _repeat(attempt, self._name_of(path))
+        if not _repeat(attempt, self._name_of(path)) and self.get(path) != data:
+            raise StoreError(
+                f"{self._name_of(path)}: the store accepted the upload, and does not have it; "
+                "check the endpoint, and whether a proxy wants a login"
+            )
 
     def find(self, path: str) -> ListedFile | None:
         """See Store.find."""
-        head = functools.partial(self._head, self._key(path), {})
-        found = _repeat(lambda: self._or_none(head), self._name_of(path))
-        return None if found is None else msgspec.structs.replace(found, path=path)
+        key = self._key(path)
+        head = functools.partial(self._head, key, {})
+        seen = _repeat(lambda: self._or_none(key, head), self._name_of(path))
+        if seen is None:
+            return None
+        if seen.size < 0:
+            raise StoreError(f"{self._name_of(path)}: the store does not say its size; check it")
+        return ListedFile(path, seen.size, seen.mtime_ns, seen.etag)
 
     def close(self) -> None:
         """See Store.close."""
@@ -270,14 +361,24 @@ class S3Store:
     def _name_of(self, path: str) -> str:
         return f"{printable(path)} in {self.name}"
 
-    def _or_none(self, attempt: Callable[[], T]) -> T | None:
+    def _or_none(self, key: str, attempt: Callable[[], T]) -> T | None:
         """None where there is no such object."""
         try:
             return attempt()
         except S3Error as error:
             if error.status == 404 and error.code in ("", "NoSuchKey"):
                 return None
+            # S3 says so of a missing object, too, where the credentials may not list the bucket.
+            if error.status == 403 and error.code in ("", "AccessDenied") and self._is_absent(key):
+                return None
             raise
+
+    def _is_absent(self, key: str) -> bool:
+        """Whether the listing can be read and does not have the object."""
+        try:
+            return self._is_listed(key) is None
+        except CkptfsError:
+            return False
 
     def _of_object(self, pin: Pin, attempt: Callable[[], T]) -> T:
         """Do something once with an object that was there."""
@@ -294,11 +395,14 @@ class S3Store:
         except BrokenConnection as error:
             raise translate_error(error, self._name_of(pin.path)) from error
 
-    def _why_not_found(self) -> CkptfsError:
-        """To be called where nothing is below the prefix."""
-        key = self._prefix[:-1]
-        found = _repeat(lambda: self._or_none(lambda: self._head(key, {})), self.name)
-        return not_found(self.name) if found is None else is_file(self.name)
+
+_AS_STORED = {"accept-encoding": "identity"}
+"""So that nothing on the way compresses what it sends."""
+
+
+def _proven(pin: Pin) -> Pin:
+    """The pin, after an answer of the object has named its ETag."""
+    return msgspec.structs.replace(pin, etag_of="answers") if pin.etag_of == "listing" else pin
 
 
 def _repeat(attempt: Callable[[], T], what: str) -> T:
@@ -315,62 +419,3 @@ def _repeat(attempt: Callable[[], T], what: str) -> T:
                 raise translated from error
             time.sleep(pause_s * random.uniform(0.5, 1) if pause_s == _PAUSE_S else pause_s)
     raise AssertionError
-
-
-def translate_error(error: S3Error | BrokenConnection, what: str) -> CkptfsError:
-    """The exception of ours that says what the server's answer means for `what`."""
-    cause = printable(str(error))
-    if isinstance(error, SilentServer):
-        return StoreTimeout(f"{what}: the store did not answer ({cause}); {error.advice}")
-    if isinstance(error, BrokenConnection):
-        return StoreUnavailable(f"{what}: cannot reach the store ({cause}); {error.advice}")
-    if error.code == "NoSuchBucket":
-        return CheckpointNotFound(f"{what}: there is no such bucket; check its name")
-    if error.code in _TRANSIENT or error.status in _TRANSIENT_STATUS:
-        busy = StoreUnavailable(f"{what}: the store is busy or broken ({cause}); try again later")
-        busy.retry_after_s = error.retry_after_s
-        return busy
-    if error.code in _DENIED or error.status in (401, 403, 407):  # 407: a proxy
-        return AccessDenied(f"{what}: access denied ({cause}); check credentials and permissions")
-    return StoreError(f"{what}: {cause}")
-
-
-# What stands in answers. The server is not trusted: what makes no sense is as good as missing.
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]  # without the namespace
-
-
-def _fields(element: ElementTree.Element) -> dict[str, str]:
-    return {_tag(child): child.text or "" for child in element}
-
-
-def _number(text: str) -> int:
-    """-1: there is none."""
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
-
-
-def _etag(text: str) -> str:
-    """With its quotes, which some servers leave out of listings."""
-    quoted = text if text.endswith('"') else f'"{text}"'
-    return quoted if text and _ETAG.fullmatch(quoted) and quoted != '""' else ""
-
-
-def _listed_ns(text: str) -> int:
-    """A time of a listing, as 2026-01-31T23:59:59.000Z; 0: there is none."""
-    seconds, _, fraction = text.rstrip("Z").partition(".")
-    try:
-        moment = datetime.fromisoformat(seconds).replace(tzinfo=timezone.utc)
-        return max(0, int(moment.timestamp()) * 10**9 + int(fraction[:9].ljust(9, "0")))
-    except ValueError:
-        return 0
-
-
-def _mtime_ns(headers: HTTPMessage) -> int:
-    """0: there is none."""
-    try:
-        moment = parsedate_to_datetime(headers.get("last-modified", ""))
-    except ValueError:
-        return 0
-    return max(0, int(moment.timestamp()) * 10**9)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
-import msgspec
-
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME, ListedFile, fault_of_name, printable
 from ckptfs._store import metadata
@@ -76,8 +74,7 @@ def search(
 
     def read(file: ListedFile) -> Found | MetadataError | None:
         directory = file.path.rpartition("/")[0]
-        path = f"{location.path}/{directory}" if directory else location.path
-        uri = msgspec.structs.replace(location, path=path).uri
+        uri = location.below(directory).uri
         try:
             stored = _read(store, file, printable(uri))
         except MetadataError as error:

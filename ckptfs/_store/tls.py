@@ -103,7 +103,8 @@ def secured(sock: socket.socket, host: str, trust: Trust) -> Any:
     with _explained(f"{host!r}"):
         if not isinstance(sock, ssl.SSLSocket):
             return context.wrap_socket(sock, server_hostname=name)
-        # Python's own TLS sockets work on a file descriptor, which has the outer TLS here.
+        # Python's own TLS sockets work on a file descriptor, which has the outer TLS here. botocore
+        # brings urllib3.
         from urllib3.util.ssltransport import SSLTransport
 
         return SSLTransport(sock, context, name)

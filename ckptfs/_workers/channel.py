@@ -21,6 +21,8 @@ from ckptfs._workers.messages import (
     decode_part,
 )
 
+_KEPT_BYTES_MAX = 16 << 20
+"""The most that `Config.span_bytes_max` can be."""
 LOOK_S = 0.5
 """How often a call that waits looks at its worker."""
 _PART_BYTES_MAX = 64 << 20
@@ -44,8 +46,12 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        self._sock, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = os.memfd_create("ckptfs-channel", os.MFD_CLOEXEC)
+        try:
+            self._sock, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(self._memory)
+            raise
         self._wakes: tuple[socket.socket, socket.socket] | None = None
         self.used_s = 0.0
         self.deadline_s = 0.0
@@ -155,6 +161,11 @@ class Channel:
         self._wakes = None
 
     # -- the memory
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes more memory than any read needs: it had a long listing."""
+        return os.fstat(self._memory).st_size > _KEPT_BYTES_MAX
 
     def read_into(self, buffer: memoryview, offset: int = 0) -> None:
         """Fill `buffer` from that place on. Raises Nonsense."""

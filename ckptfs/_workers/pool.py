@@ -60,6 +60,9 @@ _END_S = 1.0
 """A worker that dies closes its channels a moment before it is dead."""
 GRACE_S = 1.0
 LEFT_MAX = 8
+_DYING_MAX = 4
+"""Workers of one group that were killed and are not gone, because they wait for a disk in the
+kernel: a file system of the network that does not answer."""
 _TICK_S = 0.25
 
 _WHY: dict[Reason, str] = {
@@ -78,21 +81,24 @@ class Group:
     """The workers of one store of one user. Belongs to the pool.
 
     Attributes:
+        key: What tells it from others.
         uid: The user.
         setup: What they are told.
         stores: The numbers of the directories that are in use.
-        workers: Those that are alive.
+        workers: Those that are alive; `dying`: those that were killed and are not gone yet.
         is_starting: One is being started.
         deaths: In a row; `how`: the last of them.
         not_before_s: When the next one may start.
     """
 
-    def __init__(self, uid: int, setup: Setup) -> None:
+    def __init__(self, key: Hashable, uid: int, setup: Setup) -> None:
+        self.key = key
         self.uid = uid
         self.setup = setup
         self.processes_max = _PROCESSES.get(setup.location.kind, 1)
         self.stores: set[int] = set()
         self.workers: list[Worker] = []
+        self.dying: list[Worker] = []
         self.is_starting = False
         self.deaths = 0
         self.how = ""
@@ -112,7 +118,8 @@ class Group:
     def may_have_more(self) -> bool:
         """Whether those that get calls are fewer than they may be."""
         serving = sum(not worker.is_retired for worker in self.workers)
-        return serving + self.is_starting < self.processes_max
+        is_stuck = len(self.dying) >= _DYING_MAX
+        return serving + self.is_starting < self.processes_max and not is_stuck
 
 
 class Pool:
@@ -127,20 +134,19 @@ class Pool:
         self._limit_for = limit_for
         self._pickled = pickled
         self._changed = threading.Condition()
-        self._groups: dict[Hashable, Group] = {}
+        self._groups: dict[Hashable, Group] = {}  # by store, user and credentials
+        self._all: set[Group] = set()  # with those that a closed store still uses
         self._starts: dict[int, _Starts] = {}
         self._numbers = itertools.count()
         self._asked: SimpleQueue[Group | None] = SimpleQueue()
-        self._released: deque[tuple[Hashable, int]] = deque()
-        self._dying: list[Worker] = []
+        self._released: deque[tuple[Group, int]] = deque()
         self._supervisor: threading.Thread | None = None
         self._is_shut = False
         COUNTS.running = self._memory
 
     def _memory(self) -> list[int]:
         with self._changed:
-            groups = list(self._groups.values())
-            return [worker.memory_bytes() for group in groups for worker in group.workers]
+            return [worker.memory_bytes() for group in self._all for worker in group.workers]
 
     # -- directories
 
@@ -155,30 +161,37 @@ class Pool:
         server = location.path.split("/")[:3] if location.kind == "http" else []
         key = (uid, place.kind, *server, options, secrets, timeout_s)
         with self._changed:
+            self._forget_released()
             group = self._groups.get(key)
             if group is None:
                 setup = Setup(PROTOCOL, place, timeout_s, self._pickled)
-                group = self._groups[key] = Group(uid, setup)
+                group = self._groups[key] = Group(key, uid, setup)
             number = next(self._numbers)
             group.stores.add(number)
-        return group, number, weakref.finalize(owner, self._release, key, number)
+        leave = weakref.finalize(owner, self._release, group, number)
+        leave.atexit = False
+        return group, number, leave
 
-    def _release(self, key: Hashable, number: int) -> None:
+    def _release(self, group: Group, number: int) -> None:
         """Called by any thread, at any time, also by the garbage collector: takes no lock."""
-        self._released.append((key, number))
+        self._released.append((group, number))
         self._asked.put(None)
 
     def _forget_released(self) -> None:
         while self._released:
-            key, number = self._released.popleft()
-            group = self._groups.get(key)
-            if group is None:
-                continue
+            group, number = self._released.popleft()
             group.stores.discard(number)
             for worker in group.workers:
                 worker.tell(encode(Call("close", number, "", None, 0.0)))
-            if not group.stores and not group.size:
-                del self._groups[key]
+            self._forget_unused(group)
+
+    def _forget_unused(self, group: Group) -> None:
+        """Forget its credentials, if nothing needs them any more."""
+        if group.stores or group.size or group.dying:
+            return
+        self._all.discard(group)
+        if self._groups.get(group.key) is group:
+            del self._groups[group.key]
 
     # -- calls
 
@@ -192,6 +205,7 @@ class Pool:
             Died: The worker does not take the channel.
         """
         with self._changed:
+            self._all.add(group)
             while True:
                 worker = group.best()
                 if worker is None or worker.calls:
@@ -223,11 +237,15 @@ class Pool:
 
     def give_back(self, group: Group, worker: Worker, channel: Channel) -> None:
         """The call has been answered."""
+        is_kept = not channel.is_large
+        if not is_kept:
+            channel.close()
         with self._changed:
             group.deaths = 0
             worker.calls -= 1
             worker.used_s = channel.used_s = time.monotonic()
-            worker.idle.append(channel)
+            if is_kept:
+                worker.idle.append(channel)
             self._close_if_buried(group, worker)
 
     def leave_behind(self, worker: Worker, channel: Channel) -> None:
@@ -290,20 +308,21 @@ class Pool:
         return self._starts.setdefault(uid, _Starts(self._limit_for(uid, PROCESSES_MAX)))
 
     def _has_place(self, uid: int) -> bool:
-        groups = self._groups.values()
-        own = sum(group.size for group in groups if group.uid == uid)
         limit = self._limit_for(uid, PROCESSES_MAX)
-        return own < limit and sum(group.size for group in groups) < PROCESSES_MAX
+        own = [group for group in self._all if group.uid == uid]
+        if sum(group.size for group in own) >= limit or sum(len(g.dying) for g in own) >= limit:
+            return False
+        return sum(group.size for group in self._all) < PROCESSES_MAX
 
     def _make_place(self, uid: int) -> bool:
         """Whether the user may have one more, when an idle one has ended."""
         if self._has_place(uid):
             return True
-        own = [group for group in self._groups.values() if group.uid == uid]
+        own = [group for group in self._all if group.uid == uid]
         is_full = sum(group.size for group in own) >= self._limit_for(uid, PROCESSES_MAX)
         idle = [
             (worker.used_s, id(worker), group, worker)
-            for group in (own if is_full else self._groups.values())
+            for group in (own if is_full else self._all)
             for worker in group.workers
             if not worker.calls
         ]
@@ -324,13 +343,13 @@ class Pool:
         if worker not in group.workers:
             return
         group.workers.remove(worker)
-        self._dying.append(worker)
+        group.dying.append(worker)
         COUNTS.ended(worker.reason)
         if worker.reason in ("died", "nonsense"):
             self._note_death(group, how)
         if worker.reason != "idle":
             about = worker.pid, _kind(group), worker.reason, how
-            log.warning("worker %d of a %s store ended: %s (%s)", *about)
+            log.warning("worker %d (%s) ended: %s (%s)", *about)
         self._close_if_buried(group, worker)
         self._changed.notify_all()
 
@@ -354,9 +373,9 @@ class Pool:
                 group = self._asked.get(timeout=_TICK_S if self._has_workers() else None)
             except Empty:
                 group = None
-            if group is not None:
-                self._start(group)
             try:
+                if group is not None:
+                    self._start(group)
                 with self._changed:
                     if self._is_shut:
                         self._end_all()
@@ -367,36 +386,36 @@ class Pool:
 
     def _has_workers(self) -> bool:
         with self._changed:
-            return bool(self._dying) or any(group.workers for group in self._groups.values())
+            return any(group.size or group.dying for group in self._all)
 
     def _start(self, group: Group) -> None:
-        worker, how = None, ""
+        worker, how = None, "did not start"
         try:
             worker = Worker(group.setup)
         except OSError as error:
             how = f"did not start: {error.strerror}"
-            log.warning("a worker of a %s store %s", _kind(group), how)
-        with self._changed:
-            group.is_starting = False
-            if worker is not None:
-                group.workers.append(worker)
-                COUNTS.started()
-            else:
-                self._note_death(group, how)
-            self._changed.notify_all()
+            log.warning("a worker (%s) %s", _kind(group), how)
+        finally:
+            with self._changed:
+                group.is_starting = False
+                if worker is not None:
+                    group.workers.append(worker)
+                    COUNTS.started()
+                else:
+                    self._note_death(group, how)
+                self._changed.notify_all()
 
     def _look_after_all(self) -> None:
         self._forget_released()
-        self._dying = [worker for worker in self._dying if not worker.has_ended]
         now_s = time.monotonic()
-        for key, group in list(self._groups.items()):
+        for group in list(self._all):
             for worker in list(group.workers):
                 if worker.has_ended:
                     self._bury(group, worker, worker.how_it_ended())
                 else:
                     self._look_after(group, worker, now_s)
-            if not group.stores and not group.size:
-                del self._groups[key]
+            group.dying = [worker for worker in group.dying if not worker.has_ended]
+            self._forget_unused(group)
 
     def _look_after(self, group: Group, worker: Worker, now_s: float) -> None:
         for channel in list(worker.left):
@@ -424,12 +443,13 @@ class Pool:
                 channel.close()
 
     def _end_all(self) -> None:
-        for group in self._groups.values():
+        for group in self._all:
             for worker in list(group.workers):
                 self._end(group, worker, "idle")
-        for worker in self._dying:
-            worker.how_it_ended()
+            for worker in group.dying:
+                worker.how_it_ended()
         self._groups.clear()
+        self._all.clear()
 
     def shut(self) -> None:
         """End all workers, and wait until they are gone."""

@@ -24,7 +24,7 @@ STOPPED_S = 1.0
 """Without a beat for so long, and stopped (SIGSTOP, a debugger): who has done that does not say
 when it ends."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_REAP_S = 5.0
+_REAP_S = 1.0
 """A process that was killed is gone at once, unless it waits for a disk in the kernel."""
 
 Reason: TypeAlias = Literal["died", "stopped", "still", "overdue", "nonsense", "idle"]

@@ -185,9 +185,15 @@ class WorkerStore:
         except TimeoutError as why:  # given up before it was sent
             self._pool.give_back(self._group, worker, channel)
             raise self._late(call, why) from None
-        except CkptfsError:  # the answer was too long
+        except CkptfsError:  # there are too many files
             self._pool.give_back(self._group, worker, channel)
             raise
+        except OSError as error:  # before it was sent
+            self._pool.give_back(self._group, worker, channel)
+            raise StoreUnavailable(
+                f"{self.name}: no channel to the store's library: {error.strerror}; raise the "
+                "limit of open files"
+            ) from None
         except BaseException:
             worker.kill("nonsense")
             self._pool.drop(self._group, worker, channel)

@@ -15,6 +15,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
 from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
+from ckptfs._model.uris import anonymous_uri
 from ckptfs.cli import completion, output
 from ckptfs.errors import NotAttached
 
@@ -29,11 +30,16 @@ PathOrUriArgument = Annotated[
         autocompletion=completion.checkpoints,
     ),
 ]
+AnonymousOption = Annotated[
+    bool, typer.Option("--anonymous", help="Ask the store of the URI without credentials.")
+]
 
 
-def attach(uri: UriArgument, as_json: output.JsonOption = False) -> None:
+def attach(
+    uri: UriArgument, anonymous: AnonymousOption = False, as_json: output.JsonOption = False
+) -> None:
     """Attach a checkpoint until it is detached; prints its path and nothing else."""
-    with _client.attached(location_of(uri), pinned=True) as (path, reply):
+    with _client.attached(location_of(asked(uri, anonymous)), pinned=True) as (path, reply):
         if as_json:
             output.print_json(
                 {
@@ -74,11 +80,13 @@ def ls(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="The tensors in safetensors files instead of files.")
     ] = False,
+    anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """List the files of a checkpoint with size, cached share, state and version; alone: the
     attached checkpoints."""
     list_ = _list_tensors if tensors else _list_files
+    path_or_uri = asked(path_or_uri, anonymous)
     if not path_or_uri:
         _list_attachments(as_json)
     elif is_uri(path_or_uri):
@@ -170,6 +178,11 @@ def _walk(top: str) -> Iterator[str]:
         yield top
     for folder, _, files in os.walk(top):
         yield from (os.path.join(folder, name) for name in files)
+
+
+def asked(path_or_uri: str, anonymous: bool) -> str:
+    """What was named on the command line, with what its options say. Raises LocationError."""
+    return anonymous_uri(path_or_uri) if anonymous else path_or_uri
 
 
 def location_of(uri: str) -> Location:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ckptfs._doctor.checks import Examination, Result
 from ckptfs.cli import output
+from ckptfs.cli.checkpoints import AnonymousOption, asked
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 _STATUS_WIDTH = max(map(len, _STYLES))
@@ -30,6 +31,7 @@ def doctor(
             metavar="URI", help="Also check its store, e.g. s3://bucket/run.", show_default=False
         ),
     ] = "",
+    anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Check this machine, the daemon and its cache, and the store of a URI.
@@ -41,7 +43,7 @@ def doctor(
     # Not at the top: it brings what only checks need.
     from ckptfs._doctor.plan import all_checks
 
-    with all_checks(uri) as checks:
+    with all_checks(asked(uri, anonymous)) as checks:
         examination = Examination(checks)
         if as_json:
             results = list(examination.results())

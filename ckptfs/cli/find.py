@@ -13,7 +13,7 @@ from ckptfs._model.stores import is_uri
 from ckptfs._model.where import Expression
 from ckptfs._store.search import Found, search
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import location_of
+from ckptfs.cli.checkpoints import AnonymousOption, asked, location_of
 
 
 def find(
@@ -38,6 +38,7 @@ def find(
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N.", show_default=False)
     ] = None,
+    anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Find the checkpoints below URI by their metadata; prints one URI per line.
@@ -55,7 +56,7 @@ def find(
     """
     condition = None if where is None else Expression(where)
     order = None if sort is None else Expression(sort)
-    found = _search(uri, condition)
+    found = _search(asked(uri, anonymous), condition)
     if order is not None:
         found = _sorted(found, order, reverse)
     elif reverse:

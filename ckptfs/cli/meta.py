@@ -16,9 +16,10 @@ import typer
 from ckptfs import _client, xattrs
 from ckptfs._model.manifest import printable
 from ckptfs._model.stores import is_uri, split_named
+from ckptfs._model.uris import shown_uri
 from ckptfs._store.named import own_table
 from ckptfs.cli import completion, output
-from ckptfs.cli.checkpoints import location_of
+from ckptfs.cli.checkpoints import AnonymousOption, asked, location_of
 from ckptfs.errors import LocationError, MetadataError, MetadataNotDict, NotAttached
 
 T = TypeVar("T")
@@ -38,9 +39,13 @@ KeyArgument = Annotated[str, typer.Argument(metavar="KEY")]
 
 
 @app.command("list")
-def list_(target: TargetArgument, as_json: output.JsonOption = False) -> None:
+def list_(
+    target: TargetArgument,
+    anonymous: AnonymousOption = False,
+    as_json: output.JsonOption = False,
+) -> None:
     """All keys and values."""
-    found = dict(metadata_of(target))
+    found = dict(metadata_of(asked(target, anonymous)))
     if as_json:
         output.print_json(found)
         return
@@ -49,10 +54,10 @@ def list_(target: TargetArgument, as_json: output.JsonOption = False) -> None:
 
 
 @app.command()
-def get(target: TargetArgument, key: KeyArgument) -> None:
+def get(target: TargetArgument, key: KeyArgument, anonymous: AnonymousOption = False) -> None:
     """The value of a key, as JSON."""
     try:
-        print(json.dumps(metadata_of(target)[key]))
+        print(json.dumps(metadata_of(asked(target, anonymous))[key]))
     except KeyError:
         raise _no_such_key(target, key) from None
 
@@ -101,7 +106,7 @@ def rm(target: TargetArgument, key: KeyArgument) -> None:
 
 def _no_such_key(target: str, key: str) -> MetadataError:
     return MetadataError(
-        f"{target} has no metadata {printable(key)!r}; ckptfs meta list shows the keys"
+        f"{shown_uri(target)} has no metadata {printable(key)!r}; ckptfs meta list shows the keys"
     )
 
 

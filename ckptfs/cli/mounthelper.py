@@ -9,9 +9,16 @@ the place is unmounted, it lets go, and when the daemon has ended, it unmounts t
 
 Options besides those of every file system, of which an unknown one is refused by its name:
 
-- ``endpoint=HOST:PORT`` (or a URL), ``region=NAME``, ``anonymous``: of S3.
+- ``endpoint=HOST:PORT`` (or a URL; of S3 and Google), ``region=NAME`` (S3), ``anonymous``.
+- ``requester_pays``, ``force_virtual_addressing`` (S3).
+- ``ca_file=PATH``, ``ca_dir=PATH``, ``verify_certificates=false``.
 - ``prefetch=GLOB[:GLOB…]``: begin to fetch these files.
 - ``uid=USER``: attach as that user, who alone may then read it (but for root).
+
+A value with a comma stands in double quotes. The source is a URI, as on the command line, or
+``store:path``, whose table says what else there is to say. In ``/etc/fstab``, whose fields end with
+spaces, a space is written ``\\040``, a tab ``\\011``, and a backslash ``\\134`` (fstab(5)).
+mount(8) decodes these.
 
 Credentials never stand here, where everybody sees them: they are the daemon's.
 """
@@ -22,16 +29,18 @@ import ctypes
 import functools
 import os
 import pwd
+import re
 import subprocess
 import sys
 from typing import NoReturn
-from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from ckptfs import _bindlease, _client
 from ckptfs._connection import Connection
 from ckptfs._model.config import Config
+from ckptfs._model.stores import split_named
+from ckptfs._model.uris import parse_uri, scheme_of, shown_uri, with_parameters
 from ckptfs.cli.checkpoints import location_of
 from ckptfs.errors import CannotMount, CkptfsError, LocationError
 
@@ -52,6 +61,19 @@ _FOR_OTHERS = (
     *("user", "nouser", "users", "owner", "group"),
 )
 """For mount(8) and systemd, and what is so anyway. (What is mounted can only be read.)"""
+_PARAMETERS = {
+    "endpoint": "endpoint_override",
+    "region": "region",
+    "anonymous": "anonymous",
+    "requester_pays": "requester_pays",
+    "force_virtual_addressing": "force_virtual_addressing",
+    "ca_file": "tls_ca_file_path",
+    "ca_dir": "tls_ca_dir_path",
+    "verify_certificates": "tls_verify_certificates",
+}
+"""Options about the store, named as in the table of a store, and the parameters of URIs."""
+_SWITCHES = ("anonymous", "requester_pays", "force_virtual_addressing")
+_OPTION = re.compile(r'((?:[^",]|"[^"]*")+)')
 _USAGE_STATUS, _FAILURE_STATUS = 1, 32  # mount(8)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,9 +82,7 @@ class Options(msgspec.Struct):
     """What ``-o`` says: flags of the mount, and how to attach."""
 
     flags: int = _ALWAYS
-    endpoint: str = ""
-    region: str = ""
-    anonymous: bool = False
+    parameters: dict[str, str] = {}
     prefetch: list[str] = []
     user: str = ""
 
@@ -100,14 +120,16 @@ def parse(text: str, *, sloppy: bool = False) -> Options:
     """The options in `text`, as after ``-o``. Raises LocationError for one that is unknown, unless
     `sloppy` (``-s``)."""
     options = Options()
-    for option in filter(None, text.split(",")):
+    for option in _OPTION.findall(text):
         name, equals, value = option.partition("=")
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            value = value[1:-1]
         if option in _FLAGS:
             options.flags |= _FLAGS[option]
-        elif option == "anonymous":
-            options.anonymous = True
-        elif name in ("endpoint", "region") and value:
-            setattr(options, name, value)
+        elif option in _SWITCHES:
+            _add(options, option, "true")
+        elif name in _PARAMETERS and value:
+            _add(options, name, value)
         elif name == "prefetch" and value:
             options.prefetch += value.split(":")
         elif name == "uid" and value:
@@ -118,21 +140,31 @@ def parse(text: str, *, sloppy: bool = False) -> Options:
     return options
 
 
+def _add(options: Options, name: str, value: str) -> None:
+    if name in options.parameters:
+        raise LocationError(f"the option {name} is given twice; leave one out")
+    options.parameters[name] = value
+
+
 def uri_of(source: str, options: Options) -> str:
     """The URI with what the options say of the store. Raises LocationError."""
-    parts = urlsplit(source)
-    if parts.password:
+    said = options.parameters
+    if split_named(source) is not None:
+        if said:
+            raise LocationError(
+                f"{source}: {', '.join(said)}: not with a named store; its table says that"
+            )
+        return source
+    if not scheme_of(source):
+        raise LocationError(f"{source} is no URI; write e.g. s3://bucket/path")
+    if parse_uri(source).secrets:
         raise LocationError(
-            f"{parts.scheme}://…@{parts.hostname}{parts.path}: everybody sees credentials here; "
-            "give them to the daemon"
+            f"{shown_uri(source)}: everybody sees credentials here; give them to the daemon"
         )
-    said = {"region": options.region, "anonymous": "true" if options.anonymous else ""}
-    scheme, _, host = options.endpoint.rpartition("://")
-    said |= {"endpoint_override": host, "scheme": scheme}
-    query = "&".join(f"{name}={quote(value, safe='')}" for name, value in said.items() if value)
-    if query and parts.scheme != "s3":
-        raise LocationError(f"{source}: endpoint, region and anonymous are options of s3:// only")
-    return source + ("&" if parts.query else "?") * bool(query) + query
+    try:
+        return with_parameters(source, **{_PARAMETERS[name]: v for name, v in said.items()})
+    except LocationError as error:
+        raise LocationError(f"{error} (of the options {', '.join(said)})") from None
 
 
 def _mount(uri: str, place: str, options: Options) -> None:

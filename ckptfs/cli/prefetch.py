@@ -17,8 +17,9 @@ from ckptfs._model.plan import Wanted
 from ckptfs._model.replies import Prefetching
 from ckptfs._model.stores import is_uri
 from ckptfs._model.units import parse_rate
+from ckptfs._model.uris import shown_uri
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import PathOrUriArgument, location_of
+from ckptfs.cli.checkpoints import AnonymousOption, PathOrUriArgument, asked, location_of
 from ckptfs.errors import BY_CODE, CkptfsError, LocationError, PrefetchFailed
 
 RateOption = Annotated[
@@ -39,6 +40,7 @@ def prefetch(
         typer.Argument(metavar="GLOB", help="Which files, and in which order.", show_default="all"),
     ] = None,
     limit_rate: RateOption = None,
+    anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Fetch files of a checkpoint into the node's cache, and wait for them.
@@ -47,10 +49,12 @@ def prefetch(
     inside the mount; a GLOB is on paths relative to it, and * also matches /. What was fetched
     stays in the cache when the command has ended.
     """
+    path_or_uri = asked(path_or_uri, anonymous)
     state = fetch(path_or_uri, Wanted(globs or []), limit_rate, as_json)
     if globs and not state.files and not state.early_code:
         raise PrefetchFailed(
-            f"no file in {path_or_uri} matches {printable(' '.join(globs))}; ckptfs ls lists them"
+            f"no file in {shown_uri(path_or_uri)} matches {printable(' '.join(globs))}; "
+            "ckptfs ls lists them"
         )
     raise_failures(state)
 

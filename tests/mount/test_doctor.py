@@ -365,7 +365,8 @@ def test_credentials_of_a_profile(faulty: FaultServer, examined: Examined, no_ch
     no_chain.write_text("[default]\naws_access_key_id = known\naws_secret_access_key = hidden\n")
     report = examined(s3_uri(faulty.endpoint, keys=""))
     report.all_but()
-    report.line("credentials", "ok", "of AWS's chain: shared-credentials-file")
+    report.line("credentials", "ok", "of AWS's chain: shared-credentials-file", "'default'")
+    report.line("settings", "ok", "profile default: aws_secret_access_key = (secret)")
     assert "hidden" not in json.dumps(report)
 
 
@@ -556,7 +557,7 @@ def test_piped_each_check_is_a_line(node: Node) -> None:
     rows = [line.split()[:2] for line in lines]
     assert {status for status, _ in rows} <= {"ok", "warning", "failed", "skipped"}
     assert [name for _, name in rows][:3] == ["config", "package", "device"]
-    assert len(rows) == 24
+    assert len(rows) == 25
     (line,) = [line for line in lines if line.startswith("warning  cache-space")]
     assert " → free some, raise cache_bytes_max" in line
 

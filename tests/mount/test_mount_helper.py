@@ -14,6 +14,8 @@ from mount.test_lifecycle import attachments
 from s3server import S3Server
 
 from ckptfs import _bindlease
+from ckptfs._model.location import Location
+from ckptfs._model.uris import parse_uri
 from ckptfs.cli import mounthelper
 from ckptfs.errors import LocationError
 
@@ -158,10 +160,48 @@ def test_mistakes_are_named_and_leave_nothing(
     assert not holders()
 
 
-def test_options_of_s3_are_for_s3() -> None:
-    options = mounthelper.parse("endpoint=host:9000,anonymous,x-foo,comment=a,nofail")
-    assert mounthelper.uri_of("s3://b/p?scheme=http", options) == (
-        "s3://b/p?scheme=http&anonymous=true&endpoint_override=host%3A9000"
+def test_options_say_what_parameters_say() -> None:
+    options = mounthelper.parse(
+        'endpoint="http://[::1]:9000/a,b",region=x,anonymous,requester_pays,x-foo,comment=a,'
+        "force_virtual_addressing,ca_file=/a b,ca_dir=/c&d,verify_certificates=false,nofail"
     )
-    with pytest.raises(LocationError, match="options of s3:// only"):
-        mounthelper.uri_of("gs://b/p", options)
+    assert parse_uri(mounthelper.uri_of("s3://b/run#2", options)) == Location(
+        "s3",
+        "b/run#2",
+        {
+            "endpoint_override": "[::1]:9000/a,b",
+            "scheme": "http",
+            "region": "x",
+            "anonymous": True,
+            "requester_pays": True,
+            "force_virtual_addressing": True,
+            "tls_ca_file_path": "/a b",
+            "tls_ca_dir_path": "/c&d",
+            "tls_verify_certificates": False,
+        },
+    )
+    options = mounthelper.parse("endpoint=host:9000,anonymous=true")
+    assert parse_uri(mounthelper.uri_of("s3://b/p?scheme=http", options)).options == {
+        "endpoint_override": "host:9000",
+        "scheme": "http",
+        "anonymous": True,
+    }
+    assert mounthelper.uri_of("prod:run 7/#1", mounthelper.parse("ro")) == "prod:run 7/#1"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("gs://b/p", "region=x", r"unknown parameter 'region'.*of the options region"),
+        ("s3://b/p?region=x", "region=y", "region is given twice"),
+        ("s3://b/p", "region=x,region=y", "option region is given twice"),
+        ("s3://b/p", "anonymous=yes", "must be true or false"),
+        ("prod:run7", "anonymous", "not with a named store"),
+        ("/data", "ro", "is no URI"),
+        ("s3a://b/p", "ro", "write s3://"),
+        ("s3://b/p?x=y", "ro", "%3F"),
+    ],
+)
+def test_options_that_cannot_be_meant(source: str, options: str, said: str) -> None:
+    with pytest.raises(LocationError, match=said):
+        mounthelper.uri_of(source, mounthelper.parse(options))

@@ -36,14 +36,18 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-class Odd(BaseHTTPRequestHandler):
-    """Answers in a way that pyarrow's Azure client ends its process for."""
+class LoginPage(BaseHTTPRequestHandler):
+    """Something on the way that wants a login. pyarrow's Azure client ends its process for it."""
 
     def answer(self) -> None:
-        self.send_response(403)
+        """Say so."""
+        page = b"<html><body>Please log in<br></body></html>"
+        self.send_response(200)
         self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(page)))
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
 
     do_HEAD = do_GET = do_PUT = answer
 
@@ -115,6 +119,7 @@ def libraries_of(pid: int) -> set[str]:
 
 
 def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
+    node.configure(store_timeout_s=0.3)
     node.here("mount")
     with served(lambda *args: Quiet(*args, directory=str(top))) as port:
         place = Location("gcs", "box/x", {"endpoint_override": "127.0.0.1:9", "scheme": "http"})
@@ -137,7 +142,7 @@ def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
 def test_readers_do_not_notice_that_a_worker_is_gone(
     node: Node, top: Path, number: signal.Signals
 ) -> None:
-    node.expected_in_log.append("a local store ended: ")
+    node.expected_in_log.append("(local) ended: ")
     content = (top / "weights").read_bytes()
     with _client.leased(local(top)) as path:
         pid = node.status()["pid"]
@@ -187,7 +192,7 @@ def test_a_library_that_holds_the_lock_stops_nobody_else(
 def test_a_library_that_aborts_costs_an_error_and_no_daemon(
     node: Node, faulty: ckptfs.Checkpoint
 ) -> None:
-    node.configure(read_deadline_s=2.0, idle_exit_s=0.5)
+    node.configure(read_deadline_s=1.5, idle_exit_s=0.5)
     with faulty.as_directory(mode="mount") as path:
         assert Path(path, "once-abort").read_bytes() == b"once-abort" * 1000
         assert Path(path, "once-stop").read_bytes() == b"once-stop" * 1000
@@ -202,6 +207,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
     node.configure(allow_other=True, linger_s=60.0, attach_deadline_s=10.0)
     let_others_in(node.folder)
     node.here("mount")
+    node.expected_in_log.append("(azure) ended: died (was killed by SIGABRT)")
     pid = node.status()["pid"]
     content = (top / "weights").read_bytes()
 
@@ -210,7 +216,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
             with _client.connect() as connection, pytest.raises(ckptfs.CkptfsError):
                 connection.attach(azure_at(port))
 
-    with served(Odd) as port, _client.leased(local(top)) as path:
+    with served(LoginPage) as port, _client.leased(local(top)) as path:
         as_user(BOB, attach_again_and_again)
         assert Path(path, "weights").read_bytes() == content
     assert node.status()["pid"] == pid

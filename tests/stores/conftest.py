@@ -74,6 +74,8 @@ def daemon(store: RealStore) -> Iterator[Node]:
 def node(daemon: Node, store: RealStore) -> Iterator[Node]:
     """The node, as it is at first; a test may expect lines in its log."""
     daemon.expected_in_log.clear()
+    if store.has_mount:
+        daemon.here("mount")  # a test may have ended it
     said = len(daemon.log())
     yield daemon
     if store.proxy:

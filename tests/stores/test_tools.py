@@ -10,7 +10,7 @@ from conftest import Node
 import ckptfs
 from ckptfs import xattrs
 from stores.adapters import S3, RealStore
-from stores.common import MIB, directory, fill
+from stores.common import MIB, credentials_in_environment, directory, fill
 
 pytestmark = pytest.mark.mount
 
@@ -63,7 +63,8 @@ def test_find_names_what_can_be_attached(store: RealStore, node: Node, path: str
     printed = found.stdout.splitlines()
     assert len(printed) == 2
     for step, uri in zip((3, 2), printed, strict=True):
-        top = node.here("attach", uri).stdout.rstrip("\n")
+        with credentials_in_environment(store):
+            top = node.here("attach", uri).stdout.rstrip("\n")
         try:
             assert os.getxattr(top, META + "step") == b"%d" % step
             assert os.getxattr(top, "user.ckptfs.uri").decode() == uri
@@ -117,9 +118,7 @@ def test_what_status_and_attributes_show_can_be_attached(
         for secret in store.secrets:
             assert secret not in shown
             assert secret not in node.log()
-        with pytest.MonkeyPatch.context() as patched:
-            for variable, value in store.secret_environment.items():
-                patched.setenv(variable, value)
+        with credentials_in_environment(store):
             again = node.here("attach", shown).stdout.rstrip("\n")
         try:
             assert Path(again, "config.json").read_bytes() == b"{}"

@@ -1,10 +1,13 @@
 """What a caller has said in standard places is used, or refused by name."""
 
+import os
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from fsspec import AbstractFileSystem
 from pyarrow import fs as pafs
 
@@ -560,6 +563,27 @@ def test_hugging_faces_settings(home: dict[str, str], tmp_path: Path) -> None:
         hf({"HF_HUB_OFFLINE": "1"})
 
 
+def test_http_and_hugging_face_keep_proxy_and_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(trustme.CA().cert_pem.bytes())
+    options = {"tls_ca_file_path": str(ca), NAMESPACE: mount_namespace()}
+    proxy = {"proxy": "http://me:S3CR3T@p:1"}
+    filesystem = KINDS["http"].build({**options, **proxy}, 1).handler.fs
+    assert filesystem.kwargs["proxy"] == proxy["proxy"]
+    assert filesystem.kwargs["ssl"].get_ca_certs()
+    place = Location("hf", "me/model", options, proxy)
+    with pytest.raises(
+        LocationError, match="takes tls_ca_file_path from the environment"
+    ) as caught:
+        open_store(place, 1)
+    assert "S3CR3T" not in str(caught.value)
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:S3CR3T@p:1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    open_store(place, 1).close()
+
+
 # -- the list
 
 
@@ -618,5 +642,10 @@ def test_contents_that_cannot_travel_are_refused_by_name(
     ca.write_text("x" * 20_000)
     with pytest.raises(AccessDenied, match=r"ca.pem is longer than the 16384 bytes"):
         carried(s3({**home, **KEYS, "AWS_CA_BUNDLE": str(ca)}))
+    systems = ssl.get_default_verify_paths().openssl_capath
+    if os.path.isdir(systems):
+        other = carried(s3({**home, **KEYS, "SSL_CERT_DIR": systems}))
+        assert other is not None
+        assert not {"tls_ca_dir_path", NAMESPACE} & other.options.keys()
     with pytest.raises(AccessDenied, match=r"tls_ca_dir_path .* cannot be sent"):
         carried(s3({**home, **KEYS, "SSL_CERT_DIR": str(tmp_path)}))

@@ -11,10 +11,12 @@ from unit.fakes import InlineOffload
 from unit.rig import rig_in
 from unit.test_service import SETTINGS, Bench
 
+from ckptfs._connection import _at  # pyright: ignore[reportPrivateUsage]
 from ckptfs._model.location import Kind, Location
-from ckptfs._store.kinds import KINDS, lent_for
+from ckptfs._store.draft import mount_namespace
+from ckptfs._store.kinds import KINDS, NAMESPACE, lent_for
 from ckptfs._store.resolve import open_store
-from ckptfs.errors import AccessDenied, LocationError
+from ckptfs.errors import AccessDenied, LocationError, RightsNotLent
 
 OTHER = os.geteuid() + 4242
 
@@ -111,3 +113,55 @@ def test_a_region_leads_to_no_other_host(region: str) -> None:
     place = Location("s3", "bucket/run", {"region": region}, {"access_key": "k"})
     with pytest.raises(LocationError, match="no region"):
         open_store(place, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"profile": "p", "config_file": "/home/other/config"},
+        {"web_identity_token_file": "/token", "role_arn": "arn:r"},
+        {"container_credentials_uri": "http://127.0.0.1/"},
+        {"tls_ca_file_path": "/ca.pem"},
+    ],
+)
+async def test_files_of_another_user_are_never_read(
+    tmp_path: Path, autojump_clock: MockClock, options: dict[str, Any]
+) -> None:
+    """A profile can name a program to run, which would have root's rights."""
+    settings = SETTINGS | {"lend_daemon_rights": True}
+    place = Location("s3", "bucket/run", options, {"access_key": "k", "secret_key": "s"})
+    async with rig_in(tmp_path, InlineOffload(), **settings) as rig:
+        bench = Bench(rig)
+        with pytest.raises(RightsNotLent, match="does not read for uid"):
+            await bench.attach(place, OTHER)
+        assert not bench.opened
+        await bench.attach(place, os.geteuid())
+
+
+async def test_files_of_another_container_are_not_read(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    """Under the same names, the daemon would find other ones."""
+    here = {"profile": "p", NAMESPACE: mount_namespace()}
+    await bench.attach(Location("s3", "bucket/here", here), os.geteuid())
+    for uid in {0, os.geteuid()}:
+        with pytest.raises(RightsNotLent, match="of another mount namespace"):
+            await bench.attach(Location("s3", "b/x", {**here, NAMESPACE: "mnt:[1]"}), uid)
+
+
+def test_a_client_sends_contents_to_a_daemon_that_reads_no_paths(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_text("-----BEGIN CERTIFICATE-----")
+    place = Location("s3", "b/run", {"tls_ca_file_path": str(ca)}, {"access_key": "k"})
+    asked: list[Location] = []
+
+    def ask(location: Location) -> str:
+        asked.append(location)
+        if location.options:
+            raise RightsNotLent("refused")
+        return "attached"
+
+    assert _at(place, ask) == "attached"
+    assert asked[1].secrets["tls_ca_pem"] == ca.read_text()
+    with pytest.raises(RightsNotLent, match="refused"):
+        _at(Location("s3", "b/run", {"region": "x"}), ask)

@@ -164,6 +164,40 @@ def test_an_ipv6_literal() -> None:
     assert server.requests[0].headers["host"] == f"[::1]:{server.port}"
 
 
+@pytest.mark.parametrize("base", ["", "/storage/v1/s3", "/a@b/c%20d"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize(
+    ("key", "query"), [("a b/c+%/ü?#", {}), ("x//./../y", {}), ("", {"prefix": "a/ b+&=", "x": ""})]
+)
+def test_signatures_are_those_of_botocore(
+    base: str, host: str, key: str, query: dict[str, str]
+) -> None:
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    shown = f"[{host}]" if ":" in host else host
+    with Told(lambda _: [http(body=b"x")], host) as server:
+        options = S3Options(
+            endpoint_override=f"http://{shown}:{server.port}{base}",
+            region="eu-west-3",
+            requester_pays=True,
+        )
+        client = S3Client("bucket", options, FixedKeys(Keys("key", "S3CR3T", "tok")), TIMEOUT_S)
+        get(client, key, query=query)
+        client.close()
+    [sent] = server.requests
+    parts = sent.headers["authorization"].removeprefix("AWS4-HMAC-SHA256 ").split(", ")
+    claimed = dict(part.split("=", 1) for part in parts)
+    signed = {name: sent.headers[name] for name in claimed["SignedHeaders"].split(";")}
+    assert {"host", "x-amz-request-payer", "x-amz-security-token"} < signed.keys()
+    request: Any = AWSRequest(sent.method, f"http://{signed['host']}{sent.target}", signed)
+    request.context["timestamp"] = signed["x-amz-date"]
+    theirs: Any = S3SigV4Auth(Credentials("key", "S3CR3T", "tok"), "s3", "eu-west-3")
+    text = theirs.string_to_sign(request, theirs.canonical_request(request))
+    assert theirs.signature(text, request) == claimed["Signature"]
+
+
 def test_requester_pays() -> None:
     with serving(lambda _: [http(body=b"x")], requester_pays=True) as (server, client):
         get(client)

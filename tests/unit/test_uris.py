@@ -132,6 +132,14 @@ def test_a_named_store_takes_and_prints_paths_as_they_are(below: str) -> None:
         assert split_named(location.uri) == ("prod", below)
 
 
+def test_what_is_below_a_place() -> None:
+    assert parse_uri("s3://b/x").below("").uri == "s3://b/x"
+    assert parse_uri("s3://b/x").below("a #1/b").uri == "s3://b/x/a%20%231/b"
+    assert parse_uri("https://h/x").below("a #1/b?").uri == "https://h/x/a%20%231/b%3F"
+    assert parse_uri("file:///").below("a").uri == "file:///a"
+    assert named_location("prod", "run 7", None).below("a #1").uri == "prod:run 7/a #1"
+
+
 # -- what is typed
 
 
@@ -381,6 +389,8 @@ def test_an_endpoint_is_shown_once_and_readable() -> None:
     of_environment = msgspec.structs.replace(location, implied=implied)
     assert of_environment.uri == "s3://b/run%201"
     assert of_environment.identity == location.identity
+    of_filesystem = Location("s3", "b/x", {"endpoint_override": "s3.eu-west-3.amazonaws.com"})
+    assert of_filesystem.uri == "s3://b/x?region=eu-west-3"
     own = parse_uri("s3://b/x?endpoint_override=https://s3.eu-west-3.amazonaws.com")
     assert own.uri == "s3://b/x?region=eu-west-3"
     assert parse_uri("gs://b/x?endpoint_override=storage.googleapis.com").uri == "gs://b/x"

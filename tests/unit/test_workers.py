@@ -85,7 +85,7 @@ class Bench:
 
     def pids(self) -> list[int]:
         """The workers."""
-        groups = self.pool._groups.values()
+        groups = self.pool._all
         return [worker.pid for group in groups for worker in group.workers]
 
     def ends(self) -> dict[str, int]:
@@ -229,7 +229,7 @@ def test_a_signal_to_a_worker_costs_no_error(bench: Bench, number: signal.Signal
     reading, outcome = in_thread(lambda: bench.read("sleep-1"))
     wait_until(lambda: bench.pool._groups and bench.pids())
     [pid] = bench.pids()
-    wait_until(lambda: any(g.workers and g.workers[0].calls for g in bench.pool._groups.values()))
+    wait_until(lambda: any(g.workers and g.workers[0].calls for g in bench.pool._all))
     os.kill(pid, number)
     reading.join()
     assert outcome == [None]
@@ -499,6 +499,18 @@ def test_a_directory_that_is_closed_is_forgotten_by_the_worker(bench: Bench) -> 
     wait_until(lambda: len(bench.store._group.stores) == 1)
     bench.read("plain")
     assert bench.starts() == 1
+
+
+def test_a_closed_store_can_still_be_used_and_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store.close()
+    monkeypatch.setattr(pool, "IDLE_S", 0.0)
+    wait_until(lambda: not bench.pool._all)
+    monkeypatch.setattr(pool, "IDLE_S", 30.0)
+    bench.read("plain")
+    monkeypatch.setattr(pool, "IDLE_S", 0.0)
+    wait_until(lambda: not bench.pids() and not bench.pool._all and not bench.pool._groups)
 
 
 def test_secrets_and_descriptors_do_not_reach_the_outside(bench: Bench, tmp_path: Path) -> None:
