@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faultserver import FaultServer, Object
+from quirkserver import QuirkServer
 from unit.fakes import MIB, FakeStore, pattern
 from unit.rig import Rig, rig_in
 
@@ -84,13 +85,25 @@ async def read_while_it_changes(
     return right, stale
 
 
+SERVERS: "dict[str, Callable[[], FaultServer]]" = {
+    "S3": FaultServer,
+    "disk": lambda: FaultServer(is_disk=True),
+    "weak ETags in listings": lambda: QuirkServer("weak ETags in listings"),
+    "other ETags in listings": lambda: QuirkServer("other ETags in listings"),
+    "other ETags in HEAD": lambda: QuirkServer("other ETags in HEAD"),
+    "no ETags but in listings": lambda: QuirkServer("no ETags but in listings"),
+    "If-Match is never met": lambda: QuirkServer("If-Match is never met"),
+}
+
+
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("is_disk", [False, True], ids=["S3", "disk"])
+@pytest.mark.parametrize("kind", SERVERS)
 async def test_a_thousand_overwrites_in_the_middle_of_reads(
-    tmp_path: Path, is_disk: bool, seed: int
+    tmp_path: Path, kind: str, seed: int
 ) -> None:
-    """Through the S3 client; half of them with a server whose answers change on the way."""
-    with FaultServer(is_disk=is_disk) as server:
+    """Through the S3 client, also with servers whose answers change on the way, and with those
+    whose ETags are not what the listing says."""
+    with SERVERS[kind]() as server:
         times = itertools.count(1_500_000_000)
 
         def write(data: "bytes | None", same_second: bool) -> None:
