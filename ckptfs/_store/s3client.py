@@ -355,11 +355,13 @@ def _text_of(error: Exception) -> str:
     return text or str(error) or type(error).__name__
 
 
-def _kind_of(method: str, query: object, headers: Mapping[str, str] | None) -> Kind:
-    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put"}
+def _kind_of(
+    method: str, query: Mapping[str, str] | None, headers: Mapping[str, str] | None
+) -> Kind:
+    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put", "POST": "put"}
     if method in kinds:
         return kinds[method]
-    if query:
+    if "prefix" in (query or {}):
         return "list"
     return "read" if "range" in (headers or {}) else "get"
 
