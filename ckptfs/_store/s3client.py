@@ -104,7 +104,10 @@ class S3Client:
         self._more = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
         self._patience = Patience(timeout_s)
         trust = Trust(
-            options.tls_ca_file_path, options.tls_ca_dir_path, options.tls_verify_certificates
+            ca_file=options.tls_ca_file_path,
+            ca_dir=options.tls_ca_dir_path,
+            is_verified=options.tls_verify_certificates,
+            ca_text=options.tls_ca_pem,
         )
         if self._address.scheme == "https":
             trust.context()

@@ -44,7 +44,7 @@ class RealStore:
         environment: What the daemon and the clients need in theirs.
         secrets: What must never be shown.
         secret_environment: Variables that hold the credentials.
-        refusal: The fault of `wronganswers` that is how the server refuses credentials.
+        refusals: The faults of `wronganswers` that are how such a server refuses credentials.
     """
 
     name: ClassVar[str]
@@ -59,7 +59,7 @@ class RealStore:
     environment: ClassVar[dict[str, str]] = {}
     secrets: tuple[str, ...] = ()
     secret_environment: ClassVar[dict[str, str]] = {}
-    refusal = "denied"
+    refusals: tuple[str, ...] = ("denied", "s3 expired")
     proxy: Proxy | None = None
 
     def __init__(self) -> None:
@@ -366,7 +366,7 @@ class Gcs(RealStore):
     """fake-gcs-server."""
 
     name = "fake-gcs"
-    refusal = "google denied"
+    refusals = ("google denied", "google expired")
 
     def start(self, stack: ExitStack) -> None:
         import requests
@@ -414,7 +414,7 @@ class Azure(RealStore):
     name = "azurite"
     secrets = (servers.Azurite.key,)
     secret_environment: ClassVar = {"AZURE_STORAGE_ACCOUNT_KEY": servers.Azurite.key}
-    refusal = "azure denied"
+    refusals = ("azure denied", "azure expired")
     lacks = "\\"  # of which Azure makes a slash
     has_keys = True
 
@@ -475,7 +475,7 @@ class Http(OnDisk):
     """nginx with its listings for people, by HTTP."""
 
     name = "nginx"
-    refusal = "html 403"
+    refusals = ("html 403",)
     scheme = "http"
     has_table = False
     is_writable = False

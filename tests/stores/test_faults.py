@@ -16,7 +16,7 @@ import pytest
 from conftest import Node
 from faultproxy import CONNECTIONS
 from servers import children
-from wronganswers import ANSWERS
+from wronganswers import CHANGED, INSTEAD
 
 import ckptfs
 from ckptfs import _client, xattrs
@@ -27,7 +27,7 @@ from stores.common import MIB, configure, directory, fill, read_once
 pytestmark = [pytest.mark.mount, pytest.mark.all_servers]
 
 OPERATIONS = ("list", "head", "read", "get", "put")
-FAULTS = [*ANSWERS, *(kind for kind in CONNECTIONS if kind != "trickle")]
+FAULTS = [*INSTEAD, *CHANGED, *(kind for kind in CONNECTIONS if kind != "trickle")]
 LATE_S = 12.0
 """When the first byte comes, with the fault "slow"."""
 DEADLINE_S = 2.0
