@@ -7,7 +7,7 @@ Objects are read as those of S3 are: each answer names its ETag, and Azure looks
 Listings, uploads and the names of errors are Azure's own.
 """
 
-from ckptfs._model.manifest import Listing
+from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.authorized import Authority, AuthorizedClient, repeat
 from ckptfs._store.azurelisting import Blobs
 from ckptfs._store.base import is_file, not_found
@@ -64,6 +64,9 @@ class AzureStore(S3Store):
         if listing is None and self._prefix:
             self._check_directory()
         return listing or Listing([], [], [])
+
+    def _is_listed(self, key: str) -> ListedFile | None:
+        return Blobs(self._blobs, key, self.name).find()
 
     def _check_directory(self) -> None:
         """Raise what is right where nothing is below the prefix."""

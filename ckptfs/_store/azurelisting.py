@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.authorized import AuthorizedClient, repeat
 from ckptfs._store.base import check_count
+from ckptfs._store.deadline import left_s
+from ckptfs._store.patience import PATIENCE_S_MAX
 from ckptfs._store.s3client import read_all
 from ckptfs.errors import CheckpointNotFound, StoreError
 
@@ -23,6 +25,7 @@ _PAGE_TAGS_MAX = 250_000
 """A blob has some 40 elements, and metadata of 8 KiB at most."""
 _EMPTY_PAGES_MAX = 1000
 """Azure sends pages without blobs, e.g. where many were deleted."""
+_PATIENCE_S_MIN = 0.2
 _TAG = re.compile(r"[\x21\x23-\x7e]+")  # RFC 9110, 8.8.3
 
 
@@ -54,20 +57,32 @@ class Blobs:
                 raise StoreError(f"{self._name}: the store's listing has no end; check the store")
             seen |= signs
 
-    def _page(self, marker: str) -> tuple[builtins.list[ElementTree.Element], str]:
+    def find(self) -> ListedFile | None:
+        """What the listing says of the one blob with the name `prefix`; None: it does not have it.
+        The path is left out."""
+        for blob in self._page("", blobs_max=1)[0]:
+            if _name(blob) == self._prefix:
+                return _file(blob, "")
+        return None
+
+    def _page(
+        self, marker: str, blobs_max: int = _PAGE_BLOBS
+    ) -> tuple[builtins.list[ElementTree.Element], str]:
         """The blobs of a page, and the marker of the next one."""
         query = {
             "restype": "container",
             "comp": "list",
             "include": "metadata",
-            "maxresults": str(_PAGE_BLOBS),
+            "maxresults": str(blobs_max),
             "prefix": self._prefix,
         }
         if marker:
             query["marker"] = marker
+        # There is no other way to learn the names, so only the deadline ends the wait for a page.
+        patience_s = min(max(left_s(), _PATIENCE_S_MIN), PATIENCE_S_MAX)
 
         def attempt() -> bytes:
-            with self._client.request("GET", query=query) as response:
+            with self._client.request("GET", query=query, patience_s=patience_s) as response:
                 return read_all(response, _PAGE_BYTES_MAX)
 
         try:
@@ -115,23 +130,34 @@ class Blobs:
         path = name[len(self._prefix) :]
         if not path:
             return  # the marker of this very directory
-        about = {child.tag: child.text or "" for child in blob.find("Properties") or ()}
-        size = about.get("Content-Length", "")
+        about = _about(blob)
         if _is_directory(blob, about):
             listing.directories.append(path.rstrip("/"))
         elif path.endswith("/"):
             listing.directories.append(path[:-1])
-            if size != "0":
+            if about.get("Content-Length") != "0":
                 listing.skipped.append(Skipped(printable(path), "it is a directory with content"))
         elif about.get("AccessTier") == "Archive":
             reason = "it is archived; have it rehydrated and attach again"
             listing.skipped.append(Skipped(printable(path), reason))
-        elif not (size.isascii() and size.isdigit() and len(size) < 19):
+        elif (file := _file(blob, path)) is None:
             listing.skipped.append(Skipped(printable(path), "the store gives no size of it"))
         else:
-            mtime_ns = _mtime_ns(about.get("Last-Modified", ""))
-            etag = _etag(about.get("Etag", ""))
-            listing.files.append(ListedFile(path, int(size), mtime_ns, etag))
+            listing.files.append(file)
+
+
+def _about(blob: ElementTree.Element) -> dict[str, str]:
+    return {child.tag: child.text or "" for child in blob.find("Properties") or ()}
+
+
+def _file(blob: ElementTree.Element, path: str) -> ListedFile | None:
+    """The blob as a file; None: its size is missing."""
+    about = _about(blob)
+    size = about.get("Content-Length", "")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        return None
+    mtime_ns = _mtime_ns(about.get("Last-Modified", ""))
+    return ListedFile(path, int(size), mtime_ns, _etag(about.get("Etag", "")))
 
 
 def _name(blob: ElementTree.Element) -> str:

@@ -13,6 +13,7 @@ in a thread of its own for `LOOK_UP_S` at most, and no longer than the caller's 
 
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -38,6 +39,7 @@ _GOOGLE_SCOPE_OF_ALL = "https://www.googleapis.com/auth/cloud-platform"
 _KEY_BYTES_MAX = 64 << 10
 _AZURE_SCOPE = "https://storage.azure.com/.default"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_GOOGLE_VARIABLE = "GOOGLE_APPLICATION_CREDENTIALS"
 _OWN_KINDS = frozenset(["service_account", "authorized_user"])
 """Of Google's JSON keys, those that hold all they need. The others name files, programs and
 servers to ask, which a location must not choose."""
@@ -163,7 +165,7 @@ def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSou
         except google.auth.exceptions.DefaultCredentialsError as error:
             raise AccessDenied(
                 f"{name}: no Google credentials were found ({_line(error)}); set "
-                "GOOGLE_APPLICATION_CREDENTIALS, run 'gcloud auth application-default login', or "
+                f"{_GOOGLE_VARIABLE}, run 'gcloud auth application-default login', or "
                 "add ?anonymous=true for a public bucket"
             ) from None
         except google.auth.exceptions.TransportError as error:
@@ -195,7 +197,7 @@ def _own_key(text: str | bytes, what: str) -> dict[str, Any]:
         known = " or ".join(sorted(_OWN_KINDS))
         raise LocationError(
             f"{what} is not of type {known}; keys of other types are used only where "
-            "GOOGLE_APPLICATION_CREDENTIALS names them in the environment of the process that reads"
+            f"{_GOOGLE_VARIABLE} names them in the environment of the daemon"
         )
     return cast("dict[str, Any]", found)
 
@@ -205,7 +207,8 @@ def _google_credentials(key: dict[str, Any] | None, path: str, target: str, tran
     from google.auth import impersonated_credentials
     from google.oauth2 import credentials, service_account
 
-    if path:
+    # Of the reader's own environment, all types of keys are trusted.
+    if path and path != os.path.abspath(os.environ.get(_GOOGLE_VARIABLE, "")):
         with open(path, "rb") as file:
             key = _own_key(file.read(_KEY_BYTES_MAX), path)
     scopes = [_GOOGLE_SCOPE] if not target else [_GOOGLE_SCOPE_OF_ALL]

@@ -262,6 +262,28 @@ def test_a_missing_or_malformed_file_of_google(tmp_path: Path) -> None:
         assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+def test_a_key_that_names_others_to_ask_is_the_environments_only(
+    server: TokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "subject").write_text("a token of somewhere else")
+    file = tmp_path / "key.json"
+    key = {
+        "type": "external_account",
+        "audience": "here",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "token_url": server.url,
+        "credential_source": {"file": str(tmp_path / "subject")},
+    }
+    file.write_text(json.dumps(key))
+    source = google_tokens({"application_credentials": str(file)}, NAME, "")
+    with pytest.raises(AccessDenied, match="not of type"):
+        source.token()
+    assert not server.asked
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    source = google_tokens({"application_credentials": str(file)}, NAME, "")
+    assert source.token() == "ya29.1"
+
+
 # -- Azure
 
 
