@@ -145,7 +145,7 @@ def wait_for_daemon(chaos: Chaos) -> None:
 
 def kill_worker(chaos: Chaos, chance: random.Random) -> None:
     """`kill -9`, or a signal of the kind that a bug in a library makes, at times again at once."""
-    for _ in range(chance.choice((1, 1, 2, 5))):
+    for _ in range(chance.choice((1, 1, 1, 2))):
         chaos.kill(WORKER, chance.choice((signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)))
         chaos.wait(chance.uniform(0, 0.5))
 
