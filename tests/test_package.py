@@ -48,7 +48,17 @@ def test_a_client_needs_no_compiler() -> None:
     plain = {
         re.split(r"[^\w-]", line)[0] for line in requires("ckptfs") or [] if "extra" not in line
     }
-    assert plain == {"botocore", "msgspec", "platformdirs", "pyarrow", "rich", "tomli", "typer"}
+    assert plain == {
+        "botocore",
+        "msgspec",
+        "obstore",
+        "platformdirs",
+        "pyarrow",
+        "rich",
+        "tomli",
+        "typer",
+        "urllib3",
+    }
 
 
 def test_types_and_semantics_are_shipped() -> None:
