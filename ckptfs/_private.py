@@ -2,8 +2,8 @@
 
 A private daemon is a daemon like any other, with its socket, mount and cache in a scratch directory
 of its own, started by the process that needs it, which hands it the pickled filesystem through a
-pipe. Children that are forked share it. It ends itself when nobody has used it for some seconds,
-and takes its directory with it.
+pipe. The daemon's workers read it (``ckptfs._workers``). Children that are forked share it. It ends
+itself when nobody has used it for some seconds, and takes its directory with it.
 """
 
 import contextlib

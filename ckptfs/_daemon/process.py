@@ -22,7 +22,7 @@ from ckptfs._model.config import Config
 from ckptfs.errors import BY_CODE, DaemonError
 
 READY_WAIT_S = 30.0
-"""How long the daemon may take to come up: importing pyarrow from a slow disk."""
+"""How long the daemon may take to come up: importing its modules from a slow disk."""
 _END_WAIT_S = 5.0
 """How long the daemon may take to end."""
 _HEART_STOPPED_BEATS = 10

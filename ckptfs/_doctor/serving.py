@@ -66,6 +66,8 @@ class Serving:
         self._node.daemon_pid = reply.pid if is_ours else 0
         self._node.passthrough = reply.passthrough
         facts = f"pid {reply.pid} at {path}, {len(reply.attachments)} checkpoints attached"
+        if reply.workers:
+            facts += f", {reply.workers} workers with {reply.worker_bytes >> 20} MiB"
         troubled = [a for a in reply.attachments if a.state in ("failing", "changed")]
         if troubled:
             return warning(

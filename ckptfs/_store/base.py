@@ -7,7 +7,8 @@ thread, and raise nothing but these:
 - `ObjectChanged`: the object is gone or is no longer the pinned version;
 - `AccessDenied`: the credentials are wrong, expired or insufficient; trying again does not help;
 - `StoreTimeout`, `StoreUnavailable`: trying again can help;
-- `StoreError`: anything else the store answered.
+- `StoreError`: anything else the store answered;
+- `LocationError`: the store is opened by its first call (``ckptfs._workers``), and cannot be.
 
 **Versions.** The pin of an object starts with what the listing says (size, mtime, and the ETag
 where that is in it). `confirm` asks the store for the current version and compares; an ETag that

@@ -1,8 +1,9 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Filesystems that cannot be described, on their way to a private daemon: as a pickle.
 
-The only pickles in ckptfs. They go from a process to the child that it starts, through a pipe;
-nothing that arrives on a socket, from a store or from a disk is ever unpickled.
+The only pickles in ckptfs. They go from a process to the child that it starts, through a pipe, and
+on to the workers of that daemon, through memory. The workers unpickle them. Nothing that arrives on
+a socket, from a store or from a disk is ever unpickled.
 """
 
 import pickle
@@ -30,7 +31,7 @@ def dump(filesystem: FileSystem, because: NotDescribable) -> bytes:
 
 
 def opener(pickled: bytes) -> OpenStore:
-    """What takes the place of ``resolve.open_store`` in a private daemon.
+    """What takes the place of ``resolve.open_store`` in a worker of a private daemon.
 
     Raises:
         LocationError: It cannot be unpickled here.

@@ -226,6 +226,7 @@ class Pool:
         except OSError as error:
             with self._changed:
                 worker.calls -= 1
+                self._close_if_buried(group, worker)
             if isinstance(error, BlockingIOError):
                 worker.kill("still")
             if worker.is_retired or isinstance(error, ConnectionError):
@@ -248,11 +249,12 @@ class Pool:
                 worker.idle.append(channel)
             self._close_if_buried(group, worker)
 
-    def leave_behind(self, worker: Worker, channel: Channel) -> None:
+    def leave_behind(self, group: Group, worker: Worker, channel: Channel) -> None:
         """The call goes on in the worker, and has no caller any more."""
         with self._changed:
             channel.deadline_s = max(time.monotonic(), deadline_s())
             worker.left.append(channel)
+            self._close_if_buried(group, worker)
 
     def drop(self, group: Group, worker: Worker, channel: Channel) -> None:
         """The channel is of no use any more."""

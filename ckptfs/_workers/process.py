@@ -64,6 +64,7 @@ class Worker:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=(fd,),
+                    cwd="/",  # so that no module comes from where the daemon was started
                 )
         except OSError:
             self._control.close()
@@ -155,7 +156,9 @@ class Worker:
         return f"ended with status {status}"
 
     def close(self) -> None:
-        """Let go of it, when it has ended."""
+        """Let go of it, when it has ended; once."""
+        if self._control.fileno() < 0:
+            return
         for channel in (*self.idle, *self.left):
             channel.close()
         self.idle.clear()

@@ -181,7 +181,7 @@ class WorkerStore:
             answer = channel.ask(encode(call), deadline_s, look)
             found = result(answer, channel) if isinstance(answer, Done) else None
         except LeftBehind as why:
-            self._pool.leave_behind(worker, channel)
+            self._pool.leave_behind(self._group, worker, channel)
             raise self._late(call, why) from None
         except Nonsense:
             worker.kill("nonsense")

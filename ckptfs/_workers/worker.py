@@ -61,7 +61,8 @@ def main() -> None:
     """Serve until the daemon closes the control socket."""
     control_fd, parent_pid = map(int, sys.argv[1:])
     end_with(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the daemon decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: the daemon decides
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_OOM_SCORE)
     control = socket.socket(fileno=control_fd)

@@ -130,7 +130,7 @@ def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
                 assert "config.json" in os.listdir(path)
                 assert Path(path, "empty").read_bytes() == b""
         found = set[str]().union(*map(libraries_of, workers()))
-        assert {"pyarrow", "aiohttp"} <= found
+        assert "aiohttp" in found
         status = node.status()
         assert status["workers"] == len(workers()) > 0
         assert status["worker_bytes"] > 1_000_000
@@ -212,7 +212,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
     content = (top / "weights").read_bytes()
 
     def attach_again_and_again() -> None:
-        for _ in range(3):
+        for _ in range(2):
             with _client.connect() as connection, pytest.raises(ckptfs.CkptfsError):
                 connection.attach(azure_at(port))
 

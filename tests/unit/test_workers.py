@@ -98,9 +98,13 @@ class Bench:
         return COUNTS.snapshot().starts - self._counted.starts
 
 
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+@pytest.fixture(autouse=True)
+def _workers_know_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path)
     yield made
     made.pool.shut()
@@ -126,15 +130,10 @@ def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object
 
 def test_a_worker_does_what_a_store_does(bench: Bench) -> None:
     (bench.top / "run" / "below" / "empty").mkdir(parents=True)
-    for number in range(messages.LISTED_AT_ONCE + 1):
-        (bench.top / "run" / "below" / f"{number}").touch()
     bench.read("plain")
     pin = bench.pin("plain")
-    listing = bench.store.list(10_000)
-    assert {file.path for file in listing.files} == {
-        "plain",
-        *(f"below/{number}" for number in range(messages.LISTED_AT_ONCE + 1)),
-    }
+    listing = bench.store.list(10)
+    assert [(file.path, file.size) for file in listing.files] == [("plain", SIZE)]
     assert sorted(listing.directories) == ["below", "below/empty"]
     assert bench.store.confirm(pin) == pin
     part = bytearray(1000)
@@ -482,6 +481,31 @@ def test_a_thousand_calls_leave_nothing(bench: Bench, monkeypatch: pytest.Monkey
     wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) < before[1])
 
 
+def test_workers_that_die_in_the_middle_of_calls_leave_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    bench = Bench(tmp_path)
+    bench.pin("sleep-0.05")
+    is_over = threading.Event()
+
+    def call_again_and_again(number: int) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(StoreUnavailable):
+                bench.read("sleep-0.05", left_s=0.06 if number % 2 else 20)
+
+    with ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(call_again_and_again, number) for number in range(8)]
+        for _ in range(6):
+            wait_until(bench.pids)
+            time.sleep(0.1)
+            for pid in bench.pids():
+                os.kill(pid, signal.SIGKILL)
+        is_over.set()
+    for each in calls:
+        each.result()
+    bench.pool.shut()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_worker_that_nobody_uses_ends_and_its_secrets_with_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -628,6 +652,20 @@ def test_progress_is_told_while_bytes_come(monkeypatch: pytest.MonkeyPatch) -> N
         assert channel.data(10) == b"0123456789"
         with pytest.raises(Nonsense):
             channel.data(11)
+
+
+def test_a_long_listing_comes_in_parts() -> None:
+    count = 2 * messages.LISTED_AT_ONCE + 1
+    fake = FakeStore({f"{number}": b"" for number in range(count)})
+    with serving(fake) as channel:
+        answer = channel.ask(
+            call("list", files_max=count), lambda: time.monotonic() + 20, lambda: None
+        )
+        assert isinstance(answer, messages.Done)
+        parts = list(channel.parts(answer.size))
+        assert [len(part.files) for part in parts] == [messages.LISTED_AT_ONCE] * 2 + [1]
+        listed = [file for part in parts for file in part.files]
+        assert listed == fake.list(count).files
 
 
 def test_an_answer_that_is_too_long_for_a_message_is_an_error() -> None:
