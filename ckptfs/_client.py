@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
@@ -138,8 +139,10 @@ def _take_lease(
     for left in reversed(range(TRIES)):
         with attached(location, prefetch=prefetch, plan=plan, timeout_s=timeout_s, to=to) as (
             path,
-            _,
+            reply,
         ):
+            for file in reply.lacking:
+                warnings.warn(f"{reply.uri} lacks {file.name}: {file.reason}", stacklevel=2)
             try:
                 return path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:

@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import trio
@@ -79,6 +80,8 @@ _BURST_S = 1.0
 """What may be spent at once."""
 _PROGRESS_S = 0.2
 """Longest wait for news of a prefetch: five times a second looks live."""
+_LACKING_SHOWN = 10
+"""Files that a reply to an attach names, of those that cannot be read now."""
 _OFTEN = Status, Activity, GetTrace, PrefetchProgress, CacheProgress, GiveBlocks, TakeBlocks
 """Requests that change nothing, or come by the thousand."""
 _SO_PEERGROUPS = 59  # asm-generic/socket.h
@@ -243,6 +246,9 @@ class Control:
                 files=len(manifest.files),
                 size=manifest.size,
                 skipped=len(manifest.skipped),
+                lacking=tuple(
+                    islice((s for s in manifest.skipped if s.is_lacking), _LACKING_SHOWN)
+                ),
             )
         if isinstance(request, Detach):
             place = self._place(request.location, peer)

@@ -11,7 +11,7 @@ from ckptfs._model.trace import Access, Fetch, TracedFile, TracedProcess
 
 class Attached(Message, frozen=True, tag="attached"):
     """Reply to `Attach`. `mount` is the mount point as the daemon sees it, `name` a directory in
-    it."""
+    it. `lacking`: the first of the files that cannot be read now (`Skipped.is_lacking`)."""
 
     mount: str
     name: str
@@ -20,6 +20,7 @@ class Attached(Message, frozen=True, tag="attached"):
     files: int
     size: int
     skipped: int
+    lacking: tuple[Skipped, ...] = ()
 
 
 class Done(Message, frozen=True, tag="done"):

@@ -1,6 +1,7 @@
 """``attach``, ``detach`` and ``ls``: checkpoints."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def attach(
             )
         else:
             print(path)
+        for file in reply.lacking:
+            print(f"ckptfs: left out {file.name}: {file.reason}", file=sys.stderr)
 
 
 def detach(

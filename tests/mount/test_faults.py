@@ -23,7 +23,7 @@ FAULTS = {
     "trickling body": (errno.ETIMEDOUT, "did not answer"),
     "cut in the body": (errno.ETIMEDOUT, "the answer ended after"),
     "503, again in an hour": (errno.ETIMEDOUT, "SlowDown"),
-    "wrong range": (errno.EIO, "does it know ranges"),
+    "wrong range": (errno.EIO, "other bytes than were asked for"),
     "403 expired": (errno.EACCES, "ExpiredToken"),
 }
 

@@ -614,6 +614,7 @@ async def test_the_next_daemon_knows_what_has_changed_since(bench: Bench) -> Non
     attachment.pin(True)
     attachment.pin(False)
     attachment.file(0).pin_etag('"learned"')
+    attachment.file(1).pin_etag("", "checks")
 
     after = await next_daemon(await next_daemon(bench))
     found = after.service.find(ME, attachment.name, None)
@@ -622,7 +623,8 @@ async def test_the_next_daemon_knows_what_has_changed_since(bench: Bench) -> Non
     assert set(found.tree.root.children) == {b"a", b".metadata.json"}
     same = found.tree.root.children[b".metadata.json"]
     assert (same.inode, same.size, same.mtime_ns) == (shown.inode, shown.size, shown.mtime_ns)
-    assert found.file(0).pin.etag == '"learned"'
+    assert (found.file(0).pin.etag, found.file(0).pin.etag_of) == ('"learned"', "answers")
+    assert found.file(1).pin.etag_of == "checks"
     assert not found.pinned
     assert after.service.attachments.opened_for(found) == newer
     assert "secret" not in repr(found.location)
