@@ -57,6 +57,7 @@ def _is_listed(store: Store) -> bool:
     except CkptfsError:
         return True
 
+
 _GZIP = b"\x1f\x8b"
 """What gzip's files begin with (RFC 1952, 2.3.1), and no JSON."""
 
