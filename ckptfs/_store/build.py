@@ -10,6 +10,7 @@ from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
 from ckptfs._store import fsspec
+from ckptfs._store.ambient import connected
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
@@ -75,7 +76,9 @@ def plain_store(filesystem: FileSystem, path: str, name: str) -> Store:
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
     if (headers := fsspec.http_headers_of(inner)) is not None:
-        return HttpStore(path, name, HttpOptions(headers), TIMEOUT_S)
+        place = connected(Location("http", path))
+        options = {**place.options, **place.secrets, "headers": headers}
+        return _http_store(place, options, TIMEOUT_S)
     return BoundedStore(FsspecStore(inner, path, name))
 
 

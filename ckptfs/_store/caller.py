@@ -1,8 +1,8 @@
 """The store of a checkpoint for a program that asks it itself, without a daemon.
 
-S3, Google and Azure are read by our own clients where the filesystem can be described. Ours end in
-time by themselves, and notice answers that are cut or too short; pyarrow's S3 client takes these
-for whole ones, so the rest of the buffer is whatever was in memory.
+S3, Google, Azure and HTTP are read by our own clients where the filesystem can be described. Ours
+end in time by themselves, and notice answers that are cut or too short; pyarrow's S3 client takes
+these for whole ones, so the rest of the buffer is whatever was in memory.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from ckptfs._store.named import open_own
 from ckptfs._store.resolve import open_store
 from ckptfs._store.timed import ANSWER_S, within
 
+_OWN_CLIENTS = objectstore.KINDS | {"s3", "http"}
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
     try:
         location = describe(filesystem, path)
         name = location.uri
-        if location.kind == "s3" or location.kind in objectstore.KINDS:
+        if location.kind in _OWN_CLIENTS:
             return within(ANSWER_S, name, open_store, location, STORE_TIMEOUT_S)
     except NotDescribable:
         name = f"{filesystem.type_name}:{path}"

@@ -9,7 +9,6 @@ The module is cheap to import, because clients without pyarrow use the table as 
 import pyarrow and fsspec when they run.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -181,27 +180,12 @@ def _build_local(_options: Options, _: float) -> Any:
 
 
 def _build_http(options: Options, timeout_s: float) -> Any:
-    import ssl
-
-    known = {**options}
-    names = ("tls_ca_file_path", "tls_ca_dir_path", "tls_ca_pem")
-    cafile, capath, cadata = (known.pop(name, None) for name in names)
-    if known.pop("tls_verify_certificates", True) is False:
-        known["ssl"] = False  # as aiohttp has it
-    elif cafile or capath or cadata:
-        known["ssl"] = ssl.create_default_context(cafile=cafile, capath=capath, cadata=cadata)
-    return _of_fsspec("https", known, timeout_s)
+    return _of_fsspec("https", options, timeout_s)
 
 
 def _build_hf(options: Options, timeout_s: float) -> Any:
-    """huggingface_hub takes proxy and certificates from the environment of its process only."""
-    for name in sorted(options.keys() & (_NETWORK | _NETWORK_SECRET) - {NAMESPACE}):
-        if not any(value and str(options[name]).endswith(value) for value in os.environ.values()):
-            raise LocationError(
-                f"huggingface_hub takes {name} from the environment of the ckptfs daemon only; "
-                "start the daemon with the same variables"
-            )
-    return _of_fsspec("hf", {k: v for k, v in options.items() if k in _OF_HF}, timeout_s)
+    known = {name: value for name, value in options.items() if name != NAMESPACE}
+    return _of_fsspec("hf", known, timeout_s)
 
 
 def _build_az(options: Options, timeout_s: float) -> Any:
@@ -257,7 +241,6 @@ _OF_ARROW_AZURE = frozenset(
         "sas_token",
     ]
 )
-_OF_HF = frozenset(["endpoint", "token"])
 _OF_ADLFS = frozenset(
     [
         "account_key",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 from fsspec import AbstractFileSystem
 from pyarrow import fs as pafs
 
@@ -560,27 +559,6 @@ def test_hugging_faces_settings(home: dict[str, str], tmp_path: Path) -> None:
     assert hf(quiet).secrets == {}
     with pytest.raises(LocationError, match="HF_HUB_OFFLINE: it forbids requests"):
         hf({"HF_HUB_OFFLINE": "1"})
-
-
-def test_http_and_hugging_face_keep_proxy_and_certificates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ca = tmp_path / "ca.pem"
-    ca.write_bytes(trustme.CA().cert_pem.bytes())
-    options = {"tls_ca_file_path": str(ca), NAMESPACE: mount_namespace()}
-    proxy = {"proxy": "http://me:S3CR3T@p:1"}
-    filesystem = KINDS["http"].build({**options, **proxy}, 1).handler.fs
-    assert filesystem.kwargs["proxy"] == proxy["proxy"]
-    assert filesystem.kwargs["ssl"].get_ca_certs()
-    place = Location("hf", "me/model", options, proxy)
-    with pytest.raises(
-        LocationError, match="takes tls_ca_file_path from the environment"
-    ) as caught:
-        open_store(place, 1)
-    assert "S3CR3T" not in str(caught.value)
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:S3CR3T@p:1")
-    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
-    open_store(place, 1).close()
 
 
 # -- the list
