@@ -12,9 +12,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 from ckptfs._model.config import STORE_TIMEOUT_S
 from ckptfs._store import objectstore
 from ckptfs._store.base import Store
+from ckptfs._store.build import TIMEOUT_S, plain_store
 from ckptfs._store.describe import NotDescribable, describe
-from ckptfs._store.filesystems import FileSystem, unwrapped
-from ckptfs._store.onfilesystem import store_on
+from ckptfs._store.filesystems import FileSystem, built, store_name_of, unwrapped
+from ckptfs._store.named import open_own
 from ckptfs._store.resolve import open_store
 from ckptfs._store.timed import ANSWER_S, within
 
@@ -36,6 +37,13 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
     except NotDescribable:
         name = f"{filesystem.type_name}:{path}"
     return store_on(*unwrapped(filesystem, path), name)
+
+
+def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
+    """The store at `path` on an unwrapped filesystem; `name` is for messages."""
+    if store := store_name_of(filesystem):
+        return open_own(store, path.strip("/"), TIMEOUT_S)
+    return plain_store(built(filesystem), path, name)
 
 
 def ask(

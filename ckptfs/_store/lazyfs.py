@@ -17,6 +17,7 @@ import msgspec
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Kind, Location
+from ckptfs._store.build import filesystem_for
 from ckptfs._store.timed import ANSWER_S, within
 from ckptfs.errors import StoreUnavailable
 
@@ -108,8 +109,6 @@ class UriHandler(LazyHandler):
     def build(self) -> Any:
         """See `LazyHandler`. Raises LocationError, and StoreUnavailable where Amazon does not say
         in which region the bucket is."""
-        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
-
         options = dict(self.location.options)
         if self.location.kind == "s3" and not options.get("region"):
             options["region"] = _region_for(options, self._bucket)

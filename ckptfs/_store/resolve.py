@@ -30,7 +30,7 @@ OpenStore: TypeAlias = Callable[[Location, float], Store]
 
 def open_here(location: Location, timeout_s: float) -> Store:
     """The store at a location that is not S3, in this process. Raises LocationError."""
-    from ckptfs._store.onfilesystem import open_on_filesystem
+    from ckptfs._store.build import open_on_filesystem  # start-up time
 
     return open_on_filesystem(location, {**location.options, **location.secrets}, timeout_s)
 
