@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 from ckptfs._model.manifest import printable
 from ckptfs._model.stores import check_below, split_named
 from ckptfs._store import fsspec
-from ckptfs._store.arrow import translate_error
+from ckptfs._store.arrow import advice_for, translate_error
 from ckptfs._store.named import own_table
 from ckptfs._store.namedfs import StoreHandler
 from ckptfs._store.timed import ANSWER_S, within
@@ -58,7 +58,8 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
             raise LocationError(
                 f"{shown}: unknown scheme; use {schemes}, or give a filesystem"
             ) from None
-        raise LocationError(f"{shown}: {cause}; check the URI") from None
+        advice = advice_for(cause, "check the URI")
+        raise LocationError(f"{shown}: {cause}; {advice}") from None
     return filesystem, path.rstrip("/") or path
 
 
