@@ -5,8 +5,11 @@
 
 pyarrow has no conditional reads. Opening a file costs one HEAD and its handle then knows the ETag,
 so `confirm` opens a handle; the handle is kept for the reads that follow, which makes the first
-touch of an object cost HEAD, GET, HEAD. A handle holds no connection on S3, and one descriptor on
-local files.
+touch of an object cost HEAD, GET, HEAD. A handle holds no connection on S3.
+
+Where a handle tells no ETag (HDFS, filesystems written in Python), size and time are the version.
+There each read opens a handle of its own, because an older one may still read bytes of a version
+that looks the same, and begins when a later version would have another time (see `settling`).
 """
 
 import contextlib
@@ -14,7 +17,8 @@ import re
 import threading
 import uuid
 from collections import OrderedDict
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
@@ -23,6 +27,7 @@ from pyarrow import fs as pafs
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
+from ckptfs._store.settling import is_same_time, wait_until_settled
 from ckptfs.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -32,6 +37,7 @@ from ckptfs.errors import (
     StoreUnavailable,
 )
 
+_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _HANDLES_MAX = 128
 """Open handles kept per store: enough for every connection of several files, few descriptors."""
 
@@ -73,8 +79,6 @@ class ArrowStore:
         self._fs = filesystem
         self._root = root.rstrip("/")
         self.name = name
-        # Of a local file, each handle is a descriptor, and keeps a deleted file on the disk.
-        self._handles_max = 8 if filesystem.type_name == "local" else _HANDLES_MAX
         self._lock = threading.Lock()  # guards _idle; never held during IO
         self._idle: OrderedDict[str, list[Any]] = OrderedDict()  # path -> open handles, LRU first
         self._idle_count = 0
@@ -117,32 +121,37 @@ class ArrowStore:
             raise self._of_object(error, pin) from error
         if current.size != pin.size:
             raise changed(self.name, pin, f"{pin.size} bytes became {current.size}")
-        # S3 gives whole seconds in Last-Modified, and some servers fractions in the listing.
-        if pin.mtime_ns and current.mtime_ns // 10**9 != pin.mtime_ns // 10**9:
+        if pin.etag:
+            if current.etag != pin.etag:
+                raise changed(self.name, pin, f"ETag {pin.etag} became {current.etag or 'none'}")
+        elif pin.mtime_ns and current.mtime_ns and not is_same_time(current.mtime_ns, pin.mtime_ns):
             raise changed(self.name, pin, "it was written again")
-        if pin.etag and current.etag != pin.etag:
-            raise changed(self.name, pin, f"ETag {pin.etag} became {current.etag or 'none'}")
-        self._give_back(pin.path, handle)  # not one of another version: its size is fixed
+        if current.etag:
+            self._give_back(pin.path, handle)  # not one of another version: its size is fixed
         return msgspec.structs.replace(pin, etag=current.etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
+        if not pin.etag:
+            wait_until_settled(pin.mtime_ns)
         handle = self._take(pin.path)
         try:
             if handle is None:
                 handle = self._fs.open_input_file(self._path(pin))
-            if (size := handle.size()) != pin.size:  # seek would refuse what lies behind the end
+            if (size := handle.size()) != pin.size:
                 raise changed(self.name, pin, f"{pin.size} bytes became {size}")
-            handle.seek(offset)
             done = 0
             while done < len(buffer):
-                count = handle.readinto(buffer[done:])
-                if count == 0:
+                # readinto would ask Google for all that follows the offset.
+                data: bytes = handle.read_at(len(buffer) - done, offset + done)
+                if not data:
                     raise changed(self.name, pin, f"it ends at byte {offset + done} of {pin.size}")
-                done += count
+                buffer[done : done + len(data)] = data
+                done += len(data)
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
-        self._give_back(pin.path, handle)
+        if pin.etag:
+            self._give_back(pin.path, handle)
         return False
 
     def get(self, path: str) -> bytes | None:
@@ -159,7 +168,7 @@ class ArrowStore:
         """See Store.put."""
         full = f"{self._root}/{path}"
         try:
-            if isinstance(self._fs, pafs.LocalFileSystem | pafs.PyFileSystem):
+            if isinstance(self._fs, pafs.PyFileSystem):
                 self._write_beside(full, data)
             else:
                 self._write(full, data)
@@ -217,7 +226,7 @@ class ArrowStore:
             self._idle.setdefault(path, []).append(handle)
             self._idle.move_to_end(path)
             self._idle_count += 1
-            while self._idle_count > self._handles_max:
+            while self._idle_count > _HANDLES_MAX:
                 dropped += self._idle.popitem(last=False)[1]
                 self._idle_count -= len(dropped)
 
@@ -232,11 +241,11 @@ class ArrowStore:
         known = {
             (k.decode() if isinstance(k, bytes) else k).lower(): v for k, v in metadata.items()
         }
-        if "etag" in known and "last-modified" in known:
-            modified = datetime.strptime(known["last-modified"].decode(), "%Y-%m-%dT%H:%M:%SZ")
-            mtime_ns = int(modified.replace(tzinfo=timezone.utc).timestamp()) * 10**9
-            etag = known["etag"].decode()
-            return Pin(pin.path, handle.size(), mtime_ns, "" if etag == '""' else etag)
+        # Google's ETag also changes with what is said about an object; its generation does not.
+        etag = next((known[n].decode() for n in ("generation", "etag") if known.get(n)), "")
+        if etag.strip('"'):
+            modified = known.get("last-modified") or known.get("updated") or b""
+            return Pin(pin.path, handle.size(), _time_ns(modified.decode()), etag)
         info = self._fs.get_file_info(self._path(pin))
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(pin.path)
@@ -262,6 +271,30 @@ class ArrowStore:
         if info.type == pafs.FileType.File:
             return is_file(self.name)
         return not_found(self.name)
+
+
+def _time_ns(text: str) -> int:
+    """A time as S3, Google (ISO 8601) or Azure (RFC 9110) say it, in nanoseconds since the epoch;
+    0: it is none."""
+    try:
+        if "," in text:
+            moment = parsedate_to_datetime(text)
+        else:
+            moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return 0
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    return (aware - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def advice_for(cause: str, otherwise: str) -> str:
+    """What to do where a filesystem of pyarrow cannot be made."""
+    if "libjvm" in cause or "libhdfs" in cause:
+        return (
+            "install Java and Hadoop's client, and set JAVA_HOME, HADOOP_HOME and CLASSPATH "
+            "(`hadoop classpath --glob`)"
+        )
+    return otherwise
 
 
 def _cause(text: str) -> str:

@@ -11,7 +11,7 @@ from pyarrow import fs as pafs
 from ckptfs._model.location import Location
 from ckptfs._store import fsspec
 from ckptfs._store.ambient import connected
-from ckptfs._store.arrow import ArrowStore
+from ckptfs._store.arrow import ArrowStore, advice_for
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
 from ckptfs._store.fsspec import FsspecStore
@@ -65,7 +65,8 @@ def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> 
         raise LocationError(f"{location.uri}: {error}") from None
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         cause = str(error).partition("\n")[0]
-        raise LocationError(f"{location.uri}: {cause}; check the options") from None
+        advice = advice_for(cause, "check the options")
+        raise LocationError(f"{location.uri}: {cause}; {advice}") from None
 
 
 def plain_store(filesystem: FileSystem, path: str, name: str) -> Store:

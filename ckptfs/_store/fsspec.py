@@ -328,7 +328,8 @@ class FsspecStore:
             wait_until_settled(pin.mtime_ns)
         try:
             data: bytes = self._fs.cat_file(path, start=offset, end=end, **self._unbuffered)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            raise_disguised(error, self._what(pin.path))
             raise changed(self.name, pin, "it was deleted") from None
         except Exception as error:
             if status_of(error) in (404, 416):
@@ -347,9 +348,12 @@ class FsspecStore:
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""
+        full = self._full(path)
         try:
-            return bytes(self._fs.cat_file(self._full(path)))
-        except FileNotFoundError:
+            self._fs.invalidate_cache(self._fs._parent(full))
+            return bytes(self._fs.cat_file(full))
+        except FileNotFoundError as error:
+            raise_disguised(error, self._what(path))
             return None
         except Exception as error:
             if status_of(error) == 404:

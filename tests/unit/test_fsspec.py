@@ -1,19 +1,25 @@
 """A Store over fsspec: versions by what `info` says, whole listings, and errors told apart."""
 
 import http.server
+import os
+import random
 import socket
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.http import HTTPFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckptfs._model.manifest import ListedFile, Skipped
-from ckptfs._store.base import Pin
+from ckptfs._model.manifest import ListedFile, Skipped, build_manifest
+from ckptfs._store import fsspec as ours
+from ckptfs._store import settling
+from ckptfs._store.base import Pin, pin_of
 from ckptfs._store.fsspec import FsspecStore
 from ckptfs.errors import (
     AccessDenied,
@@ -171,7 +177,129 @@ def test_a_directory_that_vanishes_meanwhile_is_not_there(fake: Fake, store: Fss
     assert [file.path for file in store.list(10).files] == ["a"]
 
 
+class Flat(Fake):
+    """One that lists as stores of objects do, at once."""
+
+    def find(self, path: str, **_: Any) -> Any:
+        if path in self.files:
+            return [path]  # as adlfs does
+        return {file: self._info_of(file) for file in self.files if file.startswith(path)}
+
+
+def test_slashes_in_names_are_kept_and_refused() -> None:
+    """Without them, "top//a" would stand under the name of "top/a"."""
+    flat = Flat()
+    for path in ("top/a", "top//a", "top/b//c", "top///d"):
+        flat.put_file_in(path, b"12345")
+    flat.put_file_in("top/sub/", b"")
+    listing = FsspecStore(flat, "top", NAME).list(10)
+    assert sorted(file.path for file in listing.files) == ["//d", "/a", "a", "b//c"]
+    manifest = build_manifest(listing)
+    assert [file.path for file in manifest.files] == ["a"]
+    assert {skipped.name for skipped in manifest.skipped} == {"/a", "b//c", "//d"}
+    assert manifest.directories == ("sub",)
+
+
+def test_a_file_that_is_found_as_a_list_is_a_file() -> None:
+    flat = Flat()
+    flat.put_file_in("top/a", b"12345")
+    with pytest.raises(CheckpointIsFile):
+        FsspecStore(flat, "top/a", NAME).list(10)
+
+
+def test_a_listing_of_another_place_is_an_error() -> None:
+    flat = Flat()
+    flat.put_file_in("topless/a", b"12345")
+    with pytest.raises(StoreError, match="topless/a, which is not below it"):
+        FsspecStore(flat, "top", NAME).list(10)
+
+
 # -- versions
+
+
+def test_fractions_of_a_second_count(fake: Fake, store: FsspecStore) -> None:
+    moment = datetime(2023, 11, 14, 22, 13, 20, 123_456, timezone.utc)
+    fake.put_file_in("top/a", b"12345", created=moment)
+    pin = next(pin_of(file) for file in store.list(9).files if file.path == "a")
+    assert pin.mtime_ns == 1_700_000_000_123_456_000
+    assert store.confirm(pin) == pin
+    fake.said["top/a"] = {"created": moment.timestamp()}
+    assert store.confirm(pin) == pin
+    for later in (moment.replace(microsecond=123_459), "2023-11-14T22:13:20.200000Z"):
+        fake.said["top/a"] = {"created": later}
+        with pytest.raises(ObjectChanged, match="it was written again"):
+            store.confirm(pin)
+
+
+def test_a_read_waits_until_only_a_later_version_can_have_another_time(
+    store: FsspecStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(ours, "wait_until_settled", waited.append)
+    read(store, Pin("a", 5, 17), 0, 5)
+    read(store, Pin("a", 5, 17, '"1"'), 0, 5)
+    assert waited == [17]
+
+
+def test_a_file_that_a_package_decodes_is_refused(fake: Fake, store: FsspecStore) -> None:
+    fake.put_file_in("top/a", b"12345", contentEncoding="gzip")
+    with pytest.raises(StoreError, match="stored with Content-Encoding gzip"):
+        store.confirm(Pin("a", 5, 0))
+
+
+def test_fsspecs_local_files_are_told_apart_within_a_second(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"first")
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    store = FsspecStore(LocalFileSystem(), str(tmp_path), NAME)
+    pin = store.confirm(pin_of(store.list(9).files[0]))
+    assert store.confirm(pin) == pin
+    (tmp_path / "b").write_bytes(b"other")
+    os.utime(tmp_path / "b", (1_700_000_000, 1_700_000_000))
+    (tmp_path / "b").replace(file)
+    with pytest.raises(ObjectChanged):
+        store.confirm(pin)
+
+
+def test_a_thousand_overwrites_in_memory_in_the_middle_of_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was read and then confirmed is of one version."""
+    memory, chance = MemoryFileSystem(), random.Random(0)
+    cat_file = MemoryFileSystem.cat_file
+    overwrites = right = 0
+
+    def overwrite() -> None:
+        nonlocal overwrites
+        if chance.random() < 0.5:
+            overwrites += 1
+            memory.pipe_file("/top/a", b"%08d" % overwrites * 100)
+
+    def cat(self: Any, *args: Any, **more: Any) -> Any:
+        overwrite()
+        data = cat_file(self, *args, **more)
+        overwrite()
+        return data
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat)
+    monkeypatch.setattr(settling, "TICK_S", 0.0)  # the clock of Python objects has microseconds
+    store = FsspecStore(memory, "/top", "memory://top")
+    try:
+        while overwrites < 1000:
+            memory.pipe_file("/top/a", b"%08d" % overwrites * 100)
+            pin = pin_of(store.list(9).files[0])
+            now = overwrites
+            try:
+                got = read(store, pin, 0, 800)
+                store.confirm(pin)
+            except ObjectChanged:
+                assert overwrites > now
+                continue
+            assert got == b"%08d" % now * 100
+            right += 1
+    finally:
+        memory.rm("/top", recursive=True)
+    assert right > 50
 
 
 def test_the_etag_is_learned_and_compared(fake: Fake, store: FsspecStore) -> None:
@@ -340,6 +468,26 @@ class WithResponse(Exception):
         self.response = WithStatusCode(status)
 
 
+class WithCode(Exception):
+    """Of gcsfs, whose codes are numbers or text."""
+
+    def __init__(self, status: int, as_text: bool = False) -> None:
+        super().__init__(f"{status}\nsecond line")
+        self.code = str(status) if as_text else status
+
+
+class ClientPayloadError(Exception):
+    """Named as aiohttp's, of a body that is cut."""
+
+
+class ServiceRequestError(Exception):
+    """Named as azure's, of a connection that cannot be made."""
+
+
+class OfflineModeIsEnabled(ConnectionError):
+    """Named as huggingface_hub's."""
+
+
 class ClientConnectorError(Exception):
     """Named as aiohttp's, which is no ConnectionError."""
 
@@ -352,6 +500,7 @@ class ReadTimeout(Exception):
     """Named as httpx's."""
 
 
+KINDS = (WithStatus, WithStatusCode, WithResponse, WithCode)
 ERRORS: list[tuple[Exception, type[CkptfsError]]] = [
     (PermissionError("no"), AccessDenied),
     (TimeoutError("slow"), StoreTimeout),
@@ -366,9 +515,16 @@ ERRORS: list[tuple[Exception, type[CkptfsError]]] = [
     (OSError("odd"), StoreError),
     (RuntimeError(""), StoreError),
     (AccessDenied("ours"), AccessDenied),
-    *[(kind(401), AccessDenied) for kind in (WithStatus, WithStatusCode, WithResponse)],
-    *[(kind(403), AccessDenied) for kind in (WithStatus, WithStatusCode, WithResponse)],
-    *[(kind(503), StoreUnavailable) for kind in (WithStatus, WithStatusCode, WithResponse)],
+    (ClientPayloadError("400, message: Response payload is not completed"), StoreUnavailable),
+    (ServiceRequestError("no route"), StoreUnavailable),
+    (OfflineModeIsEnabled("offline"), StoreError),
+    (WithCode(403, as_text=True), AccessDenied),
+    (WithCode(429), StoreUnavailable),
+    (WithCode(400), StoreError),
+    (WithStatus(505), StoreError),
+    *[(kind(401), AccessDenied) for kind in KINDS],
+    *[(kind(403), AccessDenied) for kind in KINDS],
+    *[(kind(503), StoreUnavailable) for kind in KINDS],
 ]
 
 
@@ -397,6 +553,31 @@ def test_errors_by_what_the_store_said(
         if error is not caught.value:
             assert NAME in str(caught.value)
             assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_status_that_says_that_there_is_none(
+    fake: Fake, store: FsspecStore, kind: "type[WithStatus]"
+) -> None:
+    for operation in ("ls", "info", "cat_file"):
+        for path in ("top", "top/a"):
+            fake.faults[operation, path] = kind(404)
+    with pytest.raises(CheckpointNotFound):
+        store.list(10)
+    for use in (lambda: store.confirm(Pin("a", 5, 0)), lambda: read(store, Pin("a", 5, 0), 0, 5)):
+        with pytest.raises(ObjectChanged, match="it was deleted"):
+            use()
+    assert store.get("a") is None
+    assert store.find("a") is None
+
+
+def test_how_long_to_wait_is_said(fake: Fake, store: FsspecStore) -> None:
+    error = WithResponse(429)
+    error.response.headers = {"Retry-After": "7"}  # type: ignore[attr-defined]
+    fake.faults["info", "top/a"] = error
+    with pytest.raises(StoreUnavailable) as caught:
+        store.confirm(Pin("a", 5, 0))
+    assert caught.value.retry_after_s == 7
 
 
 def test_a_range_behind_the_end_is_a_shorter_object(fake: Fake, store: FsspecStore) -> None:
@@ -479,6 +660,47 @@ def test_http_index_pages_link_to_more_than_files(server: Server, http_store: Fs
     listing = http_store.list(10)
     assert sorted(file.path for file in listing.files) == ["a", "sub/b"]
     assert listing.directories == ["sub"]
+
+
+def test_http_names_are_decoded_for_sessions_of_ones_own_too(
+    server: Server, http_store: FsspecStore
+) -> None:
+    server.answers["/top"] = b'<a href="step%3D1%20%23%25">x</a> <a href="a%2Fb">y</a>'
+    server.answers["/top/step=1%20%23%25"] = server.answers["/top/a%2Fb"] = b"12345"
+    listing = http_store.list(10)
+    assert [file.path for file in listing.files] == ["step=1 #%"]
+    assert listing.skipped == [Skipped("a/b", "the name holds a slash")]
+    assert read(http_store, http_store.confirm(Pin("step=1 #%", 5, 0)), 0, 5) == b"12345"
+
+
+class Login:
+    """As aiohttp's BasicAuth."""
+
+    def encode(self) -> str:
+        return "Basic bWU6cGFzcw=="
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {}),
+        ({"headers": {"A": "b"}, "block_size": 7}, {"A": "b"}),
+        ({"client_kwargs": {"headers": {"A": "b"}, "timeout": 7}}, {"A": "b"}),
+        (
+            {"client_kwargs": {"auth": Login()}},
+            {"Authorization": "Basic bWU6cGFzcw=="},
+        ),
+        ({"client_kwargs": {"trust_env": True}}, None),
+        ({"ssl": False}, None),
+        ({"client_kwargs": {"auth": object()}}, None),
+    ],
+)
+def test_the_headers_of_an_http_filesystem(
+    options: dict[str, Any], expected: "dict[str, str] | None"
+) -> None:
+    filesystem = HTTPFileSystem(skip_instance_cache=True, **options)
+    assert ours.http_headers_of(filesystem) == expected
+    assert ours.http_headers_of(MemoryFileSystem()) is None
 
 
 def test_a_dead_link_on_an_index_page_is_left_out(server: Server, http_store: FsspecStore) -> None:
