@@ -33,7 +33,7 @@ class RealStore:
 
     Attributes:
         has_mount: Another process can read it, so it can be mounted.
-        has_address: A user can type where it is; otherwise a private daemon mounts it.
+        has_address: A user can type where it is.
         has_table: It can be a named store.
         has_keys: The server looks at credentials.
         is_writable: ckptfs can write metadata to it.
@@ -507,23 +507,6 @@ class Adlfs(Azure):
         return f"az://{BUCKET}/{path}"
 
 
-class Gcsfs(Gcs):
-    """fake-gcs-server through fsspec, which no URI can name: it gets a private daemon."""
-
-    name = "fake-gcs-gcsfs"
-    has_table = False
-    has_address = False
-    small_file_requests = 3  # fsspec's ranges know no condition: the version is asked for twice
-
-    def checkpoint(self, path: str) -> ckptfs.Checkpoint:
-        from gcsfs import GCSFileSystem
-
-        filesystem = GCSFileSystem(
-            token="anon", endpoint_url=f"http://{self.endpoint}", skip_instance_cache=True
-        )
-        return ckptfs.Checkpoint(f"{BUCKET}/{path}", filesystem=filesystem)
-
-
 class Http(OnDisk):
     """nginx with its listings for people, by HTTP."""
 
@@ -575,7 +558,7 @@ STORES: dict[str, type[RealStore]] = {
     for kind in (
         *(Local, Memory, Rclone, Http, Gcs),
         *(HttpTls, RcloneBehindNginx, Moto, JuiceFS, SeaweedFS, SeaweedFSTls),
-        *(Azure, Adlfs, Gcsfs),
+        *(Azure, Adlfs),
     )
 }
 FAST = ("local", "memory", "rclone", "nginx", "fake-gcs")

@@ -171,7 +171,7 @@ def test_a_worker_of_a_store_that_stops_or_dies(
     """Its readers get bytes or an error in time, the others notice nothing, and the next read is
     right."""
     if not store.has_address:
-        pytest.skip("it is copied, or has a daemon of its own")
+        pytest.skip("it is copied")
     node.expected_in_log += [path, "worker"]
     configure(node, store, read_deadline_s=DEADLINE_S, window_bytes_max=0)
     node.here("reload")

@@ -65,7 +65,7 @@ def test_an_outage_ends_reads_at_their_deadline(store: RealStore, node: Node, pa
 def test_a_reader_outlasts_the_daemon(store: RealStore, node: Node, path: str, how: str) -> None:
     """One that has a file open, and reads of it what was not read before."""
     if not store.has_address:
-        pytest.skip("it is copied, or has a daemon of its own")
+        pytest.skip("it is copied")
     node.expected_in_log += ["starting the next one", "was killed by signal 9"]
     data = random.Random(9).randbytes(12 * MIB)
     fill(store, path, {"a": data, "b": data[::-1]})
