@@ -97,6 +97,7 @@ def _canonical_endpoint(draft: Draft) -> None:
         draft.options["scheme"] = "https"
     else:
         draft.options.setdefault("scheme", "https")
+    draft.settle()
 
 
 def known_variables(kind: Kind) -> tuple[str, ...]:
