@@ -63,12 +63,12 @@ class Draft:
             Setting(f"{GIVEN} {name}", "" if name in self.secrets else str(value), "used")
             for name, value in {**self.options, **self.secrets}.items()
         ]
-        self._given = location.options.keys()
+        self._given = set(location.options)
         self._name = location.uri
 
     def settle(self) -> None:
         """Take all options that are there now as given, and not as the environment's."""
-        self._given = dict(self.options).keys()
+        self._given = set(self.options)
 
     @property
     def location(self) -> Location:
@@ -137,6 +137,7 @@ class Draft:
         except LocationError as error:
             raise self.refused(place, "", str(error)) from None
         self.options |= {"endpoint_override": found.place, "scheme": found.scheme}
+        self._given -= {"scheme"}  # the default was there
         self.used(place, found.text)
 
 
