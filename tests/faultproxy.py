@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from httpwire import Answer, Head, has_hung_up, read_body, read_head
-from wronganswers import ANSWERS, CHANGED, INSTEAD
+from wronganswers import ANSWERS, CHANGED, INSTEAD, REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -300,8 +300,8 @@ class Server:
             head.fields = [
                 field for field in head.fields if field[0].lower() not in ("range", "x-ms-range")
             ]
-        if kind in INSTEAD:
-            found = INSTEAD[kind](NOTHING)
+        if kind in INSTEAD | REFUSALS:
+            found = ANSWERS[kind](NOTHING)
         else:
             with self._gate:
                 found = upstream.exchange(self._upstream, head, body)

@@ -333,7 +333,7 @@ class SeaweedFS(S3Program):
             f"-s3.localSocket={self.folder}/s3.sock",
             "-s3.port.iceberg=0",
             f"-filer.localSocket={self.folder}/filer.sock",
-            "-master.volumeSizeLimitMB=64",
+            "-master.volumeSizeLimitMB=1024",
             "-master.telemetry=false",
             "-volume.max=100",
             "-volume.preStopSeconds=0",

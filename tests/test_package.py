@@ -48,9 +48,18 @@ def test_a_client_needs_no_compiler() -> None:
     plain = {
         re.split(r"[^\w-]", line)[0] for line in requires("ckptfs") or [] if "extra" not in line
     }
-    rust = {"obstore"}  # it comes as wheels
-    given = {"botocore", "msgspec", "platformdirs", "pyarrow", "rich", "tomli", "typer"}
-    assert plain == given | rust
+    assert plain == {
+        "azure-identity",
+        "botocore",
+        "google-auth",
+        "msgspec",
+        "platformdirs",
+        "pyarrow",
+        "rich",
+        "tomli",
+        "typer",
+        "urllib3",
+    }
 
 
 def test_types_and_semantics_are_shipped() -> None:

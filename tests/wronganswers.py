@@ -5,6 +5,7 @@ A fault may leave an answer as it is, e.g. where the field that it would take aw
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,18 @@ def _page(status: int, reason: str) -> Callable[[Answer], Answer]:
 
 def _error(status: int, reason: str, code: str) -> Callable[[Answer], Answer]:
     return lambda _: error_answer(status, reason, code)
+
+
+def _azure(code: str, text: str) -> Callable[[Answer], Answer]:
+    fields = [("Content-Type", "application/xml"), ("x-ms-error-code", code)]
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{text}</Message></Error>"
+    return lambda _: Answer(403, text, fields, body.encode())
+
+
+def _google(status: int, reason: str, code: str) -> Callable[[Answer], Answer]:
+    error = {"code": status, "message": reason, "errors": [{"reason": code}]}
+    fields = [("Content-Type", "application/json; charset=UTF-8")]
+    return lambda _: Answer(status, reason, fields, json.dumps({"error": error}).encode())
 
 
 def _without(*names: str) -> Callable[[Answer], Answer]:
@@ -62,23 +75,6 @@ def _renamed(right: Answer) -> Answer:
 INSTEAD: dict[str, Callable[[Answer], Answer]] = {
     "unavailable": _error(503, "Slow Down", "SlowDown"),
     "denied": _error(403, "Forbidden", "AccessDenied"),
-    "azure denied": lambda _: Answer(
-        403,
-        "This request is not authorized to perform this operation.",
-        [
-            ("Content-Type", "application/xml"),
-            ("x-ms-error-code", "AuthorizationFailure"),
-            ("x-ms-request-id", "0"),
-        ],
-        b"<?xml version='1.0' encoding='utf-8'?><Error><Code>AuthorizationFailure</Code>"
-        b"<Message>This request is not authorized to perform this operation.</Message></Error>",
-    ),
-    "google denied": lambda _: Answer(
-        403,
-        "Forbidden",
-        [("Content-Type", "application/json; charset=UTF-8")],
-        b'{"error": {"code": 403, "message": "not allowed", "errors": [{"reason": "forbidden"}]}}',
-    ),
     "garbage": _page(200, "OK"),
     "html 500": _page(500, "Internal Server Error"),
     "html 403": _page(403, "Forbidden"),
@@ -105,4 +101,13 @@ CHANGED: dict[str, Callable[[Answer], Answer]] = {
 }
 """The right answer but for one thing."""
 
-ANSWERS = INSTEAD | CHANGED
+REFUSALS: dict[str, Callable[[Answer], Answer]] = {
+    "s3 expired": _error(400, "Bad Request", "ExpiredToken"),
+    "azure denied": _azure("AuthorizationFailure", "not authorized to perform this operation"),
+    "azure expired": _azure("AuthenticationFailed", "Signature not valid in the time frame"),
+    "google denied": _google(403, "Forbidden", "forbidden"),
+    "google expired": _google(401, "Unauthorized", "authError"),
+}
+"""How one kind of server refuses credentials; to be given instead of the right answer."""
+
+ANSWERS = INSTEAD | CHANGED | REFUSALS

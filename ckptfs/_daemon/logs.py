@@ -26,7 +26,9 @@ from ckptfs._model.config import Config
 from ckptfs._requestid import request_id
 
 FIELDS = {
-    "event": "what has happened: attached, detached, left-out, request, refused, failing",
+    "event": (
+        "what has happened: attached, detached, left-out, request, refused, failing, worker-ended"
+    ),
     "request": "the id of the client's request that it belongs to",
     "operation": "what the client has asked for",
     "uid": "the user who has",

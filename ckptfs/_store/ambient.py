@@ -93,11 +93,9 @@ def _canonical_endpoint(draft: Draft) -> None:
     endpoint = draft.endpoint
     if endpoint is not None:
         draft.options |= {"endpoint_override": endpoint.place, "scheme": endpoint.scheme}
-    elif draft.kind == "gcs":  # pyarrow says "http" of each one that is anonymous
-        draft.options["scheme"] = "https"
-    else:
-        draft.options.setdefault("scheme", "https")
-    draft.settle()
+    elif draft.kind == "gcs" or draft.options.get("scheme") == "https":
+        # pyarrow says "http" of each filesystem for Google that is anonymous.
+        draft.options.pop("scheme", None)
 
 
 def known_variables(kind: Kind) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The store of a checkpoint for a program that asks it itself, without a daemon.
 
-S3 is read by our own client where the filesystem can be described: it ends in time by itself, and
-notices answers that are cut or too short, which pyarrow's takes for whole ones (the rest of the
-buffer is then whatever was in memory).
+S3, Google and Azure are read by our own clients where the filesystem can be described. Ours end in
+time by themselves, and notice answers that are cut or too short; pyarrow's S3 client takes these
+for whole ones, so the rest of the buffer is whatever was in memory.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,12 @@ from contextlib import closing
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ckptfs._model.config import STORE_TIMEOUT_S
+from ckptfs._store import objectstore
 from ckptfs._store.base import Store
+from ckptfs._store.build import TIMEOUT_S, plain_store
 from ckptfs._store.describe import NotDescribable, describe
-from ckptfs._store.filesystems import FileSystem, unwrapped
-from ckptfs._store.onfilesystem import store_on
+from ckptfs._store.filesystems import FileSystem, built, store_name_of, unwrapped
+from ckptfs._store.named import open_own
 from ckptfs._store.resolve import open_store
 from ckptfs._store.timed import ANSWER_S, within
 
@@ -30,11 +32,18 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
     try:
         location = describe(filesystem, path)
         name = location.uri
-        if location.kind == "s3":
+        if location.kind == "s3" or location.kind in objectstore.KINDS:
             return within(ANSWER_S, name, open_store, location, STORE_TIMEOUT_S)
     except NotDescribable:
         name = f"{filesystem.type_name}:{path}"
     return store_on(*unwrapped(filesystem, path), name)
+
+
+def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
+    """The store at `path` on an unwrapped filesystem; `name` is for messages."""
+    if store := store_name_of(filesystem):
+        return open_own(store, path.strip("/"), TIMEOUT_S)
+    return plain_store(built(filesystem), path, name)
 
 
 def ask(

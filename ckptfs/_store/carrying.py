@@ -90,7 +90,7 @@ def _is_systems(path: str) -> bool:
 
 def _text_of(location: Location, path: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace", opener=_open_at_once) as file:
+        with open(path, encoding="ascii", errors="ignore", opener=_open_at_once) as file:
             text = file.read(_TEXT_BYTES_MAX + 1)
     except OSError as error:
         raise AccessDenied(f"{location.uri}: {path}: {error.strerror}; check the path") from None

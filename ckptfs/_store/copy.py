@@ -224,12 +224,13 @@ class _Copy:
         _write_at(file.parts_file, len(file.version) + part, memoryview(b"+"))
 
     def _read(self, file: _File, offset: int, buffer: memoryview) -> None:
-        pin = file.pin
-        try:
-            self._store.read_into(pin, offset, buffer)
-        except ObjectChanged:
-            file.pin = repinned(self._store, pin)
-            self._store.read_into(file.pin, offset, buffer)
+        while True:
+            pin = file.pin
+            try:
+                self._store.read_into(pin, offset, buffer)
+                return
+            except ObjectChanged:
+                file.pin = repinned(self._store, pin)  # no more than twice: see there
 
     def _after_fetch(self, file: _File, part: int) -> None:
         self._count(file.length(part))

@@ -4,7 +4,7 @@
 
 import os
 import sys
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 from pyarrow import fs as pafs
@@ -13,14 +13,13 @@ from ckptfs._model.location import Location
 from ckptfs._model.stores import check_below, split_named
 from ckptfs._model.uris import parse_place, scheme_of, shown_uri
 from ckptfs._store import fsspec
+from ckptfs._store.build import FileSystem, filesystem_for, fsspec_of
+from ckptfs._store.kinds import KINDS
 from ckptfs._store.lazyfs import UriHandler
 from ckptfs._store.named import own_table
 from ckptfs._store.namedfs import StoreHandler
 from ckptfs._store.timed import ANSWER_S, within
 from ckptfs.errors import LocationError
-
-FileSystem: TypeAlias = Any
-"""A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
 
 
 def filesystem_of(uri: str) -> tuple[FileSystem, str]:
@@ -44,11 +43,10 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     if location.kind == "local":
         return pafs.LocalFileSystem(), location.path
     if location.kind == "hdfs" or (location.options and location.kind == "hf"):
-        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
-
         return within(ANSWER_S, shown_uri(text), filesystem_for, location), location.path
     if location.kind in ("hf", "http"):
-        filesystem, _ = fsspec.filesystem_of(location.uri, shown_uri(text))
+        package = KINDS[location.kind].package
+        filesystem, _ = fsspec.filesystem_of(location.uri, shown_uri(text), package)
         return wrapped(filesystem), location.path
     return pafs.PyFileSystem(UriHandler(location)), location.path
 
@@ -119,12 +117,6 @@ def is_lent(filesystem: FileSystem) -> bool:
     """Whether it is a store that only a daemon may know, and not this process's configuration."""
     name = store_name_of(unwrapped(filesystem, "")[0])
     return bool(name) and own_table(name) is None
-
-
-def fsspec_of(filesystem: FileSystem) -> Any:
-    """The fsspec filesystem in a wrapper of pyarrow, or None."""
-    handler = getattr(filesystem, "handler", None)
-    return handler.fs if isinstance(handler, pafs.FSSpecHandler) else None
 
 
 def fsspec_name(filesystem: Any) -> str:

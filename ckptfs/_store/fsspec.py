@@ -20,7 +20,6 @@ import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
-from ckptfs._store.kinds import KINDS
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
@@ -29,13 +28,6 @@ from ckptfs.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-
-PACKAGES = {
-    **{scheme: KINDS[scheme].package for scheme in ("hf", "az", "http")},
-    "https": KINDS["http"].package,
-}
-"""The schemes that pyarrow does not know and fsspec does, and what has to be installed for each.
-A fixed list: fsspec knows more, among them some that read or run what the URI names."""
 
 _THREADS = 16
 _ETAGS = ("etag", "ETag", "blob_id", "generation", "checksum")
@@ -52,12 +44,14 @@ _TIMES = (
 local."""
 
 
-def filesystem_of(uri: str, shown: str) -> tuple[Any, str]:
-    """The fsspec filesystem and the path that `uri`, with a scheme of `PACKAGES`, names.
+def filesystem_of(uri: str, shown: str, package: str) -> tuple[Any, str]:
+    """The fsspec filesystem and the path that `uri` names.
 
     Args:
-        uri: May hold credentials.
+        uri: Of a scheme that the caller has checked: fsspec knows some that read or run what the
+            URI names. May hold credentials.
         shown: The same without them, for messages.
+        package: What has to be installed for it.
 
     Raises:
         LocationError: A package is missing, or the URI is malformed.
@@ -69,8 +63,7 @@ def filesystem_of(uri: str, shown: str) -> tuple[Any, str]:
         filesystem, path = url_to_fs(uri)
     except ImportError:
         raise LocationError(
-            f"{shown}: {scheme}:// needs a package that is not installed; pip install "
-            f"{PACKAGES[scheme]}"
+            f"{shown}: {scheme}:// needs a package that is not installed; pip install {package}"
         ) from None
     except Exception as error:  # each package has its own
         cause = printable(str(error).replace(uri, shown).partition("\n")[0])
@@ -82,7 +75,7 @@ def build(protocol: str, options: Mapping[str, Any], timeout_s: float) -> Any:
     """An fsspec filesystem from a location's options; one of its own, which remembers no listings.
 
     Args:
-        protocol: One of `PACKAGES`.
+        protocol: One that fsspec knows.
         options: Checked by the caller.
         timeout_s: Longest connect and longest silence, where the protocol's package has a place for
             it (http).

@@ -8,6 +8,7 @@ Headers that a filesystem brings may hold credentials. They go to the host that 
 to no other that it redirects to.
 """
 
+import functools
 import math
 import re
 import ssl
@@ -24,6 +25,7 @@ import msgspec
 import urllib3
 from urllib3.exceptions import (
     HTTPError,
+    InsecureRequestWarning,
     LocationParseError,
     ProtocolError,
     ProxyError,
@@ -196,14 +198,7 @@ class HttpClient:
     def __init__(self, options: HttpOptions, timeout_s: float) -> None:
         self._headers = dict(options.headers)
         self._timeout_s = timeout_s
-        tls = ssl.create_default_context(
-            cafile=options.tls_ca_file_path or None,
-            capath=options.tls_ca_dir_path or None,
-            cadata=options.tls_ca_pem or None,
-        )
-        if not options.tls_verify_certificates:
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
+        tls = _context(options)
         if options.proxy:
             parts = urlsplit(options.proxy)
             url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
@@ -273,9 +268,7 @@ class HttpClient:
             if raw.status not in _REDIRECTED or not location:
                 return raw, url
             raw.close()
-            url = urljoin(url, location)
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise ProtocolError("the server redirects to what is no HTTP")
+            url = _led_to(url, location)
         raise ProtocolError(f"the server redirects more than {_REDIRECTS_MAX} times")
 
     def _once(
@@ -301,6 +294,29 @@ class HttpClient:
         self._pool.clear()
 
 
+@functools.cache
+def _default_context() -> ssl.SSLContext:
+    """That of the system's certificates, which takes some 20 ms to make."""
+    return ssl.create_default_context()
+
+
+def _context(options: HttpOptions) -> ssl.SSLContext:
+    named = options.tls_ca_file_path or options.tls_ca_dir_path or options.tls_ca_pem
+    if options.tls_verify_certificates and not named:
+        return _default_context()
+    tls = ssl.create_default_context(
+        cafile=options.tls_ca_file_path or None,
+        capath=options.tls_ca_dir_path or None,
+        cadata=options.tls_ca_pem or None,
+    )
+    if not options.tls_verify_certificates:
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+        # The user has said so; urllib3 would warn at each request.
+        urllib3.disable_warnings(InsecureRequestWarning)
+    return tls
+
+
 def _give_back(raw: urllib3.BaseHTTPResponse) -> None:
     """Keep the connection of an answer of which little is left to read, and close that of
     another."""
@@ -315,6 +331,17 @@ def _place_of(url: str) -> tuple[str, str]:
     """Host and path, which for a directory may end in a slash or not."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.path.rstrip("/")
+
+
+def _led_to(url: str, location: str) -> str:
+    """The target of a redirect. Raises LocationParseError."""
+    try:
+        target = urljoin(url, location)
+        if urlsplit(target).scheme in ("http", "https"):
+            return target
+    except ValueError:
+        pass
+    raise LocationParseError("of a redirect")
 
 
 def _may_see_headers(asked_url: str, url: str) -> bool:

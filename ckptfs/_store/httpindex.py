@@ -63,9 +63,9 @@ class IndexPage(HTMLParser):
             self.is_index |= any(sign in text for sign in _SIGNS)
 
     def entries(self) -> list[Entry]:
-        """What lies directly below the page."""
+        """What lies directly below the page, each once."""
         found = (self._entry_of(href) for href in self._hrefs)
-        return [entry for entry in found if entry is not None]
+        return list(dict.fromkeys(entry for entry in found if entry is not None))
 
     def _entry_of(self, href: str) -> Entry | None:
         if "?" in href or "#" in href:  # links that sort the page, or lead to a part of it

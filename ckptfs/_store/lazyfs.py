@@ -18,6 +18,7 @@ import msgspec
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Kind, Location
+from ckptfs._store.build import filesystem_for
 from ckptfs._store.timed import ANSWER_S, within
 from ckptfs.errors import LocationError, StoreUnavailable
 
@@ -109,8 +110,6 @@ class UriHandler(LazyHandler):
     def build(self) -> Any:
         """See `LazyHandler`. Raises LocationError, and StoreUnavailable where Amazon does not say
         in which region the bucket is."""
-        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
-
         if self.location.kind == "az" and importlib.util.find_spec("adlfs") is None:
             raise LocationError(
                 f"az://{self._bucket}: its filesystem needs a package that is not installed; pip "

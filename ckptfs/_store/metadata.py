@@ -59,6 +59,10 @@ def _is_listed(store: Store) -> bool:
         return True
 
 
+_GZIP = b"\x1f\x8b"
+"""What gzip's files begin with (RFC 1952, 2.3.1), and no JSON."""
+
+
 def read(store: Store) -> Any:
     """The metadata, usually a dict; ``{}`` where there is none.
 
@@ -89,6 +93,11 @@ def parse(raw: bytes | None, name: str) -> Any:
     """The metadata in the file's bytes; `name` is the checkpoint's. Raises MetadataError."""
     if raw is None:
         return {}
+    if raw.startswith(_GZIP):
+        raise MetadataError(
+            f"{METADATA_NAME} in {name} is compressed with gzip; store it as plain JSON, or "
+            "replace it with set_metadata"
+        )
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from ckptfs._model.stores import named_location
+from ckptfs._store.build import filesystem_for
 from ckptfs._store.lazyfs import LazyHandler
 from ckptfs._store.named import own_location
 
@@ -39,8 +40,6 @@ class StoreHandler(LazyHandler):
 
     def build(self) -> Any:
         """See `LazyHandler`."""
-        from ckptfs._store.onfilesystem import filesystem_for  # it imports this module
-
         location = own_location(named_location(self.name, "", None))
         return pafs.SubTreeFileSystem(location.path or "/", filesystem_for(location))
 

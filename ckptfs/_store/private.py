@@ -9,9 +9,9 @@ import pickle
 
 from ckptfs._model.location import Location
 from ckptfs._store.base import Store
+from ckptfs._store.caller import store_on
 from ckptfs._store.describe import NotDescribable
 from ckptfs._store.filesystems import FileSystem, unwrapped
-from ckptfs._store.onfilesystem import store_on
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import LocationError
 

@@ -11,6 +11,7 @@ import msgspec
 
 from ckptfs._model.location import Location
 from ckptfs._model.stores import Credentials
+from ckptfs._store import objectstore
 from ckptfs._store.ambient import connected
 from ckptfs._store.awskeys import keys_for
 from ckptfs._store.base import Store
@@ -29,7 +30,7 @@ OpenStore: TypeAlias = Callable[[Location, float], Store]
 
 def open_here(location: Location, timeout_s: float) -> Store:
     """The store at a location that is not S3, in this process. Raises LocationError."""
-    from ckptfs._store.onfilesystem import open_on_filesystem
+    from ckptfs._store.build import open_on_filesystem  # start-up time
 
     return open_on_filesystem(location, {**location.options, **location.secrets}, timeout_s)
 
@@ -46,7 +47,7 @@ def open_store(
         location: Checked here against the allow-list: it may come from another process.
         timeout_s: Longest connect, and longest silence within a request.
         credentials: Of its named store, if it has one.
-        open_other: Opens what is not S3, and so needs a library.
+        open_other: Opens what we have no client of our own for, and so needs a library.
 
     Raises:
         LocationError: An option that is not on the list, or of a wrong type.
@@ -62,6 +63,8 @@ def open_store(
         location = connected(location)
     public = {k: v for k, v in location.options.items() if k != NAMESPACE}
     location = msgspec.structs.replace(location, options=public)
+    if location.kind in objectstore.KINDS:
+        open_other = objectstore.open_objects
     if location.kind != "s3":
         return _open_with_credentials(location, timeout_s, credentials, open_other)
     try:

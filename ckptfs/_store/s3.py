@@ -217,11 +217,15 @@ class S3Store:
         except S3Error as error:
             if error.code or error.status not in _NO_REASON:
                 raise
-        # The answer to GET says why, or has what HEAD should have had.
+        return self._head_by_get(key)
+
+    def _head_by_get(self, key: str) -> Seen:
+        """What HEAD should have said: the answer to GET also has a reason where it is refused."""
         headers = {"range": "bytes=0-0", **_AS_STORED}
-        expected = frozenset([200, 206, 416])  # 416: the object is empty
+        expected = frozenset([200, 206, 416])
         with self._client.request("GET", key, headers=headers, expected=expected) as answer:
-            return self._seen(key, answer)
+            seen = self._seen(key, answer)
+            return seen._replace(size=0) if answer.status == 416 else seen  # it has no first byte
 
     def _seen(self, key: str, answer: "HTTPResponse") -> Seen:
         if is_web_page(answer.headers):
@@ -339,8 +343,12 @@ class S3Store:
     def find(self, path: str) -> ListedFile | None:
         """See Store.find."""
         key = self._key(path)
-        head = functools.partial(self._head, key, {})
-        seen = _repeat(lambda: self._or_none(key, head), self._name_of(path))
+
+        def attempt() -> Seen | None:
+            seen = self._head(key, {})
+            return self._head_by_get(key) if seen is not None and seen.size < 0 else seen
+
+        seen = _repeat(lambda: self._or_none(key, attempt), self._name_of(path))
         if seen is None:
             return None
         if seen.size < 0:

@@ -104,7 +104,10 @@ class S3Client:
         self._more = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
         self._patience = Patience(timeout_s)
         trust = Trust(
-            options.tls_ca_file_path, options.tls_ca_dir_path, options.tls_verify_certificates
+            ca_file=options.tls_ca_file_path,
+            ca_dir=options.tls_ca_dir_path,
+            is_verified=options.tls_verify_certificates,
+            ca_text=options.tls_ca_pem,
         )
         if self._address.scheme == "https":
             trust.context()
@@ -352,11 +355,13 @@ def _text_of(error: Exception) -> str:
     return text or str(error) or type(error).__name__
 
 
-def _kind_of(method: str, query: object, headers: Mapping[str, str] | None) -> Kind:
-    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put"}
+def _kind_of(
+    method: str, query: Mapping[str, str] | None, headers: Mapping[str, str] | None
+) -> Kind:
+    kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put", "POST": "put"}
     if method in kinds:
         return kinds[method]
-    if query:
+    if "prefix" in (query or {}):
         return "list"
     return "read" if "range" in (headers or {}) else "get"
 

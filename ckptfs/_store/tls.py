@@ -51,17 +51,19 @@ class Trust(NamedTuple):
         ca_file: Certificates to trust instead of the system's; "": there are none.
         ca_dir: A directory of such certificates, as OpenSSL hashes their names; "": there is none.
         is_verified: False: any certificate counts.
+        ca_text: The text of such certificates, from a caller whose files are not ours; "": none.
     """
 
     ca_file: str = ""
     ca_dir: str = ""
     is_verified: bool = True
+    ca_text: str = ""
 
     def context(self) -> ssl.SSLContext:
         """A context with the certificates as they are now. Raises OSError: they cannot be read."""
         if not self.is_verified:
             return _unverified()
-        if not self.ca_file and not self.ca_dir:
+        if not self.ca_file and not self.ca_dir and not self.ca_text:
             paths = ssl.get_default_verify_paths()
             return _context(self, _stamp(paths.cafile), _stamp(paths.capath))
         return _context(self, _stamp(self.ca_file or None), _stamp(self.ca_dir or None))
@@ -70,9 +72,14 @@ class Trust(NamedTuple):
 @functools.lru_cache(_CONTEXTS_MAX)
 def _context(trust: Trust, _file: Stamp, _dir: Stamp, /) -> ssl.SSLContext:
     try:
-        return ssl.create_default_context(cafile=trust.ca_file or None, capath=trust.ca_dir or None)
+        return ssl.create_default_context(
+            cafile=trust.ca_file or None,
+            capath=trust.ca_dir or None,
+            cadata=trust.ca_text or None,
+        )
     except ssl.SSLError as error:
-        raise OSError(f"{trust.ca_file}: it has no certificates ({error.reason})") from None
+        what = trust.ca_file or "the text of the caller's file"
+        raise OSError(f"{what}: it has no certificates ({error.reason})") from None
 
 
 @functools.cache

@@ -27,8 +27,9 @@ Messages are typed msgpack. A worker that says something else is killed.
 **A call ends** in one of these ways, whatever its library does:
 
 - The worker answers.
-- The worker dies: the channel reports its end. The call is made again once, by another worker, if
-  that does no harm (all but `put`); then it fails with `StoreUnavailable`, which names the signal.
+- The worker dies: the channel reports its end. The call is made again by another worker, if that
+  does no harm (all but `put`). After a few tries it fails with `StoreUnavailable`, which names the
+  signal.
 - The deadline of the caller is over: `StoreTimeout`. The channel is then left behind, with the call
   in it, and is free again when the worker answers after all.
 - The caller gives it up (``_store.progress``): likewise.

@@ -348,8 +348,9 @@ class Pool:
         if worker.reason in ("died", "nonsense"):
             self._note_death(group, how)
         if worker.reason != "idle":
-            about = worker.pid, _kind(group), worker.reason, how
-            log.warning("worker %d (%s) ended: %s (%s)", *about)
+            why = _WHY.get(worker.reason, how)
+            about = {"event": "worker-ended"}
+            log.warning("worker %d (%s) ended: %s", worker.pid, _kind(group), why, extra=about)
         self._close_if_buried(group, worker)
         self._changed.notify_all()
 

@@ -24,7 +24,9 @@ PATIENCE = 0.75
 """A library that holds the lock for that part of a call's time may still have its answer soon. The
 rest is enough for another try at a store that answers as usual."""
 _TRIES = 2
-"""Of a call whose worker died. Reads go on trying after that (``_daemon.outages``)."""
+_TRIES_OF_OTHERS = 4
+"""Of a call whose worker died. Reads and checks are tried on after that (``_daemon.outages``), but
+there is nobody who repeats a listing. `put` is tried once."""
 
 _KINDS: dict[Method, Kind] = {
     "list": "list",
@@ -156,13 +158,15 @@ class WorkerStore:
             files_max=files_max,
             name=name,
         )
-        patience_s = max(STILL_S, PATIENCE * left_s) if method in _IS_TRIED_ON else math.inf
+        is_tried_on = method in _IS_TRIED_ON
+        patience_s = max(STILL_S, PATIENCE * left_s) if is_tried_on else math.inf
+        tries = 1 if method == "put" else _TRIES if is_tried_on else _TRIES_OF_OTHERS
         with counted(_KINDS[method]):
             for tried in itertools.count(1):
                 try:
                     return self._once(call, data, patience_s, result)
                 except Died as death:
-                    if method == "put" or tried >= _TRIES:
+                    if tried >= tries:
                         raise StoreUnavailable(str(death)) from None
         raise AssertionError("unreachable")
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from faultproxy import FAULTS, TLS_FAULTS
 
 from chaostest import verdict
-from chaostest.content import MIB
-from chaostest.node import DAEMON, KEEPER
+from chaostest.content import LOCAL, MIB
+from chaostest.node import DAEMON, KEEPER, WORKER
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
 if TYPE_CHECKING:
@@ -141,6 +141,27 @@ def wait_for_daemon(chaos: Chaos) -> None:
         chaos.wait(0.05)
 
 
+# -- workers, which nobody is to notice
+
+
+def kill_worker(chaos: Chaos, chance: random.Random) -> None:
+    """`kill -9`, or a signal of the kind that a bug in a library makes, at times again at once."""
+    for _ in range(chance.choice((1, 1, 1, 2))):
+        chaos.kill(WORKER, chance.choice((signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV)))
+        chaos.wait(chance.uniform(0, 0.5))
+
+
+def stop_worker(chaos: Chaos, chance: random.Random) -> None:
+    """SIGSTOP; the daemon gives it up if a call waits for it. Otherwise it goes on."""
+    pids = chaos.kill(WORKER, signal.SIGSTOP)
+    try:
+        chaos.wait(chance.uniform(0.1, 3.0))
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def kill_reader(chaos: Chaos, chance: random.Random) -> None:
     """A job is killed, with all that it holds."""
     chaos.kill_reader(chance)
@@ -194,7 +215,8 @@ def prefetch(chaos: Chaos, chance: random.Random) -> None:
 
 def overwrite(chaos: Chaos, chance: random.Random) -> None:
     """Some objects get a new version."""
-    for file in chance.sample(chaos.contents.files, chance.randint(1, 3)):
+    files = [file for file in chaos.contents.files if file.checkpoint != LOCAL]
+    for file in chance.sample(files, chance.randint(1, 3)):
         chaos.publish(file)
 
 
@@ -347,6 +369,8 @@ NODE: dict[str, tuple[int, Action]] = {
     "stop daemon": (3, stop_daemon),
     "daemon stuck": (1, stop_daemon_for_good),
     "kill keeper": (1, kill_keeper),
+    "kill worker": (4, kill_worker),
+    "stop worker": (2, stop_worker),
     "kill reader": (4, kill_reader),
     "pin": (3, pin),
     "detach by force": (3, detach_by_force),

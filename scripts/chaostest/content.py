@@ -17,6 +17,10 @@ MIB = 1 << 20
 PERIOD = 4 * MIB + 4099
 """Bytes until the text repeats itself; 4099 is a prime."""
 
+LOCAL = "disk"
+"""The checkpoint on the node's own disk, which a library in a worker reads. No object of it gets
+another version: only time and size would tell."""
+
 SURE_BYTES = 16
 """As many equal bytes are no coincidence."""
 
@@ -58,6 +62,8 @@ class Contents:
         for number in range(60):
             size = chance.randrange(40_000)
             add("wide", f"d{number % 7}/part-{number:03}", size, resizes=number % 5 == 0)
+        for number in range(3):
+            add(LOCAL, f"shard-{number}.bin", 7 * MIB + 5 * number)
 
     def _safetensors(self, chance: random.Random, number: int) -> File:
         sizes = [chance.randrange(1, 3 * MIB) for _ in range(chance.randrange(3, 8))]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONTROL_TIMEOUT_S = 40.0
 KEEPER, DAEMON = b"ckptfs._daemon.keeper", b"ckptfs._daemon.app"
+WORKER = b"ckptfs._workers"
 
 
 class Sample(NamedTuple):
@@ -59,6 +60,8 @@ class Node:
             if self._small_disk:
                 self._make_disk(stack)
             lines = [f"{key} = {json.dumps(value)}\n" for key, value in self._settings.items()]
+            self.local = self.folder / "local"
+            lines.append(f"[store.disk]\nuri = {json.dumps(f'file://{self.local}')}\n")
             (self.folder / "config.toml").write_text("".join(lines))
             self.environment = {
                 "CKPTFS_CONFIG": str(self.folder / "config.toml"),

@@ -24,7 +24,7 @@ from s3server import S3Server
 from chaostest import actions, rest
 from chaostest.board import Board
 from chaostest.certificates import certify
-from chaostest.content import MIB, Contents, File
+from chaostest.content import LOCAL, MIB, Contents, File
 from chaostest.node import DAEMON, KEEPER, Node
 from chaostest.reader import NOTED
 from chaostest.verdict import Breach, Timeline, Verdict
@@ -164,6 +164,7 @@ class Chaos:
             self.uris = {
                 name: self._server.uri(f"{BUCKET}/{name}") for name in self.contents.checkpoints
             }
+            self.uris[LOCAL] = f"disk:{LOCAL}"
             if pems:
                 secured = f"scheme=https&tls_ca_file_path={pems[0]}"
                 self.uris = {k: v.replace("scheme=http", secured) for k, v in self.uris.items()}
@@ -301,13 +302,17 @@ class Chaos:
 
     def _write(self, file: File, version: int) -> None:
         staged = self._staging / "object"
+        if file.checkpoint == LOCAL:
+            staged = self.node.local / LOCAL / file.name
+            staged.parent.mkdir(parents=True, exist_ok=True)
         with staged.open("wb") as out:
             for offset in range(0, self.contents.size(file, version), MIB):
                 out.write(self.contents.expected(file, version, offset, MIB))
         if version:
             self.timeline.publishing(file.index)
             self.board.set_version(file.index, version)
-        self._replace(staged, f"{file.checkpoint}/{file.name}")
+        if file.checkpoint != LOCAL:
+            self._replace(staged, f"{file.checkpoint}/{file.name}")
 
     def write_note(self) -> None:
         """Write the metadata of a checkpoint as others do."""

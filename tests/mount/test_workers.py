@@ -207,7 +207,7 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
     node.configure(allow_other=True, linger_s=60.0, attach_deadline_s=10.0)
     let_others_in(node.folder)
     node.here("mount")
-    node.expected_in_log.append("(azure) ended: died (was killed by SIGABRT)")
+    node.expected_in_log.append("(azure) ended: was killed by SIGABRT")
     pid = node.status()["pid"]
     content = (top / "weights").read_bytes()
 

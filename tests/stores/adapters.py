@@ -33,6 +33,7 @@ class RealStore:
 
     Attributes:
         has_mount: Another process can read it, so it can be mounted.
+        has_address: A user can type where it is; otherwise a private daemon mounts it.
         has_table: It can be a named store.
         has_keys: The server looks at credentials.
         is_writable: ckptfs can write metadata to it.
@@ -44,11 +45,12 @@ class RealStore:
         environment: What the daemon and the clients need in theirs.
         secrets: What must never be shown.
         secret_environment: Variables that hold the credentials.
-        refusal: The fault of `wronganswers` that is how the server refuses credentials.
+        refusals: The faults of `wronganswers` that are how such a server refuses credentials.
     """
 
     name: ClassVar[str]
     has_mount = True
+    has_address = True
     has_table = True
     has_keys = False
     is_writable = True
@@ -59,7 +61,7 @@ class RealStore:
     environment: ClassVar[dict[str, str]] = {}
     secrets: tuple[str, ...] = ()
     secret_environment: ClassVar[dict[str, str]] = {}
-    refusal = "denied"
+    refusals: tuple[str, ...] = ("denied", "s3 expired")
     proxy: Proxy | None = None
 
     def __init__(self) -> None:
@@ -179,6 +181,7 @@ class Memory(RealStore):
 
     name = "memory"
     has_mount = False
+    has_address = False
     has_table = False
 
     def start(self, stack: ExitStack) -> None:
@@ -366,7 +369,7 @@ class Gcs(RealStore):
     """fake-gcs-server."""
 
     name = "fake-gcs"
-    refusal = "google denied"
+    refusals = ("google denied", "google expired")
 
     def start(self, stack: ExitStack) -> None:
         import requests
@@ -414,7 +417,7 @@ class Azure(RealStore):
     name = "azurite"
     secrets = (servers.Azurite.key,)
     secret_environment: ClassVar = {"AZURE_STORAGE_ACCOUNT_KEY": servers.Azurite.key}
-    refusal = "azure denied"
+    refusals = ("azure denied", "azure expired")
     lacks = "\\"  # of which Azure makes a slash
     has_keys = True
 
@@ -471,11 +474,61 @@ class Azure(RealStore):
         return ckptfs.Checkpoint(f"{BUCKET}/{path}", filesystem=self.filesystem("d3Jvbmc="))
 
 
+class Adlfs(Azure):
+    """Azurite through fsspec."""
+
+    name = "azurite-adlfs"
+    has_table = False
+    small_file_requests = 3  # fsspec's ranges know no condition: the version is asked for twice
+
+    @property
+    def secret_environment(self) -> dict[str, str]:
+        return {"AZURE_STORAGE_CONNECTION_STRING": self._connection_string(servers.Azurite.key)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.secret_environment
+
+    def _connection_string(self, key: str) -> str:
+        account = servers.Azurite.account
+        return (
+            f"DefaultEndpointsProtocol=http;AccountName={account};AccountKey={key};"
+            f"BlobEndpoint=http://{self.endpoint}/{account};"
+        )
+
+    def filesystem(self, key: str = servers.Azurite.key) -> Any:
+        from adlfs import AzureBlobFileSystem
+
+        return AzureBlobFileSystem(
+            connection_string=self._connection_string(key), skip_instance_cache=True
+        )
+
+    def address(self, path: str) -> str:
+        return f"az://{BUCKET}/{path}"
+
+
+class Gcsfs(Gcs):
+    """fake-gcs-server through fsspec, which no URI can name: it gets a private daemon."""
+
+    name = "fake-gcs-gcsfs"
+    has_table = False
+    has_address = False
+    small_file_requests = 3  # fsspec's ranges know no condition: the version is asked for twice
+
+    def checkpoint(self, path: str) -> ckptfs.Checkpoint:
+        from gcsfs import GCSFileSystem
+
+        filesystem = GCSFileSystem(
+            token="anon", endpoint_url=f"http://{self.endpoint}", skip_instance_cache=True
+        )
+        return ckptfs.Checkpoint(f"{BUCKET}/{path}", filesystem=filesystem)
+
+
 class Http(OnDisk):
     """nginx with its listings for people, by HTTP."""
 
     name = "nginx"
-    refusal = "html 403"
+    refusals = ("html 403",)
     scheme = "http"
     has_table = False
     is_writable = False
@@ -521,7 +574,8 @@ STORES: dict[str, type[RealStore]] = {
     kind.name: kind
     for kind in (
         *(Local, Memory, Rclone, Http, Gcs),
-        *(HttpTls, RcloneBehindNginx, Moto, JuiceFS, Azure, SeaweedFS, SeaweedFSTls),
+        *(HttpTls, RcloneBehindNginx, Moto, JuiceFS, SeaweedFS, SeaweedFSTls),
+        *(Azure, Adlfs, Gcsfs),
     )
 }
 FAST = ("local", "memory", "rclone", "nginx", "fake-gcs")

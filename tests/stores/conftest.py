@@ -58,7 +58,7 @@ def daemon(store: RealStore) -> Iterator[Node]:
         for name, value in {**node.environment, **store.environment}.items():
             patched.setenv(name, value)
         for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
-            if name not in node.environment:
+            if name not in {**node.environment, **store.environment}:
                 patched.delenv(name)
         configure(node, store)
         try:

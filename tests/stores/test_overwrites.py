@@ -16,8 +16,8 @@ from stores.common import MIB, configure, directory
 
 pytestmark = pytest.mark.mount
 
-SIZE = 6 * MIB
-PIECE = 256 << 10
+SIZE = 3 * MIB
+PIECE = 128 << 10
 OVERWRITES, LONG = 40, 1000
 
 
@@ -72,7 +72,7 @@ def test_no_read_is_of_two_versions(
     if not store.has_versions:
         pytest.skip("the server does not tell such versions apart")
     node.expected_in_log += ["changed at the store", "weights"]
-    configure(node, store, window_bytes_max=2 * MIB)
+    configure(node, store, window_bytes_max=MIB)
     node.here("reload")
     count = LONG if request.config.getoption("long") else OVERWRITES
     rng = random.Random(10)

@@ -51,7 +51,7 @@ def test_metadata_by_api_and_attribute(store: RealStore, node: Node, readable: s
 
 def test_find_names_what_can_be_attached(store: RealStore, node: Node, path: str) -> None:
     """What `find` prints is attached as it is, and shows the metadata by which it was found."""
-    if not store.has_mount:
+    if not store.has_address:
         pytest.skip("no command can name it")
     if store.hides_dots:
         pytest.skip("its listings have no .metadata.json")
@@ -74,7 +74,7 @@ def test_find_names_what_can_be_attached(store: RealStore, node: Node, path: str
 
 
 def test_doctor_finds_nothing_wrong(store: RealStore, node: Node, readable: str) -> None:
-    if not store.has_mount:
+    if not store.has_address:
         pytest.skip("no command can name it")
     said = json.loads(node.here("doctor", "--json", store.address(readable), check=False).stdout)
     results = {check["name"]: check for check in said["checks"]}
@@ -110,7 +110,7 @@ def test_what_status_and_attributes_show_can_be_attached(
     store: RealStore, node: Node, readable: str
 ) -> None:
     """It holds no secret; with the credentials of the environment it leads to the same place."""
-    if not store.has_mount:
+    if not store.has_address:
         pytest.skip("no command can name it")
     with directory(store, readable) as top:
         shown = os.getxattr(top, "user.ckptfs.uri").decode()

@@ -83,7 +83,7 @@ def test_endpoints_of_s3_are_those_of_botocore(
     config(home, f"[default]\n{text}\n")
     options = s3({**home, **KEYS, **environ}).options
     assert options.get("endpoint_override", "") == endpoint
-    assert options["scheme"] == ("http" if endpoint else "https")
+    assert options.get("scheme") == ("http" if endpoint else None)
 
 
 def test_an_endpoint_of_the_uri_comes_first(home: dict[str, str]) -> None:
@@ -458,7 +458,6 @@ def test_googles_settings(home: dict[str, str], tmp_path: Path) -> None:
     assert "application_credentials" not in other.options
     assert gcs({"GOOGLE_APPLICATION_CREDENTIALS": str(key)}, anonymous=True).options == {
         "anonymous": True,
-        "scheme": "https",
     }
     with pytest.raises(AccessDenied, match="GOOGLE_APPLICATION_CREDENTIALS: '/gone' cannot"):
         gcs({"GOOGLE_APPLICATION_CREDENTIALS": "/gone"})
@@ -552,7 +551,7 @@ def test_hugging_faces_settings(home: dict[str, str], tmp_path: Path) -> None:
 
     assert hf({}).secrets == {}
     assert hf({"HF_TOKEN": "t", "HF_ENDPOINT": "https://hub"}) == Location(
-        "hf", "me/model", {"endpoint": "https://hub"}, {"token": "t"}
+        "hf", "me/model", {"endpoint": "https://hub"}, {"token": "t"}, implied=("endpoint",)
     )
     (tmp_path / "token").write_text("kept\n")
     assert hf({"HF_HOME": str(tmp_path)}).secrets == {"token": "kept"}
@@ -630,7 +629,7 @@ def test_a_profile_travels_as_its_keys_of_now(home: dict[str, str], tmp_path: Pa
         "secret_key": "S3CR3T",
         "tls_ca_pem": "-----BEGIN CERTIFICATE-----",
     }
-    assert other.options == {"scheme": "https"}
+    assert other.options == {}
     assert carried(other) is None
     assert carried(s3({**home, **KEYS})) is None
 

@@ -429,7 +429,7 @@ def test_every_described_option_of_gcs_and_azure_can_be_opened_again() -> None:
         pafs.GcsFileSystem(anonymous=True),
         pafs.GcsFileSystem(access_token="S3CR3T", credential_token_expiration=soon),
         pafs.AzureFileSystem("me", account_key="c2VjcmV0"),
-        pafs.AzureFileSystem("me", sas_token="sv=S3CR3T"),
+        pafs.AzureFileSystem("me", sas_token="sv=1&sig=S3CR3T"),
         pafs.AzureFileSystem("me", client_id="i", client_secret="S3CR3T", tenant_id="t"),
     ):
         try:

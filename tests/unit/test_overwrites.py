@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faultserver import FaultServer, Object
+from quirkserver import QuirkServer
 from unit.fakes import MIB, FakeStore, pattern
 from unit.rig import Rig, rig_in
 
@@ -57,12 +58,17 @@ class Changes:
 
 
 async def read_while_it_changes(
-    rig: Rig, store: Store, seed: int, changes: Changes, now: Callable[[], "tuple[Pin, bytes]"]
+    rig: Rig,
+    store: Store,
+    seed: int,
+    changes: Changes,
+    now: Callable[[], "tuple[Pin, bytes]"],
+    count: int = OVERWRITES // 4,
 ) -> "tuple[int, int]":
     """Attach again and again and read; returns how many reads were right, and how many stale."""
     chance = random.Random(seed + 1)
     right = stale = 0
-    while changes.count < OVERWRITES // 4:
+    while changes.count < count:
         pin, content = now()
         file = RemoteFile(store, ObjectKey("store", "a", pin.size, pin.mtime_ns), pin)
         rig.files = [file]
@@ -91,32 +97,60 @@ async def test_a_thousand_overwrites_in_the_middle_of_reads(
 ) -> None:
     """Through the S3 client; half of them with a server whose answers change on the way."""
     with FaultServer(is_disk=is_disk) as server:
-        times = itertools.count(1_500_000_000)
-
-        def write(data: "bytes | None", same_second: bool) -> None:
-            before = server.objects.pop("bucket/run/a", None)
-            if data is not None:
-                mtime_s = before.mtime_s if before and same_second else next(times)
-                server.objects["bucket/run/a"] = Object(data, mtime_s)
-
-        changes = Changes(seed, write)
-        server.during = lambda _: changes.moment()
-        options = {"endpoint_override": server.endpoint, "scheme": "http", "region": "x"}
-        place = Location("s3", "bucket/run", options, {"access_key": "k", "secret_key": "s"})
-        store = open_store(place, 20)
-
-        def now() -> "tuple[Pin, bytes]":
-            write(pattern(SIZE, next(_serial)), False)  # or all of it may be cached
-            [listed] = store.list(9).files
-            return pin_of(listed), server.objects["bucket/run/a"].data
-
-        async with rig_in(tmp_path, Offload(4)) as rig:
-            right, stale = await read_while_it_changes(rig, store, seed, changes, now)
-        store.close()
-    assert changes.count == OVERWRITES // 4
-    assert min(changes.done.values()) > 30
+        done, right, stale = await read_from(tmp_path, server, seed, OVERWRITES // 4)
+    assert min(done.values()) > 30
     assert right > 50
     assert stale > 100
+
+
+@pytest.mark.parametrize(
+    "quirk",
+    [
+        "weak ETags in listings",
+        "other ETags in listings",
+        "other ETags in HEAD",
+        "no ETags but in listings",
+        "If-Match is never met",
+    ],
+)
+async def test_overwrites_where_listings_and_answers_have_other_versions(
+    tmp_path: Path, quirk: str
+) -> None:
+    with QuirkServer(quirk) as server:
+        done, right, stale = await read_from(tmp_path, server, 1, OVERWRITES // 20)
+    assert min(done.values()) > 3
+    assert right > 1
+    assert stale > 20
+
+
+async def read_from(
+    folder: Path, server: FaultServer, seed: int, count: int
+) -> "tuple[dict[str, int], int, int]":
+    """How often each change was made, how many reads were right, and how many stale."""
+    times = itertools.count(1_500_000_000)
+
+    def write(data: "bytes | None", same_second: bool) -> None:
+        before = server.objects.pop("bucket/run/a", None)
+        if data is not None:
+            mtime_s = before.mtime_s if before and same_second else next(times)
+            server.objects["bucket/run/a"] = Object(data, mtime_s)
+
+    changes = Changes(seed, write)
+    server.during = lambda _: changes.moment()
+    options = {"endpoint_override": server.endpoint, "scheme": "http", "region": "x"}
+    place = Location("s3", "bucket/run", options, {"access_key": "k", "secret_key": "s"})
+    store = open_store(place, 20)
+
+    def now() -> "tuple[Pin, bytes]":
+        write(pattern(SIZE, next(_serial)), False)  # or all of it may be cached
+        [listed] = store.list(9).files
+        return pin_of(listed), server.objects["bucket/run/a"].data
+
+    async with rig_in(folder, Offload(4)) as rig:
+        right, stale = await read_while_it_changes(rig, store, seed, changes, now, count)
+    store.close()
+    assert changes.count == count
+    return changes.done, right, stale
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -124,6 +124,7 @@ def test_certificates_of_a_file_and_of_a_directory(
         for options in (
             {"tls_ca_file_path": str(ca_file)},
             {"tls_ca_dir_path": str(folder)},
+            {"tls_ca_pem": ca.cert_pem.bytes().decode()},
             {"tls_verify_certificates": False},
         ):
             with client_of(server, **options) as client:
@@ -162,6 +163,8 @@ def test_certificates_that_are_not_there(tmp_path: Path) -> None:
     for options in ({"tls_ca_file_path": "/no/such/file"}, {"tls_ca_dir_path": "/no/such/file"}):
         with pytest.raises(OSError, match="/no/such/file"):
             S3Client("bucket", S3Options(**options), FixedKeys(None), TIMEOUT_S)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="the text of the caller's file: it has no certificates"):
+        S3Client("bucket", S3Options(tls_ca_pem="none"), FixedKeys(None), TIMEOUT_S)
 
 
 def test_an_authority_that_is_not_known(ca: trustme.CA) -> None:

@@ -243,6 +243,13 @@ def test_a_library_that_ends_the_process_is_named(bench: Bench) -> None:
     bench.read("plain")
 
 
+def test_a_listing_is_tried_more_often_because_nobody_repeats_it(bench: Bench) -> None:
+    (bench.top / "abort").mkdir()
+    with pytest.raises(StoreUnavailable, match="SIGABRT"):
+        bench.open("abort").list(1)
+    assert bench.ends() == {"died": store._TRIES_OF_OTHERS}
+
+
 def test_what_is_written_is_not_written_twice(bench: Bench) -> None:
     with pytest.raises(StoreUnavailable, match="SIGABRT"):
         bench.store.put("once-abort", b"x")
@@ -343,6 +350,7 @@ def test_a_worker_that_talks_nonsense_is_killed(
 ) -> None:
     monkeypatch.setattr(process, "_PROGRAM", "unit.badworkers")
     monkeypatch.setattr(pool, "_END_S", 0.2)
+    monkeypatch.setattr(store, "_TRIES_OF_OTHERS", 2)
     wrong = bench.open(how)
     with pytest.raises(StoreUnavailable, match="process of the store's library"), ends_in(20):
         wrong.list(5) if how == "endless part" else wrong.get("x")

@@ -1,9 +1,9 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
-"""Stores on filesystems of pyarrow or fsspec: a Location's, or one of this process."""
+"""Filesystems of pyarrow and fsspec from a Location, and the stores on them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -13,21 +13,16 @@ from ckptfs._store import fsspec
 from ckptfs._store.arrow import ArrowStore
 from ckptfs._store.base import Store
 from ckptfs._store.bounded import BoundedStore
-from ckptfs._store.filesystems import (
-    FileSystem,
-    built,
-    fsspec_of,
-    store_name_of,
-)
 from ckptfs._store.fsspec import FsspecStore
 from ckptfs._store.http import HttpStore
 from ckptfs._store.httpclient import HttpOptions
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.local import LocalStore
-from ckptfs._store.named import open_own
 from ckptfs.errors import LocationError
 
-_TIMEOUT_S = 3.0
+FileSystem: TypeAlias = Any
+"""A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
+TIMEOUT_S = 3.0
 """As `Config.store_timeout_s`, for filesystems that are no daemon's."""
 
 
@@ -39,7 +34,7 @@ def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s
     if location.kind == "http":
         return _http_store(location, options, timeout_s)
     filesystem = _built(location, options, timeout_s)
-    return store_on(filesystem, location.path, location.uri)
+    return plain_store(filesystem, location.path, location.uri)
 
 
 def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
@@ -54,7 +49,7 @@ def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float
 
 def filesystem_for(location: Location) -> FileSystem:
     """A pyarrow filesystem with the options and secrets of a location. Raises LocationError."""
-    return _built(location, {**location.options, **location.secrets}, _TIMEOUT_S)
+    return _built(location, {**location.options, **location.secrets}, TIMEOUT_S)
 
 
 def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> FileSystem:
@@ -72,16 +67,19 @@ def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> 
         raise LocationError(f"{location.uri}: {cause}; check the options") from None
 
 
-def store_on(filesystem: FileSystem, path: str, name: str) -> Store:
-    """The store at `path` on an unwrapped filesystem; `name` is for messages."""
-    if store := store_name_of(filesystem):
-        return open_own(store, path.strip("/"), _TIMEOUT_S)
-    filesystem = built(filesystem)
+def plain_store(filesystem: FileSystem, path: str, name: str) -> Store:
+    """The store at `path` on a filesystem of pyarrow or fsspec itself; `name` is for messages."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         return BoundedStore(LocalStore(path, name))
     inner = fsspec_of(filesystem)
     if inner is None:
         return BoundedStore(ArrowStore(filesystem, path, name))
     if (headers := fsspec.http_headers_of(inner)) is not None:
-        return HttpStore(path, name, HttpOptions(headers), _TIMEOUT_S)
+        return HttpStore(path, name, HttpOptions(headers), TIMEOUT_S)
     return BoundedStore(FsspecStore(inner, path, name))
+
+
+def fsspec_of(filesystem: FileSystem) -> Any:
+    """The fsspec filesystem in a wrapper of pyarrow, or None."""
+    handler = getattr(filesystem, "handler", None)
+    return handler.fs if isinstance(handler, pafs.FSSpecHandler) else None
