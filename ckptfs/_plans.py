@@ -21,8 +21,6 @@ from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
 from ckptfs._model.uris import shown_uri
 from ckptfs._store import metadata
-from ckptfs._store.caller import ask
-from ckptfs._store.filesystems import filesystem_of
 from ckptfs.errors import CkptfsError, PlanError
 
 METADATA_KEY = "ckptfs.plan"
@@ -40,6 +38,9 @@ def read(source: "str | os.PathLike[str]") -> Plan:
     try:
         if not is_uri(source):
             return decode(Path(source).read_bytes())
+        from ckptfs._store.caller import ask  # not at the top: commands start without pyarrow
+        from ckptfs._store.filesystems import filesystem_of
+
         found = ask(*filesystem_of(source), metadata.read_dict).get(METADATA_KEY)
         if isinstance(found, str):
             return decode(found)

@@ -602,7 +602,7 @@ def test_a_path_object_is_taken_too() -> None:
         ("~nobody-of-that-name/run", "is a relative path"),
         ("gopher://host/run", "gopher://host/run: unknown scheme; use s3://, .* or https://"),
         ("memory://run", "unknown scheme"),  # fsspec has it, and it is not on the list
-        ("az://box/run", "az://box/run: .* pip install adlfs"),
+        ("az://box/run", "az://box: .* pip install adlfs"),
         ("hdfs://host:9000/run", "hdfs://host:9000/run: "),
         ("http://host/run?sig=S3CR3T", "http://host/run: a URL with credentials or a query"),
         ("https://me:S3CR3T@host/run", "https://host/run: a URL with credentials or a query"),
@@ -616,7 +616,7 @@ def test_what_the_constructor_refuses(
 ) -> None:
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(ckptfs.LocationError, match=message) as caught:
-        Checkpoint(given)
+        _ = Checkpoint(given).filesystem
     assert "S3CR3T" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -693,9 +693,9 @@ def test_what_a_uri_says_goes_with_the_checkpoint() -> None:
     uri = "s3://key:secret@bucket/run?region=x&requester_pays=true&tls_verify_certificates=false"
     checkpoint = pickle.loads(pickle.dumps(Checkpoint(uri)))
     found = describe(filesystem_behind(checkpoint), checkpoint.path, {})
-    assert found == parse_uri(uri)
+    assert (found.uri, found.secrets) == (parse_uri(uri).uri, parse_uri(uri).secrets)
     below = pafs.SubTreeFileSystem("bucket", filesystem_behind(checkpoint))
-    assert describe(below, "run", {}) == parse_uri(uri)
+    assert describe(below, "run", {}) == found
     with pytest.raises(ckptfs.LocationError, match="requester_pays"):
         _ = checkpoint.filesystem  # pyarrow has no such option
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -44,7 +44,9 @@ class StoreRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     root: str
 
 
-class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+class Location(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True, omit_defaults=True
+):
     """A directory on a described filesystem.
 
     What follows from the fields is computed once: it is asked for with every file.
@@ -89,7 +91,10 @@ class Location(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
     @property
     def name(self) -> str:
         """The checkpoint's own name: its last path component, made safe for a file name."""
-        safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", self.path.rstrip("/").rsplit("/", 1)[-1])
+        last = self.path.rstrip("/").rsplit("/", 1)[-1]
+        if self.kind == "http":
+            last = unquote(last)
+        safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", last)
         return safe[:100].lstrip(".") or "checkpoint"
 
     @property

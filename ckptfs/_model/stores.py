@@ -14,24 +14,15 @@ import msgspec
 from ckptfs._model.endpoints import Endpoint, parse_endpoint
 from ckptfs._model.location import Kind, Location, Option, StoreRef
 from ckptfs._model.uriparameters import endpoint_options
-from ckptfs._model.uris import parse_uri
+from ckptfs._model.uris import INSTEAD, SCHEMES, parse_uri
 from ckptfs.errors import ConfigError, LocationError
 
 STORE_NAME = r"[A-Za-z][A-Za-z0-9_-]{0,62}"
 _NAMED = re.compile(rf"({STORE_NAME}):(?!//)(.*)", re.DOTALL)
 _SCHEMES: dict[str, Kind] = {
-    "s3": "s3",
-    "gs": "gcs",
-    "abfss": "azure",
-    "hdfs": "hdfs",
-    "file": "local",
+    scheme: SCHEMES[scheme] for scheme in ("s3", "gs", "abfss", "hdfs", "file")
 }
-_RESERVED = frozenset(
-    [
-        *(*_SCHEMES, "abfs", "az", "gcs", "hf", "http", "https", "local", "mock", "viewfs"),
-        *("adl", "s3a", "s3n", "wasb", "wasbs"),
-    ]
-)
+_RESERVED = frozenset([*SCHEMES, *INSTEAD, "local", "mock"])
 """What begins a URI, so that a misspelt one is not taken for a store, or a store for a URI."""
 _DEFAULT: Literal["default"] = "default"
 

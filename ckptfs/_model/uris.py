@@ -42,7 +42,7 @@ SCHEMES: dict[str, Kind] = {
     "http": "http",
     "https": "http",
 }
-_INSTEAD = {
+INSTEAD = {
     "s3a": "s3://bucket/path",
     "s3n": "s3://bucket/path",
     "wasb": "abfss://container@account.dfs.core.windows.net/path",
@@ -84,6 +84,19 @@ def parse_uri(text: str) -> Location:
         raise LocationError(f"{shown_uri(text)}: {error}") from None
 
 
+def parse_place(text: str) -> Location:
+    """The place that a URI or an absolute path names. Raises LocationError."""
+    return parse_uri(text) if scheme_of(text) else Location("local", _absolute(text))
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/"):
+        raise LocationError(f"{text!r} is a relative path; use an absolute path or a URI")
+    if "\0" in text or text != text.encode(errors="replace").decode():
+        raise LocationError(f"{text!r} is not UTF-8; rename it")
+    return text.rstrip("/") or "/"
+
+
 def with_parameters(uri: str, **more: str) -> str:
     """A URI with further parameters. Raises LocationError for what is said twice."""
     if not more:
@@ -113,7 +126,7 @@ def scheme_of(text: str) -> str:
     found = _SCHEME.match(text)
     if separator:
         return scheme
-    return found[1] if found and found[1].lower() in {*SCHEMES, *_INSTEAD} else ""
+    return found[1] if found and found[1].lower() in {*SCHEMES, *INSTEAD} else ""
 
 
 def shown_uri(text: str) -> str:
@@ -169,8 +182,8 @@ def _kind_of(scheme: str) -> Kind:
     low = scheme.lower()
     if low in SCHEMES:
         raise LocationError(f"schemes are in lower case; write {low}://…")
-    if low in _INSTEAD:
-        raise LocationError(f"ckptfs knows no {low}://; write {_INSTEAD[low]}")
+    if low in INSTEAD:
+        raise LocationError(f"ckptfs knows no {low}://; write {INSTEAD[low]}")
     raise LocationError(f"unknown scheme; use {_KNOWN}, or give a filesystem")
 
 
@@ -347,7 +360,7 @@ def _hdfs(parts: _Parts) -> Location:
     if {".", ".."} & set(path.split("/")):
         raise LocationError("it has a '.' or '..' between slashes; write the path without")
     options = {"host": host, "port": port, **read_parameters("hdfs", parts.parameters)}
-    return Location("hdfs", path.rstrip("/") or path[:1], options)
+    return Location("hdfs", path.rstrip("/") or "/", options)
 
 
 def _local(parts: _Parts) -> Location:

@@ -52,6 +52,7 @@ def complete(draft: Draft) -> None:
     if text := draft.secrets.pop("connection_string", ""):
         _use(draft, _account_of(draft, text, f"{GIVEN} connection_string"))
     draft.kind = "azure"
+    draft.settle()
     if text := draft.environ.get(_STRING):
         found = _account_of(draft, text, _STRING)
         if not is_bare(draft):

@@ -68,7 +68,7 @@ def given(filesystem: FileSystem, path: str) -> Location:
     """The location of `path` on an unwrapped filesystem, by its own options only. Raises as
     `describe`."""
     kind, arguments = _arguments_of(filesystem)
-    path = path.rstrip("/")
+    path = path.rstrip("/") or ("/" if kind in ("local", "hdfs") else "")
     if not path and kind in ("s3", "gcs", "azure", "hf", "az"):
         name = type(filesystem).__name__
         raise LocationError(f"a {name} without a path names no checkpoint; add a bucket and a path")

@@ -63,7 +63,12 @@ class Draft:
             Setting(f"{GIVEN} {name}", "" if name in self.secrets else str(value), "used")
             for name, value in {**self.options, **self.secrets}.items()
         ]
+        self._given = set(location.options)
         self._name = location.uri
+
+    def settle(self) -> None:
+        """Take all options that are there now as given, and not as the environment's."""
+        self._given = set(self.options)
 
     @property
     def location(self) -> Location:
@@ -71,7 +76,8 @@ class Draft:
         options = self.options
         if OF_FILES & options.keys():
             options = {**options, NAMESPACE: mount_namespace()}
-        return Location(self.kind, self.path, options, self.secrets)
+        implied = tuple(sorted(options.keys() - self._given - {NAMESPACE, "account_name"}))
+        return Location(self.kind, self.path, options, self.secrets, implied=implied)
 
     @property
     def endpoint(self) -> Endpoint | None:
@@ -131,6 +137,7 @@ class Draft:
         except LocationError as error:
             raise self.refused(place, "", str(error)) from None
         self.options |= {"endpoint_override": found.place, "scheme": found.scheme}
+        self._given -= {"scheme"}  # the default was there
         self.used(place, found.text)
 
 

@@ -2,7 +2,6 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """pyarrow and fsspec filesystems as objects: from a URI, wrapped, and without their wrappers."""
 
-import importlib.util
 import os
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
 from ckptfs._model.stores import check_below, split_named
-from ckptfs._model.uris import parse_uri, scheme_of, shown_uri
+from ckptfs._model.uris import parse_place, scheme_of, shown_uri
 from ckptfs._store import fsspec
 from ckptfs._store.build import FileSystem, filesystem_for, fsspec_of
 from ckptfs._store.kinds import KINDS
@@ -37,13 +36,10 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         check_below(*found)
         return pafs.PyFileSystem(StoreHandler(found[0])), found[1]
     text = os.path.expanduser(uri)
-    scheme = scheme_of(text)
-    if not scheme:
-        return pafs.LocalFileSystem(), _absolute(text)
-    if scheme == "mock":  # pyarrow's own, for tests
+    if scheme_of(text) == "mock":  # pyarrow's own, for tests
         filesystem, path = pafs.FileSystem.from_uri(text)
         return filesystem, path.rstrip("/")
-    location = parse_uri(text)
+    location = parse_place(text)
     if location.kind == "local":
         return pafs.LocalFileSystem(), location.path
     if location.kind == "hdfs" or (location.options and location.kind == "hf"):
@@ -52,19 +48,7 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         package = KINDS[location.kind].package
         filesystem, _ = fsspec.filesystem_of(location.uri, shown_uri(text), package)
         return wrapped(filesystem), location.path
-    if location.kind == "az" and importlib.util.find_spec("adlfs") is None:
-        raise LocationError(
-            f"{shown_uri(text)}: az:// needs a package that is not installed; pip install adlfs"
-        )
     return pafs.PyFileSystem(UriHandler(location)), location.path
-
-
-def _absolute(text: str) -> str:
-    if not text.startswith("/"):
-        raise LocationError(f"{text!r} is a relative path; use an absolute path or a URI")
-    if "\0" in text or text != text.encode(errors="replace").decode():
-        raise LocationError(f"{text!r} is not UTF-8; rename it")
-    return text.rstrip("/") or "/"
 
 
 def location_of(filesystem: FileSystem, path: str) -> Location | None:

@@ -8,6 +8,7 @@ clients, and needs only what the filesystem was to be made of.
 """
 
 import functools
+import importlib.util
 import os
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ from pyarrow import fs as pafs
 from ckptfs._model.location import Kind, Location
 from ckptfs._store.build import filesystem_for
 from ckptfs._store.timed import ANSWER_S, within
-from ckptfs.errors import StoreUnavailable
+from ckptfs.errors import LocationError, StoreUnavailable
 
 _TYPE_NAMES: dict[Kind, str] = {"s3": "s3", "gcs": "gcs", "azure": "abfs", "az": "py::fsspec+abfs"}
 """As pyarrow has them."""
@@ -109,6 +110,11 @@ class UriHandler(LazyHandler):
     def build(self) -> Any:
         """See `LazyHandler`. Raises LocationError, and StoreUnavailable where Amazon does not say
         in which region the bucket is."""
+        if self.location.kind == "az" and importlib.util.find_spec("adlfs") is None:
+            raise LocationError(
+                f"az://{self._bucket}: its filesystem needs a package that is not installed; pip "
+                "install adlfs"
+            )
         options = dict(self.location.options)
         if self.location.kind == "s3" and not options.get("region"):
             options["region"] = _region_for(options, self._bucket)

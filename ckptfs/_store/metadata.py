@@ -10,16 +10,17 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
-from urllib.parse import parse_qsl
 
 from ckptfs._config import runtime_dir
 from ckptfs._filelock import locked
 from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._model.uris import parse_uri
 from ckptfs._store.base import Store
 from ckptfs._store.deadline import left_s
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
+    LocationError,
     MetadataError,
     MetadataNotDict,
     StoreTimeout,
@@ -152,10 +153,7 @@ def change(
 def _serialised(name: str) -> Generator[None]:
     """Changes of the same checkpoint by processes of this user wait for each other."""
     folder = runtime_dir(os.environ)
-    path, _, query = name.partition("?")
-    # Whoever gives another region means the same place.
-    place = [path, *sorted(item for item in parse_qsl(query) if item[0] != "region")]
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(_key_of(name).encode(), digest_size=8).hexdigest()
     lock = folder / f"metadata-{digest}.lock"
     with contextlib.ExitStack() as stack:
         try:
@@ -166,3 +164,13 @@ def _serialised(name: str) -> Generator[None]:
                 f"{name}: another process has been changing its metadata all the time; try again"
             ) from None
         yield
+
+
+def _key_of(name: str) -> str:
+    """Text that is equal for two URIs of one place. It is equal for two servers as well, because a
+    URI does not show the server that the environment names."""
+    try:
+        place = parse_uri(name)
+    except LocationError:
+        return name.partition("?")[0]
+    return f"{place.kind} {place.path}"

@@ -16,7 +16,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.manifest import printable
 from ckptfs._model.replies import Trace
 from ckptfs._model.stores import is_uri
-from ckptfs._model.uris import anonymous_uri
+from ckptfs._model.uris import anonymous_uri, parse_place
 from ckptfs.cli import completion, output
 from ckptfs.errors import NotAttached
 
@@ -190,15 +190,14 @@ def asked(path_or_uri: str, anonymous: bool) -> str:
 
 def location_of(uri: str) -> Location:
     """The place that a URI names. Raises LocationError."""
-    # Not at the top: `status` and `umount` need no pyarrow, nor does a named store.
+    # Not at the top: `status` and `umount` need no stores. None of these needs pyarrow.
     from ckptfs._store.named import named
 
     if (location := named(uri)) is not None:
         return location
-    from ckptfs._store.describe import describe
-    from ckptfs._store.filesystems import filesystem_of
+    from ckptfs._store.ambient import completed
 
-    return describe(*filesystem_of(uri))
+    return completed(parse_place(os.path.expanduser(uri)))
 
 
 def traced(path_or_uri: str) -> tuple[Trace, str, Location | None]:

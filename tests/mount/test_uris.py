@@ -133,3 +133,25 @@ def test_anonymous_access_by_flag(
     for other in ("prod:run", "file:///x"):
         said = node.here(*arguments, other, "--anonymous", check=False).stderr
         assert "anonymous access is for s3://" in said
+
+
+def test_an_endpoint_of_the_environment_is_not_shown(
+    node: Node, s3: S3Server, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a region. The URI leads back where the environment is the same."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"HTTP://{s3.endpoint}/")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    uri = f"s3://{small.parent.parent.name}/run/checkpoint"
+    path = node.here("attach", uri).stdout.strip()
+    assert xattrs.read(path).uri == uri
+    assert os.getxattr(f"{path}/config.json", "user.ckptfs.uri").decode() == f"{uri}/config.json"
+    assert (
+        node.here("attach", f"{uri}?endpoint_override=http://{s3.endpoint}").stdout == f"{path}\n"
+    )
+    (attachment,) = node.status()["attachments"]
+    assert attachment["uri"] == uri
+    node.here("meta", "set", uri, "step", "7")
+    assert node.here("find", uri).stdout == f"{uri}\n"
+    assert os.getxattr(path, "user.ckptfs.meta.step") == b"7"

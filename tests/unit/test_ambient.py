@@ -550,7 +550,7 @@ def test_hugging_faces_settings(home: dict[str, str], tmp_path: Path) -> None:
 
     assert hf({}).secrets == {}
     assert hf({"HF_TOKEN": "t", "HF_ENDPOINT": "https://hub"}) == Location(
-        "hf", "me/model", {"endpoint": "https://hub"}, {"token": "t"}
+        "hf", "me/model", {"endpoint": "https://hub"}, {"token": "t"}, implied=("endpoint",)
     )
     (tmp_path / "token").write_text("kept\n")
     assert hf({"HF_HOME": str(tmp_path)}).secrets == {"token": "kept"}

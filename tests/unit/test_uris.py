@@ -1,5 +1,8 @@
 """What a person types is attached, or an error says how to write it. What is printed is, too."""
 
+import subprocess
+import sys
+
 import msgspec
 import pytest
 from hypothesis import example, given
@@ -394,3 +397,13 @@ def test_an_endpoint_is_shown_once_and_readable() -> None:
     own = parse_uri("s3://b/x?endpoint_override=https://s3.eu-west-3.amazonaws.com")
     assert own.uri == "s3://b/x?region=eu-west-3"
     assert parse_uri("gs://b/x?endpoint_override=storage.googleapis.com").uri == "gs://b/x"
+
+
+def test_commands_find_a_place_without_pyarrow() -> None:
+    """It takes longer to import than all the rest."""
+    code = (
+        "import sys\nfrom ckptfs.cli.checkpoints import location_of\n"
+        "print(location_of('gs://b/x').path, 'pyarrow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True)
+    assert done.stdout == "b/x False\n"
