@@ -85,7 +85,8 @@ class Attaching:
         except trio.TooSlowError:
             raise StoreTimeout(
                 f"{location.uri}: the store gave no listing within "
-                f"{self._config.attach_deadline_s:g} s; try again, or raise attach_deadline_s"
+                f"{self._config.attach_deadline_s:g} s; check the endpoint, or raise "
+                "attach_deadline_s"
             ) from None
         finally:
             if not lock.statistics().tasks_waiting and not lock.locked():

@@ -1,7 +1,7 @@
 """The parameters that the URIs of each kind of store may have: how they are read and written.
 
 The names are pyarrow's, and `requester_pays`. A value that is the default is neither kept in a
-location nor written.
+location nor written. Parameters that have no effect on reading are checked, and not kept.
 """
 
 import difflib
@@ -27,10 +27,17 @@ those of IPv6 addresses."""
 
 
 class Parameter(NamedTuple):
-    """How one parameter is read. `read` raises ValueError with what would be right."""
+    """How one parameter is read.
+
+    Attributes:
+        read: Raises ValueError with what would be right.
+        default: The value that need not be said.
+        is_for_writing: The parameter has no effect on reading.
+    """
 
     read: Callable[[str], Option]
     default: Option = ""
+    is_for_writing: bool = False
 
 
 def _text(value: str) -> str:
@@ -97,6 +104,8 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "load_frequency": Parameter(_whole_seconds, 900),
         "request_timeout": Parameter(_seconds),
         "connect_timeout": Parameter(_seconds),
+        "allow_bucket_creation": Parameter(_flag, is_for_writing=True),
+        "allow_bucket_deletion": Parameter(_flag, is_for_writing=True),
     },
     "gcs": {
         **_ENDPOINT,
@@ -142,7 +151,7 @@ def read_parameters(kind: str, given: Mapping[str, str]) -> dict[str, Option]:
             value = known[name].read(text)
         except ValueError as error:
             raise LocationError(f"parameter {name}: {error}") from None
-        if value != known[name].default:
+        if value != known[name].default and not known[name].is_for_writing:
             options[name] = value
     if "scheme" in known:
         return _with_endpoint(kind, options)

@@ -186,7 +186,7 @@ def test_attached_pinned_and_open_are_said(
 def test_the_oldest_goes_first(node: Node, cached: dict[str, str], s3: S3Server) -> None:
     before = sum(each["bytes"] for each in cache(node, "ls"))
     freed = cache(node, "gc", "--free", "1M")
-    assert [each["uri"].rpartition("/")[2].partition("?")[0] for each in freed["checkpoints"]] == [
+    assert [each["uri"].partition("?")[0].rpartition("/")[2] for each in freed["checkpoints"]] == [
         "step_1"
     ]
     assert freed["freed"] >= 1_000_000

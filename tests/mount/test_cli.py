@@ -34,6 +34,8 @@ STATUS_FIELDS = {
         "attachments",
         "left_out",
         "log",
+        "workers",
+        "worker_bytes",
     ),
 }
 

@@ -212,7 +212,10 @@ def test_names_of_a_local_file_system(node: Node) -> None:
     for name in good:
         assert Path(path, name).read_bytes() == name.encode()
     skipped: list[Any] = [skip["name"] for skip in node.status()["attachments"][0]["skipped"]]
-    assert sorted(skipped) == sorted([*bad.values(), "pipe", r"folder\xff"])
+    named = {*bad.values(), "pipe", r"folder\xff"} - {
+        r"folder\xff/file"
+    }  # its folder stands for it
+    assert sorted(skipped) == sorted(named)
     for command in (["status"], ["ls"], ["ls", path]):
         assert_printable(node.here(*command).stdout)
     assert r"\x1b[31mred\x1b[0m" in node.here("ls", path).stdout
