@@ -13,7 +13,7 @@ import socket
 import threading
 from email.utils import formatdate
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 
 class Stored(NamedTuple):
@@ -118,6 +118,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         told = self.server_told
         told.requests.append(f"{self.command} {self.path}")
         told.seen.append({name.lower(): value for name, value in self.headers.items()})
+        if self.path.startswith("http://"):  # as a proxy is asked
+            self.path = urlsplit(self.path).path
         path = unquote(self.path.partition("?")[0], errors="surrogateescape")
         for key in (f"{self.command} {path}", self.command):
             if statuses := told.statuses.get(key):

@@ -171,7 +171,10 @@ class FsspecStore:
         )
         # Where a read goes through fsspec's file object, its buffer would read on for 5 MiB.
         by_file = getattr(filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
-        self._unbuffered = {"cache_type": "none"} if by_file else {}
+        self._with_range: dict[str, Any] = {"cache_type": "none"} if by_file else {}
+        if self._is_http:
+            given: dict[str, str] = (getattr(filesystem, "kwargs", None) or {}).get("headers") or {}
+            self._with_range["headers"] = {**given, "Accept-Encoding": "identity"}
 
     def list(self, files_max: int) -> Listing:
         """See Store.list."""
@@ -327,7 +330,7 @@ class FsspecStore:
         if not pin.etag:  # only the time tells versions apart
             wait_until_settled(pin.mtime_ns)
         try:
-            data: bytes = self._fs.cat_file(path, start=offset, end=end, **self._unbuffered)
+            data: bytes = self._fs.cat_file(path, start=offset, end=end, **self._with_range)
         except FileNotFoundError as error:
             raise_disguised(error, self._what(pin.path))
             raise changed(self.name, pin, "it was deleted") from None

@@ -594,6 +594,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answers: dict[str, bytes | int | None] = {}
+        self.encodings: list[str] = []
         self.url = ""
 
 
@@ -609,6 +610,7 @@ def server() -> Iterator[Server]:
 
         def do_GET(self) -> None:
             answer = told.answers.get(self.path, 404)
+            told.encodings.append(self.headers.get("Accept-Encoding", ""))
             if answer is None:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
@@ -647,6 +649,13 @@ def test_http_sizes_are_asked_for(http_store: FsspecStore) -> None:
     listing = http_store.list(10)
     assert sorted((file.path, file.size) for file in listing.files) == [("a", 5), ("sub/b", 3)]
     assert listing.directories == ["sub"]
+
+
+def test_http_ranges_are_asked_for_as_they_are_stored(server: Server) -> None:
+    filesystem = HTTPFileSystem(skip_instance_cache=True, headers={"X-Key": "k"})
+    store = FsspecStore(filesystem, server.url, server.url)
+    assert read(store, store.confirm(Pin("a", 5, 0)), 0, 5) == b"12345"
+    assert set(server.encodings) == {"identity"}
 
 
 def test_http_index_pages_link_to_more_than_files(server: Server, http_store: FsspecStore) -> None:

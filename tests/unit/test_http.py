@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from httpserver import HttpServer
@@ -11,6 +12,7 @@ from unit.fakes import pattern
 from ckptfs._model.manifest import ListedFile
 from ckptfs._store import http, httptree
 from ckptfs._store.base import Pin, pin_of
+from ckptfs._store.copy import copy_directory
 from ckptfs._store.http import HttpStore
 from ckptfs._store.httpclient import HttpOptions
 from ckptfs._store.httptree import encoded_url
@@ -474,6 +476,31 @@ def test_headers_go_to_the_server_that_they_are_for(server: HttpServer) -> None:
     assert server.seen[-1]["authorization"] == "S3CR3T"
     assert server.seen[-1]["x-key"] == "k"
     assert "S3CR3T" not in repr(secret)
+
+
+def test_a_proxy_is_asked_with_its_own_credentials(server: HttpServer) -> None:
+    proxy = server.url.replace("http://", "http://me:S3CR3T%40@")
+    store = HttpStore("http://host.invalid/run", "name", HttpOptions(proxy=proxy), 5.0)
+    assert len(store.list(10).files) == 3
+    assert server.requests[0] == "GET http://host.invalid/run/"
+    assert server.seen[0]["proxy-authorization"] == "Basic bWU6UzNDUjNUQA=="
+    server.statuses["GET"] = [407]
+    with pytest.raises(AccessDenied, match="the proxy refused access") as caught:
+        store.list(10)
+    server.__exit__()
+    store.close()
+    with pytest.raises(StoreUnavailable, match="the proxy cannot be used") as unreachable:
+        store.list(10)
+    server.__enter__()
+    assert "S3CR3T" not in f"{caught.value} {unreachable.value}"
+
+
+def test_cut_answers_end_no_copy(server: HttpServer, store: HttpStore, tmp_path: Path) -> None:
+    server.cuts = 3
+    copy_directory(store, tmp_path / "copy")
+    assert server.cuts == 0
+    assert (tmp_path / "copy" / "a").read_bytes() == DATA
+    assert (tmp_path / "copy" / "sub" / "b").read_bytes() == b"678"
 
 
 @pytest.mark.parametrize("target", ["/run/round", "ftp://host/x", "http://["])

@@ -5,6 +5,7 @@ exception. All of it follows from a seed.
 """
 
 import itertools
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,48 @@ async def test_a_thousand_overwrites_of_a_store_without_conditions(
         return Pin(pin.path, pin.size, pin.mtime_ns, store.etag("a")), content
 
     async with rig_in(tmp_path) as rig:
+        right, stale = await read_while_it_changes(rig, store, seed, changes, now)
+    assert changes.count == OVERWRITES // 4
+    assert min(changes.done.values()) > 30
+    assert right > 50
+    assert stale > 100
+
+
+@pytest.mark.parametrize("seed", [0])
+async def test_a_thousand_overwrites_of_a_local_disk(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each file's tick too: replaced and in place, with new times and with old ones."""
+    top, path = tmp_path / "top", tmp_path / "top" / "a"
+    top.mkdir()
+    chance, read_part = random.Random(seed), os.preadv
+
+    def write(data: "bytes | None", same_second: bool) -> None:
+        if data is None:
+            path.unlink()
+            return
+        before = path.stat() if path.exists() else None
+        target = path if before and chance.random() < 0.5 else top / "fresh"
+        target.write_bytes(data)
+        if before and same_second:
+            os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+        target.replace(path)
+
+    changes = Changes(seed, write)
+
+    def preadv(file: int, buffers: "list[memoryview]", offset: int) -> int:
+        changes.moment()
+        return read_part(file, [buffers[0][:700_000]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    store = open_store(Location("local", str(top)), 20)
+
+    def now() -> "tuple[Pin, bytes]":
+        write(pattern(SIZE, next(_serial)), False)  # or all of it may be cached
+        [listed] = store.list(9).files
+        return pin_of(listed), path.read_bytes()
+
+    async with rig_in(tmp_path / "rig") as rig:
         right, stale = await read_while_it_changes(rig, store, seed, changes, now)
     assert changes.count == OVERWRITES // 4
     assert min(changes.done.values()) > 30
