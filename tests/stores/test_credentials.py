@@ -8,8 +8,8 @@ import pytest
 from conftest import Node
 
 import ckptfs
-from stores.adapters import RealStore
 from stores.common import MIB, configure, directory, fill, read_once
+from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import Node
 from faultproxy import CONNECTIONS
-from servers import children
+from serverbase import children
 from wronganswers import CHANGED, INSTEAD
 
 import ckptfs
 from ckptfs import _client, xattrs
 from ckptfs._model.location import Location
-from stores.adapters import RealStore
 from stores.common import MIB, configure, directory, fill, read_once
+from stores.realstore import RealStore
 
 pytestmark = [pytest.mark.mount, pytest.mark.all_servers]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Node, wait_until
 
-from stores.adapters import RealStore
 from stores.common import MIB, configure, directory, fill, read_once
+from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import Node
 
-from stores.adapters import RealStore
 from stores.common import MIB, configure, directory
+from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import Node
 
 import ckptfs
-from stores.adapters import RealStore
 from stores.common import MIB, configure, data_requests, directory, fill
+from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

@@ -9,8 +9,9 @@ from conftest import Node
 
 import ckptfs
 from ckptfs import xattrs
-from stores.adapters import S3, RealStore
 from stores.common import MIB, credentials_in_environment, directory, fill
+from stores.realstore import RealStore
+from stores.s3stores import S3
 
 pytestmark = pytest.mark.mount
 
