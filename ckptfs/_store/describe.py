@@ -24,12 +24,15 @@ from ckptfs._store.filesystems import (
     store_name_of,
     unwrapped,
 )
+from ckptfs._store.gcsfs import gcs_arguments
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.named import asked_for
 from ckptfs._store.networks import proxy_url
 from ckptfs._store.s3fs import s3_arguments
 from ckptfs.errors import LocationError
 
+_GCSFS = frozenset(["gcsfs.GCSFileSystem", "gcsfs.ExtendedGcsFileSystem"])
+"""The class, and what newer versions make instead."""
 _LOAD_FREQUENCY_S = 900
 """pyarrow's default, and that of `S3Options`."""
 
@@ -105,11 +108,16 @@ def _arguments_of(filesystem: FileSystem) -> tuple[Kind, dict[str, Any]]:
         return place.kind, {**place.options, **place.secrets}
     inner = fsspec_of(filesystem)
     name = type(filesystem).__name__ if inner is None else fsspec_name(inner)
-    if name == "s3fs.S3FileSystem":
-        try:
+    try:
+        if name == "s3fs.S3FileSystem":
             return "s3", s3_arguments(_storage_options(inner, name))
-        except LocationError as error:
-            raise NotDescribable(f"an {name} with {error} cannot be described") from None
+        if inner is not None and name in _GCSFS:
+            options = _storage_options(inner, name)
+            return "gcs", gcs_arguments(options, inner.credentials.method)
+    except NotDescribable:
+        raise
+    except LocationError as error:
+        raise NotDescribable(f"{name} with {error} cannot be described") from None
     kinds: dict[str, Kind] = {row.type_name: kind for kind, row in KINDS.items()}
     kind = kinds.get(name)
     if kind is None:

@@ -148,3 +148,18 @@ def test_metadata_is_read_and_written(node: Node, cloud: Any, proxy: CloudProxy)
     place.set_metadata({"step": 1})
     place.update_metadata({"loss": 2.5})
     assert place.get_metadata() == {"step": 1, "loss": 2.5}
+
+
+def test_a_filesystem_of_gcsfs_is_mounted(node: Node, cloud: Any, proxy: CloudProxy) -> None:
+    from gcsfs import GCSFileSystem
+
+    if cloud.kind != "gcs":
+        pytest.skip("gcsfs reads Google only")
+    cloud.put("gcsfs/x", b"1")
+    place = f"http://{proxy.endpoint}"
+    filesystem = GCSFileSystem(token="anon", endpoint_url=place, skip_instance_cache=True)
+    with ckptfs.Checkpoint(f"{BUCKET}/gcsfs", filesystem).as_directory() as path:
+        assert Path(path, "x").read_bytes() == b"1"
+        assert [each["uri"].partition("?")[0] for each in node.status()["attachments"]] == [
+            f"gs://{BUCKET}/gcsfs"
+        ]

@@ -6,6 +6,7 @@ Faults come from a proxy in front of them: each fault is tried with each operati
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,11 @@ from cloudservers import (
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import build_manifest
 from ckptfs._store.base import Pin, Store, pin_of
+from ckptfs._store.caller import store_of
 from ckptfs._store.deadline import ends_in
+from ckptfs._store.describe import NotDescribable, describe
+from ckptfs._store.filesystems import wrapped
+from ckptfs._store.gcsfs import gcs_arguments
 from ckptfs._store.resolve import open_store
 from ckptfs.errors import (
     AccessDenied,
@@ -47,6 +52,7 @@ from ckptfs.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 TIMEOUT_S = 5.0
 TOKEN = "ya29.S3CR3T"
@@ -627,8 +633,6 @@ class _Closed:
 def test_an_arrow_filesystem_is_read_by_our_client(cloud: Any, proxy: CloudProxy) -> None:
     from pyarrow import fs as pafs
 
-    from ckptfs._store.caller import store_of
-
     if cloud.kind == "gcs":
         filesystem = pafs.GcsFileSystem(
             anonymous=True, scheme="http", endpoint_override=proxy.endpoint
@@ -646,3 +650,47 @@ def test_an_arrow_filesystem_is_read_by_our_client(cloud: Any, proxy: CloudProxy
     with closing(store_of(filesystem, f"{BUCKET}/arrow")) as store:
         assert store.list(10).files[0].etag
         assert proxy.operations() == ["list"]
+
+
+def gcsfs_at(endpoint: str, **options: Any) -> Any:
+    from gcsfs import GCSFileSystem
+
+    options = {"token": "anon", "endpoint_url": f"http://{endpoint}", **options}
+    return GCSFileSystem(skip_instance_cache=True, **options)
+
+
+def test_a_filesystem_of_gcsfs_is_read_by_our_client(gcs: FakeGcs) -> None:
+    gcs.put("gcsfs//x", b"1")
+    gcs.put("gcsfs/y", b"2")
+    with CloudProxy(gcs.endpoint) as proxy:
+        filesystem = wrapped(gcsfs_at(proxy.endpoint, block_size=1000, project="p"))
+        with closing(store_of(filesystem, f"{BUCKET}/gcsfs")) as store:
+            assert {file.path for file in store.list(10).files} == {"/x", "y"}
+            assert store.get("y") == b"2"
+        assert proxy.operations() == ["list", "get"]
+
+
+def test_tokens_of_gcsfs(tmp_path: Path) -> None:
+    file = tmp_path / "key.json"
+    file.write_text("{}")
+    key = {"type": "authorized_user"}
+    expected: list[tuple[Any, str, dict[str, Any]]] = [
+        ("anon", "", {"anonymous": True}),
+        (None, "anon", {"anonymous": True}),  # what gcsfs has settled on, where there is nothing
+        (None, "google_default", {}),
+        ("cloud", "", {}),
+        (key, "", {"service_account_key": json.dumps(key)}),
+        (str(file), "", {"application_credentials": str(file)}),
+        ("ya29.S3CR3T", "", {"access_token": "ya29.S3CR3T"}),
+    ]
+    for token, method, arguments in expected:
+        assert gcs_arguments({"token": token}, method) == arguments
+    for token in (object(), "cache", {"type": "external_account"}):
+        with pytest.raises(LocationError, match="token"):
+            gcs_arguments({"token": token}, "")
+
+
+def test_what_cannot_be_said_of_gcsfs_is_named() -> None:
+    for options in ({"requester_pays": True}, {"session_kwargs": {"trust_env": True}}):
+        with pytest.raises(NotDescribable, match=next(iter(options))):
+            describe(wrapped(gcsfs_at("host:1", **options)), "bucket/x", {})
