@@ -34,6 +34,8 @@ LISTINGS = (
     "no flag but a token",
     "no flag but a marker",
     "no flag but a full page",
+    "no sign of more",
+    "no sign of more, and start-after ignored",
     "flag false with a token",
     "fewer than counted",
     "start-after inclusive",
@@ -292,7 +294,9 @@ class QuirkServer(FaultServer):
         if self._has("token ignored", "token and start-after ignored", "the same page for ever"):
             token = ""
         after = token[1:] or query.get("start-after" if is_v2 else "marker", "")
-        if is_v2 and self._has("token and start-after ignored"):
+        if is_v2 and self._has(
+            "token and start-after ignored", "no sign of more, and start-after ignored"
+        ):
             after = ""
         if self._has("the same page for ever"):
             after = ""
@@ -330,6 +334,7 @@ class QuirkServer(FaultServer):
         show = self._encoder(query)
         text = self._flag(has_more, bool(token))
         hides = self._has("no token", "no flag but a full page", "start-after inclusive")
+        hides = hides or self._has_no_sign()
         if token and not hides:
             text += f"<NextContinuationToken>{escape(token)}</NextContinuationToken>"
         elif self._has("a token at the end", "flag false with a token") and not token:
@@ -340,9 +345,9 @@ class QuirkServer(FaultServer):
         if "encoding-type" in query and not self._has("encoding ignored", "encoding not said"):
             text += "<EncodingType>url</EncodingType>"
         text += f"<Prefix>{escape(show(query.get('prefix', '')))}</Prefix>"
-        text += f"<MaxKeys>{self.page_names}</MaxKeys>"
         count = len(shown) + (1 if self._has("fewer than counted") else 0)
-        text += f"<KeyCount>{count}</KeyCount>"
+        if not self._has_no_sign():
+            text += f"<MaxKeys>{self.page_names}</MaxKeys><KeyCount>{count}</KeyCount>"
         if self._has("empty Contents"):
             text += "<Contents/>"
         if self._has("an object without a name"):
@@ -365,8 +370,13 @@ class QuirkServer(FaultServer):
         whole = f"<ListBucketResult{space}>{text}</ListBucketResult>".encode()
         return whole[: len(whole) * 2 // 3] if self._has("listing is cut") else whole
 
+    def _has_no_sign(self) -> bool:
+        return self._has("no sign of more", "no sign of more, and start-after ignored")
+
     def _flag(self, has_more: bool, has_token: bool) -> str:
         if self._has("no flag but a token", "no flag but a marker", "no flag but a full page"):
+            return ""
+        if self._has_no_sign():
             return ""
         said = str(has_more).lower()
         for name, yes in (

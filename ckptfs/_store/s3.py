@@ -23,6 +23,7 @@ has another time.
 import base64
 import functools
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable
@@ -69,9 +70,12 @@ _SETTLED_S = 2.0
 """A version is settled when its second, and one more for what was being written in it, is over."""
 _ATTEMPTS = 2
 """Of requests that nobody repeats (`outages` does so for reads)."""
+_PAGE_ATTEMPTS = 6
+"""Of a page of a listing where the server says that it is busy or broken. boto3 makes 5."""
 _PAUSE_S = 0.2
 _PAUSE_S_MAX = 10.0
-"""Between them: the shortest, times 0.5 to 1, and the longest that a server may ask for."""
+"""Between them: the first, times 0.5 to 1, and the longest that a server may ask for. Each further
+one is twice as long. A page of a listing is waited for until the caller's deadline."""
 _NO_REASON = frozenset([400, 403, 405, 501])
 """Refusals of HEAD, which has no body to say why; the last two: the server does not know HEAD."""
 
@@ -95,21 +99,31 @@ class S3Store:
         """See Store.list."""
         # There is no other way to learn the names, so only the deadline ends the wait for a page.
         patience_s = min(max(left_s(), _PAUSE_S), PATIENCE_S_MAX)
-        ask = functools.partial(self._page, patience_s=patience_s)
+        ask = functools.partial(
+            self._page,
+            patience_s=patience_s,
+            attempts_max=_PAGE_ATTEMPTS,
+            pause_s_max=math.inf,
+        )
         found = list_all(ask, self._prefix, self.name, files_max)
         if not found.exists and self._prefix:
             raise self._why_not_found()
         return found.listing
 
     def _page(
-        self, query: dict[str, str], headers: dict[str, str], patience_s: float | None = None
+        self,
+        query: dict[str, str],
+        headers: dict[str, str],
+        patience_s: float | None = None,
+        attempts_max: int = _ATTEMPTS,
+        pause_s_max: float = _PAUSE_S_MAX,
     ) -> bytes:
         def attempt() -> bytes:
             asked = self._client.request("GET", "", query, headers, patience_s=patience_s)
             with asked as response:
                 return read_all(response, _ANSWER_BYTES_MAX)
 
-        return _repeat(attempt, self.name)
+        return _repeat(attempt, self.name, attempts_max, pause_s_max)
 
     def _is_listed(self, key: str) -> ListedFile | None:
         """What the listing says of one object; None: it does not have it."""
@@ -413,17 +427,25 @@ def _proven(pin: Pin) -> Pin:
     return msgspec.structs.replace(pin, etag_of="answers") if pin.etag_of == "listing" else pin
 
 
-def _repeat(attempt: Callable[[], T], what: str) -> T:
-    """Try it once more where that can help."""
-    for left in reversed(range(_ATTEMPTS)):
+def _repeat(
+    attempt: Callable[[], T],
+    what: str,
+    attempts_max: int = _ATTEMPTS,
+    pause_s_max: float = _PAUSE_S_MAX,
+) -> T:
+    """Try it again where that can help: `attempts_max` times where the server answers."""
+    tried = 0
+    while True:
         try:
             return attempt()
         except (S3Error, BrokenConnection) as error:
+            tried += 1
             translated = translate_error(error, what)
-            if not left or not isinstance(translated, StoreUnavailable):
+            most = attempts_max if isinstance(error, S3Error) else _ATTEMPTS
+            if tried >= most or not isinstance(translated, StoreUnavailable):
                 raise translated from error
-            pause_s = max(_PAUSE_S, translated.retry_after_s)
-            if pause_s > min(_PAUSE_S_MAX, left_s()):
+            own_s = _PAUSE_S * 2 ** (tried - 1)
+            pause_s = max(own_s, translated.retry_after_s)
+            if pause_s > min(pause_s_max, left_s()):
                 raise translated from error
-            time.sleep(pause_s * random.uniform(0.5, 1) if pause_s == _PAUSE_S else pause_s)
-    raise AssertionError
+            time.sleep(max(own_s * random.uniform(0.5, 1), translated.retry_after_s))

@@ -8,6 +8,9 @@ more**, and `Course` tries three ways to go on, until one brings names that are 
    because a server that knows only ListObjects ignores what it does not know;
 3. ListObjects alone.
 
+A page that does not say at all whether there is more may be cut, so the ways 2 and 3 are tried
+after it as well. If they bring nothing new, it was the last one.
+
 Progress is judged by names, not by what a page says of itself: a page without any new name is none.
 So a listing ends, and a listing that says "there is more" and never brings it is an error.
 
@@ -87,6 +90,7 @@ class Course:
         self._ways = ["token", "name", "marker"]  # the first one is in use
         self._tokens: set[str] = set()
         self._last = ""
+        self._is_sure = True  # that there is more: the last page with new names has a sign of it
         self._empty = 0
 
     def first(self) -> dict[str, str]:
@@ -102,36 +106,46 @@ class Course:
         self._empty = 0 if has_names else self._empty + 1
         if is_new:
             self._last = page.last
+            self._is_sure = page.more != "unsaid" or self._has_hint(page)
         if not self._has_more(page, is_new, has_token):
             return None
         is_by_token = self._way == "token" and has_token and self._empty <= _EMPTY_PAGES_MAX
-        if not is_new and (has_names or not is_by_token):
-            self._try_another_way()
-        if self._way == "token" and not page.token:
-            self._try_another_way()
+        is_stuck = not is_new and (has_names or not is_by_token)
+        if is_stuck and not self._has_another_way():
+            return None
+        if self._way == "token" and not page.token and not self._has_another_way():
+            return None
         return self._next(page)
 
     @property
     def _way(self) -> str:
         return self._ways[0]
 
-    def _try_another_way(self) -> None:
+    def _has_another_way(self) -> bool:
+        """Change the way. Raises StoreError where there is no other and must be more."""
         self._ways.pop(0)
         self._empty = 0
-        if not self._ways or not self._last:
-            raise StoreError(
-                f"{self._name}: the store's listing has no end: it says that there is more after "
-                f"'{printable(self._last)}', and does not go on from there; check the store"
-            )
+        if self._ways and self._last:
+            return True
+        if not self._is_sure:
+            return False
+        raise StoreError(
+            f"{self._name}: the store's listing has no end: it says that there is more after "
+            f"'{printable(self._last)}', and does not go on from there; check the store"
+        )
+
+    @staticmethod
+    def _has_hint(page: Page) -> bool:
+        return bool(page.token) or bool(page.marker) or page.is_full
 
     def _has_more(self, page: Page, is_new: bool, has_token: bool) -> bool:
         if page.more == "yes":
             return True
-        hints = bool(page.token) or bool(page.marker) or page.is_full
+        hints = self._has_hint(page)
         if page.more == "no":  # a token at the last page is worth one more question
             return hints and is_new
-        if page.items or page.prefixes:
-            return hints
+        if page.items or page.prefixes:  # a page may be cut without any sign
+            return hints or is_new or not self._is_sure
         return self._way == "token" and has_token  # the other ways ask for what is after a name
 
     def _next(self, page: Page) -> dict[str, str]:
