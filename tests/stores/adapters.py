@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING, Any, ClassVar
-from unittest import mock
 from urllib.parse import quote
 
 import servers
@@ -195,9 +193,6 @@ class HttpTls(Http):
     scheme = "https"
 
     def connect(self, stack: ExitStack, server: servers.Nginx, authority: Authority) -> None:
-        # aiohttp looks at the variable when it is imported, which it has been in this process.
-        trusting = ssl.create_default_context(cafile=str(authority.ca_file))
-        stack.enter_context(mock.patch("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting))
         self.environment = {"SSL_CERT_FILE": str(authority.ca_file)}
         self._serve(stack, f"https://{server.tls_endpoint}", authority.certify(self.folder))
 

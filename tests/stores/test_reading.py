@@ -163,6 +163,7 @@ def test_requests_of_a_whole_file(store: RealStore, node: Node, path: str) -> No
         pytest.skip("no network is between")
     data = random.Random(3).randbytes(MIB) * 32
     store.put(f"{path}/large", data)
+    store.age(f"{path}/large")
     store.reset_traffic()
     with directory(store, path) as top:
         store.reset_traffic()

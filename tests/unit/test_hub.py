@@ -182,7 +182,7 @@ def test_a_repository_is_listed_and_read(hub: Hub, path: str) -> None:
     store = store_at(hub, path, token="hf_S3CR3T")
     found = pins(store)
     name = "größe #1.bin" if path.endswith("/sub") else "sub/größe #1.bin"
-    assert found[name] == Pin(name, len(WEIGHTS), 0, digest(WEIGHTS))
+    assert found[name] == Pin(name, len(WEIGHTS), 0, digest(WEIGHTS), "listing")
     assert read(store, found[name]) == WEIGHTS
     assert set(hub.authorizations[:2]) == {"Bearer hf_S3CR3T"}
 

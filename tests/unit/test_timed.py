@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,13 +24,21 @@ def test_reading_goes_on_while_bytes_come() -> None:
     assert while_bytes_come(0.4, "store", read) == "all of it"
 
 
-def test_reading_ends_and_is_given_up_when_no_more_bytes_come() -> None:
+@pytest.fixture
+def over() -> Iterator[threading.Event]:
+    """Set when the test is over, so that no thread outlives it."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_reading_ends_and_is_given_up_when_no_more_bytes_come(over: threading.Event) -> None:
     seen: list[progress.Progress] = []
 
     def read() -> None:
         seen.append(progress.current())
         progress.current().came(1)
-        time.sleep(30)
+        over.wait(30)
 
     with pytest.raises(StoreTimeout, match=r"store: no answer within 0\.2 s"):
         while_bytes_come(0.2, "store", read)
@@ -37,10 +46,9 @@ def test_reading_ends_and_is_given_up_when_no_more_bytes_come() -> None:
         seen[0].hold(None)  # type: ignore[arg-type]
 
 
-def test_the_deadline_of_the_caller_counts_although_bytes_come() -> None:
+def test_the_deadline_of_the_caller_counts_although_bytes_come(over: threading.Event) -> None:
     def read() -> None:
-        while True:
-            time.sleep(0.05)
+        while not over.wait(0.05):
             progress.current().came(1)
 
     with ends_in(0.3), pytest.raises(StoreTimeout):
