@@ -237,6 +237,7 @@ class SeaweedFS(S3Program):
             f"-s3.config={self.folder}/s3.json",
             f"-s3.localSocket={self.folder}/s3.sock",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             f"-filer.localSocket={self.folder}/filer.sock",
             "-master.volumeSizeLimitMB=1024",
             "-master.telemetry=false",

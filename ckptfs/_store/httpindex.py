@@ -23,7 +23,8 @@ class IndexPage(HTMLParser):
     """A page that is fed with text.
 
     Attributes:
-        has_end: The page is not cut.
+        has_begun: The page has a start tag that an end tag belongs to.
+        has_end: The page has such an end tag, so it is not cut.
         has_password_field: The page asks for a password.
         is_index: The page says that it lists a directory.
     """
@@ -35,6 +36,7 @@ class IndexPage(HTMLParser):
         self._hosts = {urlsplit(url).netloc}
         self._hrefs: dict[str, None] = {}  # in their order
         self._is_title = False
+        self.has_begun = False
         self.has_end = False
         self.has_password_field = False
         self.is_index = False
@@ -42,6 +44,7 @@ class IndexPage(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """See HTMLParser."""
         given = dict(attrs)
+        self.has_begun |= tag in ("html", "body")
         self._is_title = tag in ("title", "h1", "h2", "a")
         if tag == "base" and (href := given.get("href")):
             self._base = urljoin(self._base, href)

@@ -89,7 +89,8 @@ class HttpTree:
             page = IndexPage(head.url)
             page.feed(text)
             page.close()
-            if not response.has_end and not page.has_end:
+            # A proxy or a file behind the server may be cut, too: then the answer itself is whole.
+            if not page.has_end and (page.has_begun or not response.has_end):
                 raise StoreUnavailable(f"{what}: the index page is cut; try again")
         return page, head
 

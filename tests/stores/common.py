@@ -42,6 +42,7 @@ def fill(store: RealStore, path: str, files: Mapping[str, bytes]) -> None:
     """Write a checkpoint."""
     for name, data in files.items():
         store.put(f"{path}/{name}", data)
+        store.age(f"{path}/{name}")
 
 
 def data_requests(store: RealStore) -> list[dict[str, Any]]:

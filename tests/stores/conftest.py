@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -40,6 +41,10 @@ def _leaves_nothing() -> Iterator[None]:
     assert left == [[], []], f"left behind: mounts, temporary files: {left}"
 
 
+SETTINGS = re.compile(r"^(AWS|AZURE|GOOGLE)_|_CA_BUNDLE$|^SSL_CERT_|_PROXY$", re.IGNORECASE)
+"""Variables of the machine that would count for a store."""
+
+
 @pytest.fixture(scope="package")
 def store(request: pytest.FixtureRequest) -> Iterator[RealStore]:
     """The server; the test is skipped where this machine lacks it."""
@@ -58,7 +63,7 @@ def daemon(store: RealStore) -> Iterator[Node]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in {**node.environment, **store.environment}.items():
             patched.setenv(name, value)
-        for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+        for name in [name for name in os.environ if SETTINGS.search(name)]:
             if name not in {**node.environment, **store.environment}:
                 patched.delenv(name)
         configure(node, store)

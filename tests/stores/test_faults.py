@@ -122,7 +122,7 @@ def test_each_fault_of_each_server_in_each_operation(
 ) -> None:
     if store.proxy is None:
         pytest.skip("no network is between")
-    node.expected_in_log.append(path)
+    node.expected_in_log += [path, "weights: "]
     configure(
         node,
         store,
@@ -172,7 +172,7 @@ def test_a_worker_of_a_store_that_stops_or_dies(
     right."""
     if not store.has_address:
         pytest.skip("it is copied")
-    node.expected_in_log += [path, "worker"]
+    node.expected_in_log += [path, "weights: ", "worker", ") ended: "]
     configure(node, store, read_deadline_s=DEADLINE_S, window_bytes_max=0)
     node.here("reload")
     fill(store, path, {"weights": DATA * 4})
