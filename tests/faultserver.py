@@ -283,7 +283,8 @@ class FaultServer:
             for name, found in list(self.objects.items())
             if name.startswith(f"{bucket}/{prefix}")
         )
-        return f"<ListBucketResult>{items}</ListBucketResult>".encode()
+        end = "<IsTruncated>false</IsTruncated>"
+        return f"<ListBucketResult>{end}{items}</ListBucketResult>".encode()
 
 
 def _whole(status: int, body: bytes, headers: dict[str, str], method: str) -> Answer:

@@ -66,6 +66,7 @@ OBJECTS = (
     "no ETags",
     "no ETags in GET",
     "If-Match is never met",
+    "conditions are 501",
     "no Last-Modified",
     "no times",
     "Last-Modified rounded up",
@@ -160,6 +161,8 @@ class QuirkServer(FaultServer):
             return refusal
         if self._has("If-Match is never met") and "if-match" in headers:
             return _refusal(412, "PreconditionFailed", method)
+        if self._has("conditions are 501") and {"if-match", "if-none-match"} & headers.keys():
+            return _refusal(501, "NotImplemented", method)
         if self._has("no ETags", "no ETags but in listings", "weak ETags", "other ETags in HEAD"):
             # Conditions are looked at with another ETag than the one that was asked with, or none.
             headers = {n: v for n, v in headers.items() if n not in ("if-match", "if-none-match")}

@@ -27,6 +27,7 @@ from urllib3.exceptions import (
     HTTPError,
     InsecureRequestWarning,
     LocationParseError,
+    NewConnectionError,
     ProtocolError,
     ProxyError,
     SSLError,
@@ -416,6 +417,8 @@ def _translated(error: HTTPError, what: str) -> CkptfsError:
             )
         return StoreUnavailable(f"{what}: the proxy cannot be used ({cause}); check its address")
     cause = printable(str(error).rpartition(": ")[2] or type(error).__name__)
+    if isinstance(error, NewConnectionError):  # which is a timeout to urllib3
+        return StoreUnavailable(f"{what}: cannot reach the server ({cause}); check the URL")
     if isinstance(error, HttpTimeout):
         return StoreTimeout(f"{what}: the server did not answer in time ({cause}); check the URL")
     if isinstance(error, SSLError):

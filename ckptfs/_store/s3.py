@@ -23,6 +23,7 @@ has another time.
 import base64
 import functools
 import hashlib
+import http.client
 import math
 import random
 import time
@@ -92,6 +93,7 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
         self.name = name
         self._answers_are_whole = client.is_amazon
+        self._knows_conditions = True
 
     # -- listing
 
@@ -256,11 +258,24 @@ class S3Store:
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
-        return self._of_object(pin, lambda: self._read_into(pin, offset, buffer))
+
+        def attempt() -> bool:
+            knows_conditions = self._knows_conditions  # another thread may learn it meanwhile
+            try:
+                return self._read_into(pin, offset, buffer)
+            except S3Error as error:
+                # So S3 answers to headers that a server does not implement.
+                if error.status != http.client.NOT_IMPLEMENTED or not knows_conditions:
+                    raise
+            self._knows_conditions = False  # so each read has to be confirmed
+            return self._read_into(pin, offset, buffer)
+
+        return self._of_object(pin, attempt)
 
     def _read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         headers = {"range": f"bytes={offset}-{offset + len(buffer) - 1}", **_AS_STORED}
-        is_conditional = is_strong(pin.etag) and pin.etag_of != "checks"
+        is_pinned = is_strong(pin.etag) and pin.etag_of != "checks"
+        is_conditional = is_pinned and self._knows_conditions
         if is_conditional:
             headers["if-match"] = pin.etag
         # Some servers answer 200 to a range.

@@ -50,7 +50,7 @@ _ARN = re.compile(
 )
 _ACCESS_POINT = re.compile(rf"accesspoint[:/](?P<name>{_LABEL})")
 _ARN_WITH_SLASH = re.compile(r"(arn:[^/]*:accesspoint/[^/]+)/?(.*)", re.DOTALL)
-_VIRTUAL_ONLY = frozenset(
+VIRTUAL_ONLY = frozenset(
     [
         "InvalidPathAccess",  # Volcengine
         "PathStyleDomainForbidden",  # Tencent
@@ -58,6 +58,7 @@ _VIRTUAL_ONLY = frozenset(
         "VirtualHostDomainRequired",  # Huawei
     ]
 )
+"""Codes of errors that want the bucket in the host's name."""
 ELSEWHERE = frozenset(
     [
         "AuthorizationHeaderMalformed",
@@ -134,7 +135,7 @@ class BucketAddress(msgspec.Struct, frozen=True):
 
     def after(self, error: S3Error) -> "BucketAddress | None":
         """The address to try instead after an error; None: the answer says no other one."""
-        wants_virtual = error.code in _VIRTUAL_ONLY or self._is_host_with_bucket(error.endpoint)
+        wants_virtual = error.code in VIRTUAL_ONLY or self._is_host_with_bucket(error.endpoint)
         if wants_virtual and not self.is_virtual and self.can_be_virtual:
             return msgspec.structs.replace(self, is_virtual=True)
         if error.code in ELSEWHERE or error.status in _ELSEWHERE_STATUS:

@@ -7,6 +7,7 @@ protocol. A code that is not among them is judged by its status.
 from typing import NamedTuple
 
 from ckptfs._model.manifest import printable
+from ckptfs._store.s3address import VIRTUAL_ONLY
 from ckptfs._store.s3errors import BrokenConnection, S3Error, SilentServer
 from ckptfs.errors import (
     AccessDenied,
@@ -61,6 +62,11 @@ _PAYER = _Advice(
 )
 _ACCOUNT = _Advice(AccessDenied, "the account cannot be used ({}); ask the owner of the bucket")
 _REGION = "the bucket is in another region or at another endpoint ({}); name its region or endpoint"
+_VIRTUAL = _Advice(
+    StoreError,
+    "the store wants the bucket in the host's name ({}), which cannot stand before this endpoint; "
+    "write the endpoint as a name instead of an address, and check the bucket's name",
+)
 _KMS_DENIED = _Advice(
     AccessDenied,
     "the credentials may not use the KMS key of the object ({}); allow kms:Decrypt for that key, "
@@ -108,6 +114,7 @@ _BY_CODE: dict[str, _Advice] = {
         "access denied ({}); check the secret key, and that nothing on the way changes requests",
     ),
     "TokenRefreshRequired": _EXPIRED,
+    **dict.fromkeys(VIRTUAL_ONLY, _VIRTUAL),
 }
 _BY_STATUS: dict[int, _Advice] = {
     401: _DENIED,

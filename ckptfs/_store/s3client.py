@@ -63,6 +63,7 @@ _QUESTIONS: tuple[tuple[Kind, str, dict[str, str]], ...] = (
     ("get", "GET", {"location": ""}),
 )
 _PROGRAM = f"ckptfs/{version_of('ckptfs')}"
+_PERHAPS_TLS = "check the endpoint, and write it with https:// if the server speaks TLS"
 _NO_REASON = frozenset([301, 302, 307, 400])
 """What HEAD is answered with where the bucket is in another region."""
 _REFUSED = frozenset([400, 401, 403])
@@ -236,10 +237,14 @@ class S3Client:
                 answer = connection.getresponse()
                 assert isinstance(answer, Answer)
                 return connection, answer
-            except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError):
+            except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError) as error:
                 ended(connection)
-                if not connection.is_kept:  # else the server has just closed it, as it may
+                if connection.is_kept:  # the server has just closed it, as it may
+                    continue
+                if endpoint.scheme == "https" or self.proxy:
                     raise
+                # Many servers that expect TLS end a connection that begins with something else.
+                raise BrokenConnection(_text_of(error), _PERHAPS_TLS) from error
             except Silence:
                 ended(connection)
                 self._connections.was_silent(connection)

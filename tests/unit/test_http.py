@@ -458,7 +458,7 @@ def test_a_server_that_is_not_there(server: HttpServer, store: HttpStore) -> Non
     store.close()
     server.__exit__()
     for use in (lambda: store.list(9), lambda: store.confirm(pinned), lambda: read(store, pinned)):
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailable, match=r"cannot reach the server .*refused"):
             use()
     server.__enter__()
 

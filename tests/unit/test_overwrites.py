@@ -112,6 +112,7 @@ async def test_a_thousand_overwrites_in_the_middle_of_reads(
         "other ETags in HEAD",
         "no ETags but in listings",
         "If-Match is never met",
+        "conditions are 501",
     ],
 )
 async def test_overwrites_where_listings_and_answers_have_other_versions(

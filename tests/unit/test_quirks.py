@@ -321,6 +321,7 @@ def test_archived_objects_are_left_out_and_named(stack: ExitStack, tmp_path: Pat
         (509, "", "", StoreError, "busy or broken"),
         (507, "", "", StoreError, "no room left"),
         (404, "NoSuchBucket", "", CkptfsError, "there is no such bucket"),
+        (403, "SecondLevelDomainForbidden", "", StoreError, "in the host.s name .*as a name"),
     ],
 )
 @pytest.mark.parametrize("operation", ["read", "check", "find", "get", "put"])

@@ -214,6 +214,13 @@ def test_a_server_that_wants_tls(text: str) -> None:
         assert "https://" in refused(server, "http").advice
 
 
+@pytest.mark.parametrize("answer", [b"", b"\x15\x03\x01\x00\x02\x02\x46"])
+def test_a_server_that_ends_what_is_no_tls(answer: bytes) -> None:
+    """It may send an alert of TLS before."""
+    with Server(None, answer).running() as server:
+        assert "https://" in refused(server, "http").advice
+
+
 def test_a_redirect_to_https_is_named() -> None:
     head = b"HTTP/1.1 301 Moved\r\nLocation: https://u:p@h.test/x?sig=1\r\n"
     with (
