@@ -86,7 +86,7 @@ def error_of(response: http.client.HTTPResponse, proxy: str = "") -> S3Error | B
         )
     found = _fields(body)
     endpoint = found["Endpoint"] if _HOST.fullmatch(found["Endpoint"]) else ""
-    message = found["Message"]
+    message = found["Message"].partition("\n")[0].rstrip()  # Azure adds lines of its own use
     if proxy and not found["Code"]:
         message = message or f"through the proxy {proxy}"
     elsewhere = endpoint or _origin(response.headers.get("location", ""))
