@@ -265,6 +265,17 @@ def test_overwrites_while_reading_mix_no_bytes(cloud: Any, proxy: CloudProxy, op
 # -- what it costs
 
 
+def asked(proxy: CloudProxy) -> list[str]:
+    """The requests that the server got, and each listing once: fake-gcs-server does not say which
+    page is the last one, so the client asks for another one."""
+    requests = proxy.operations()
+    return [
+        request
+        for request, before in zip(requests, ["", *requests], strict=False)
+        if (request, before) != ("list", "list")
+    ]
+
+
 def test_each_read_is_one_request_and_nothing_else(
     cloud: Any, proxy: CloudProxy, opened: Any
 ) -> None:
@@ -272,13 +283,13 @@ def test_each_read_is_one_request_and_nothing_else(
     cloud.put("cost/x", data)
     store = opened(cloud.location("cost", proxy.endpoint))
     pin = pin_of(store.list(10).files[0])
-    assert proxy.operations() == ["list"]
+    assert asked(proxy) == ["list"]
     step = 1 << 18
     for offset in range(0, len(data), step):
         assert read(store, pin, offset, step) == (data[offset : offset + step], True)
         (seen,) = proxy.seen
         assert seen.headers["range"] == f"bytes={offset}-{offset + step - 1}"
-        assert proxy.operations() == ["read"]
+        assert asked(proxy) == ["read"]
 
 
 def test_small_files_are_read_side_by_side(cloud: Any, proxy: CloudProxy, opened: Any) -> None:
@@ -286,12 +297,12 @@ def test_small_files_are_read_side_by_side(cloud: Any, proxy: CloudProxy, opened
         cloud.put(f"many/{i}", b"%d" % i)
     store = opened(cloud.location("many", proxy.endpoint))
     pins = [pin_of(file) for file in store.list(100).files]
-    proxy.operations()
+    asked(proxy)
     with ThreadPoolExecutor(16) as pool, proxy.hold(16):
         # No request is answered before all of them have come.
         got = list(pool.map(lambda pin: read(store, pin)[0].decode(), pins))
     assert got == [pin.path for pin in pins]
-    assert proxy.operations() == ["read"] * 16
+    assert asked(proxy) == ["read"] * 16
 
 
 # -- faults
@@ -650,7 +661,7 @@ def test_an_arrow_filesystem_is_read_by_our_client(cloud: Any, proxy: CloudProxy
     cloud.put("arrow/x", b"1")
     with closing(store_of(filesystem, f"{BUCKET}/arrow")) as store:
         assert store.list(10).files[0].etag
-        assert proxy.operations() == ["list"]
+        assert asked(proxy) == ["list"]
 
 
 def gcsfs_at(endpoint: str, **options: Any) -> Any:
@@ -668,7 +679,7 @@ def test_a_filesystem_of_gcsfs_is_read_by_our_client(gcs: FakeGcs) -> None:
         with closing(store_of(filesystem, f"{BUCKET}/gcsfs")) as store:
             assert {file.path for file in store.list(10).files} == {"/x", "y"}
             assert store.get("y") == b"2"
-        assert proxy.operations() == ["list", "get"]
+        assert asked(proxy) == ["list", "get"]
 
 
 def test_tokens_of_gcsfs(tmp_path: Path) -> None:

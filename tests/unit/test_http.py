@@ -150,7 +150,7 @@ def test_index_pages_link_to_more_than_files(server: HttpServer, store: HttpStor
         <a href="javascript:alert()">j</a><a href="http://[">broken</a><a href="./a?download">d</a>
         <a href="./a">a</a><a href="/run/a">a</a><a href="{server.url}/run/a">a</a>
         <a href="sub/">sub</a><a href="sub/b">b</a><A HREF='none'>dead</A><a href="gone/">g</a>
-        """
+        </html>"""
     index = server.index
     server.index = lambda below: page.encode() if below == "/run/" else index(below)  # type: ignore[method-assign]
     listing = store.list(10)
@@ -158,6 +158,18 @@ def test_index_pages_link_to_more_than_files(server: HttpServer, store: HttpStor
     assert listing.directories == ["sub"]
     nowhere = "the link leads nowhere"
     assert {s.name: s.reason for s in listing.skipped} == {"none": nowhere, "gone": nowhere}
+
+
+@pytest.mark.parametrize("start", ["<html><body>", "<BODY>", ""])
+def test_a_page_that_lacks_its_end_is_cut(server: HttpServer, store: HttpStore, start: str) -> None:
+    """A page without any of these tags is as long as its answer."""
+    page = f'{start}<h1>Index of /run/</h1><a href="a">a</a>'
+    server.index = lambda _: page.encode()  # type: ignore[method-assign]
+    if start:
+        with pytest.raises(StoreUnavailable, match="the index page is cut"):
+            store.list(10)
+    else:
+        assert [file.path for file in store.list(10).files] == ["a"]
 
 
 def test_the_root_is_as_a_person_types_it(server: HttpServer) -> None:
