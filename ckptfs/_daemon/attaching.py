@@ -19,11 +19,12 @@ from ckptfs._daemon.limits import StoreCalls, check_attached, check_files, check
 from ckptfs._daemon.metadata import MetadataKeeper
 from ckptfs._daemon.records import Made, recorder
 from ckptfs._daemon.stores import OpenFor
+from ckptfs._daemon.users import cache_scope
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._store.base import Store, pin_of
-from ckptfs.errors import ObjectChanged, StoreTimeout, StoreUnavailable
+from ckptfs.errors import Busy, ObjectChanged, StoreTimeout, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,9 @@ class Attaching:
 
     async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
         known = self._attachments.get(key)
+        if known is not None and known.cache_scope != cache_scope(uid, location):
+            self._end_other_way(known)
+            known = None
         if known is not None and known.in_use:
             if location == self._attachments.opened_for(known):
                 return known
@@ -133,6 +137,16 @@ class Attaching:
             return await self._attach(key, location, uid, gid)
         self._show(fresh, location, known)
         return fresh
+
+    def _end_other_way(self, known: Attachment) -> None:
+        """End what was attached by another way: its cached bytes are not for this one, nor the
+        other way round. Raises Busy."""
+        if known.in_use:
+            raise Busy(
+                f"{known.location.uri} is in use by another way (proxy or certificates); end its "
+                "use, or give the same settings"
+            )
+        self._attachments.remove(known)
 
     def _show(self, fresh: Attachment, location: Location, known: Attachment | None) -> None:
         """Show `fresh`, in place of `known`."""

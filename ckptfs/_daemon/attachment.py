@@ -28,7 +28,7 @@ from ckptfs._daemon.remote import RemoteFile, State, stamped
 from ckptfs._daemon.snapshot import Snapshot
 from ckptfs._daemon.trace import About, Trace
 from ckptfs._daemon.tree import Node, Tree
-from ckptfs._daemon.users import is_ours
+from ckptfs._daemon.users import cache_scope, is_ours
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._store.base import Store, pin_of
@@ -69,6 +69,7 @@ class Attachment:
 
     Attributes:
         location: Where it is, without credentials.
+        cache_scope: Of its cached bytes (see `users`).
         manifest: What it held when it was attached.
         name: Its directory inside the mount.
         origin: What the cache says of its files.
@@ -99,7 +100,9 @@ class Attachment:
         gid: int,
         attached_s: float = 0.0,
         since: "Callable[[Attachment], None]" = lambda _: None,
+        cache_scope: str = "",
     ) -> None:
+        self.cache_scope = cache_scope
         self.ordinal = ordinal
         self.location = location
         self.store = store
@@ -154,8 +157,13 @@ class Attachment:
         """What it shows; made when it is first needed, which takes 2 ms for 1,000 files."""
         if self._snapshot is None:
             with _uncollected():
-                args = self.ordinal, self.location, self.manifest, self.attached_s
-                self._snapshot = Snapshot(*args)
+                self._snapshot = Snapshot(
+                    self.ordinal,
+                    self.location,
+                    self.manifest,
+                    self.attached_s,
+                    self.cache_scope,
+                )
             self._since(self)
         return self._snapshot
 
@@ -264,7 +272,8 @@ def new_attachment(
 ) -> Attachment:
     """Blocking. An attachment at `location`, whose names are computed here."""
     public = msgspec.structs.replace(location, secrets={})
-    attachment = Attachment(ordinal, public, store, manifest, uid, gid)
+    scope = cache_scope(uid, location)
+    attachment = Attachment(ordinal, public, store, manifest, uid, gid, cache_scope=scope)
     attachment.snapshot.digests()
     return attachment
 

@@ -20,6 +20,7 @@ from ckptfs._daemon.records import (
     StoreChanged,
     Trouble,
 )
+from ckptfs._daemon.users import cache_scope
 from ckptfs._store.base import Store
 from ckptfs.errors import DaemonError
 
@@ -64,6 +65,7 @@ class Last:
             made.gid,
             made.attached_s,
             self._go_through,
+            cache_scope=cache_scope(made.uid, self.location),
         )
         for event in self._events:
             if isinstance(event, PinSet):

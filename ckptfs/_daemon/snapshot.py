@@ -23,6 +23,7 @@ class Snapshot:
         location: Where it is, without credentials.
         manifest: What it held when it was attached.
         attached_s: When that was, seconds since the epoch.
+        cache_scope: Of its cached bytes (see `users`).
 
     Attributes:
         manifest: As given.
@@ -33,8 +34,14 @@ class Snapshot:
     """
 
     def __init__(
-        self, ordinal: int, location: Location, manifest: Manifest, attached_s: float
+        self,
+        ordinal: int,
+        location: Location,
+        manifest: Manifest,
+        attached_s: float,
+        cache_scope: str = "",
     ) -> None:
+        self._cache_scope = cache_scope
         self._location = location
         self.manifest = manifest
         self.listed = list(manifest.files)
@@ -58,7 +65,8 @@ class Snapshot:
         """The cache's name for the file at that position of `listed`."""
         file = self.listed[index]
         path = f"{self._location.path}/{file.path}"
-        return ObjectKey(self._location.store_identity, path, file.size, file.mtime_ns)
+        store = self._location.store_identity + self._cache_scope
+        return ObjectKey(store, path, file.size, file.mtime_ns)
 
     def shown(self) -> Iterator[tuple[int, ListedFile]]:
         """The files that it shows now, with their positions in `listed`."""

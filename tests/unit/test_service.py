@@ -36,6 +36,9 @@ OTHER = 4242
 SECRETS = {"access_key": "key", "secret_key": "S3CR3T"}
 PLACE = Location("s3", "bucket/run/step-1", {"region": "eu"}, SECRETS)
 ELSEWHERE = Location("s3", "bucket/run/step-2", {"region": "eu"})
+PLACE_OF_OTHERS = msgspec.structs.replace(
+    ELSEWHERE, secrets={"access_key": "theirs", "secret_key": "S3CR3T"}
+)
 
 
 class Bench:
@@ -128,6 +131,63 @@ async def test_users_and_places_do_not_share(bench: Bench, autojump_clock: MockC
     for attachment in attachments:  # each goes by itself
         bench.service.detach(attachment, force=True)
     assert bench.shown() == [elsewhere.name]
+
+
+def by_way(**more: object) -> Location:
+    """A place of others, reached as `more` says."""
+    secrets = {k: v for k, v in more.items() if k in ("proxy", "tls_ca_pem")}
+    options = {k: v for k, v in more.items() if k not in secrets}
+    return msgspec.structs.replace(
+        PLACE_OF_OTHERS,
+        options={**PLACE_OF_OTHERS.options, **options},
+        secrets={**PLACE_OF_OTHERS.secrets, **secrets},
+    )
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"proxy": "http://127.0.0.1:1"},
+        {"tls_ca_pem": "a certificate"},
+        {"tls_verify_certificates": False},
+    ],
+)
+async def test_bytes_by_a_way_of_another_user_are_cached_for_that_user(
+    bench: Bench, way: dict[str, object]
+) -> None:
+    digests: list[set[str]] = []
+    for place, uid in (
+        (PLACE_OF_OTHERS, ME),
+        (PLACE_OF_OTHERS, OTHER + 1),
+        (by_way(**way), OTHER + 1),
+        (by_way(**way), OTHER),
+    ):
+        alone = await bench.attach(place, uid)
+        digests.append(set(alone.snapshot.digests()))
+        if uid != OTHER:
+            bench.service.detach(alone, force=True)
+    assert digests[0] == digests[1]
+    assert not digests[0] & digests[2]
+    assert not digests[3] & (digests[0] | digests[2])
+    after = await next_daemon(bench)
+    restored = after.service.find(OTHER, alone.name, None)
+    assert restored.snapshot.digests() == alone.snapshot.digests()
+
+
+async def test_the_way_of_the_daemons_own_user_is_that_of_all(bench: Bench) -> None:
+    mine = await bench.attach(by_way(proxy="http://127.0.0.1:1"))
+    theirs = await bench.attach(PLACE_OF_OTHERS, OTHER)
+    assert mine.snapshot.digests() == theirs.snapshot.digests()
+
+
+async def test_the_way_does_not_change_under_a_reader(bench: Bench) -> None:
+    shared = await bench.attach(PLACE_OF_OTHERS, OTHER)
+    with pytest.raises(Busy, match="in use by another way"):
+        await bench.attach(by_way(proxy="http://127.0.0.1:1"), OTHER)
+    bench.service.let_go(shared)  # it lingers
+    alone = await bench.attach(by_way(proxy="http://127.0.0.1:1"), OTHER)
+    assert alone is not shared
+    assert not set(alone.snapshot.digests()) & set(shared.snapshot.digests())
 
 
 async def test_concurrent_attaches_list_once(bench: Bench, autojump_clock: MockClock) -> None:
@@ -551,11 +611,6 @@ async def test_stop_by_force_asks_nobody(bench: Bench, autojump_clock: MockClock
 
 
 # -- after another daemon
-
-
-PLACE_OF_OTHERS = msgspec.structs.replace(
-    ELSEWHERE, secrets={"access_key": "theirs", "secret_key": "S3CR3T"}
-)
 
 
 async def next_daemon(bench: Bench) -> Bench:
