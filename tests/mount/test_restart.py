@@ -328,19 +328,32 @@ def test_what_the_kernel_reads_itself_goes_on(node: Node, bucket: Path, uri_of: 
 def test_a_spare_takes_over(node: Node, small: Path, uri_of: UriOf) -> None:
     node.configure(spare=True)
     node.expected_in_log.append("was killed by signal 9: starting the next one")
+    killed: set[int] = set()  # a process that was killed is there for a moment
+
+    def serving_and_spare() -> tuple[int, int]:
+        found: set[int] = set()
+
+        def is_one() -> bool:
+            found.clear()
+            found.update({*daemons(node)} - killed - {node.status()["pid"]})
+            return len(found) == 1
+
+        wait_until(is_one)
+        return node.status()["pid"], found.pop()
+
+    def kill(pid: int) -> None:
+        killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         for _ in range(2):
-            wait_until(lambda: len(daemons(node)) == 2)
-            serving = node.status()["pid"]
-            [spare] = {*daemons(node)} - {serving}
-            os.kill(serving, signal.SIGKILL)
+            serving, spare = serving_and_spare()
+            kill(serving)
             assert Path(path, "config.json").read_text() == '{"layers": 1}'
             assert node.status()["pid"] == spare
-        wait_until(lambda: len(daemons(node)) == 2)
-        serving = node.status()["pid"]
-        [spare] = {*daemons(node)} - {serving}
-        os.kill(spare, signal.SIGKILL)  # it is missed when it is needed
-        os.kill(serving, signal.SIGKILL)
+        serving, spare = serving_and_spare()
+        kill(spare)  # it is missed when it is needed
+        kill(serving)
         assert Path(path, "config.json").read_text() == '{"layers": 1}'
     node.end()
     assert daemons(node) == []
