@@ -1,48 +1,71 @@
-"""ckptfs: mount remote checkpoints as local directories instead of copying them.
+"""Mount remote checkpoints as local directories instead of copying them.
 
-`Checkpoint` is loaded when it is first used: the daemon's processes and the command line, which
-also import this package, need no pyarrow.
+    >>> from ckptfs import Checkpoint
+    >>> with Checkpoint("s3://bucket/run7/checkpoint_000100").as_directory() as path:
+    ...     model = load(path)  # fetches only the bytes that it reads
+
+`Checkpoint`
+    A directory of files in a store. `Checkpoint.as_directory` mounts it, `Checkpoint.to_directory`
+    copies it, and `Checkpoint.get_metadata` and its siblings read and write its metadata.
+`mount`
+    The same directory, for longer than a ``with`` block, for example in a notebook.
+`explain`
+    The reason of a failed read of a mounted checkpoint, for an exception or a path.
+`ckptfs.xattrs`
+    State and metadata of a mounted checkpoint, for code that has only a path.
+`ckptfs.ray`
+    Checkpoints of Ray that mount, also on many nodes (needs Ray).
+`CkptfsError`
+    The base class of all errors. Many of them are builtin ones, too, such as FileNotFoundError.
+
+At DEBUG, the logger ``ckptfs`` reports which daemon serves a checkpoint, whether the checkpoint was
+mounted or copied and why, its path, and the time that this took:
+
+    >>> logging.basicConfig()
+    >>> logging.getLogger("ckptfs").setLevel("DEBUG")
+
+``ckptfs help`` in a shell lists the other pages.
 """
 
-from typing import TYPE_CHECKING, Any
+# Names that need more than the standard library are loaded at their first use, because the daemon's
+# processes and the command line also import this package, and do not need pyarrow.
 
-from ckptfs.errors import AccessDenied as AccessDenied
-from ckptfs.errors import AgeError as AgeError
-from ckptfs.errors import Busy as Busy
-from ckptfs.errors import CacheError as CacheError
-from ckptfs.errors import CannotMount as CannotMount
-from ckptfs.errors import CheckpointIsFile as CheckpointIsFile
-from ckptfs.errors import CheckpointNotFound as CheckpointNotFound
-from ckptfs.errors import CkptfsError as CkptfsError
-from ckptfs.errors import ConfigError as ConfigError
-from ckptfs.errors import DaemonError as DaemonError
-from ckptfs.errors import ExpressionError as ExpressionError
-from ckptfs.errors import LimitExceeded as LimitExceeded
-from ckptfs.errors import LocationError as LocationError
-from ckptfs.errors import MetadataError as MetadataError
-from ckptfs.errors import MetadataNotDict as MetadataNotDict
-from ckptfs.errors import NoDaemon as NoDaemon
-from ckptfs.errors import NotAttached as NotAttached
-from ckptfs.errors import ObjectChanged as ObjectChanged
-from ckptfs.errors import PlanError as PlanError
-from ckptfs.errors import PrefetchFailed as PrefetchFailed
-from ckptfs.errors import ProtocolError as ProtocolError
-from ckptfs.errors import RateError as RateError
-from ckptfs.errors import RightsNotLent as RightsNotLent
-from ckptfs.errors import SizeError as SizeError
-from ckptfs.errors import StoreError as StoreError
-from ckptfs.errors import StoreNotAllowed as StoreNotAllowed
-from ckptfs.errors import StoreTimeout as StoreTimeout
-from ckptfs.errors import StoreUnavailable as StoreUnavailable
-from ckptfs.errors import UnknownStore as UnknownStore
+from typing import TYPE_CHECKING
+
+from ckptfs import errors as errors
+from ckptfs._os.lazy import lazy as _lazy
+from ckptfs.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from ckptfs.checkpoint import Checkpoint as Checkpoint
+    from ckptfs import ray as ray
+    from ckptfs import xattrs
+    from ckptfs._client.failures import explain
+    from ckptfs._handle import MountedCheckpoint, mount
+    from ckptfs.checkpoint import Checkpoint
 
+    __version__: str
 
-def __getattr__(name: str) -> Any:
-    if name == "Checkpoint":
-        from ckptfs.checkpoint import Checkpoint
+# Not `ray`: a star import would hide Ray itself.
+__all__ = ["Checkpoint", "MountedCheckpoint", "explain", "mount", "xattrs"]
+__all__ += errors.__all__
 
-        return Checkpoint
-    raise AttributeError(f"module 'ckptfs' has no attribute {name!r}")
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
+    _load, __dir__ = _lazy(
+        "ckptfs",
+        {
+            "Checkpoint": "ckptfs.checkpoint",
+            "MountedCheckpoint": "ckptfs._handle",
+            "explain": "ckptfs._client.failures",
+            "mount": "ckptfs._handle",
+            "ray": "ckptfs.ray",
+            "xattrs": "ckptfs.xattrs",
+        },
+        [*__all__, "__version__", "errors", "ray"],
+    )
+
+    def __getattr__(name):
+        if name == "__version__":
+            from importlib.metadata import version  # it reads files, and few programs need it
+
+            return version("ckptfs")
+        return _load(name)

@@ -1,82 +1,106 @@
-"""The Checkpoint API: Ray's names, with a mount instead of a download.
+"""`Checkpoint`: the API of Ray's checkpoints, with a mount instead of a download."""
 
-The methods use nothing of an object but `path`, its filesystem (by `filesystem_behind`) and
-`_uuid`, which Ray's checkpoints have, too: ``ckptfs.ray.install`` puts them in the place of Ray's.
-"""
+# The methods use only an object's `path`, filesystem (by `filesystem_behind`) and `_uuid`. Ray's
+# checkpoints have these, too, so `ckptfs.ray.install` can replace Ray's methods by these.
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ckptfs import _client, _plans, _private, xattrs
-from ckptfs._scratch import scratch_directory
+from ckptfs import errors, xattrs
+from ckptfs._client import client, plans, private_daemon, shared_copies
+from ckptfs._client.failures import noting
+from ckptfs._client.waiting import wait_fetched
+from ckptfs._model.units import size_text
+from ckptfs._os.callers import level_of_caller
 from ckptfs._store import metadata as _metadata
 from ckptfs._store.base import Store
-from ckptfs._store.caller import ask, store_of
-from ckptfs._store.copy import Progress, copy_directory
+from ckptfs._store.copy import Progress, bytes_chosen, copy_directory, listed
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import (
     FileSystem,
     built,
     filesystem_of,
-    is_lent,
+    is_daemon_only,
     local_filesystem,
     local_path_of,
     type_name_of,
     wrapped,
 )
+from ckptfs._store.in_process import ask, store_of
 from ckptfs._store.private import dump
-from ckptfs.errors import (
-    CannotMount,
-    CheckpointIsFile,
-    CheckpointNotFound,
-    LocationError,
-    PlanError,
-)
+
+if TYPE_CHECKING:
+    # pyarrow has no type stubs. A user who has installed some gets the full type.
+    from ckptfs._store.filesystems import (
+        ArrowFileSystem,  # pyright: ignore[reportUnknownVariableType]
+        GivenFileSystem,  # pyright: ignore[reportUnknownVariableType]
+    )
+
+_log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "mount", "copy"]
+_ANSWER_S = 60.0
+"""Longest silence of the daemon, which reports its progress several times a second."""
 Self = TypeVar("Self", bound="Checkpoint")
 
 
 class Checkpoint:
-    """A directory of files on local or remote storage.
+    """A directory of files in a store or on a disk, with the API of ``ray.train.Checkpoint``.
 
     Attributes:
-        path: Path on the filesystem.
-        filesystem: The pyarrow filesystem that holds it. One of a URI is made when it is first
-            asked for; the methods do without. Amazon is asked for the region of a bucket then, if
-            neither the URI nor AWS_REGION names it.
+        path: The path on `filesystem`.
+        filesystem: The ``pyarrow.fs.FileSystem`` that holds the checkpoint.
 
-    >>> checkpoint = Checkpoint.from_directory("/tmp/example_checkpoint_dir")
-    >>> checkpoint.filesystem
-    <pyarrow._fs.LocalFileSystem object...
-    >>> checkpoint.path
-    '/tmp/example_checkpoint_dir'
+    A URI is enough. Nothing is read until a method needs it:
+
+        >>> checkpoint = Checkpoint("s3://bucket/run7/checkpoint_000100")
+        >>> checkpoint
+        Checkpoint(filesystem=s3, path=bucket/run7/checkpoint_000100)
+
+    The files appear in a local directory, and each byte is fetched when a program reads it:
+
+        >>> with checkpoint.as_directory() as path:
+        ...     sorted(os.listdir(path))
+        ['.metadata.json', 'config.json', 'model.safetensors']
+
+    The checkpoint's own metadata is a dictionary:
+
+        >>> checkpoint.get_metadata()
+        {'val_loss': 0.25}
+
+    Checkpoints can be pickled. The pickle contains that of the filesystem, possibly with its
+    credentials.
     """
 
     path: str
 
     def __init__(
-        self, path: "str | os.PathLike[str]", filesystem: FileSystem | None = None
+        self,
+        path: "str | os.PathLike[str]",
+        filesystem: "GivenFileSystem | None" = None,  # pyright: ignore[reportUnknownParameterType]
     ) -> None:
-        """Refer to a checkpoint. Nothing is read, not even whether it exists.
+        """Refer to a checkpoint. Nothing is read, so it need not exist yet.
 
         Args:
-            path: A path on `filesystem`; without one a URI (``s3://…``, ``gs://…``, ``abfss://…``,
+            path: A path on `filesystem`. Without one, a URI (``s3://…``, ``gs://…``, ``abfss://…``,
                 ``hdfs://…``, ``file://…``; through fsspec ``hf://…``, ``az://…``, ``https://…``), a
                 path in a named store (``store:…``), or an absolute local path, also with ``~``.
-            filesystem: A ``pyarrow.fs.FileSystem`` or an fsspec filesystem, which is wrapped.
+            filesystem: A ``pyarrow.fs.FileSystem`` or an fsspec filesystem.
 
         Raises:
-            LocationError: The URI's scheme is unknown, a package for it is missing, or the path is
+            LocationError: The URI's scheme is unknown, its package is missing, or the path is
                 relative.
-            TypeError: `filesystem` is no filesystem.
+            TypeError: `filesystem` has another type.
         """
         if filesystem is None:
             self._filesystem, self.path = filesystem_of(os.fspath(path))
@@ -85,22 +109,36 @@ class Checkpoint:
         self._uuid = uuid.uuid4()
 
     @functools.cached_property
-    def filesystem(self) -> FileSystem:
-        """See the class."""
+    def filesystem(self) -> "ArrowFileSystem":  # pyright: ignore[reportUnknownParameterType]
+        """The ``pyarrow.fs.FileSystem`` that holds the checkpoint.
+
+        The filesystem of a URI is made at its first use. The methods do not need it.
+
+        Raises:
+            LocationError: pyarrow has no filesystem for this URI.
+            StoreError: Neither the URI nor AWS_REGION has the region of the bucket, and Amazon did
+                not answer the question for it.
+        """
         return built(self._filesystem)
 
     def __repr__(self) -> str:
         return f"Checkpoint(filesystem={type_name_of(filesystem_behind(self))}, path={self.path})"
 
     def __fspath__(self) -> str:
+        """Raise TypeError, because only a mount or a copy has a local path."""
         raise TypeError(
-            "a Checkpoint is no local path; use `with checkpoint.as_directory() as path:`"
+            "a Checkpoint is not a local path; use `with checkpoint.as_directory() as path:`"
         )
 
     @classmethod
     def from_directory(cls: type[Self], path: "str | os.PathLike[str]") -> Self:
-        """A checkpoint that is a directory on the local filesystem."""
-        return cls(Path(os.path.expanduser(path)).absolute(), filesystem=local_filesystem())
+        """Make a checkpoint of a local directory.
+
+        Args:
+            path: The directory. ``~`` is the home directory. A relative path becomes absolute at
+                once, so that the checkpoint means the same directory in other processes.
+        """
+        return cls(Path(_expanded(path)).absolute(), filesystem=local_filesystem())
 
     # -- content
 
@@ -109,63 +147,101 @@ class Checkpoint:
         self,
         *,
         prefetch: 'Sequence[str] | Literal["all"]' = (),
+        wait: bool = False,
+        progress: Progress | bool = False,
         timeout_s: float | None = None,
         mode: Mode = "auto",
         include: Sequence[str] = (),
         plan: "bool | str | os.PathLike[str]" = False,
     ) -> Generator[str]:
-        """The checkpoint as a local directory, for the length of the context.
+        """Make the checkpoint a local directory for the length of the context.
 
-        A local checkpoint is its own directory. Another one is mounted, read-only, by the node's
-        daemon (which is started where there is none), and its files are fetched when they are read.
+            >>> with checkpoint.as_directory(prefetch=["*.json", "model-*"]) as path:
+            ...     config = json.loads(Path(path, "config.json").read_text())
+            ...     model = load_file(f"{path}/model-00001.safetensors")
+
+        The node's daemon mounts the checkpoint read-only, and fetches the bytes of a file when a
+        program reads them. If no daemon is running, this method starts one. A local checkpoint is
+        its own directory, except with mode "copy".
+
+        A copy is writable. As with Ray, the processes of one user on one node share it: the first
+        process copies and the others wait, all see each other's changes, and the last process to
+        leave removes it. After ``kill -9`` the next copy removes it. Processes share a copy if they
+        use the same version of the same place with the same `include`. If ckptfs cannot describe
+        the filesystem, they share it if they use the same object or its pickled copies.
 
         Args:
-            prefetch: Globs on relative paths (``*`` also matches ``/``), or "all": these files are
-                fetched in the background, in the order of the globs. Not in copy mode, where they
-                are there.
-            timeout_s: Longest wait for the daemon's answer.
-            mode: "mount"; "copy": all of it is copied to a temporary directory, which is removed at
-                the end; "auto": mount, and where this machine or this filesystem cannot be mounted,
-                copy, with a warning that says why.
-            include: Globs: a copy holds these files only. A mount shows all, since what is not read
-                costs nothing.
-            plan: What a restore of an earlier checkpoint has read, to be fetched ahead of the
-                readers, in that order: for the rank of this process, if RANK says which it is. A
-                file, or the URI of a checkpoint that has one (``ckptfs plan save``). True: the one
-                that this user's cache has for the checkpoints beside this one; where it has none,
-                it is made of this restore, when the context ends. Not in copy mode.
+            prefetch: Globs on relative paths (``*`` also matches ``/``), or "all". The daemon
+                fetches these files in the background, in the order of the globs. It has no effect
+                on a copy.
+            wait: Whether to wait until the files of `prefetch` are in the node's cache and match
+                their checksums. They stay there while a process uses the checkpoint, so a later
+                failure of the store does not affect them. A mapping of them is safe from SIGBUS
+                (safetensors and ``torch.load(mmap=True)`` map files).
+            progress: The progress of `wait`: True for a bar on the terminal, or a function that
+                gets the bytes in the cache and the bytes of all these files.
+            timeout_s: Longest wait for the daemon's answer, for another process that copies, and
+                with `wait` for the files.
+            mode: "mount" only mounts. "copy" copies the whole checkpoint, also a local one, to the
+                temporary folder (TMPDIR). "auto" mounts if possible. If this machine or filesystem
+                cannot be mounted, it copies, with a warning that has the reason, size and path.
+            include: Globs of the files in a copy. A mount shows all files, because unread files
+                cost nothing.
+            plan: A plan of an earlier restore (``ckptfs plan save``). The daemon fetches its reads
+                ahead, in the same order, only for this process's rank if RANK is set. Either a
+                file, or the URI of a checkpoint with a plan. True takes the plan in this user's
+                cache for the checkpoints beside this one. If there is none, this restore becomes
+                the plan at the end of the context. It has no effect on a copy.
 
         Yields:
-            The directory's path.
+            The path of the directory.
 
         Raises:
             CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError: The store's answer.
-            LocationError: No filesystem of that type can be mounted (only with "mount").
-            CannotMount: This machine cannot mount (only with "mount").
-            PlanError: What `plan` names is none.
-            DaemonError, ConfigError: The daemon's.
+            LocationError: A filesystem of this type cannot be mounted (only with "mount").
+            CannotMount: This machine cannot mount, and with "auto" cannot copy either.
+            CannotCopy: The temporary folder is full or read-only, or the copy's directory belongs
+                to another user (only with "copy"; also a StoreError). In a full folder, nothing is
+                fetched.
+            PlanError: `plan` does not exist or is not a plan.
+            DaemonError, ConfigError: The daemon's error.
+            ValueError: `wait` without `prefetch`.
+            PrefetchFailed: With `wait`, no file matches, some files could not be fetched (the
+                message has their names and causes), or `timeout_s` was over.
+            StoreTimeout, CacheError, LimitExceeded: With `wait`, the store does not answer, the
+                cache's disk fails, or the cache is too small for all files.
+
+        If a read of the checkpoint has failed, exceptions that leave the context get a note with
+        the reason (PEP 678): see ``ckptfs.explain``.
         """
         if mode not in ("auto", "mount", "copy"):
             raise ValueError(f"mode must be 'auto', 'mount' or 'copy', not {mode!r}")
         globs = ["*"] if prefetch == "all" else _globs("prefetch", prefetch)
+        if wait and not globs:
+            raise ValueError(
+                "wait=True waits for the files that prefetch names; give prefetch='all' for all"
+            )
+        awaited = progress if wait else None
         included = _globs("include", include)
         local = local_path_of(filesystem_behind(self), self.path)
+        began_s = time.monotonic()
         with contextlib.ExitStack() as stack:
-            if local is not None:
-                path = _existing(local)
-            elif mode == "copy":
-                path = _copied(self, stack, included)
+            if mode == "copy":
+                path, how = _copied(self, stack, included, timeout_s), "copied, as mode='copy' asks"
+            elif local is not None:
+                path, how = _existing(local), "a local directory"
             else:
+                how = "mounted"
                 try:
-                    path = stack.enter_context(
-                        _mounted(filesystem_behind(self), self.path, globs, timeout_s, plan)
-                    )
-                except (CannotMount, NotDescribable) as error:
+                    filesystem = filesystem_behind(self)
+                    mounted = _mounted(filesystem, self.path, globs, awaited, timeout_s, plan)
+                    path = stack.enter_context(mounted)
+                except (errors.CannotMount, NotDescribable) as error:
                     if mode == "mount":
                         raise
-                    # The caller's line, behind the context manager's two.
-                    warnings.warn(f"ckptfs copies the checkpoint: {error}", stacklevel=3)
-                    path = _copied(self, stack, included)
+                    path = _copied(self, stack, included, timeout_s, because=error)
+                    how = f"copied: {error}"
+            _log.debug("%s: %s after %.3f s: %s", self, path, time.monotonic() - began_s, how)
             yield path
 
     def to_directory(
@@ -176,67 +252,72 @@ class Checkpoint:
         timeout_s: float | None = None,
         progress: Progress | bool = False,
     ) -> str:
-        """Copy the checkpoint to a local directory; other files that are in it stay.
+        """Copy the checkpoint to a local directory, and keep other files there.
 
-        In parallel, verified and resumable; see ``ckptfs._store.copy``.
+        Files are copied in parallel and verified. Each appears under its name when it is complete.
+        A second call continues where the first one ended.
 
         Args:
-            path: The directory; None: ``checkpoint_tmp_<uuid>`` in the temporary folder, the same
-                one for each call on this object and its pickled copies.
-            include: Globs on relative paths; empty: everything.
+            path: The directory; None for ``checkpoint_tmp_<uuid>`` in the temporary folder, which
+                is the same for each call on this object and its pickled copies.
+            include: Globs on relative paths; empty for all files.
             timeout_s: Longest wait for another process that copies to the same directory.
-            progress: True: a bar on the terminal. Or a function, called with the bytes that are
-                there, and the bytes of all files.
+            progress: True for a bar on the terminal or in the notebook, or a function that gets the
+                bytes in the directory and the bytes of all files.
 
         Returns:
             The normalised path of the directory.
 
         Raises:
-            CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: What
-                arrived stays for another try; no file appears under its name before it is whole.
+            CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: The
+                store's answer. Incomplete files stay under other names for another try.
+            CannotCopy: The disk has no room, and nothing was fetched, or the disk failed.
         """
         if path is None:
             path = os.path.join(tempfile.gettempdir(), f"checkpoint_tmp_{self._uuid.hex}")
-        target = os.path.normpath(os.path.expanduser(path))
+        target = os.path.normpath(_expanded(path))
         included = _globs("include", include)
-        with contextlib.ExitStack() as stack:
-            if progress is True:
-                from ckptfs._progress import progress_bar  # rich is slow to import
-
-                progress = stack.enter_context(progress_bar(f"copying {self.path}"))
+        with (
+            _shown(progress, f"copying {self.path}") as told,
+            _readable(filesystem_behind(self), self.path) as store,
+        ):
             copy_directory(
-                stack.enter_context(_readable(filesystem_behind(self), self.path)),
-                Path(target),
-                include=included,
-                timeout_s=timeout_s,
-                progress=progress or None,
+                store, Path(target), include=included, timeout_s=timeout_s, progress=told
             )
         return target
 
     # -- metadata
 
     def get_metadata(self) -> dict[str, Any]:
-        """The metadata that is stored with the checkpoint, ``{}`` where there is none.
+        """Read the metadata of the checkpoint, from ``.metadata.json`` as in Ray.
+
+        Returns:
+            The metadata; ``{}`` if the checkpoint has none.
 
         Raises:
-            MetadataError: What is stored is not JSON.
+            MetadataError: The stored metadata is not JSON.
             AccessDenied, StoreError: The store's answer.
         """
-        if is_lent(filesystem_behind(self)):
+        if is_daemon_only(filesystem_behind(self)):
             with _readable(filesystem_behind(self), self.path) as store:
                 return _metadata.read(store)
         return ask(filesystem_behind(self), self.path, _metadata.read)
 
     def set_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Replace the metadata that is stored with the checkpoint, as a whole; in a store that only
-        the daemon knows key by key.
+        """Replace the metadata of the checkpoint.
+
+        The replacement is atomic. In a store that only the daemon knows, it goes key by key.
+
+        Args:
+            metadata: A dictionary with values of JSON: numbers, texts, lists, dictionaries and so
+                on.
 
         Raises:
-            TypeError, ValueError: It cannot be written as JSON; what is stored stays.
+            TypeError, ValueError: It cannot be written as JSON. The stored metadata stays.
             AccessDenied, StoreError: The store's answer.
         """
-        if is_lent(filesystem_behind(self)):
-            with _client.leased(describe(filesystem_behind(self), self.path)) as top:
+        if is_daemon_only(filesystem_behind(self)):
+            with client.leased(describe(filesystem_behind(self), self.path)) as top:
                 shown = xattrs.metadata(top)
                 shown.update(metadata)
                 for key in shown.keys() - metadata.keys():
@@ -246,15 +327,22 @@ class Checkpoint:
         _tell_changed(filesystem_behind(self), self.path)
 
     def update_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Change some keys of the metadata. Processes of this node that do so wait for each other.
+        """Change some keys of the metadata, and keep the others.
+
+        If several processes of this node do so at the same time, they wait for each other.
+
+            >>> checkpoint.update_metadata({"reviewed": True})
+
+        Args:
+            metadata: The changed keys with their new values.
 
         Raises:
-            TypeError: `metadata` is no dict, or it cannot be written as JSON.
-            MetadataNotDict: What is stored is no dict (also a TypeError).
-            MetadataError, AccessDenied, StoreError: As of `get_metadata` and `set_metadata`.
+            TypeError: `metadata` is not a dictionary, or cannot be written as JSON.
+            MetadataNotDict: The stored metadata is not a dictionary (also a TypeError).
+            MetadataError, AccessDenied, StoreError: As in `get_metadata` and `set_metadata`.
         """
-        if is_lent(filesystem_behind(self)):
-            with _client.leased(describe(filesystem_behind(self), self.path)) as top:
+        if is_daemon_only(filesystem_behind(self)):
+            with client.leased(describe(filesystem_behind(self), self.path)) as top:
                 xattrs.metadata(top).update(metadata)
             return
         ask(filesystem_behind(self), self.path, _metadata.update, metadata)
@@ -262,18 +350,19 @@ class Checkpoint:
 
 
 def filesystem_behind(checkpoint: Any) -> FileSystem:
-    """The filesystem of a checkpoint, or what stands for that of a URI. Checkpoints of Ray have
-    filesystems only."""
+    """The filesystem of a checkpoint, or the description of a URI. Checkpoints of Ray always have
+    filesystems."""
     return getattr(checkpoint, "_filesystem", None) or checkpoint.filesystem
 
 
 def _tell_changed(filesystem: FileSystem, path: str) -> None:
-    with contextlib.suppress(LocationError):
-        _client.tell_metadata_changed(describe(filesystem, path))
+    # The store has the change already, so an error here must not look like one of the change.
+    with contextlib.suppress(errors.CkptfsError, OSError):
+        client.tell_metadata_changed(describe(filesystem, path))
 
 
 def _globs(name: str, globs: Sequence[str]) -> list[str]:
-    if isinstance(globs, str):  # a Sequence[str], but of characters
+    if isinstance(globs, str):  # would be a Sequence[str] of characters
         raise TypeError(f"{name} must be a list of globs, not the string {globs!r}")
     return list(globs)
 
@@ -282,27 +371,84 @@ def _existing(path: str) -> str:
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
-        raise CheckpointIsFile(f"{path} is a file, not a directory; name its directory")
-    raise CheckpointNotFound(f"{path} does not exist; check the path")
+        raise errors.CheckpointIsFile(f"{path} is a file, not a directory; name its directory")
+    raise errors.CheckpointNotFound(f"{path} does not exist; check the path")
 
 
-def _copied(checkpoint: Checkpoint, stack: contextlib.ExitStack, include: Sequence[str]) -> str:
-    # The copy's lock file is beside it: in the scratch directory, and not left if we are killed.
-    path = Path(stack.enter_context(scratch_directory("ckptfs-copy-")), "checkpoint")
-    with _readable(filesystem_behind(checkpoint), checkpoint.path) as store:
-        copy_directory(store, path, include=include)
-    return str(path)
+def _copied(
+    checkpoint: Checkpoint,
+    stack: contextlib.ExitStack,
+    include: Sequence[str],
+    timeout_s: float | None,
+    because: Exception | None = None,
+) -> str:
+    """The path of a copy that lasts as long as `stack`. `because` is the reason for a copy instead
+    of a mount, for a warning."""
+    filesystem = filesystem_behind(checkpoint)
+    with _readable(filesystem, checkpoint.path) as store:
+        manifest = listed(store)
+
+        def fill(target: Path) -> None:
+            copy_directory(store, target, include=include, manifest=manifest)
+
+        try:
+            which = _identity(filesystem, checkpoint)
+            folder = shared_copies.folder_of(which, manifest.version, sorted(set(include)))
+            if because is not None:
+                size = size_text(bytes_chosen(manifest, include))
+                place = shared_copies.path_in(folder)
+                warnings.warn(
+                    f"ckptfs copies the checkpoint ({size}) to {place}: {because}",
+                    stacklevel=level_of_caller(),
+                )
+            copy = shared_copies.shared_copy(folder, fill, timeout_s, store.name)
+            return str(stack.enter_context(copy))
+        except errors.CannotCopy as error:
+            if because is None:
+                raise
+            raise errors.CannotMount(f"{because}; and there can be no copy: {error}") from error
+
+
+def _expanded(path: "str | os.PathLike[str]") -> str:
+    """Replace ``~`` in a path. Raises LocationError if this user has no home, because a directory
+    called ``~`` would be made."""
+    found = os.path.expanduser(path)
+    if found.partition("/")[0] == "~":
+        raise errors.LocationError(
+            f"{path}: uid {os.geteuid()} has no home directory; give an absolute path, or set HOME"
+        )
+    return found
+
+
+def _identity(filesystem: FileSystem, checkpoint: Any) -> str:
+    """A text by which processes find the same copy. It depends on the place. If no text describes
+    that, it depends on the object and its pickled copies, as in Ray."""
+    try:
+        return describe(filesystem, checkpoint.path).identity
+    except NotDescribable:
+        return checkpoint._uuid.hex
 
 
 @contextlib.contextmanager
 def _readable(filesystem: FileSystem, path: str) -> Generator[Store]:
-    """The store to read from: of this process, or through the mount where only the daemon knows
-    it."""
+    """The store of a checkpoint. If only the daemon knows the store, the files of a mount."""
     with contextlib.ExitStack() as stack:
-        if is_lent(filesystem):
-            path = stack.enter_context(_client.leased(describe(filesystem, path)))
+        if is_daemon_only(filesystem):
+            path = stack.enter_context(client.leased(describe(filesystem, path)))
             filesystem = local_filesystem()
         yield stack.enter_context(contextlib.closing(store_of(filesystem, path)))
+
+
+@contextlib.contextmanager
+def _shown(progress: Progress | bool, title: str) -> Generator[Progress | None]:
+    """The function to call with the progress: the caller's, that of a bar, or None."""
+    if progress is not True:
+        yield progress or None
+        return
+    from ckptfs._os.progress_bar import progress_bar  # rich is slow to import
+
+    with progress_bar(title) as told:
+        yield told
 
 
 @contextlib.contextmanager
@@ -310,23 +456,38 @@ def _mounted(
     filesystem: FileSystem,
     path: str,
     prefetch: Sequence[str],
+    awaited: Progress | bool | None,
     timeout_s: float | None,
     plan: "bool | str | os.PathLike[str]",
 ) -> Generator[str]:
-    """The mount path, by the node's or user's daemon, or by one of our own. Raises NotDescribable
-    where the filesystem cannot be handed to any."""
+    """Mount by the node's or user's daemon, or by a private one, and yield the path. `awaited` is
+    the progress of a wait for `prefetch`, or None not to wait. Raises NotDescribable if no daemon
+    can get the filesystem."""
+    begun = prefetch if awaited is None else ()
+    location = found = None
     try:
         location = describe(filesystem, path)
     except NotDescribable as error:
         if plan is not False:
-            raise PlanError(
+            raise errors.PlanError(
                 f"{path}: a filesystem that needs a private daemon has no plans; leave plan out"
             ) from None
-        with _private.leased(dump(filesystem, error), path, prefetch, timeout_s) as mounted:
+        pickled = dump(filesystem, error)
+        connect = partial(private_daemon.connect, pickled)
+        lease = private_daemon.leased(pickled, path, begun, timeout_s)
+    else:
+        if plan is not False:
+            found = plans.kept(location) if plan is True else plans.read(plan)
+        connect = partial(client.connect, None)
+        lease = client.leased(location, prefetch=begun, plan=found, timeout_s=timeout_s)
+    with lease as mounted:
+        if awaited is not None:
+            with (
+                _shown(awaited, f"fetching {os.path.basename(mounted)}") as told,
+                connect(_ANSWER_S) as connection,
+            ):
+                wait_fetched(connection, mounted, prefetch, timeout_s, told)
+        with noting(mounted):
             yield mounted
-        return
-    found = None if plan is False else _plans.kept(location) if plan is True else _plans.read(plan)
-    with _client.leased(location, prefetch=prefetch, plan=found, timeout_s=timeout_s) as mounted:
-        yield mounted
-        if plan is True and found is None:
-            _plans.remember(location)
+        if location is not None and plan is True and found is None:
+            plans.remember(location)

@@ -1,12 +1,20 @@
 """The exceptions of ckptfs.
 
-Each message is one line that says what happened, to which checkpoint or file, and what to do. Where
-Python has a fitting builtin exception, ours is also one of those, so that code written for local
-files keeps working. No exception knows an errno: the one table that translates is in
-``ckptfs._daemon.fuse``.
+Each message is one line that says what happened, to which checkpoint or file, and what to do. If
+Python has a fitting builtin exception, the class here derives from it, too, so that code for local
+files keeps working.
 """
 
+# The exceptions have no errno. The table of errnos is in ckptfs._daemon.fuse.operations.
+
 from typing import ClassVar
+
+__all__: list[str] = ["AccessDenied", "AgeError", "Busy", "CacheError", "CannotCopy", "CannotMount"]
+__all__ += ["CheckpointIsFile", "CheckpointNotFound", "CkptfsError", "ConfigError", "DaemonError"]
+__all__ += ["ExpressionError", "LimitExceeded", "LocationError", "MetadataError", "MetadataNotDict"]
+__all__ += ["NoDaemon", "NotAttached", "ObjectChanged", "PlaceUnusable", "PlanError"]
+__all__ += ["PrefetchFailed", "ProtocolError", "RateError", "RightsNotLent", "SizeError"]
+__all__ += ["StoreError", "StoreNotAllowed", "StoreTimeout", "StoreUnavailable", "UnknownStore"]
 
 
 class CkptfsError(Exception):
@@ -18,186 +26,142 @@ class CkptfsError(Exception):
 
     code: ClassVar[str] = "error"
 
-
-class LocationError(CkptfsError, ValueError):
-    """A URI or filesystem that ckptfs cannot understand, e.g. an unknown scheme."""
-
-    code = "location"
-
-
-class UnknownStore(LocationError):
-    """No store of that name is configured where it was looked for."""
-
-    code = "unknown-store"
+    def __init_subclass__(cls, *, code: str = "") -> None:
+        super().__init_subclass__()
+        if code:
+            cls.code = code
+            BY_CODE[code] = cls
 
 
-class CheckpointNotFound(CkptfsError, FileNotFoundError):
-    """There is no such bucket, container or directory."""
-
-    code = "not-found"
+BY_CODE: dict[str, type[CkptfsError]] = {CkptfsError.code: CkptfsError}
+"""Exception class of each code, with which a client raises the daemon's error."""
 
 
-class CheckpointIsFile(CkptfsError, NotADirectoryError):
-    """The location is a single object, where a directory was expected."""
-
-    code = "is-file"
+class LocationError(CkptfsError, ValueError, code="location"):
+    """An invalid URI or an unsupported filesystem, e.g. an unknown scheme."""
 
 
-class AccessDenied(CkptfsError, PermissionError):
+class UnknownStore(LocationError, code="unknown-store"):
+    """The name of a store that is not in the configuration."""
+
+
+class CheckpointNotFound(CkptfsError, FileNotFoundError, code="not-found"):
+    """The bucket, container or directory does not exist."""
+
+
+class CheckpointIsFile(CkptfsError, NotADirectoryError, code="is-file"):
+    """The location is a single object instead of a directory."""
+
+
+class AccessDenied(CkptfsError, PermissionError, code="access-denied"):
     """The store refused the credentials, or the daemon refused the user."""
 
-    code = "access-denied"
 
+class RightsNotLent(AccessDenied, code="rights-not-lent"):
+    """The daemon would need its own rights to read the location, or to read files of the caller.
 
-class RightsNotLent(AccessDenied):
-    """The daemon would have to read the location with rights of its own, or files of the caller's.
-
-    A client then sends contents in place of paths, where it has some.
+    A client then sends the contents of its files instead of their paths, if it has any.
     """
 
-    code = "rights-not-lent"
+
+class StoreNotAllowed(AccessDenied, code="store-not-allowed"):
+    """This user may not use the daemon's named store."""
 
 
-class StoreNotAllowed(AccessDenied):
-    """The daemon's named store is not for this user."""
-
-    code = "store-not-allowed"
+class StoreError(CkptfsError, OSError, code="store"):
+    """The store sent a response that ckptfs cannot use."""
 
 
-class StoreError(CkptfsError, OSError):
-    """The store answered with something that ckptfs cannot use."""
-
-    code = "store"
+class CannotCopy(StoreError, code="cannot-copy"):
+    """The local disk cannot hold a copy, because it is full, read-only or another user's."""
 
 
-class StoreUnavailable(StoreError):
-    """The store cannot be reached, or is overloaded. Trying again later can help.
+class StoreUnavailable(StoreError, code="store-unavailable"):
+    """The store is unreachable or overloaded. A later attempt can succeed.
 
     Attributes:
-        retry_after_s: How long the store asks to be left alone; 0: it did not say.
+        retry_after_s: Seconds that the store asks clients to wait; 0 if it does not say.
     """
 
-    code = "store-unavailable"
     retry_after_s: float = 0.0
 
 
-class StoreTimeout(StoreUnavailable, TimeoutError):
+class StoreTimeout(StoreUnavailable, TimeoutError, code="store-timeout"):
     """The store did not answer before the deadline."""
 
-    code = "store-timeout"
+
+class ObjectChanged(CkptfsError, code="object-changed"):
+    """The store no longer has the version of an object that the attach pinned."""
 
 
-class ObjectChanged(CkptfsError):
-    """An object is no longer the version that was pinned when its checkpoint was attached."""
-
-    code = "object-changed"
+class CacheError(CkptfsError, OSError, code="cache"):
+    """The cache's disk failed or is full, or a block in the cache is damaged."""
 
 
-class CacheError(CkptfsError, OSError):
-    """The cache or its disk could not do what was asked for, or not all of it, or it is damaged."""
-
-    code = "cache"
+class MetadataError(CkptfsError, ValueError, code="metadata"):
+    """The stored metadata of a checkpoint is not JSON."""
 
 
-class MetadataError(CkptfsError, ValueError):
-    """What is stored as a checkpoint's metadata is not JSON."""
-
-    code = "metadata"
+class MetadataNotDict(MetadataError, TypeError, code="metadata-not-dict"):
+    """The stored metadata of a checkpoint is JSON, but not an object with keys."""
 
 
-class MetadataNotDict(MetadataError, TypeError):
-    """What is stored as a checkpoint's metadata is JSON, but no object: it has no keys."""
-
-    code = "metadata-not-dict"
+class ExpressionError(CkptfsError, ValueError, code="expression"):
+    """An invalid expression of ``ckptfs find``."""
 
 
-class ExpressionError(CkptfsError, ValueError):
-    """An expression of ``ckptfs find`` that is not in its language."""
-
-    code = "expression"
+class RateError(CkptfsError, ValueError, code="rate"):
+    """An invalid limit in bytes per second. A valid one is ``50M``."""
 
 
-class RateError(CkptfsError, ValueError):
-    """A bandwidth limit that is no number of bytes per second."""
-
-    code = "rate"
+class SizeError(CkptfsError, ValueError, code="size"):
+    """An invalid number of bytes. A valid one is ``500G``."""
 
 
-class SizeError(CkptfsError, ValueError):
-    """A limit that is no number of bytes."""
-
-    code = "size"
+class PrefetchFailed(CkptfsError, code="prefetch-failed"):
+    """The prefetch of some files failed."""
 
 
-class PrefetchFailed(CkptfsError):
-    """Some of the files that were to be fetched could not be."""
-
-    code = "prefetch-failed"
+class AgeError(CkptfsError, ValueError, code="age"):
+    """An invalid age or duration, e.g. one without a unit."""
 
 
-class AgeError(CkptfsError, ValueError):
-    """An age that is none."""
-
-    code = "age"
+class ConfigError(CkptfsError, ValueError, code="config"):
+    """An invalid configuration file or environment variable, or an unusable directory."""
 
 
-class ConfigError(CkptfsError, ValueError):
-    """A configuration file, environment variable or directory that cannot be used."""
-
-    code = "config"
+class DaemonError(CkptfsError, code="daemon"):
+    """The daemon is unreachable, did not start, or ended during a request."""
 
 
-class DaemonError(CkptfsError):
-    """The daemon could not be reached or started, or ended while it was needed."""
-
-    code = "daemon"
+class NoDaemon(DaemonError, code="no-daemon"):
+    """No daemon is running, and this command does not start a daemon."""
 
 
-class NoDaemon(DaemonError):
-    """No daemon is running, and this command does not start one."""
-
-    code = "no-daemon"
+class CannotMount(DaemonError, code="cannot-mount"):
+    """This machine cannot mount (no /dev/fuse, no permission, or a missing package)."""
 
 
-class CannotMount(DaemonError):
-    """This machine does not let us mount (no /dev/fuse, no permission, a missing package)."""
-
-    code = "cannot-mount"
-
-
-class ProtocolError(DaemonError):
-    """A message on the control socket was malformed, too large, or of another version."""
-
-    code = "protocol"
+class PlaceUnusable(CannotMount, ConfigError, code="place"):
+    """A directory for a daemon's socket, mount or cache is unusable. It is in use, read-only, full,
+    missing or another user's, or its path is too long."""
 
 
-class NotAttached(CkptfsError, LookupError):
+class ProtocolError(DaemonError, code="protocol"):
+    """A message on the control socket is malformed, too large, or of another version."""
+
+
+class NotAttached(CkptfsError, LookupError, code="not-attached"):
     """The named path or URI is not an attached checkpoint."""
 
-    code = "not-attached"
+
+class PlanError(CkptfsError, ValueError, code="plan"):
+    """The plan is missing or invalid."""
 
 
-class PlanError(CkptfsError, ValueError):
-    """What should be a plan is none, or there is none."""
-
-    code = "plan"
+class Busy(CkptfsError, code="busy"):
+    """A process still uses the checkpoint or the mount that a command should end."""
 
 
-class Busy(CkptfsError):
-    """Something is still in use, so it cannot be ended."""
-
-    code = "busy"
-
-
-class LimitExceeded(CkptfsError):
-    """A configured limit was reached; the message names it."""
-
-    code = "limit"
-
-
-def _tree(root: type[CkptfsError]) -> list[type[CkptfsError]]:
-    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
-
-
-BY_CODE: dict[str, type[CkptfsError]] = {cls.code: cls for cls in _tree(CkptfsError)}
-"""Exception class of each code, to raise in a client what the daemon reported."""
+class LimitExceeded(CkptfsError, code="limit"):
+    """The request exceeds a configured limit, which the message names."""

@@ -1,14 +1,16 @@
 """Extended attributes of mounted checkpoints, for code that has only a path.
 
+    >>> from ckptfs import xattrs
     >>> info = xattrs.read("/run/ckptfs/mnt/checkpoint_000100-6f1d0c2a9b3e")
     >>> info.state, info.metadata["val_loss"]
     ('lazy', 0.25)
     >>> xattrs.metadata(info.path)["reviewed"] = True
 
-Every function takes any path inside a checkpoint and speaks of the checkpoint, except `get` and
-`read_all`, which speak of that file or directory.
+Every function takes any path inside a checkpoint. `read`, `metadata` and `root_of` are about the
+checkpoint, `get` and `read_all` about that file or directory.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -20,30 +22,30 @@ import msgspec
 from ckptfs._model import attributes as names
 from ckptfs._model.attributes import PREFIX as PREFIX
 from ckptfs._model.manifest import METADATA_NAME
-from ckptfs._mounts import is_mounted
+from ckptfs._os.mountinfo import is_mounted
 from ckptfs.errors import MetadataError, MetadataNotDict, NotAttached, StoreError
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known about a mounted checkpoint.
+    """The state of a mounted checkpoint.
 
     Attributes:
         path: Its directory inside the mount.
-        uri: Where it comes from, without secrets.
+        uri: The URI of its place, without secrets.
         id: 12 hex digits, equal for attachments of the same place.
-        version: Digest of all names, sizes and times.
+        version: Digest of all names, sizes, times and ETags.
         format: `safetensors`, `torch-zip`, `torch-dcp`, `orbax`, `huggingface`, `tensorflow` or
             `unknown`.
-        size: Bytes.
-        files: How many.
-        cached: Bytes that are on this node.
+        size: Bytes of all files.
+        files: Number of files.
+        cached: Bytes in this node's cache.
         state: `lazy`, `fetching`, `cached`, `changed` or `failing`.
         error: The last error, or "".
-        skipped: What is not shown, and why.
-        attached: When, seconds since the epoch.
+        skipped: Objects and metadata keys that the mount cannot show, each with the reason.
+        attached: The time of the attach, in seconds since the epoch.
         holders: Ids of the processes that hold it.
-        pinned: It stays until it is detached.
-        metadata: Its own metadata, as far as attributes can carry it.
+        pinned: Whether it stays until it is detached.
+        metadata: Its metadata, without values that attributes cannot carry.
     """
 
     path: str
@@ -64,10 +66,10 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read(path: "str | os.PathLike[str]") -> CheckpointInfo:
-    """What is known about the checkpoint that `path` is in.
+    """Read the state of the checkpoint that contains `path`.
 
     Raises:
-        NotAttached: It is in no mounted checkpoint.
+        NotAttached: The path is not inside a mounted checkpoint.
         OSError: The path does not exist or cannot be read.
     """
     top = root_of(path)
@@ -100,25 +102,31 @@ def read(path: "str | os.PathLike[str]") -> CheckpointInfo:
 
 
 def metadata(path: "str | os.PathLike[str]") -> "Metadata":
-    """The metadata of the checkpoint that `path` is in, as a mapping that can be changed.
+    """The metadata of the checkpoint that contains `path`, as a mapping that can be changed.
 
     Raises:
-        NotAttached: It is in no mounted checkpoint.
+        NotAttached: The path is not inside a mounted checkpoint.
         OSError: The path does not exist or cannot be read.
     """
     return Metadata(root_of(path))
 
 
 class Metadata(MutableMapping[str, Any]):
-    """The metadata of a mounted checkpoint, all of it, also what attributes cannot carry. Each
-    access asks the daemon; a change is at the store, and visible to everybody, when it returns.
+    """The metadata of a mounted checkpoint as a mapping. `metadata` makes it.
+
+    It has all of the metadata, also values that attributes cannot carry. Each access asks the
+    daemon. When a change returns, the store has it, and every reader sees it.
+
+        >>> shown = xattrs.metadata(path)
+        >>> shown["reviewed"] = True
+        >>> del shown["draft"]
 
     Raises:
         TypeError, ValueError: A value cannot be written as JSON.
-        MetadataError: What is read is no JSON object; or a key to be set cannot be the name of an
-            attribute, or the value is too long for one.
-        PermissionError: The store, or the mount, refuses.
-        StoreError: Any other reason why it cannot be changed, as ``user.ckptfs.error`` has it.
+        MetadataError: The stored metadata is not a JSON object, a new key cannot be the name of an
+            attribute, or its value is too long for one.
+        PermissionError: The store or the mount refused the change.
+        StoreError: The change failed for another reason, which ``user.ckptfs.error`` has.
     """
 
     def __init__(self, top: str) -> None:
@@ -135,7 +143,7 @@ class Metadata(MutableMapping[str, Any]):
         self._change(key, lambda name: os.removexattr(self._top, name))
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Set several keys, one after the other; none if one of them cannot be set."""
+        """Set several keys, one after the other. If one is invalid, set none."""
         new = dict(changes, **more)
         for key, value in new.items():
             _name_of(key)
@@ -162,7 +170,8 @@ class Metadata(MutableMapping[str, Any]):
             raise MetadataError(f"{path} is not JSON ({error}); correct the file") from None
         if not isinstance(found, dict):
             raise MetadataNotDict(
-                f"{path} holds a {type(found).__name__} and not a dict, so it has no keys"
+                f"{path} holds a {type(found).__name__} and not a dict, so it has no keys; "
+                "ckptfs.Checkpoint.set_metadata replaces it"
             )
         return cast("dict[str, Any]", found)
 
@@ -179,9 +188,10 @@ class Metadata(MutableMapping[str, Any]):
 
 
 def get(path: "str | os.PathLike[str]", name: str) -> str | None:
-    """The text of the attribute `name` (e.g. ``user.ckptfs.state``), or None where there is none.
+    """The text of an attribute, e.g. ``user.ckptfs.state``; None if the path does not have it.
 
-    Raises OSError if the path does not exist or cannot be read.
+    Raises:
+        OSError: The path does not exist or cannot be read.
     """
     try:
         return os.getxattr(path, name).decode("utf-8", "replace")
@@ -192,7 +202,7 @@ def get(path: "str | os.PathLike[str]", name: str) -> str | None:
 
 
 def read_all(path: "str | os.PathLike[str]") -> dict[str, str]:
-    """All attributes that ckptfs states about `path`, by full name.
+    """All attributes of ckptfs of `path` by their full names, also those that listxattr(2) omits.
 
     Raises:
         NotAttached: The path is not inside a mounted checkpoint.
@@ -200,14 +210,31 @@ def read_all(path: "str | os.PathLike[str]") -> dict[str, str]:
     """
     if get(path, names.URI) is None or not is_mounted(path):
         raise _not_attached(path)
-    found = {name: get(path, name) for name in os.listxattr(path) if name.startswith(PREFIX)}
-    return {name: value for name, value in found.items() if value is not None}
+    stated = (name for name in sorted(names.STATED) if name.startswith(PREFIX))
+    found = {name: value for name in stated if (value := get(path, name)) is not None}
+    return found | (_metadata_of(os.fspath(path)) if names.ID in found else {})
+
+
+def _metadata_of(top: str) -> dict[str, str]:
+    """The attributes of the metadata, most of which listxattr(2) omits. Empty if the store does not
+    answer or the file is not a JSON object; ``user.ckptfs.error`` then has the reason."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(MetadataError, OSError):
+        for key, value in Metadata(top).items():
+            with contextlib.suppress(MetadataError, RecursionError):
+                found[_name_of(key)] = _text_of(key, value).decode()
+    return found
 
 
 def root_of(path: "str | os.PathLike[str]") -> str:
-    """The directory of the checkpoint that `path` is in. Raises as `read`."""
+    """The directory of the checkpoint that contains `path`.
+
+    Raises:
+        NotAttached: The path is not inside a mounted checkpoint.
+        OSError: The path does not exist or cannot be read.
+    """
     top = os.path.realpath(path)
-    os.stat(top)  # its own error, where there is nothing
+    os.stat(top)  # raises the error of a missing path
     if is_mounted(top):
         while top != os.path.dirname(top):
             if get(top, names.ID) is not None:

@@ -1,12 +1,14 @@
-"""Load one tensor of a remote checkpoint of 1 GiB through a ckptfs mount, and show what it took.
+"""Load one tensor of a remote checkpoint of 1 GiB through a ckptfs mount, and show its cost.
 
-The checkpoint, an S3 server for it, the daemon and its cache live in a temp directory that is gone
-at the end. The bytes are counted by a proxy in front of the server, not by ckptfs. Exits with 0 if
-the tensor is right, hardly more than its bytes were fetched, and nothing is left behind.
+The checkpoint, an S3 server for it, the daemon and its cache are in a temp directory, which the
+demo removes at the end. A proxy in front of the server counts the bytes, and not ckptfs. The exit
+status is 0 if the tensor is right, ckptfs has fetched hardly more than its bytes, and nothing is
+left behind.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -29,7 +31,7 @@ from safetensors.numpy import save_file
 from ckptfs import Checkpoint, CkptfsError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from s3server import S3Server, Traffic
+from support.s3server import S3Server, Traffic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +48,7 @@ BUCKET = "models"
 NAME = "demo"
 SHARD = f"model-00002-of-0000{SHARDS}.safetensors"
 TENSOR = "layers.1.gate.weight"
-"""What is loaded: it lies in the middle of its shard."""
+"""The tensor to load, in the middle of its shard."""
 
 FETCHED_RATIO_MAX = 1.1
 FETCHED_EXTRA_BYTES_MAX = 2 << 20
@@ -56,7 +58,7 @@ DISK_BYTES = 3 << 30
 """The checkpoint, its full copy, and some."""
 
 KEPT_ENTRIES = ("objects", "copy", "cache")
-"""What may be in the temp directory when all has ended: the demo's own, and the daemon's cache."""
+"""Entries that may stay in the temp directory: the demo's own, and the daemon's cache."""
 
 SOCKET_PATH_BYTES_MAX = 100
 """A unix socket's path has room for 108 bytes; the daemon may add a suffix."""
@@ -106,7 +108,7 @@ def make_checkpoint(folder: Path) -> int:
 
 
 def count_needed_bytes(shard: Path) -> int:
-    """What nobody can load TENSOR of `shard` without: the header and the tensor itself."""
+    """Bytes that a load of TENSOR needs: those of the header of `shard` and the tensor itself."""
     with shard.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         start, end = json.loads(file.read(header_bytes))[TENSOR]["data_offsets"]
@@ -261,7 +263,8 @@ def clean_up(temp: Path) -> bool:
 
 
 def main() -> int:
-    # Ended by a signal, it cleans up as well.
+    argparse.ArgumentParser(prog="scripts/demo", description=__doc__).parse_args()
+    # A program that a signal ends cleans up as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     temp = Path(tempfile.mkdtemp(prefix="ckptfs-demo-")).resolve()
     passed = False

@@ -49,15 +49,15 @@ WORDS = [
     *("<Contents>", "</Contents>", "<Key>", "</Key>", "<Size>", "<!DOCTYPE", "<!ENTITY", "&amp;"),
     *(r"PK\x01\x02", r"PK\x05\x06", r"PK\x06\x06", r"\x8c\x0cstorage_data", r"\x80\x04"),
 ]
-"""That libFuzzer would take long to find."""
+"""Inputs that libFuzzer would take long to find."""
 
 
 def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """Messages on the control socket, as the daemon decodes them."""
-    from ckptfs._model import requests, wire
     from ckptfs._model.location import Location
-    from ckptfs._model.plan import Plan, Step
-    from ckptfs._store.kinds import lent_for
+    from ckptfs._model.plans.plan import Plan, Step
+    from ckptfs._model.protocol import requests, wire
+    from ckptfs._store.kinds import daemon_rights_for
     from ckptfs.errors import ProtocolError
 
     place = Location("s3", "bucket/run", {"region": "eu"}, {"access_key": "k"})
@@ -89,7 +89,13 @@ def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         assert wire.decode_request(wire.encode(request)) == request
         location = getattr(request, "location", None)
         if location is not None:
-            _ = location.uri, location.name, location.digest, location.identity, lent_for(location)
+            _ = (
+                location.uri,
+                location.name,
+                location.digest,
+                location.identity,
+                daemon_rights_for(location),
+            )
             assert "/" not in location.name and location.name not in (".", "..")
 
     return run, [wire.encode(seed) for seed in seeds]
@@ -97,7 +103,7 @@ def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
 def manifest() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """Listings with hostile names, and the tree that is made of them."""
-    from ckptfs._daemon.tree import Tree
+    from ckptfs._daemon.attachment.inodes import Tree
     from ckptfs._model.manifest import ListedFile, Listing, build_manifest
 
     def run(data: bytes) -> None:
@@ -120,14 +126,14 @@ def manifest() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 class _Answers:
     """In place of an `S3Client`: its answer is always `data`."""
 
-    is_amazon = False
+    answers_are_whole = False
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._left = 3  # pages
 
     def request(self, method: str, *_: Any, **__: Any) -> Any:
-        from ckptfs._store.s3client import S3Error
+        from ckptfs._store.s3.client import S3Error
 
         self._left -= 1
         if method == "HEAD" or self._left < 0:
@@ -139,7 +145,7 @@ class _Answers:
 def listing() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """The XML of S3's listings."""
     from ckptfs._model.manifest import build_manifest
-    from ckptfs._store.s3 import S3Store
+    from ckptfs._store.s3.store import S3Store
     from ckptfs.errors import CkptfsError
 
     page = (
@@ -167,14 +173,14 @@ def cache() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """The description and the map of a cached object, as they lie on the disk."""
     import msgspec
 
-    from ckptfs._daemon import cachedir
+    from ckptfs._daemon.cache import object_dir
 
     size = 3 << 20
-    key = cachedir.ObjectKey("store", "path", size, 1)
-    origin = cachedir.Origin("run-0123", "s3://b/run", "b/run", size, 0)
-    about = cachedir.About(cachedir.FORMAT, key, '"e"', False, origin)
+    key = object_dir.ObjectKey("store", "path", size, 1)
+    origin = object_dir.Origin("run-0123", "s3://b/run", "b/run", size, 0)
+    about = object_dir.About(object_dir.FORMAT, key, '"e"', False, origin)
     folder = Path(tempfile.mkdtemp(), key.digest())
-    cachedir.create(folder, about).close()
+    object_dir.create(folder, about).close()
     whole = msgspec.json.encode(about)
     map_ = (folder / "map").read_bytes()
 
@@ -183,7 +189,7 @@ def cache() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         (folder / "about.json").write_bytes(described)
         (folder / "map").write_bytes(mapped)
         try:
-            files, found, sums = cachedir.open_existing(folder, key)
+            files, found, sums = object_dir.open_existing(folder, key)
         except (OSError, ValueError):
             return
         files.close()
@@ -194,7 +200,7 @@ def cache() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
 def formats() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """Headers of safetensors files, and central directories of zip archives."""
-    from ckptfs._model import formats
+    from ckptfs._model.formats import headers
 
     def check(parts: Any, size: int) -> None:
         if parts is not None:
@@ -203,16 +209,16 @@ def formats() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
     def run(data: bytes) -> None:
         size = len(data) + 100_000
-        if length := formats.safetensors_header_length(data[:9], len(data)):
-            formats.safetensors_tensors(data[:length])
-        formats.safetensors_tensors(data)
-        check(formats.safetensors_parts(data, size), size)
-        end = data[-formats.ZIP_END_BYTES :]
-        where = formats.zip_directory_range(end, len(data))
-        for entry in formats.zip_entries(data[where.start : where.stop], where.start):
+        if length := headers.safetensors_header_length(data[:9], len(data)):
+            headers.safetensors_tensors(data[:length])
+        headers.safetensors_tensors(data)
+        check(headers.safetensors_parts(data, size), size)
+        end = data[-headers.ZIP_END_BYTES :]
+        where = headers.zip_directory_range(end, len(data))
+        for entry in headers.zip_entries(data[where.start : where.stop], where.start):
             assert 0 <= entry.start <= entry.end <= where.start
-        check(formats.zip_parts(data[where.start : where.stop], where.start), where.start)
-        check(formats.zip_parts(data, size), size)
+        check(headers.zip_parts(data[where.start : where.stop], where.start), where.start)
+        check(headers.zip_parts(data, size), size)
 
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,70000]},"__metadata__":{}}'
     archive = BytesIO()
@@ -225,9 +231,9 @@ def formats() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
 def dcp() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """The pickle of torch.distributed.checkpoint."""
-    from archives import pickle_metadata
+    from support.archives import pickle_metadata
 
-    from ckptfs._model import dcp
+    from ckptfs._model.formats import dcp
 
     items = [(f"layer.{i}", f"__{i}_0.distcp", i * 70_000, 70_000) for i in range(3)]
 
@@ -244,7 +250,7 @@ def dcp() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
 def metadata() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """A checkpoint's ``.metadata.json`` and its attributes."""
-    from ckptfs._daemon.xattrs import shown_values
+    from ckptfs._daemon.fs.xattrs import shown_values
     from ckptfs._model import attributes as names
     from ckptfs._store import metadata as stored
     from ckptfs.errors import MetadataError
@@ -269,9 +275,9 @@ def metadata() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
 
 def plan() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
     """Plans, applied to a checkpoint, and the files that their tensors are looked for in."""
-    from ckptfs._model import plan as plans
-    from ckptfs._model.formats import Tensor
-    from ckptfs._model.layout import layout
+    from ckptfs._model.formats.headers import Tensor
+    from ckptfs._model.formats.tensors import layout
+    from ckptfs._model.plans import plan as plans
     from ckptfs.errors import PlanError
 
     step = plans.Step(0, "t", 1, 1 << 40, (3,))
@@ -313,7 +319,8 @@ def _fuzz(name: str, seconds: int, corpus: str, seed: int) -> None:
     """Run one target in this process. Never returns: libFuzzer ends it."""
     import atheris
 
-    with atheris.instrument_imports(include=["ckptfs"]):
+    # The stubs lack this function.
+    with atheris.instrument_imports(include=["ckptfs"]):  # pyright: ignore[reportAttributeAccessIssue]
         run, seeds = TARGETS[name]()
     for number, data in enumerate(seeds):
         Path(corpus, f"seed-{number}").write_bytes(data)
@@ -336,7 +343,9 @@ def _fuzz(name: str, seconds: int, corpus: str, seed: int) -> None:
 
 def main() -> None:
     """See ``scripts/fuzz --help``."""
-    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts/fuzz", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=60, help="of each target (60)")
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers (1)")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from s3server import S3Server
+from support.s3server import S3Server
 
 AUTOFS = Path("/dev/autofs")
 PROJECT = Path(__file__).parents[1]

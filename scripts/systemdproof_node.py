@@ -108,13 +108,15 @@ def processes() -> list[str]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if "ckptfs._daemon" in command or "_bindlease" in command:
+                if any(
+                    name in command for name in ("ckptfs._keeper", "ckptfs._daemon", "bind_holder")
+                ):
                     found.append(command)
     return found
 
 
 def files() -> set[str]:
-    """All files and folders of the system that are somebody's business."""
+    """All files and folders of the system that this proof compares."""
     found: set[str] = set()
     for folder, names, others in os.walk("/"):
         names[:] = [
@@ -140,9 +142,12 @@ def step(name: str) -> Iterator[None]:
 
 
 def install() -> None:
-    say(run("/project/scripts/install-node", WHEEL))
+    """By a ckptfs in an environment of a user's; then an upgrade by itself."""
+    run("python3", "-m", "venv", "/tmp/venv")
+    run("/tmp/venv/bin/pip", "install", "--quiet", WHEEL)
+    say(run("/tmp/venv/bin/ckptfs", "install-node"))
     before = files()
-    run("/project/scripts/install-node", WHEEL)
+    run("ckptfs", "install-node", WHEEL)
     assert {f for f in files() ^ before if "__pycache__" not in f} == set()
     units = [f"/usr/local/lib/systemd/system/ckptfs.{kind}" for kind in ("service", "socket")]
     said = run("systemd-analyze", "verify", *units, check=False)
@@ -180,6 +185,13 @@ def public_uri() -> str:
     return re.sub(r"//[^@/]*@", "//", URI)
 
 
+def store_endpoint() -> str:
+    """The host and port of the store."""
+    found = re.search(r"endpoint_override=([^&]*)", URI)
+    assert found
+    return found[1].replace("%3A", ":")
+
+
 def activation() -> None:
     assert shown("ActiveState") == "inactive"
     path = run("ckptfs", "attach", public_uri()).strip()
@@ -192,7 +204,7 @@ def activation() -> None:
     run("ckptfs", "detach", path)
 
 
-def under_load(how: str, times: int, do: Callable[[], None]) -> None:
+def under_load(how: str, times: int, do: Callable[[], object]) -> None:
     """Eight readers verify while the service is restarted or killed so many times."""
     Path("/tmp/enough").unlink(missing_ok=True)
     run("systemctl", "reset-failed", "ckptfs.service", check=False)
@@ -208,7 +220,7 @@ def under_load(how: str, times: int, do: Callable[[], None]) -> None:
         for seed, kind in enumerate(("read", "pread", "mmap", "look") * 2)
     ]
     try:
-        assert [reader.stdout.readline() for reader in readers] == ["ready\n"] * 8
+        assert [reader.stdout and reader.stdout.readline() for reader in readers] == ["ready\n"] * 8
         before = status()
         for _ in range(times):
             time.sleep(0.5)
@@ -289,7 +301,7 @@ def stop() -> None:
 def fstab() -> None:
     before = Path("/etc/fstab").read_text() if Path("/etc/fstab").exists() else None
     source = public_uri().partition("?")[0]
-    endpoint = re.search(r"endpoint_override=([^&]*)", URI)[1].replace("%3A", ":")
+    endpoint = store_endpoint()
     options = f"ro,noauto,_netdev,x-systemd.automount,endpoint=http://{endpoint},region=us-east-1"
     PLACE.mkdir()
     line = f"{source} {PLACE} fuse.ckptfs {options} 0 0\n"
@@ -329,7 +341,7 @@ def fstab() -> None:
 
 
 def idle_out(line: str, options: str) -> None:
-    """A place that nobody looks at any more is unmounted, and lets go."""
+    """systemd unmounts an idle place, and the keeper lets go."""
     Path("/etc/fstab").write_text(line.replace(options, f"{options},x-systemd.idle-timeout=1"))
     run("systemctl", "daemon-reload")
     run("systemctl", "start", "mnt-ckpt.automount")
@@ -343,7 +355,7 @@ def named_store() -> None:
     """A store that the configuration names, with a credential of the service, after a reload."""
     config = Path("/etc/ckptfs.toml")
     before, pid = config.read_text(), status()["pid"]
-    endpoint = re.search(r"endpoint_override=([^&]*)", URI)[1].replace("%3A", ":")
+    endpoint = store_endpoint()
     config.write_text(
         f'{before}\n[store.proof]\nuri = "s3://proof"\nendpoint = "http://{endpoint}"\n'
         'region = "us-east-1"\ncredentials = { file = "aws" }\n'
@@ -424,7 +436,7 @@ def main() -> None:
         activation()
     restart = "systemctl", "restart", "ckptfs.service"
     with step("systemctl restart under load"):
-        under_load("restarted", RESTARTS, lambda: run(*restart) and None)
+        under_load("restarted", RESTARTS, lambda: run(*restart))
     with step("systemctl kill -s KILL under load, after daemon-reexec"):
         run("systemctl", "daemon-reexec")
         under_load("killed", KILLS, kill)
@@ -444,7 +456,7 @@ def main() -> None:
     with step("uninstall"):
         for path in ("/etc/systemd/system/ckptfs.service.d", "/etc/ckptfs-credentials"):
             run("rm", "-r", path)
-        say(run("/project/scripts/install-node", "--uninstall"))
+        say(run("ckptfs", "install-node", "--uninstall"))
         ours = {name for name in files() ^ before if "__pycache__" not in name}
         assert ours == set(), sorted(ours)[:50]
         assert not os.path.exists("/run/ckptfs")

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3server import S3Server
+from support.s3server import S3Server
 
-from ckptfs import _client
 from ckptfs.__main__ import main
-from ckptfs._config import load_config
+from ckptfs._client import client
+from ckptfs._config.load import load_config
 
 HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
 COMMAND_TIMEOUT_S = 60
@@ -82,10 +82,12 @@ def mounts() -> set[str]:
 
 def workers() -> set[int]:
     """Processes of this run in which libraries of stores run."""
-    return daemons(module=b"ckptfs._workers")
+    return daemons(modules=(b"ckptfs._workers",))
 
 
-def daemons(argument: bytes = b"", module: bytes = b"ckptfs._daemon") -> set[int]:
+def daemons(
+    argument: bytes = b"", modules: tuple[bytes, ...] = (b"ckptfs._keeper", b"ckptfs._daemon")
+) -> set[int]:
     """Processes of this run that are a keeper or a daemon, and have `argument` on their command
     line."""
     ours = tempfile.gettempdir().encode()
@@ -97,7 +99,8 @@ def daemons(argument: bytes = b"", module: bytes = b"ckptfs._daemon") -> set[int
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if module in command and argument in command and ours in environment:
+            is_one = any(module in command for module in modules)
+            if is_one and argument in command and ours in environment:
                 found.add(int(entry.name))
     return found
 
@@ -230,16 +233,16 @@ class Node:
         wait_until(is_quiet)
 
     def log(self) -> str:
-        """What keeper and daemon have logged."""
+        """The text that keeper and daemon have logged."""
         path = self.cache_dir / "daemon.log"
         return path.read_text() if path.exists() else ""
 
     def end(self) -> None:
         """End the daemon, if it runs: ``ckptfs umount --force`` without a process of its own."""
         if self.socket.exists():
-            with _client.connect() as connection:
+            with client.connect() as connection:
                 connection.stop(force=True)
-            assert _client.wait_ended(load_config(), COMMAND_TIMEOUT_S)
+            assert client.wait_ended(load_config(), COMMAND_TIMEOUT_S)
         wait_until(lambda: not daemons())  # the keeper gives its lock back before its last breath
 
     def check_log(self, log: str) -> None:

@@ -1,5 +1,6 @@
 """Copies: complete or not there, resumable, one at a time; also where nothing can be mounted."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import Node, wait_until
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem, _MockFileSystem
-from s3server import S3Server
-from unit.fakes import FakeStore, pattern
+from support.fakes import FakeStore, pattern
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs._store.copy import PART_BYTES, copy_directory
+from ckptfs._model.manifest import NAME_BYTES_MAX
+from ckptfs._store.copy import PART_BYTES, _aside, copy_directory
 
 UriOf = Callable[[Path], str]
 MIB = 1 << 20
@@ -168,13 +170,22 @@ def test_a_machine_that_cannot_mount_copies_with_a_warning(
     def start(*_: object) -> None:
         raise ckptfs.CannotMount("cannot mount: /dev/fuse is missing")
 
-    monkeypatch.setattr("ckptfs._client.start", start)
+    monkeypatch.setattr("ckptfs._client.client._start", start)
     checkpoint = ckptfs.Checkpoint(uri_of(checkpoint_dir))
     with (
-        pytest.warns(UserWarning, match="ckptfs copies the checkpoint: cannot mount: /dev/fuse"),
+        pytest.warns(UserWarning, match="cannot mount: /dev/fuse is missing") as caught,
         checkpoint.as_directory() as path,
     ):
         assert files_in(path) == files_in(checkpoint_dir)
+    said = f"ckptfs copies the checkpoint (24.0 MiB) to {path}: cannot mount: /dev/fuse is missing"
+    assert str(caught[0].message) == said
+    assert caught[0].filename == __file__  # the caller's line
+    assert not os.path.exists(path)
+    with (
+        pytest.warns(UserWarning, match=r"copies the checkpoint \(5 B\)"),
+        checkpoint.as_directory(include=["*.txt"]) as path,
+    ):
+        assert files_in(path) == {"a/b/small.txt": b"small"}
     with pytest.raises(ckptfs.CannotMount), checkpoint.as_directory(mode="mount"):
         pass
 
@@ -212,6 +223,28 @@ def test_local_checkpoints_are_copied_too(tmp_path: Path) -> None:
         assert files_in(target) == {"file": b"local"}
 
 
+def test_names_that_copies_use_themselves_and_long_ones(tmp_path: Path) -> None:
+    """An interrupted copy that was uploaded has files whose names are those of parts of others."""
+    nasty = "n" * NAME_BYTES_MAX
+    digest = hashlib.blake2b(f"0 {nasty}".encode(), digest_size=16).hexdigest()
+    names = ["x", ".x.ckptfs-partial", ".x.ckptfs-parts", "..x.ckptfs-partial.ckptfs-partial"]
+    names += [nasty, digest, f".{digest}.ckptfs-parts", "é" * 120, "sub/x"]
+    names += ["sub/.x.ckptfs-partial/file", "n" * 240, "n" * 239]
+    files = {name: pattern(PART_BYTES + 1, seed=n) for n, name in enumerate(names)}
+    stems = {_aside(name, files.keys()) for name in names}
+    assert len(stems) == len(names)
+    for many in (names, names[::-1]):
+        target = tmp_path / str(many[0] == "x")
+        store = FakeStore({name: files[name] for name in many})
+        store.fail("read_into", ckptfs.AccessDenied("no longer"), at=7, times=100)
+        with pytest.raises(ckptfs.AccessDenied):
+            copy_directory(store, target)
+        copy_directory(FakeStore(files), target)
+        assert files_in(target) == files
+        copy_directory(FakeStore(files), target, include=["x"])
+        assert files_in(target) == files
+
+
 def test_a_disk_that_refuses_is_one_of_our_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ckptfs.StoreError, match="cannot copy to"):
@@ -223,7 +256,7 @@ def test_waiting_for_another_copier_has_an_end(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys\nfrom ckptfs._filelock import locked\n"
+            "import sys\nfrom ckptfs._os.filelock import locked\n"
             "with locked(sys.argv[1], 5): print('held', flush=True); sys.stdin.read()",
             str(tmp_path / ".copy.ckptfs-lock"),
         ],

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import Node
-from s3server import S3Server
-from unit.fakes import FakeStore
+from support.fakes import FakeStore
+from support.s3server import S3Server
 
 from ckptfs._model.location import Location
 from ckptfs._store.search import BYTES_MAX, LEVELS_MAX, THREADS, Found, search
@@ -152,11 +152,11 @@ def test_broken_metadata_is_named_and_the_rest_goes_on(
     assert [row["uri"].partition("?")[0][-2:] for row in rows] == ["00", "01", "dd"]
     assert rows[2]["metadata"]["text"] == "ä\ud800\x1b\n"
     assert done.stdout.isascii()
-    assert math.isnan(rows[2]["metadata"]["nan"])
+    assert rows[2]["metadata"]["nan"] == "NaN"
     lines = done.stderr.splitlines()
     assert len(lines) == 4
     for line, name in zip(lines, ["a-list", "deep", "empty", "not%20json"], strict=True):
-        assert line.startswith("ckptfs: .metadata.json in s3://")
+        assert line.startswith("ckptfs: warning: .metadata.json in s3://")
         assert f"/run1/{name}?" in line
     assert "not an object" in lines[0]
 
@@ -165,8 +165,8 @@ def test_a_misspelt_key_is_named(node: Node, runs: Path, uri_of: UriOf) -> None:
     done = node.here("find", uri_of(runs), "--where", "vall_loss < 1 or stepp > 1 or step < 0")
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "ckptfs: no metadata has the key 'stepp'",
-        "ckptfs: no metadata has the key 'vall_loss'",
+        "ckptfs: warning: no metadata has the key 'stepp'; did you mean 'step'?",
+        "ckptfs: warning: no metadata has the key 'vall_loss'; did you mean 'val_loss'?",
     ]
 
 
@@ -185,7 +185,7 @@ def test_a_local_directory(node: Node, tmp_path: Path) -> None:
     empty.mkdir()
     done = node.here("find", str(empty), "--where", "step > 0")
     assert done.stdout == ""
-    assert done.stderr == f"ckptfs: there is no checkpoint with metadata in file://{empty}\n"
+    assert done.stderr == f"ckptfs: warning: no checkpoint below file://{empty} has metadata\n"
 
 
 def test_what_cannot_be_searched_is_one_line(
@@ -194,7 +194,7 @@ def test_what_cannot_be_searched_is_one_line(
     def refusal(*arguments: str) -> str:
         done = node.here("find", *arguments, check=False)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("ckptfs: ")
+        assert done.stderr.startswith("ckptfs: error: ")
         assert done.stderr.count("\n") == 1
         assert s3.secret_key not in done.stderr
         return done.stderr
@@ -249,7 +249,7 @@ def test_what_is_found_can_be_attached(
 
 
 def found_in(store: FakeStore) -> tuple[list[Found], list[str]]:
-    """What is found, and the warnings."""
+    """The checkpoints that the search finds, and its warnings."""
     warnings: list[str] = []
     return list(search(store, HERE, warn=warnings.append)), warnings
 

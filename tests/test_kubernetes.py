@@ -1,17 +1,27 @@
-"""The manifests for Kubernetes are valid, and agree with each other and with ckptfs.
+"""The manifests for Kubernetes are valid, and agree with each other, the image and ckptfs.
 
-That mounts reach containers as these manifests say is shown in ``mount/test_namespaces.py``.
+The tests in ``mount/test_namespaces.py`` show that mounts reach containers as these manifests say.
 """
 
+import contextlib
+import os
 import re
+import socket
+import subprocess
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from conftest import wait_until
 
-from ckptfs._config import load_config
+from ckptfs._config.load import load_config
+from ckptfs._model.named_store import CredentialSource
 from ckptfs.cli import app
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "kubernetes"
@@ -24,17 +34,20 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 NODE = {document["kind"]: document for document in documents("node.yaml")}
 DAEMON = NODE["DaemonSet"]["spec"]["template"]["spec"]
+CONTAINER, METRICS = DAEMON["containers"]
 [TRAINING] = documents("training.yaml")
+MONITOR, POLICY = documents("monitoring.yaml")
+DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 
 
 def environment_of(pod: dict[str, Any]) -> dict[str, str]:
-    [container] = pod["containers"]
+    container = pod["containers"][0]
     return {each["name"]: each["value"] for each in container["env"]}
 
 
 def host_path_of(pod: dict[str, Any], path: str) -> tuple[str, str]:
     """Where on the node a path of the pod's container is, and how mounts are propagated there."""
-    [container] = pod["containers"]
+    container = pod["containers"][0]
     volumes = {each["name"]: each for each in pod["volumes"]}
     for mount in container["volumeMounts"]:
         if PurePosixPath(path).is_relative_to(mount["mountPath"]):
@@ -45,14 +58,21 @@ def host_path_of(pod: dict[str, Any], path: str) -> tuple[str, str]:
 
 
 def test_all_are_there() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {"node.yaml", "training.yaml"}
-    assert set(NODE) == {"ConfigMap", "DaemonSet"}
+    files = {"node.yaml", "training.yaml", "monitoring.yaml", "kustomization.yaml"}
+    assert {path.name for path in FOLDER.iterdir()} == {
+        *files,
+        "Dockerfile",
+        "Dockerfile.dockerignore",
+    }
+    assert set(NODE) == {"Namespace", "ConfigMap", "DaemonSet"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", ["node.yaml", "training.yaml"])
+@pytest.mark.parametrize("name", ["node.yaml", "training.yaml", "monitoring.yaml"])
 def test_they_are_valid(name: str, version: str) -> None:
     for document in documents(name):
+        if "monitoring.coreos.com" in document["apiVersion"]:
+            continue  # a custom resource, which Kubernetes itself does not know
         kubernetes_validate.validate(document, version, strict=True)
 
 
@@ -73,14 +93,13 @@ def test_the_daemons_configuration_is_one(tmp_path: Path) -> None:
     store = config.store["prod"]
     assert store.users == "*"
     assert 'Checkpoint("prod:' in TRAINING["spec"]["containers"][0]["args"][0]
-    [container] = DAEMON["containers"]
-    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    mounted = {mount["mountPath"]: mount["name"] for mount in CONTAINER["volumeMounts"]}
+    assert isinstance(store.credentials, CredentialSource)
     secret = mounted[str(PurePosixPath(store.credentials.file).parent)]
     assert [v for v in DAEMON["volumes"] if v["name"] == secret and "secret" in v]
     assert config.idle_exit_s == 0
     assert TRAINING["spec"]["securityContext"]["runAsUser"] != 0
-    [container] = DAEMON["containers"]
-    places = [PurePosixPath(mount["mountPath"]) for mount in container["volumeMounts"]]
+    places = [PurePosixPath(mount["mountPath"]) for mount in CONTAINER["volumeMounts"]]
     assert all(
         any(PurePosixPath(v).is_relative_to(p) for p in places) for v in environment.values()
     )
@@ -98,24 +117,112 @@ def test_both_see_the_same_socket_and_mount() -> None:
 
 
 def test_the_daemon_is_the_process_that_is_told_to_end() -> None:
-    [container] = DAEMON["containers"]
-    assert container["args"][0].rstrip().endswith("\nexec ckptfs mount --foreground")
-    assert container["securityContext"]["privileged"]
+    assert 'ENTRYPOINT ["ckptfs"]' in DOCKERFILE
+    assert "command" not in CONTAINER
+    assert CONTAINER["args"] == ["mount", "--foreground"]
+    assert CONTAINER["securityContext"]["privileged"]
     assert DAEMON["terminationGracePeriodSeconds"] >= 30
 
 
 def test_commands_of_probes_and_hooks_exist() -> None:
-    [container] = DAEMON["containers"]
-    probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
-    commands = [probe["exec"]["command"] for probe in [*probes, container["lifecycle"]["preStop"]]]
+    probes = [CONTAINER[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+    commands = [probe["exec"]["command"] for probe in [*probes, CONTAINER["lifecycle"]["preStop"]]]
     known = {command.name for command in app.registered_commands}
     assert {command[1] for command in commands} <= known
     assert {command[0] for command in commands} == {"ckptfs"}
 
 
+def test_an_update_waits_for_the_operator() -> None:
+    assert NODE["DaemonSet"]["spec"]["updateStrategy"] == {"type": "OnDelete"}
+
+
+def test_the_namespace_admits_the_pod() -> None:
+    labels = NODE["Namespace"]["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
+    names = {each["metadata"]["namespace"] for each in (NODE["ConfigMap"], NODE["DaemonSet"])}
+    assert names == {NODE["Namespace"]["metadata"]["name"]}
+
+
+def test_versions_are_pinned() -> None:
+    [image] = documents("kustomization.yaml")[0]["images"]
+    assert image["name"] == CONTAINER["image"]
+    assert f":{image['newTag']} ." in DOCKERFILE
+    assert TRAINING["spec"]["containers"][0]["image"] == f"{image['name']}:{image['newTag']}"
+    assert image["newTag"] == version("ckptfs")
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert len(set(bases)) == 1
+    assert all(re.search(r":\d+\.\d+", base) for base in [*bases, METRICS["image"]])
+
+
+def test_the_image_gets_all_that_the_package_is_built_of() -> None:
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    assert ignored[0] == "*"
+    root = FOLDER.parents[1]
+    copied = {name.removeprefix("!") for name in ignored[1:]}
+    assert all((root / name).exists() for name in copied)
+    assert {"ckptfs", "pyproject.toml", "README.md", "LICENSE"} <= copied
+
+
+def test_the_monitor_finds_the_metrics() -> None:
+    [endpoint] = MONITOR["spec"]["podMetricsEndpoints"]
+    labels = NODE["DaemonSet"]["spec"]["template"]["metadata"]["labels"]
+    for selector in (MONITOR["spec"]["selector"], POLICY["spec"]["podSelector"]):
+        assert selector["matchLabels"].items() <= labels.items()
+    [port] = METRICS["ports"]
+    assert endpoint["port"] == port["name"] == POLICY["spec"]["ingress"][0]["ports"][0]["port"]
+    assert f"listen {port['containerPort']};" in NODE["ConfigMap"]["data"]["nginx.conf"]
+    job = labels[MONITOR["spec"]["jobLabel"]]
+    assert f'job="{job}"' in (FOLDER.parent / "grafana" / "alerts.yaml").read_text()
+
+
+class _Upstream(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"of {self.path}".encode())
+
+    def log_message(self, *_: object, **__: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/sbin/nginx"), reason="nginx is missing here")
+def test_the_proxy_shows_the_metrics_and_nothing_else(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Upstream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = NODE["ConfigMap"]["data"]["nginx.conf"]
+    text = text.replace("127.0.0.1:9467", f"127.0.0.1:{server.server_address[1]}")
+    text = text.replace("listen 9468", f"listen 127.0.0.1:{port}").replace("/tmp/", f"{tmp_path}/")
+    (tmp_path / "nginx.conf").write_text(f"user root;\n{text}")
+    nginx = subprocess.Popen(
+        ["/usr/sbin/nginx", "-c", tmp_path / "nginx.conf", "-g", "daemon off;"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: _status("GET", port, "/metrics") == 200)
+        assert _status("POST", port, "/metrics") == 403
+        assert _status("GET", port, "/") == _status("GET", port, "/metrics/x") == 404
+    finally:
+        nginx.terminate()
+        nginx.wait(30)
+        server.shutdown()
+        server.server_close()
+
+
+def _status(method: str, port: int, path: str) -> int:
+    """The status of nginx's answer; 0 while it does not listen."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        try:
+            connection.request(method, path)
+        except ConnectionRefusedError:
+            return 0
+        return connection.getresponse().status
+
+
 def test_the_training_script_is_python() -> None:
     [container] = TRAINING["spec"]["containers"]
-    script = re.search(r"<<'PYTHON'\n(.*)\nPYTHON\n", container["args"][0], re.DOTALL)
-    assert script
-    compile(script[1], "training.yaml", "exec")
+    compile(container["args"][0], "training.yaml", "exec")
     assert "privileged" not in container["securityContext"]

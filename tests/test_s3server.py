@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pyarrow.fs import FileInfo, FileSelector, FileSystem
-from s3server import CountingProxy, Request, S3Server
+from support.s3server import CountingProxy, Request, S3Server
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,12 +1,13 @@
-"""The daemon process: puts the parts together and runs them.
+"""The daemon process: it makes the parts and runs them.
 
-Started by the keeper only, which passes the FUSE session, the listening socket, the memory of
-`handoff` and a pipe to say "ready" on as descriptors, and on standard input the configuration, one
-line of JSON; to a private daemon also the pickled filesystem, behind that line, which it passes on
-to its workers as it is.
+Only the keeper starts a daemon. It passes these descriptors: the FUSE session, the listening
+socket, the memory of `handoff`, and a pipe on which the daemon says that it is ready. Standard
+input has the configuration as one line of JSON. A private daemon also finds the pickled filesystem
+behind that line, and passes it on to its workers as it is.
 
-A daemon after another one restores what that had before it takes the kernel's requests. It says
-"ready" when it serves, and from then on its heart beats as long as the event loop turns.
+A daemon that follows another one restores the other's attachments and handles before it takes the
+kernel's requests. It says that it is ready when it serves. From then on it sends a heartbeat as
+long as the event loop turns.
 """
 
 import argparse
@@ -20,24 +21,33 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import trio
 
-from ckptfs._config import load_config
-from ckptfs._daemon import fuse, logs, passthrough
-from ckptfs._daemon.cache import Cache
-from ckptfs._daemon.control import Control
-from ckptfs._daemon.fetch import Fetcher
-from ckptfs._daemon.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
+from ckptfs._config.load import load_again
+from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
+from ckptfs._daemon.cache.cache import Cache
+from ckptfs._daemon.control.commands import Commands
+from ckptfs._daemon.control.current_config import CurrentConfig
+from ckptfs._daemon.control.lifetime import Lifetime
+from ckptfs._daemon.control.named_stores import Stores, known_stores, opening_with
+from ckptfs._daemon.control.reload import Reloading
+from ckptfs._daemon.control.restore import restore
+from ckptfs._daemon.control.server import Control
+from ckptfs._daemon.control.service import Service
+from ckptfs._daemon.fetch.fetcher import Fetcher
+from ckptfs._daemon.fuse import operations as fuse
+from ckptfs._daemon.fuse import passthrough
+from ckptfs._daemon.fuse.relay import Relay
 from ckptfs._daemon.offload import Offload
-from ckptfs._daemon.relay import Relay
-from ckptfs._daemon.reload import Reloading, tell_by
-from ckptfs._daemon.service import Service
-from ckptfs._daemon.stores import Stores, known_stores, opening_with
-from ckptfs._daemon.tree import MOUNT_ROOT
-from ckptfs._daemon.users import limit_for
+from ckptfs._daemon.quotas import limit_for
 from ckptfs._model.config import Config
+from ckptfs._model.wording import INSTALL_DAEMON
+from ckptfs._mount import logs
+from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
+from ckptfs._os.write_all import write_all
 from ckptfs._workers.lifeline import end_with
 from ckptfs._workers.pool import Pool
 from ckptfs.errors import CkptfsError
@@ -45,18 +55,38 @@ from ckptfs.errors import CkptfsError
 log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
 
 
+class _Inherited(NamedTuple):
+    """Descriptors and facts from the keeper.
+
+    Attributes:
+        fuse_fd: The FUSE session.
+        listen_fd: The listening control socket.
+        ready_fd: The pipe to the keeper.
+        handoff: Memory of the daemons of this mount.
+        follows_another: Whether another daemon has served the mount before.
+        is_private: Whether this is a private daemon, which has no configuration file.
+    """
+
+    fuse_fd: int
+    listen_fd: int
+    ready_fd: int
+    handoff: Handoff
+    follows_another: bool
+    is_private: bool
+
+
 def main() -> None:
     """Run the daemon until it is stopped, is idle, or its mount is gone."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is a reload: see `_run`
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `_obey_signals` makes it a reload
     parser = argparse.ArgumentParser()
     for name in ("fuse-fd", "listen-fd", "ready-fd", "keeper-pid", "passthrough", "after-another"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
     args = parser.parse_args()
-    end_with(args.keeper_pid)  # without it nobody could unmount
+    end_with(args.keeper_pid)  # only the keeper can unmount
     settings, end, pickled = sys.stdin.buffer.read().partition(b"\n")
     if not end:
-        sys.exit(1)  # the keeper is dead, and nobody needs a spare daemon any more
+        sys.exit(1)  # the keeper is dead, so it needs no spare daemon any more
     config = msgspec.json.decode(settings, type=Config)
     limiter = logs.configure(config)
     _raise_descriptor_limit()
@@ -64,13 +94,20 @@ def main() -> None:
     try:
         open_with = opening_with(Pool(limit_for, pickled), is_private=bool(pickled))
         stores = Stores({} if pickled else known_stores(config.store), open_with)
-        handoff = Handoff(Fds(table, (journal[0], journal[1])))
+        inherited = _Inherited(
+            fuse_fd=args.fuse_fd,
+            listen_fd=args.listen_fd,
+            ready_fd=args.ready_fd,
+            handoff=Handoff(Fds(table, (journal[0], journal[1]))),
+            follows_another=bool(args.after_another),
+            is_private=bool(pickled),
+        )
         cache = Cache(
             Path(config.cache_dir),
             config.cache_bytes_max,
             config.cache_free_share_min,
             config.in_flight_bytes_max,
-            required=not args.after_another,  # readers are more than a cache
+            required=not args.after_another,  # readers are more important than a cache
         )
     except CkptfsError as error:
         os.write(
@@ -78,20 +115,17 @@ def main() -> None:
         )
         sys.exit(1)
     os.set_blocking(args.fuse_fd, False)
-    why = passthrough.why_not(
-        args.fuse_fd, config.passthrough, bool(args.passthrough), cache.lock_fd
+    why_passthrough = passthrough.why_not(
+        args.fuse_fd, config.passthrough, bool(args.passthrough), cache.index.root.lock_fd
     )
-    fds = args.fuse_fd, args.listen_fd, args.ready_fd
     status = 1
     try:
-        run = functools.partial(_run, config, cache, stores, handoff, *fds, why, limiter)
-        options = {"after_another": bool(args.after_another), "reloads": not pickled}
-        status = trio.run(functools.partial(run, **options))
+        status = trio.run(_run, config, cache, stores, inherited, why_passthrough, limiter)
         cache.shut()
     except BaseException:
         log.critical("the daemon cannot go on", exc_info=True)
     logging.shutdown()
-    # Not sys.exit: threads that a store keeps waiting must not keep us.
+    # Not sys.exit, which would wait for threads that wait for a store.
     os._exit(status)
 
 
@@ -99,64 +133,88 @@ async def _run(
     config: Config,
     cache: Cache,
     stores: Stores,
-    handoff: Handoff,
-    fuse_fd: int,
-    listen_fd: int,
-    ready_fd: int,
+    inherited: _Inherited,
     why_passthrough: str,
     limiter: logs.Limiter,
-    *,
-    after_another: bool,
-    reloads: bool,
 ) -> int:
-    """Serve; returns the exit status."""
-
-    def forget_name(name: str) -> None:
-        forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
-        nursery.start_soon(offload.control, forget)
-
+    """Serve, and return the exit status."""
     async with trio.open_nursery() as nursery:
         offload = Offload(config.connections_max)
-        fetcher = Fetcher(config, cache, offload, nursery)
+
+        def forget_name(name: str) -> None:
+            forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
+            nursery.start_soon(offload.control, forget)
+
         service = Service(
-            config,
-            cache,
-            fetcher,
-            offload,
-            nursery,
-            forget_name,
-            stores.open,
-            handoff,
-            why_passthrough,
+            current=CurrentConfig(config),
+            cache=cache,
+            fetcher=Fetcher(config, cache, offload, nursery),
+            offload=offload,
+            nursery=nursery,
+            forget_name=forget_name,
+            open_store=stores.open,
+            handoff=inherited.handoff,
+            passthrough=why_passthrough,
         )
-        lent = passthrough.Passthrough(fuse_fd, service.vfs, on=why_passthrough == passthrough.ON)
-        operations = fuse.Operations(service)
-        libfuse = await fuse.take_session(operations)
-        relay = Relay(fuse_fd, libfuse, service.vfs, lent, handoff.handles, fuse.errno_of)
-        operations.before_reply = relay.deliver
-        if after_another:
-            handoff.restarted()
-            await service.restore()
+        relay = await _connect_libfuse(service, inherited.fuse_fd, cache)
+        if inherited.follows_another:
+            inherited.handoff.restarted()
+            await restore(service)
             relay.take_over()
-            service.restored()
-        told = tell_by(ready_fd)
-        parts = service, fetcher, offload, stores
-        reload = Reloading(config, load_config, told, *parts).reload if reloads else None
-        control = Control(service, config, stores, reload)
-        await nursery.start(_obey_signals, service, reload)
-        # From here to "ready" nothing is awaited: who is answered is so by a daemon that is ready.
-        nursery.start_soon(control.serve, socket.socket(fileno=listen_fd))
-        nursery.start_soon(_stop_when_idle, service)
-        nursery.start_soon(_serve_fuse, service, relay)
-        if config.metrics:
-            nursery.start_soon(_serve_metrics, config, service, offload)
-        nursery.start_soon(_beat, handoff.beat, limiter.flush, service.reporter.sample)
-        os.write(ready_fd, b"{}\n")
-        log.info("serving on %s", config.mount)
-        await service.stopped.wait()
+            service.attachments.release_all()
+        await _start(nursery, service, stores, relay, inherited, limiter)
+        await service.lifetime.stopped.wait()
         log.info("ending")
         nursery.cancel_scope.cancel()
-    return RESTART_STATUS if service.restarts else 0
+    return RESTART_STATUS if service.lifetime.restarts else 0
+
+
+async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Relay:
+    """Start libfuse on one end of a socket pair, and return the relay for the other end."""
+    operations = fuse.Operations(service.vfs, service.xattrs, service.metadata)
+    is_on = service.reporter.passthrough == passthrough.ON
+    relay = Relay(
+        fuse_fd,
+        await fuse.take_session(operations),
+        service.vfs,
+        passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
+        service.handoff.handles,
+        fuse.errno_of,
+    )
+    operations.before_reply = relay.deliver
+    return relay
+
+
+async def _start(
+    nursery: trio.Nursery,
+    service: Service,
+    stores: Stores,
+    relay: Relay,
+    inherited: _Inherited,
+    limiter: logs.Limiter,
+) -> None:
+    """Start all services, and say that the daemon is ready."""
+    config = service.current.config
+    reload = None
+    if not inherited.is_private:
+        reload = Reloading(
+            service,
+            stores,
+            load=lambda: load_again(service.current.config),
+            tell_keeper=lambda new: write_all(inherited.ready_fd, msgspec.json.encode(new) + b"\n"),
+        ).reload
+    name = f"the ckptfs daemon at {config.socket}"
+    control = Control(service, Commands(service, stores, reload, name), name)
+    await nursery.start(_obey_signals, service.lifetime, reload)
+    # No await from here to "ready", so only a ready daemon answers clients.
+    nursery.start_soon(control.serve, socket.socket(fileno=inherited.listen_fd))
+    nursery.start_soon(_stop_when_idle, service.lifetime)
+    nursery.start_soon(_serve_fuse, service.lifetime, relay)
+    if config.metrics:
+        nursery.start_soon(_serve_metrics, config, service)
+    nursery.start_soon(_beat, inherited.handoff.beat, limiter.flush, service.reporter.sample)
+    os.write(inherited.ready_fd, b"{}\n")
+    log.info("serving on %s", config.mount)
 
 
 async def _beat(*calls: Callable[[], None]) -> None:
@@ -167,7 +225,7 @@ async def _beat(*calls: Callable[[], None]) -> None:
 
 
 async def _obey_signals(
-    service: Service,
+    lifetime: Lifetime,
     reload: Callable[[], Awaitable[object]] | None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -176,35 +234,43 @@ async def _obey_signals(
         task_status.started()
         async for number in signals:
             if number != signal.SIGHUP:
-                service.stopped.set()
+                lifetime.stopped.set()
             elif reload is not None:
-                with contextlib.suppress(CkptfsError):  # it is in the log
+                with contextlib.suppress(CkptfsError):  # the log has it
                     await reload()
 
 
-async def _stop_when_idle(service: Service) -> None:
-    await service.wait_idle()
-    service.stopped.set()
+async def _stop_when_idle(lifetime: Lifetime) -> None:
+    await lifetime.wait_idle()
+    lifetime.stopped.set()
 
 
-async def _serve_fuse(service: Service, relay: Relay) -> None:
+async def _serve_fuse(lifetime: Lifetime, relay: Relay) -> None:
     await fuse.serve(relay)
-    service.stopped.set()  # somebody has unmounted it
+    lifetime.stopped.set()  # the mount is gone
 
 
-async def _serve_metrics(config: Config, service: Service, offload: Offload) -> None:
+async def _serve_metrics(config: Config, service: Service) -> None:
     try:
-        from ckptfs._daemon import exporter, scrapes  # a tenth of the daemon's imports
+        from ckptfs._daemon.control import (  # start-up time: a tenth of the daemon's imports
+            metrics_server,
+            prometheus,
+        )
     except ModuleNotFoundError as error:
-        log.error("no metrics: %s; pip install 'ckptfs[daemon]'", error)
+        log.error("no metrics: %s; %s", error, INSTALL_DAEMON)
         return
-    parts = config, service.attachments, service.reporter, offload
-    source = exporter.Exporter(*parts, is_open=scrapes.is_open(config.metrics))
-    await scrapes.Scrapes(source, config.metrics).serve()
+    exporter = prometheus.Exporter(
+        config,
+        service.attachments,
+        service.reporter,
+        service.offload,
+        is_open=metrics_server.is_open(config.metrics),
+    )
+    await metrics_server.MetricsServer(exporter, config.metrics).serve()
 
 
 def _raise_descriptor_limit() -> None:
-    """An open file of the mount takes two descriptors."""
+    """Raise the limit to its maximum, because an open file of the mount takes two descriptors."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

@@ -1,15 +1,15 @@
 """Worker threads: the only place that leaves the event loop.
 
-Network and disk have lanes of their own, so that a dark store cannot keep the disk waiting.
+Network and disk have lanes of their own, so that a dark store cannot delay the disk.
 
-**A call that is cancelled** is abandoned, not waited for. A call to a store knows the deadline of
-its caller (``_store.deadline``) and ends by then, or at once where a read is given up
-(``_store.progress``): our own S3 client does so by itself, and no other library runs in this
-process (``ckptfs._workers``). What may take longer is the look-up of a name by the system's
-resolver, and the look-up of credentials by botocore. A thread that was left behind so takes no
-place from the others: its lane has one more for as long as it runs, up to `_LEFT_BEHIND_MAX`.
+**A cancelled call** is abandoned. The caller does not wait for it. A call to a store knows the
+deadline of its caller and ends by then, or at once when the read is given up
+(``_store.request_context``). Our own S3 client does so by itself, and no other library runs in this
+process (``ckptfs._workers``). Two calls may take longer: the look-up of a name by the system's
+resolver, and the look-up of credentials by botocore. Such an abandoned thread takes no place from
+other calls: its lane has one more thread for as long as it runs, up to `_ABANDONED_MAX`.
 
-Computing holds the interpreter's lock, so what takes long has to let go of it now and then.
+A computation holds the interpreter's lock, so a long one has to release it now and then.
 """
 
 import contextlib
@@ -21,111 +21,104 @@ from typing import Generic, ParamSpec, TypeVar
 
 import trio
 
-from ckptfs._store.deadline import ends_in
+from ckptfs._store.request_context import ends_in
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _DISK_THREADS = 8
-"""Enough to keep an NVMe disk busy with 1 MiB reads; more only wait for each other."""
+"""Enough to keep an NVMe disk busy with 1 MiB reads. More threads would only wait for each
+other."""
 _CONTROL_THREADS = 16
-"""Listings and version checks, which must not wait behind data."""
+"""The threads of listings and version checks, which must not wait behind data."""
 _DARK_THREADS = 4
-"""Version checks at stores that do not answer, which must not keep the others waiting."""
+"""The threads of version checks at stores that do not answer, which must not delay other checks."""
 _COMPUTE_THREADS = 1
-"""They would only share one interpreter lock; one also bounds the memory that parsing takes."""
-_LEFT_BEHIND_MAX = 64
-"""Threads of one lane that were left behind and take no place. One costs some 50 KiB."""
+"""More threads would only share one interpreter lock. One also bounds the memory that parsing
+takes."""
+_ABANDONED_MAX = 64
+"""The most abandoned threads of one lane that take no place. One costs some 50 KiB."""
 
 
 class Offload:
-    """The lanes. `data_threads`: how many ranged reads run at the same time."""
+    """The lanes. `await offload.disk(function, ...)` runs a function in a thread of that lane.
+
+    Args:
+        data_threads: The most ranged reads at the same time.
+
+    Attributes:
+        data: Ranged reads.
+        control: Small requests to stores: listings, version checks.
+        dark: Small requests to stores that did not answer last time.
+        disk: Disk IO.
+        upkeep: Disk IO of maintenance tasks, one thread for all of them.
+        compute: Computations that are too long for the event loop.
+        names: Functions that read the state of other processes, which may wait for this one.
+    """
 
     def __init__(self, data_threads: int) -> None:
-        self._data = _Lane(data_threads, _LEFT_BEHIND_MAX)
-        self._control = _Lane(_CONTROL_THREADS, _LEFT_BEHIND_MAX)
-        self._dark = _Lane(_DARK_THREADS, _LEFT_BEHIND_MAX)
-        self._disk = _Lane(_DISK_THREADS, 0)
-        self._compute = _Lane(_COMPUTE_THREADS, 0)
-        self._names = _Lane(1, 0)
-
-    def resize(self, data_threads: int) -> None:
-        """Run so many ranged reads at the same time from now on."""
-        self._data.resize(data_threads)
-
-    async def data(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a ranged read."""
-        return await self._data.run(functools.partial(function, *args, **kwargs))
-
-    async def control(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small request to the store: a listing, a version check."""
-        return await self._control.run(functools.partial(function, *args, **kwargs))
-
-    async def dark(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small request to a store that did not answer last time."""
-        return await self._dark.run(functools.partial(function, *args, **kwargs))
-
-    async def disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run disk IO."""
-        return await self._disk.run(functools.partial(function, *args, **kwargs))
-
-    async def names(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what looks at other processes, which may wait for us."""
-        return await self._names.run(functools.partial(function, *args, **kwargs))
-
-    async def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what needs neither network nor disk, and too long for the event loop."""
-        return await self._compute.run(functools.partial(function, *args, **kwargs))
+        self.data = Lane(data_threads, _ABANDONED_MAX)
+        self.control = Lane(_CONTROL_THREADS, _ABANDONED_MAX)
+        self.dark = Lane(_DARK_THREADS, _ABANDONED_MAX)
+        self.disk = Lane(_DISK_THREADS, 0)
+        self.upkeep = Lane(1, 0)
+        self.compute = Lane(_COMPUTE_THREADS, 0)
+        self.names = Lane(1, 0)
 
     def threads(self) -> int:
-        """How many threads work, or wait, now."""
-        lanes = (
-            *(self._data, self._control, self._dark, self._disk),
-            *(self._compute, self._names),
-        )
-        return sum(lane.threads for lane in lanes)
+        """The number of threads that work, or wait, now."""
+        lanes = (self.data, self.control, self.dark, self.disk, self.upkeep, self.compute)
+        return sum(lane.threads for lane in (*lanes, self.names))
 
 
-class _Lane:
-    """At most `width` threads that somebody waits for, or a few more: see the module's text."""
+class Lane:
+    """At most `width` threads that callers wait for, and up to `abandoned_max` abandoned ones."""
 
-    def __init__(self, width: int, left_behind_max: int) -> None:
+    def __init__(self, width: int, abandoned_max: int) -> None:
         self._width = width
-        self._left_behind_max = left_behind_max
-        self._left_behind = 0
+        self._abandoned_max = abandoned_max
+        self._abandoned = 0
         self._limiter = trio.CapacityLimiter(width)
 
     @property
     def threads(self) -> int:
+        """The number of threads that work, or wait, now."""
         return int(self._limiter.borrowed_tokens)
 
-    async def run(self, call: Callable[[], T]) -> T:
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `function` in a thread. Raises what it raises."""
         left_s = trio.current_effective_deadline() - trio.current_time()
         token = trio.lowlevel.current_trio_token()
-        thread = _Thread(call, left_s, lambda: token.run_sync_soon(self._add_left_behind, -1))
+        call = functools.partial(function, *args, **kwargs)
+        thread = _Thread(call, left_s, lambda: token.run_sync_soon(self._add_abandoned, -1))
         try:
             return await trio.to_thread.run_sync(
                 thread.run, limiter=self._limiter, abandon_on_cancel=True
             )
         except trio.Cancelled:
             if thread.abandon():
-                self._add_left_behind(1)
+                self._add_abandoned(1)
             raise
 
     def resize(self, width: int) -> None:
         """Have that width from now on."""
         self._width = width
-        self._add_left_behind(0)
+        self._add_abandoned(0)
 
-    def _add_left_behind(self, count: int) -> None:
-        self._left_behind += count
-        more = min(self._left_behind, self._left_behind_max)
+    def _add_abandoned(self, count: int) -> None:
+        self._abandoned += count
+        more = min(self._abandoned, self._abandoned_max)
         self._limiter.total_tokens = self._width + more
 
 
 class _Thread(Generic[T]):
-    """One call in its thread, which may be abandoned. `on_end` is called in the thread if it was
-    abandoned in the middle of the call."""
+    """One call in its thread, which may be abandoned.
+
+    Args:
+        call: The call.
+        left_s: The time until the deadline of the caller.
+        on_end: Called in the thread when a call ends that was abandoned while it ran.
+    """
 
     def __init__(self, call: Callable[[], T], left_s: float, on_end: Callable[[], None]) -> None:
         self._call = call
@@ -138,7 +131,7 @@ class _Thread(Generic[T]):
     def run(self) -> T:
         with self._lock:
             if self._is_abandoned:
-                raise TimeoutError  # for nobody: the call has not begun, and is not needed
+                raise TimeoutError  # the call has not begun, and no caller waits for it
             self._runs = True
         try:
             with ends_in(self._end_s - time.monotonic()):
@@ -152,7 +145,7 @@ class _Thread(Generic[T]):
                     self._on_end()
 
     def abandon(self) -> bool:
-        """Nobody waits any more; returns whether the call is under way."""
+        """The caller waits no longer. Returns whether the call runs."""
         with self._lock:
             self._is_abandoned = True
             return self._runs

@@ -1,6 +1,6 @@
-"""The checks of ``ckptfs doctor``: what can be wrong with a machine, its daemon and a store.
+"""The checks of ``ckptfs doctor``, which find faults of a machine, its daemon and a store.
 
-`checks` says what a check is and runs them, `node` is about the machine and what is configured,
-`disk` about the cache's disk, `serving` about daemons and their mounts, `store` about a URI, and
-`plan` has them all, in their order.
+`checks` defines and runs checks. `node` checks the machine and its configuration, `disk` the disk
+of the cache, `serving` the daemons and their mounts, and `store` the store of a URI. `plan` lists
+all checks in their order.
 """

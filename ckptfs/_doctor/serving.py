@@ -1,73 +1,76 @@
-"""Checks of the daemon that serves us, and of mounts that nobody serves any more.
+"""Checks of the daemon that serves this user, and of mounts that no daemon serves any more.
 
-A request to a mount whose daemon is gone may wait for ever, also beyond ``kill -9``. So no mount is
-touched here, not even by stat(2): what is mounted stands in /proc/self/mountinfo, and who serves it
-is seen from its descriptor of /dev/fuse, whose connection /proc/<pid>/fdinfo names (not on older
-kernels) and fusectl has by the same number.
+A request to a mount without a daemon can wait for ever, and even ``kill -9`` does not end it. So
+these checks never touch a mount, not even by stat(2). /proc/self/mountinfo lists the mounts. The
+process that serves a mount has a descriptor of /dev/fuse. /proc/<pid>/fdinfo names its connection,
+except on older kernels, by the same number as fusectl.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from ckptfs import _client
-from ckptfs._daemon import session
-from ckptfs._doctor.checks import Outcome, ok, skipped, warning
+from ckptfs._client import client
+from ckptfs._client.start import scope_command
+from ckptfs._doctor.checks import Outcome, failed, ok, skipped, warning
 from ckptfs._doctor.disk import Disk
 from ckptfs._doctor.node import Node, version_or_none
+from ckptfs._model.wording import counted
+from ckptfs._os import mountinfo
+from ckptfs._os.jobs import job_of
+from ckptfs._os.mountinfo import MountLine, why_hidden
 from ckptfs.errors import NoDaemon
 
 if TYPE_CHECKING:
-    from ckptfs._model.replies import StatusReply
+    from ckptfs._model.protocol.replies import StatusReply
 
 _ANSWER_S = 5.0
-"""Longest wait for the daemon, which answers in milliseconds."""
+"""Longest wait for the daemon, which usually answers in milliseconds."""
 _INIT_PID_NAMESPACE = 0xEFFFFFFC
-"""Its inode, include/linux/proc_ns.h: from there all processes are seen."""
+"""Inode of the first pid namespace, which contains all processes (include/linux/proc_ns.h)."""
 _FUSECTL = Path("/sys/fs/fuse/connections")
-
-
-class _Sessions(NamedTuple):
-    """Who has the mounts of this machine.
-
-    Attributes:
-        served: Connections of which a process has the descriptor that is more than a keeper, or a
-            service manager that keeps it for one.
-        unknown: There are descriptors, and the kernel does not tell of which connections.
-    """
-
-    served: set[int]
-    unknown: bool
+_KEEPERS = "ckptfs._keeper.keeper", "ckptfs._daemon.keeper"
+"""The module that a keeper runs, and its alias in keepers of the previous release and in older
+units."""
 
 
 class Serving:
-    """The checks. What they find goes to `node` and `disk`."""
+    """The checks. They pass their results to `node` and `disk`."""
 
     def __init__(self, node: Node, disk: Disk) -> None:
         self._node = node
         self._disk = disk
         self._reply: StatusReply | None = None
+        self._keeper_pid = 0
 
     def daemon(self) -> Outcome:
-        """Whether a daemon answers, and how it is."""
+        """Check whether a daemon answers, and its state."""
         config = self._node.config
         try:
-            with _client.connect(config, _ANSWER_S) as connection:
-                path = connection.path
+            with client.connect(config, _ANSWER_S) as connection:
+                path, self._keeper_pid = connection.path, connection.keeper_pid
+                mount = connection.mount
                 self._reply = reply = connection.status()
         except NoDaemon:
-            return ok(f"none is running at {config.socket}; who attaches starts one")
-        is_ours = _runs(Path(f"/proc/{reply.pid}"), b"ckptfs._daemon.app")
+            return ok(f"no daemon is running at {config.socket}; the first attach starts one")
+        is_ours = _runs(Path(f"/proc/{reply.pid}"), "ckptfs._daemon.app")
         if path != config.socket or not is_ours:
             self._node.served_by = path
         else:
             self._disk.cache_bytes = reply.cache_bytes
+            self._node.use_cache(Path(reply.cache_dir))
         self._node.daemon_pid = reply.pid if is_ours else 0
         self._node.passthrough = reply.passthrough
-        facts = f"pid {reply.pid} at {path}, {len(reply.attachments)} checkpoints attached"
+        if hidden := why_hidden(mount or reply.mount):
+            what, _, remedy = hidden.partition("; ")
+            return failed(f"pid {reply.pid} at {path}: {what}", remedy)
+        facts = (
+            f"pid {reply.pid} at {path}, {counted(len(reply.attachments), 'checkpoint')} attached"
+        )
         if reply.workers:
-            facts += f", {reply.workers} workers with {reply.worker_bytes >> 20} MiB"
+            facts += f", {counted(reply.workers, 'worker')} with {reply.worker_bytes >> 20} MiB"
         troubled = [a for a in reply.attachments if a.state in ("failing", "changed")]
         if troubled:
             return warning(
@@ -75,11 +78,14 @@ class Serving:
                 "ckptfs status shows their last errors",
             )
         if reply.restarts:
-            return warning(f"{facts}, restarted {reply.restarts} times", f"see why in {reply.log}")
+            return warning(
+                f"{facts}, restarted {counted(reply.restarts, 'time')}",
+                f"read the causes in {reply.log}",
+            )
         return ok(facts)
 
     def version(self) -> Outcome:
-        """Whether client and daemon are of one version."""
+        """Check whether client and daemon have the same version."""
         if self._reply is None:
             return skipped("no daemon is running")
         ours, theirs = version_or_none("ckptfs"), self._reply.version
@@ -90,40 +96,58 @@ class Serving:
             )
         return ok(f"client and daemon are {ours}")
 
+    def lifetime(self) -> Outcome:
+        """Check whether the daemon, or one that starts here, ends with a scheduler's job."""
+        remedy = "loginctl enable-linger, or one daemon for the node: see ckptfs help jobs"
+        if self._reply is not None:
+            if job := job_of(self._keeper_pid):
+                return warning(f"the daemon runs inside {job}, and ends with it", remedy)
+            return ok("the daemon runs inside no job of a scheduler")
+        job = job_of(os.getpid())
+        if not job:
+            return ok("a daemon that is started here belongs to no job of a scheduler")
+        if not self._node.config.leave_job:
+            return warning(f"a daemon that is started here ends with {job}", "set leave_job = true")
+        if os.geteuid() == 0 or scope_command():
+            return ok(f"a daemon that is started here leaves {job}")
+        return warning(f"a daemon that is started here ends with {job}", remedy)
+
     def leftovers(self) -> Outcome:
-        """Whether there are mounts that nobody serves."""
-        mounts = [m for m in session.mounts() if os.geteuid() in (0, m.uid)]
+        """Check for mounts that no daemon serves."""
+        mounts = [m for m in mountinfo.mounts() if os.geteuid() in (0, m.number("user_id"))]
         if not mounts:
             return ok("no mount of ckptfs is left")
-        sessions = _sessions()
-        dead: list[session.Mounted] = []
+        served, is_unknown = _sessions()
+        dead: list[MountLine] = []
         unknown = 0
         for mounted in mounts:
-            if _number(mounted) in sessions.served or self._has_answered_for(mounted):
+            if _number(mounted) in served or self._has_answered_for(mounted):
                 continue
-            if sessions.unknown:
+            if is_unknown:
                 unknown += 1
             else:
                 dead.append(mounted)
         if not dead:
-            more = f", and of {unknown} it cannot be told" if unknown else ""
+            more = f"; this kernel hides the daemons of {unknown} more" if unknown else ""
             return ok(f"mounts of ckptfs: {len(mounts) - unknown} served{more}")
-        outside = "" if _sees_all_processes() else ", unless that is done outside this container"
+        outside = "" if _sees_all_processes() else ", unless a process outside this container does"
         unmount = "umount -l" if os.geteuid() == 0 else "fusermount3 -uz"
         hung = [m for m in dead if _has_waiting(m)]
         first = (hung or dead)[0]
         remedy = f"{unmount} {first.path}"
         if hung:
             remedy = f"echo 1 > {_FUSECTL}/{_number(first)}/abort; {remedy}"
-        return warning(f"nobody serves {', '.join(m.path for m in dead)}{outside}", remedy)
+        return warning(f"no daemon serves {', '.join(m.path for m in dead)}{outside}", remedy)
 
-    def _has_answered_for(self, mounted: session.Mounted) -> bool:
-        """Its daemon can be in another container."""
+    def _has_answered_for(self, mounted: MountLine) -> bool:
+        """Whether the daemon of the mount has answered, perhaps from another container."""
         places = () if self._reply is None else (self._reply.mount, self._node.config.mount)
         return mounted.path in places
 
 
-def _sessions() -> _Sessions:
+def _sessions() -> tuple[set[int], bool]:
+    """Return the FUSE connections with a descriptor in a process other than a keeper or systemd,
+    which only keep it for a daemon. True if the kernel names no connections of descriptors."""
     served: set[int] = set()
     found = tells = False
     for process in Path("/proc").iterdir():
@@ -133,59 +157,51 @@ def _sessions() -> _Sessions:
             tells |= connection != 0
             if not _only_keeps(process):
                 served.add(connection)
-    return _Sessions(served, found and not tells)
+    return served, found and not tells
 
 
 def _only_keeps(process: Path) -> bool:
-    """Whether that process has descriptors of sessions without serving them."""
-    if _runs(process, b"ckptfs._daemon.keeper"):
-        return True
-    try:
-        return (process / "comm").read_bytes() == b"systemd\n"
-    except OSError:
-        return False
+    """Whether a process keeps descriptors of sessions without serving them."""
+    is_keeper = any(_runs(process, module) for module in _KEEPERS)
+    return is_keeper or _text_of(process / "comm") == "systemd\n"
 
 
 def _fuse_descriptors(process: Path) -> list[str]:
     found: list[str] = []
-    try:
+    with contextlib.suppress(OSError):  # it has ended, or belongs to another user
         for entry in (process / "fd").iterdir():
             if os.readlink(entry) == "/dev/fuse":
                 found.append(entry.name)
-    except OSError:  # it has ended, or is not ours to look at
-        pass
     return found
 
 
 def _connection_of(process: Path, number: str) -> int:
-    """0: the kernel does not tell."""
-    try:
-        text = (process / "fdinfo" / number).read_text()
-    except OSError:
-        return 0
+    """Return the number of a descriptor's connection, or 0 if the kernel does not name it."""
+    text = _text_of(process / "fdinfo" / number)
     line = re.search(r"^fuse_connection:\s*(\d+)$", text, re.MULTILINE)
     return int(line[1]) if line else 0
 
 
-def _runs(process: Path, module: bytes) -> bool:
-    """Whether that process runs a module of ours."""
+def _runs(process: Path, module: str) -> bool:
+    return module in _text_of(process / "cmdline")
+
+
+def _text_of(file: Path) -> str:
+    """Return a file's text, or "" if it has gone or belongs to another user."""
     try:
-        return module in (process / "cmdline").read_bytes()
+        return file.read_text(errors="replace")
     except OSError:
-        return False
+        return ""
 
 
-def _number(mounted: session.Mounted) -> int:
-    """Of the connection: FUSE numbers them by the device of the mount."""
+def _number(mounted: MountLine) -> int:
+    """Return the number of a mount's connection, which is part of its device number."""
     return int(mounted.device.partition(":")[2])
 
 
-def _has_waiting(mounted: session.Mounted) -> bool:
-    """Whether requests wait there, as far as fusectl is mounted."""
-    try:
-        return int((_FUSECTL / str(_number(mounted)) / "waiting").read_text()) > 0
-    except (OSError, ValueError):
-        return False
+def _has_waiting(mounted: MountLine) -> bool:
+    """Whether requests wait in the mount. False if fusectl is not mounted."""
+    return int(_text_of(_FUSECTL / str(_number(mounted)) / "waiting") or 0) > 0
 
 
 def _sees_all_processes() -> bool:

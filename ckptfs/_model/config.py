@@ -1,15 +1,14 @@
-"""The configuration: every setting with its unit, default, reason, and when a change of it counts.
-Plain data.
+"""The settings as plain data: the unit, default and reason of each, and when a change counts.
 
-Reading it from the file, the environment and flags is done in ``ckptfs._config``; what
-``ckptfs help config`` and ``CONFIGURATION.md`` say of it is made in ``ckptfs._model.settings``.
+``ckptfs._config.load`` reads them from the file, the environment and flags. A test compares the
+tables of ``CONFIGURATION.md``, which ``ckptfs help config`` shows, with the descriptions here.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import msgspec
 
-from ckptfs._model.stores import StoreTable
+from ckptfs._model.named_store import StoreTable
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
@@ -18,185 +17,170 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
 STORE_TIMEOUT_S = 3.0
-"""Longest silence of a store where nothing is configured; see `Config.store_timeout_s`."""
+"""Default of `Config.store_timeout_s`."""
 
 METRICS = r"^((127(\.[0-9]{1,3}){3}|localhost|\[::1\]):[0-9]{1,5}|unix:/[^\0\n]{1,106})?\Z"
-"""A loopback address and its port, or a unix socket: nobody else's machine may look."""
+"""A loopback address with a port, or a unix socket, so that only this machine can scrape."""
 
 Change = Literal["reload", "mount"]
-"""When a change counts: with a reload of a running daemon, or with the next ``ckptfs mount``."""
+"""The moment when a change counts: a reload of the daemon, or the next ``ckptfs mount``."""
 
 
 def _live(text: str) -> msgspec.Meta:
     """A setting that ``ckptfs reload`` changes."""
-    return msgspec.Meta(description=text, extra={"change": "reload"})
+    return msgspec.Meta(description=" ".join(text.split()), extra={"change": "reload"})
 
 
 def _fixed(text: str) -> msgspec.Meta:
-    """A setting that a mount has for its whole life."""
-    return msgspec.Meta(description=text, extra={"change": "mount"})
+    """A setting that a mount keeps until it ends."""
+    return msgspec.Meta(description=" ".join(text.split()), extra={"change": "mount"})
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one daemon and of the clients that use it. Each says what it means itself."""
+    """Settings of one daemon and of the clients that use it, each with its description."""
 
     socket: Annotated[str, _fixed("Path of the control socket.")]
     node_socket: Annotated[
         str,
-        _fixed(
-            "Control socket of the node's daemon, which clients prefer where it serves them; none "
-            "if `socket` was set on purpose."
-        ),
+        _fixed("""Control socket of the node's daemon. Clients prefer that daemon if it serves them.
+        None if `socket` is configured."""),
     ] = ""
-    mount: Annotated[
-        str, _fixed("Directory where the daemon mounts; checkpoints appear inside it.")
-    ]
+    mount: Annotated[str, _fixed("The mount point. Checkpoints appear as directories inside it.")]
     cache_dir: Annotated[
-        str, _fixed("Directory of the cache; one daemon at a time uses it. Its log is there, too.")
+        str,
+        _fixed("""Directory of the cache and the log. One daemon at a time uses it. `ckptfs help
+        containers` lists the directories that ckptfs uses if the default is unusable."""),
     ]
     cache_bytes_max: Annotated[
         Bytes,
-        _live("Most bytes that the cache keeps on disk; 0: only the free share limits it."),
+        _live("Maximum size of the cache on disk. With 0, only the free share limits the cache."),
     ] = 0
     cache_free_share_min: Annotated[
         Share, _live("Share of the disk that the cache leaves free for others.")
     ] = 0.1
     linger_s: Annotated[
         Seconds,
-        _live(
-            "How long an attachment that nobody holds stays, so that the next user of the same "
-            "checkpoint finds it attached."
-        ),
+        _live("""Time for which an attachment stays after its last user, so that the next user of
+        the checkpoint finds it attached."""),
     ] = 10.0
     idle_exit_s: Annotated[
-        Seconds,
-        _live("How long a daemon with no attachment and no client stays; 0: for ever."),
+        Seconds, _live("Time after which a daemon without attachments and clients ends. 0: never.")
     ] = 60.0
     read_deadline_s: Annotated[
-        Seconds, _live("Longest time that a read waits for new bytes of the store.")
+        Seconds, _live("Longest time that a read waits for new bytes from the store.")
     ] = 60.0
     attach_deadline_s: Annotated[
         Seconds, _live("Longest time that an attach waits for the store's listing.")
     ] = 60.0
     store_timeout_s: Annotated[
         Seconds,
-        _live(
-            "Longest silence of the store within one request, and longest connect; of what is "
-            "attached from then on. A store on S3 whose first bytes take longer gets more time for "
-            "them. Two attempts of 3 s, the AWS SDK's default, keep the answer to "
-            "an attach below 10 s."
-        ),
+        _live("""Longest silence of a store in one request, and longest connect. A change counts
+        for later attaches. If the first bytes of a store on S3 take longer, ckptfs allows more
+        time for them. Two attempts of 3 s, the AWS SDK's default, keep the answer to an attach
+        below 10 s."""),
     ] = STORE_TIMEOUT_S
-    connections_max: Annotated[Count, _live("Requests for data that run at the same time.")] = 16
+    connections_max: Annotated[Count, _live("Maximum number of concurrent requests for data.")] = 16
     in_flight_bytes_max: Annotated[
-        Bytes, _live("Most bytes that are being fetched at the same time.")
+        Bytes, _live("Maximum number of bytes in flight, in all requests together.")
     ] = 128 * MIB
     span_bytes_max: Annotated[
         int,
         msgspec.Meta(ge=1, le=16 * MIB),
-        _live(
-            "Most bytes of one request. 8 MiB makes the round trip small beside the transfer, and "
-            "still spreads a file over several connections. At most 16 MiB, because what the disk "
-            "refuses is kept in memory as a whole."
-        ),
+        _live("""Maximum number of bytes in one request. With 8 MiB the round trip is short compared
+        to the transfer, and a file still spreads over several connections. The upper limit is 16
+        MiB, because the daemon keeps a whole span in memory if the disk fails."""),
     ] = 8 * MIB
     window_bytes_max: Annotated[
         Bytes,
-        _live(
-            "Furthest that readahead runs ahead of one cursor, in files that are opened from "
-            "then on."
-        ),
+        _live("""Longest distance of readahead ahead of one cursor. A change counts for files that
+        are opened later."""),
     ] = 64 * MIB
     read_ahead_kb: Annotated[
         Bytes,
-        _fixed(
-            "The kernel's own readahead for the mount, in KiB (needs root). 1024 was measured half "
-            "again as fast as the default of 128."
-        ),
+        _fixed("""The kernel's own readahead for the mount, in KiB (needs root). In measurements,
+        reads were 1.5 times as fast with 1024 as with the kernel's default of 128."""),
     ] = 1024
     passthrough: Annotated[
         bool,
-        _fixed(
-            "Let the kernel itself read files that are complete in the cache, where it can "
-            "(Linux ≥ 6.9, root)."
-        ),
+        _fixed("""Let the kernel itself read files that are complete in the cache (needs Linux ≥ 6.9
+        and root)."""),
     ] = True
     restart: Annotated[
         bool,
-        _live(
-            "Start the daemon anew when it dies or is stuck, where the kernel can repeat what it "
-            "was asked (Linux ≥ 6.9); otherwise the mount ends then."
-        ),
+        _live("""Start a new daemon if the old one dies or hangs. This needs a kernel that repeats
+        requests (Linux ≥ 6.9). Otherwise the mount ends with the daemon."""),
     ] = True
     spare: Annotated[
         bool,
-        _live(
-            "Keep a second process of the daemon ready (some 25 MB of memory), so that it takes "
-            "over in a moment instead of half a second."
-        ),
+        _live("""Keep a second process of the daemon ready, which takes about 25 MB of memory, so
+        that a restart is immediate instead of taking half a second."""),
     ] = True
     restarts_max: Annotated[
         Count,
-        _live(
-            "Most such restarts in ten minutes, then the mount ends: whatever kills the daemon "
-            "will do so again, and readers must not wait for ever."
-        ),
+        _live("""Maximum number of such restarts in ten minutes. After more, the mount ends, because
+        the cause probably persists and readers must not wait for ever."""),
     ] = 20
     allow_other: Annotated[
         bool,
-        _fixed(
-            "Let other users of the node use this daemon (needs root, or `user_allow_other` in "
-            "fuse.conf)."
-        ),
+        _fixed("""Let other users of the node use this daemon (needs root, or `user_allow_other` in
+        fuse.conf)."""),
     ] = False
     lend_daemon_rights: Annotated[
         bool,
-        _live(
-            "With `allow_other`: whether other users may attach what is read with the daemon's own "
-            "rights (its AWS or Google credentials, its identity at HDFS, local files), because "
-            "the location brings no credentials. Whoever asks then reads as the daemon does. "
-            "Named stores have `users` and `groups` instead."
-        ),
+        _live("""With `allow_other`, let other users attach locations without credentials. The
+        daemon reads these with its own rights (its AWS or Google credentials, its identity at HDFS,
+        local files), so other users can read all that the daemon can read. For named stores, use
+        `users` and `groups` instead."""),
     ] = False
+    leave_job: Annotated[
+        bool,
+        _fixed("""Let a daemon that is started on demand leave the cgroup of its first job or
+        session, if the system allows it, so that it keeps serving others when that job ends."""),
+    ] = True
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        _fixed(
-            "The least that is logged. Libraries log warnings only, because what they say for "
-            "debugging can have credentials in it."
-        ),
+        _fixed("""Lowest level of logged messages. ckptfs logs only warnings and errors of
+        libraries, because their other messages can contain credentials."""),
     ] = "info"
     log_format: Annotated[
         Literal["text", "json"],
-        _fixed(
-            "How standard error, or the log file, has it: as text, or as one JSON object a line. "
-            "The journal gets fields of its own in any case."
-        ),
+        _fixed("""Format of the log on standard error or in the file: text, or one JSON object per
+        line. The journal always gets fields of its own."""),
     ] = "text"
     metrics: Annotated[
         str,
         msgspec.Meta(pattern=METRICS),
-        _fixed(
-            "Where Prometheus finds the metrics: `127.0.0.1:9467` (or another port or loopback "
-            "address), or `unix:` and the path of a socket, which only this user can connect to. "
-            "Every user of the node can look at a loopback address."
-        ),
+        _fixed("""Address of the metrics for Prometheus: `127.0.0.1:9467` (or another port or
+        loopback address), or `unix:` and the path of a socket. Every user of the node can read the
+        metrics at a loopback address. Only this user can connect to the socket."""),
     ] = ""
-    files_max: Annotated[int, msgspec.Meta(ge=1), _live("Most objects in one checkpoint.")] = (
-        1_000_000
-    )
+    files_max: Annotated[
+        int, msgspec.Meta(ge=1), _live("Maximum number of objects in one checkpoint.")
+    ] = 1_000_000
     attachments_max: Annotated[
         Count,
-        _live(
-            "Most checkpoints that are attached at the same time; a quarter of that for one of the "
-            "other users."
-        ),
+        _live("""Maximum number of attached checkpoints. Each of the other users gets at most a
+        quarter of it."""),
     ] = 1000
     attached_files_max: Annotated[
         int,
         msgspec.Meta(ge=1),
-        _live(
-            "Most objects in all of them together; a quarter of that for one of the other users. "
-            "One takes 0.7 kB of the daemon's memory."
-        ),
+        _live("""Maximum number of objects in all attached checkpoints together. Each of the other
+        users gets at most a quarter of it. One object takes 0.7 kB of the daemon's memory."""),
     ] = 4_000_000
     store: Annotated[dict[str, StoreTable], _live("Named stores; see below.")] = {}
+
+
+def descriptions(kind: type[msgspec.Struct]) -> dict[str, msgspec.Meta]:
+    """The declared description of each setting of `Config`, or of each key of a table."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: next(each for each in hint.__metadata__ if each.description)
+        for name, hint in hints.items()
+    }
+
+
+def changes() -> dict[str, Change]:
+    """The moment when a change of each setting counts."""
+    found = descriptions(Config).items()
+    return {name: meta.extra["change"] for name, meta in found if meta.extra}

@@ -1,8 +1,8 @@
 """Endpoints of stores: one parser for URIs, variables, tables and mount options.
 
-An endpoint is a scheme, a host, perhaps a port, and perhaps a path below which the service is. Two
-spellings of one endpoint give equal `Endpoint`s: letter case of the host, the scheme's own port and
-a trailing slash make no difference.
+An endpoint is a scheme, a host, perhaps a port, and perhaps a path of the service. Two spellings of
+one endpoint give equal `Endpoint`s, because the letter case of the host, the scheme's default port
+and a trailing slash make no difference.
 """
 
 import re
@@ -11,22 +11,23 @@ from typing import Literal, cast
 
 import msgspec
 
+from ckptfs._model.manifest import printable
 from ckptfs.errors import LocationError
 
 Scheme = Literal["http", "https"]
 _PORTS: dict[str, int] = {"http": 80, "https": 443}
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_])?\.?")
-"""RFC 1123, and the underscore that names inside of companies have."""
+"""Host names of RFC 1123, and with underscores, which internal names of companies have."""
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*")  # RFC 3986, section 3.3
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a service is.
+    """The endpoint of a service.
 
     Attributes:
         scheme: "http" or "https".
-        host: In lower case; an IPv6 address without brackets.
-        port: None: the scheme's own.
+        host: The host in lower case; an IPv6 address without brackets.
+        port: The port; None for the scheme's default.
         path: "", or a path that begins with a slash and does not end with one.
     """
 
@@ -37,7 +38,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     @property
     def authority(self) -> str:
-        """Host and port as a URL has them."""
+        """The host and port as in a URL."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port is None else f"{host}:{self.port}"
 
@@ -57,10 +58,10 @@ def parse_endpoint(text: str, scheme: str = "https") -> Endpoint:
 
     Args:
         text: A URL, or ``host[:port][/path]``.
-        scheme: The scheme of the latter.
+        scheme: The scheme, if `text` names none.
 
     Raises:
-        LocationError: It is malformed, holds credentials or a query, or is of another scheme.
+        LocationError: The text is malformed, has credentials or a query, or another scheme.
     """
     given, separator, rest = text.strip().partition("://")
     if not separator:
@@ -72,8 +73,8 @@ def parse_endpoint(text: str, scheme: str = "https") -> Endpoint:
     path = (slash + path).rstrip("/")
     if "@" in authority:
         raise LocationError(
-            "an endpoint holds no credentials; write it as https://host:port, and give "
-            "these as keys"
+            "an endpoint must not have credentials; write it as https://host:port, and give the "
+            "credentials as keys"
         )
     if "?" in rest or "#" in rest:
         raise _refused(text, "it has a query or a fragment")
@@ -102,5 +103,5 @@ def _host_of(text: str, host: str) -> str:
 
 
 def _refused(text: str, why: str) -> LocationError:
-    shown = "".join(c if c.isprintable() else "?" for c in text[:200])
+    shown = printable(text, 200)
     return LocationError(f"endpoint {shown!r}: {why}; write it as https://host:port")

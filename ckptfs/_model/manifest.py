@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint held at the moment it was attached.
+"""The manifest: the files and directories of a checkpoint when it was attached.
 
-Object names are not trusted. A name that no Linux directory can hold, or that would lead out of the
-mount, is left out and reported; the rest of the checkpoint is not affected.
+Object names are not trusted. The manifest leaves out and reports a name that a Linux directory
+cannot have, or that would lead out of the mount. The rest of the checkpoint is not affected.
 """
 
 import hashlib
@@ -12,14 +12,15 @@ import msgspec
 from ckptfs.errors import LimitExceeded
 
 METADATA_NAME = ".metadata.json"
-"""The file with the checkpoint's own metadata, Ray's name for it (``ray.train._checkpoint``). It is
-the one that may change while the checkpoint is attached, so it is in no version."""
+"""The file with the checkpoint's own metadata. The name is Ray's (``ray.train._checkpoint``). Only
+this file may change while the checkpoint is attached, so versions do not cover it."""
 NAME_BYTES_MAX = 255
-"""Bytes of one path component (NAME_MAX of Linux, limits.h)."""
+"""Longest path component (NAME_MAX of Linux, limits.h)."""
 PATH_BYTES_MAX = 4095
-"""Bytes of a path (PATH_MAX without the NUL); S3's keys have 1,024."""
+"""Longest path (PATH_MAX without the NUL). S3's keys have at most 1,024 bytes."""
 DIRECTORIES_MAX = 1_000_000
-"""Most directories that the names of one checkpoint may imply: a name can be two thousand deep."""
+"""Most directories that the names of one checkpoint may imply, because one name can imply two
+thousand."""
 
 
 class ListedFile(msgspec.Struct, frozen=True, gc=False):
@@ -28,8 +29,8 @@ class ListedFile(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         path: Path relative to the checkpoint, with ``/`` between components.
         size: Bytes.
-        mtime_ns: Modification time in nanoseconds since the epoch; 0 where the store has none.
-        etag: As HTTP has it, with quotes; "" where the listing has none.
+        mtime_ns: Modification time in nanoseconds since the epoch; 0 if the store has none.
+        etag: The ETag as in HTTP, with quotes; "" if the listing has none.
     """
 
     path: str
@@ -39,13 +40,13 @@ class ListedFile(msgspec.Struct, frozen=True, gc=False):
 
 
 class Skipped(msgspec.Struct, frozen=True, gc=False):
-    """An object that is not shown, and why.
+    """An object that is not shown, and the reason.
 
     Attributes:
-        name: Printable (escaped) text.
-        reason: A sentence.
-        is_lacking: It is a file of the checkpoint that cannot be read now, so a copy without it
-            would not be whole.
+        name: The object's name as printable (escaped) text.
+        reason: The reason as a clause.
+        is_lacking: Whether it is a file of the checkpoint that cannot be read now, so a copy
+            without it would be incomplete.
     """
 
     name: str
@@ -54,11 +55,16 @@ class Skipped(msgspec.Struct, frozen=True, gc=False):
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """What a store reported: unchecked files, directories (relative paths), unreadable names."""
+    """A store's listing: unchecked files, directories (relative paths), and unreadable names."""
 
     files: list[ListedFile]
     directories: list[str]
     skipped: list[Skipped] = []
+
+    @property
+    def count(self) -> int:
+        """The number of all names."""
+        return len(self.files) + len(self.directories) + len(self.skipped)
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -68,7 +74,8 @@ class Manifest(msgspec.Struct, frozen=True):
         files: The files, sorted by path.
         directories: Every directory except the root, parents first.
         skipped: Objects that are left out.
-        version: 32 hex digits over all names, sizes, times and ETags but those of `METADATA_NAME`.
+        version: Digest (32 hex digits) of all names, sizes, times and ETags but those of
+            `METADATA_NAME`.
         size: Bytes of all files together.
     """
 
@@ -80,15 +87,15 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def printable(name: str, characters_max: int = 300) -> str:
-    """`name` with control characters, quotes and undecodable bytes escaped; at most so many
-    characters."""
+    """`name` with control characters, quotes and undecodable bytes escaped, and cut at
+    `characters_max`."""
     text = name.encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= characters_max else text[: characters_max - 3] + "..."
 
 
 def fault_of_name(path: str) -> str | None:
-    """Why `path` cannot be shown in a Linux directory, or None where it can."""
+    """The reason why a Linux directory cannot have the name `path`, or None if it can."""
     try:
         raw = path.encode()
     except UnicodeEncodeError:
@@ -108,33 +115,29 @@ def fault_of_name(path: str) -> str | None:
 
 
 def build_manifest(listing: Listing) -> Manifest:
-    """Check every name of `listing`, add the implied directories, and fix the version.
+    """Check every name of `listing`, add the implied directories, and compute the version.
 
-    Raises LimitExceeded where these are more than `DIRECTORIES_MAX`.
+    Raises LimitExceeded if the directories are more than `DIRECTORIES_MAX`.
     """
     skipped = list(listing.skipped)
     files: dict[str, ListedFile] = {}
-    directories: set[str] = set()
-    good_parents: set[str] = {""}  # most files share their parent: check each only once
+    directories: set[str] = set()  # with the parents of each
 
-    def add_parents(path: str) -> None:
-        parent = path.rpartition("/")[0]
-        while parent not in good_parents:
-            good_parents.add(parent)
-            directories.add(parent)
+    def add_directory(path: str) -> None:
+        while path and path not in directories:
+            directories.add(path)
             if len(directories) > DIRECTORIES_MAX:
                 raise LimitExceeded(
                     f"the checkpoint has more than {DIRECTORIES_MAX} directories, e.g. "
-                    f"{printable(parent)}; name a directory below it"
+                    f"{printable(path)}; name a directory below it"
                 )
-            parent = parent.rpartition("/")[0]
+            path = path.rpartition("/")[0]
 
     hostile: dict[str, str] = {}
     for path in listing.directories:
         fault = fault_of_name(path)
         if fault is None:
-            directories.add(path)
-            add_parents(path)
+            add_directory(path)
         elif path:
             hostile[path] = fault
     for file in listing.files:
@@ -146,7 +149,7 @@ def build_manifest(listing: Listing) -> Manifest:
             _drop_parents(hostile, file.path)
             continue
         files[file.path] = file
-        add_parents(file.path)
+        add_directory(file.path.rpartition("/")[0])
     for path in directories & files.keys():
         skipped.append(Skipped(printable(path), "the name is both a file and a directory"))
         del files[path]
@@ -165,7 +168,7 @@ def build_manifest(listing: Listing) -> Manifest:
 
 
 def _drop_parents(hostile: dict[str, str], path: str) -> None:
-    """A hostile directory is reported through what is below it, where there is anything."""
+    """Drop the parents of `path`, because the report of `path` covers them, too."""
     while hostile and (path := path.rpartition("/")[0]):
         hostile.pop(path, None)
 

@@ -1,143 +1,175 @@
-"""The metrics of a daemon, as Prometheus gets them: the one table of what there is.
+"""The one table of the daemon's metrics: name, kind, text, labels, and the counter behind each.
 
-``METRICS.md`` and ``ckptfs help metrics`` are made of it (`as_markdown`), and the daemon refuses to
-export what is not in it.
+The exporter (``_daemon.control.prometheus``) exports every row. ``METRICS.md``, which ``ckptfs help
+metrics`` shows, has the same rows and explains the labels. A test compares them.
 """
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from ckptfs._model.counters import Counts
+from ckptfs._model.protocol.replies import ActivityReply
+
+Labels = tuple[str, ...]
+Histogram = tuple[list[int], int]
+"""Counts by power of two in nanoseconds (see `counters.BUCKETS`), and the sum in nanoseconds."""
+Number: TypeAlias = "float | Histogram"
+Value: TypeAlias = "Number | Mapping[str, Number] | Mapping[Labels, Number]"
+"""One number, or one for each label or combination of labels."""
 
 
 class Metric(NamedTuple):
     """One metric.
 
     Attributes:
-        name: Without the suffixes that Prometheus adds to counters and histograms.
-        kind: As Prometheus has them.
-        help: What it is, with its unit.
-        labels: What it is divided by.
+        name: The name without the suffixes that Prometheus adds to counters and histograms.
+        kind: The type in Prometheus's terms.
+        help: A sentence about the value, with its unit.
+        value: The counter: a field of `ActivityReply` (`NODE`) or of `Counts` (`CHECKPOINT`), or a
+            function of it. "" stands for the field with the metric's name.
+        labels: Names of the labels.
     """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
+    value: "str | Callable[[Any], Value]" = ""
     labels: tuple[str, ...] = ()
 
+    def numbers(self, counted: "ActivityReply | Counts") -> dict[Labels, Number]:
+        """The numbers, by the values of the labels; for `CHECKPOINT` without the checkpoint's."""
+        get = attrgetter(self.value or self.name) if isinstance(self.value, str) else self.value
+        value: Value = get(counted)
+        if not isinstance(value, Mapping):
+            return {(): value}
+        return {(key,) if isinstance(key, str) else key: n for key, n in value.items()}
 
-LABELS: Mapping[str, str] = {
-    "by": "`daemon`, or `kernel`: the kernel reads the file by itself (passthrough)",
-    "checkpoint": (
-        "the checkpoint's directory in the mount; `other` for those beyond the first hundred. On a "
-        "loopback address of a daemon that serves other users it is the directory's digest only, "
-        "because names say what somebody trains"
-    ),
-    "error": "the error's code, as `--json` has it; `stale`: the checkpoint was detached",
-    "kind": (
-        "`list` (a page of a listing), `head` (size and version), `read` (a range), `get` (a small "
-        "object), `put`"
-    ),
-    "le": "upper limit of a bucket, in seconds",
-    "outcome": (
-        "`ok`, `redirected` (to another region), `absent`, `changed`, `denied`, `unavailable`, "
-        "`timeout`, `error`"
-    ),
-    "passthrough": "`on` or `off`",
-    "priority": "`demand`, `readahead`, `prefetch`, `dark` (the store does not answer)",
-    "reason": (
-        "`idle`, or `died` (by itself, or killed by others), `stopped`, `still` (its library held "
-        "the interpreter's lock for too long), `overdue` (its library hangs), `nonsense`"
-    ),
-    "source": "`cache`: the bytes were on the node when they were asked for; `store`: not yet",
-    "version": "of ckptfs",
-}
 
-_NODE = (
-    Metric("info", "gauge", "Always 1.", ("version", "passthrough")),
-    Metric("start_time_seconds", "gauge", "When the daemon started, since the epoch."),
-    Metric("restarts", "counter", "Daemons that served this mount before this one."),
-    Metric("attachments", "gauge", "Checkpoints that are attached."),
-    Metric("open_files", "gauge", "Files of the mount that are open."),
-    Metric("opens", "counter", "Files that were opened.", ("by",)),
-    Metric(
+def _counter(name: str, text: str, value: "str | Callable[[Any], Value]" = "", *by: str) -> Metric:
+    return Metric(name, "counter", text, value, by)
+
+
+def _gauge(name: str, text: str, value: "str | Callable[[Any], Value]" = "", *by: str) -> Metric:
+    return Metric(name, "gauge", text, value, by)
+
+
+def _histogram(name: str, text: str, value: "Callable[[Any], Value]", *by: str) -> Metric:
+    return Metric(name, "histogram", text, value, by)
+
+
+READ_ERRORS = (
+    "access-denied",
+    "cache",
+    "limit",
+    "not-found",
+    "object-changed",
+    "stale",
+    "store",
+    "store-timeout",
+    "store-unavailable",
+)
+"""Errors of reads and fetches. Their counters exist from the start, because an alert on an increase
+misses the first error of a counter that starts with it."""
+
+
+def _of(get: Callable[[Counts], Value]) -> Callable[[ActivityReply], Value]:
+    return lambda node: get(node.counts)
+
+
+def _info(node: ActivityReply) -> Value:
+    return {(node.version, node.passthrough.partition(":")[0]): 1}
+
+
+def _opens(counts: Counts) -> Value:
+    return {"daemon": counts.opens - counts.kernel_opens, "kernel": counts.kernel_opens}
+
+
+def _read_bytes(counts: Counts) -> Value:
+    return {"cache": counts.read_bytes - counts.missed_bytes, "store": counts.missed_bytes}
+
+
+def _by_error(field: str) -> Callable[[ActivityReply], Value]:
+    return lambda node: dict.fromkeys(READ_ERRORS, 0) | getattr(node.counts, field)
+
+
+def _requests(node: ActivityReply) -> Value:
+    return {(each.kind, key): n for each in node.requests for key, n in each.outcomes.items()}
+
+
+def _request_times(node: ActivityReply) -> Value:
+    return {each.kind: (each.latency_ns, each.total_ns) for each in node.requests}
+
+
+NODE = (
+    _gauge("info", "Always 1.", _info, "version", "passthrough"),
+    _gauge("start_time_seconds", "Start of the daemon, in seconds since the epoch.", "started"),
+    _counter("restarts", "Daemons that served this mount before this daemon."),
+    _gauge("attachments", "Attached checkpoints."),
+    _gauge("open_files", "Open files of the mount.", "counts.open_files"),
+    _counter("opens", "Opened files.", _of(_opens), "by"),
+    _histogram(
         "read_seconds",
-        "histogram",
-        "Reads, from when the daemon saw them to when the kernel had the answer. What the kernel "
-        "reads by itself, or has in memory, is not seen.",
+        "Time of reads in the daemon, until the kernel has the answer. The daemon does not see "
+        "reads from the page cache or by passthrough.",
+        lambda node: (node.counts.latency_ns, node.counts.read_ns),
     ),
-    Metric("read_bytes", "counter", "Bytes that the kernel was given.", ("source",)),
-    Metric("read_misses", "counter", "Reads that had to wait for the store."),
-    Metric("read_errors", "counter", "Reads that failed.", ("error",)),
-    Metric("reads_waiting", "gauge", "Reads that wait now, for the store or the disk."),
-    Metric("fetched_bytes", "counter", "Bytes that came from stores and could be used."),
-    Metric("fetched_spans", "counter", "Requests for data in which they came."),
-    Metric(
-        "taken_bytes", "counter", "Bytes that came from other nodes, by `ckptfs.ray.broadcast`."
-    ),
-    Metric("given_bytes", "counter", "Bytes that were given to other nodes so."),
-    Metric("fetch_retries", "counter", "Attempts to fetch after one that had failed."),
-    Metric("hedged_requests", "counter", "Second requests, because the first one took long."),
-    Metric("fetch_failures", "counter", "Attempts to fetch that failed.", ("error",)),
-    Metric("fetches_running", "gauge", "Requests for data that are under way."),
-    Metric("fetches_waiting", "gauge", "Requests for data that wait for a place.", ("priority",)),
-    Metric("in_flight_bytes", "gauge", "Bytes that are being fetched, or not on the disk yet."),
-    Metric(
+    _counter("read_bytes", "Bytes from the daemon to the kernel.", _of(_read_bytes), "source"),
+    _counter("read_misses", "Reads that waited for the store.", "counts.misses"),
+    _counter("read_errors", "Failed reads.", _by_error("errors"), "error"),
+    _gauge("reads_waiting", "Reads that are waiting for the store or the disk.", "counts.waiting"),
+    _counter("fetched_bytes", "Usable bytes from stores."),
+    _counter("fetched_spans", "Requests for data that brought usable bytes."),
+    _counter("taken_bytes", "Bytes from other nodes (`ray.broadcast`).", "counts.taken_bytes"),
+    _counter("given_bytes", "Bytes for other nodes (`ray.broadcast`).", "counts.given_bytes"),
+    _counter("fetch_retries", "Attempts to fetch after a failed attempt.", "counts.retries"),
+    _counter("hedged_requests", "Second requests after a slow first one.", "hedged"),
+    _counter("fetch_failures", "Failed attempts to fetch.", _by_error("failures"), "error"),
+    _gauge("fetches_running", "Running requests for data.", "running"),
+    _gauge("fetches_waiting", "Requests for data in the queue.", "queue", "priority"),
+    _gauge("in_flight_bytes", "Bytes that are in flight or not yet on the disk."),
+    _counter(
         "store_requests",
-        "counter",
-        "Requests to stores, with those that were repeated. Of S3 as the server counts them; of "
-        "other stores the calls of their library.",
-        ("kind", "outcome"),
+        "Requests to stores, including repeated ones. For S3, HTTP requests; for other stores, "
+        "calls of their library.",
+        _requests,
+        "kind",
+        "outcome",
     ),
-    Metric("store_request_seconds", "histogram", "These, until the answer was read.", ("kind",)),
-    Metric("cache_bytes", "gauge", "Bytes on the disk."),
-    Metric("cache_limit_bytes", "gauge", "`cache_bytes_max`; 0: only the free share limits it."),
-    Metric("evicted_bytes", "counter", "Bytes that had to go because there was no room."),
-    Metric("evicted_objects", "counter", "Files that went as a whole."),
-    Metric("threads", "gauge", "Threads of the daemon that work, or wait for others."),
-    Metric("workers", "gauge", "Processes in which libraries of stores run."),
-    Metric("worker_memory_bytes", "gauge", "What these have in memory."),
-    Metric("worker_starts", "counter", "Such processes that were started."),
-    Metric("worker_ends", "counter", "Such processes that have ended.", ("reason",)),
+    _histogram(
+        "store_request_seconds", "Time until the end of the answer.", _request_times, "kind"
+    ),
+    _gauge("cache_bytes", "Bytes of the cache on the disk."),
+    _gauge(
+        "cache_limit_bytes",
+        "`cache_bytes_max`. With 0, only the free share limits the cache.",
+        "cache_bytes_max",
+    ),
+    _counter("evicted_bytes", "Bytes that the cache evicted to make space."),
+    _counter("evicted_objects", "Files that the cache evicted completely."),
+    _gauge("threads", "Threads of the daemon that run or wait for other threads."),
+    _gauge("workers", "Worker processes, which run the libraries of stores."),
+    _gauge("worker_memory_bytes", "Memory of the worker processes."),
+    _counter("worker_starts", "Started worker processes."),
+    _counter("worker_ends", "Ended worker processes.", "worker_ends", "reason"),
 )
-_OF_ONE = ("checkpoint",)
-_CHECKPOINT = (
-    Metric("checkpoint_opens", "counter", "As `opens`.", ("checkpoint", "by")),
-    Metric("checkpoint_reads", "counter", "Reads that were answered.", _OF_ONE),
-    Metric("checkpoint_read_bytes", "counter", "As `read_bytes`.", ("checkpoint", "source")),
-    Metric("checkpoint_read_misses", "counter", "As `read_misses`.", _OF_ONE),
-    Metric("checkpoint_read_errors", "counter", "As `read_errors`.", _OF_ONE),
-    Metric("checkpoint_fetched_bytes", "counter", "As `fetched_bytes`.", _OF_ONE),
-    Metric("checkpoint_reads_waiting", "gauge", "As `reads_waiting`.", _OF_ONE),
+CHECKPOINT = (
+    _counter("checkpoint_opens", "`opens` per checkpoint.", _opens, "checkpoint", "by"),
+    _counter("checkpoint_reads", "Reads that the daemon answered.", "reads", "checkpoint"),
+    _counter(
+        "checkpoint_read_bytes", "`read_bytes` per checkpoint.", _read_bytes, "checkpoint", "source"
+    ),
+    _counter("checkpoint_read_misses", "`read_misses` per checkpoint.", "misses", "checkpoint"),
+    _counter(
+        "checkpoint_read_errors",
+        "`read_errors` per checkpoint.",
+        lambda counts: sum(counts.errors.values()),
+        "checkpoint",
+    ),
+    _counter(
+        "checkpoint_fetched_bytes", "`fetched_bytes` per checkpoint.", "fetched_bytes", "checkpoint"
+    ),
+    _gauge("checkpoint_reads_waiting", "`reads_waiting` per checkpoint.", "waiting", "checkpoint"),
 )
+"""Metrics with one value for each checkpoint. The exporter adds the first label."""
 PREFIX = "ckptfs_"
-METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*_NODE, *_CHECKPOINT)}
-
-
-def names(metric: Metric) -> tuple[str, ...]:
-    """The names of its series."""
-    name = PREFIX + metric.name
-    if metric.kind == "counter":
-        return (f"{name}_total",)
-    if metric.kind == "histogram":
-        return (f"{name}_bucket", f"{name}_count", f"{name}_sum")
-    return (name,)
-
-
-def as_markdown() -> str:
-    """The table, for ``METRICS.md`` and the terminal."""
-    lines = [
-        "# Metrics",
-        "",
-        'A daemon with `metrics = "127.0.0.1:9467"` (or `"unix:/run/ckptfs/metrics.sock"`) in its '
-        "configuration shows these to Prometheus, below `/metrics`. Counters begin at zero with "
-        "each daemon. A checkpoint's own end with it; those of the node do not.",
-        "",
-        "| metric | kind | labels | |",
-        "| --- | --- | --- | --- |",
-    ]
-    for metric in METRICS.values():
-        name = PREFIX + metric.name + ("_total" if metric.kind == "counter" else "")
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
-        lines.append(f"| `{name}` | {metric.kind} | {labels} | {metric.help} |")
-    lines += ["", "| label | |", "| --- | --- |"]
-    lines += [f"| `{label}` | {text} |" for label, text in LABELS.items()]
-    return "\n".join(lines) + "\n"

@@ -1,47 +1,29 @@
-"""URIs: the text that a person types, and the place that it names.
+"""URIs, and the locations that they name.
 
-The rule: the place that is attached is the one that was typed, or an error says how to write it.
+ckptfs attaches exactly the location that the user has typed, or an error says how to write it.
 
-- A percent sign and two hex digits stand for a byte. Another percent sign is taken as it is.
-- A question mark begins parameters, all of which must be known. In a name it is written %3F.
-- Everything else of a name is taken as it is, also ``#``, spaces and empty components. Unicode is
-  never normalised.
-- Control characters, and components ``.`` and ``..``, have to be encoded where they are meant.
-- The texts behind ``hf://`` and ``http(s)://`` are those of fsspec, in which nothing is decoded.
+- A percent sign and two hex digits stand for a byte. Another percent sign stands for itself.
+- A question mark begins parameters, all of which must be known. In a name, write it as %3F.
+- All other characters of a name stand for themselves, also ``#``, spaces and empty components.
+  ckptfs never normalises Unicode.
+- Control characters, and the components ``.`` and ``..``, have to be encoded in names.
+- The texts after ``hf://`` and ``http(s)://`` are those of fsspec, in which nothing is decoded.
 
-`Location.uri` is the way back.
+`Location.uri` is the reverse.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from ckptfs._model.endpoints import parse_endpoint
-from ckptfs._model.location import (
-    AZURE_DOMAINS,
-    Kind,
-    Location,
-    Option,
-    blob_authority,
-    http_url,
-)
-from ckptfs._model.uriparameters import PARAMETERS, read_parameters, unknown_parameter
+from ckptfs._model.kinds import AZURE_DOMAINS, KINDS, SCHEMES, Kind, blob_authority, http_url
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import printable
+from ckptfs._model.uri_parameters import PARAMETERS, Option, read_parameters, unknown_parameter
 from ckptfs.errors import LocationError
 
-SCHEMES: dict[str, Kind] = {
-    "s3": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "abfss": "azure",
-    "abfs": "azure",
-    "az": "az",
-    "hdfs": "hdfs",
-    "viewfs": "hdfs",
-    "file": "local",
-    "hf": "hf",
-    "http": "http",
-    "https": "http",
-}
 INSTEAD = {
     "s3a": "s3://bucket/path",
     "s3n": "s3://bucket/path",
@@ -49,17 +31,17 @@ INSTEAD = {
     "wasbs": "abfss://container@account.dfs.core.windows.net/path",
     "adl": "abfss://container@account.dfs.core.windows.net/path",
 }
-"""What other programs call the same stores."""
+"""The schemes of other programs for the same stores, and the URIs of ckptfs."""
 _KNOWN = "s3://, gs://, abfss://, hdfs://, file://, hf://, az:// or https://"
 _AZURE = f"abfss://container@account{AZURE_DOMAINS['dfs']}/path"
 _NAME = re.compile(r"(?:[A-Za-z0-9._$-]|%[0-9A-Fa-f]{2})+")
-"""A bucket or container."""
+"""The name of a bucket or container."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _CREDENTIALS = "percent-encode credentials in a URI (a slash is %2F, a question mark %3F)"
 
 
 class _Parts(NamedTuple):
-    """A URI that has been cut, and nothing decoded. `tail` is empty or begins with a slash."""
+    """The parts of a URI, not decoded. `tail` is empty or begins with a slash."""
 
     scheme: str
     user: str
@@ -70,13 +52,11 @@ class _Parts(NamedTuple):
 
 
 def parse_uri(text: str) -> Location:
-    """The place that a URI names, as far as the URI says it.
-
-    Credentials in it become secrets of the location.
+    """The location that a URI names. Credentials in the URI become secrets of the location.
 
     Raises:
-        LocationError: It is malformed, or has a parameter that is not known; one line, which holds
-            no credentials.
+        LocationError: The URI is malformed, or has an unknown parameter. The message is one line
+            without credentials.
     """
     try:
         return _parsed(text)
@@ -85,20 +65,18 @@ def parse_uri(text: str) -> Location:
 
 
 def parse_place(text: str) -> Location:
-    """The place that a URI or an absolute path names. Raises LocationError."""
-    return parse_uri(text) if scheme_of(text) else Location("local", _absolute(text))
-
-
-def _absolute(text: str) -> str:
+    """The location that a URI or an absolute path names. Raises LocationError."""
+    if scheme_of(text):
+        return parse_uri(text)
     if not text.startswith("/"):
         raise LocationError(f"{text!r} is a relative path; use an absolute path or a URI")
     if "\0" in text or text != text.encode(errors="replace").decode():
         raise LocationError(f"{text!r} is not UTF-8; rename it")
-    return text.rstrip("/") or "/"
+    return Location("local", text.rstrip("/") or "/")
 
 
 def with_parameters(uri: str, **more: str) -> str:
-    """A URI with further parameters. Raises LocationError for what is said twice."""
+    """A URI with more parameters. Raises LocationError for a parameter that is given twice."""
     if not more:
         return uri
     query = "&".join(f"{name}={quote(value, safe='/:[]')}" for name, value in more.items())
@@ -108,7 +86,7 @@ def with_parameters(uri: str, **more: str) -> str:
 
 
 def anonymous_uri(text: str) -> str:
-    """A URI with anonymous access. Raises LocationError where there is none."""
+    """A URI with anonymous access. Raises LocationError for a kind of store without it."""
     kind = SCHEMES.get(scheme_of(text), "private")
     if "anonymous" not in PARAMETERS.get(kind, ()):
         raise LocationError(
@@ -121,7 +99,7 @@ def anonymous_uri(text: str) -> str:
 
 
 def scheme_of(text: str) -> str:
-    """The scheme of a URI; "": it is another text."""
+    """The scheme of a URI; "" for another text."""
     scheme, separator, _ = text.partition("://")
     found = _SCHEME.match(text)
     if separator:
@@ -130,23 +108,20 @@ def scheme_of(text: str) -> str:
 
 
 def shown_uri(text: str) -> str:
-    """A URI for messages: what may be credentials is hidden, and parameters are left out."""
+    """A URI for messages, without parameters and without texts that may be credentials."""
     scheme, separator, rest = text.partition("://")
     authority = re.split("[/?]", rest, maxsplit=1)[0]
     kind = SCHEMES.get(scheme.lower())
+    row = None if kind is None else KINDS[kind]
     if "@" in rest and ":" in authority:
         rest = f"***@{rest.rpartition('@')[2]}"  # the last: a secret may hold any character
-    elif "@" in authority and kind not in ("gcs", "azure", "az"):
+    elif "@" in authority and (row is None or not row.shows_user):
         rest = f"***@{rest.partition('@')[2]}"
-    elif ":" in authority and kind in (None, "s3", "gcs", "azure", "az"):
+    elif ":" in authority and (row is None or row.has_bucket):
         rest = f"***{rest[len(authority) :]}"
     if kind == "http":
         rest = rest.removeprefix("***@")
-    return _printable(f"{scheme}{separator}{rest.partition('?')[0]}")
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+    return printable(f"{scheme}{separator}{rest.partition('?')[0]}")
 
 
 def _parsed(text: str) -> Location:
@@ -155,25 +130,12 @@ def _parsed(text: str) -> Location:
     if scheme == "file" and not text.startswith("file://"):  # RFC 8089 has both
         text = text.replace("file:", "file://", 1)
     if not text.startswith(f"{scheme}://"):
-        raise LocationError(f"write two slashes behind the scheme: {scheme}://…")
+        raise LocationError(f"write two slashes after the scheme: {scheme}://…")
     if found := re.search(r"[\x00-\x1f\x7f]", text):
         raise LocationError(
-            f"a control character in it; check the URI, or write it as %{ord(found[0]):02X}"
+            f"it has a control character; check the URI, or write it as %{ord(found[0]):02X}"
         )
-    if kind == "http":
-        return Location("http", _http_path(text))
-    if kind == "hf":
-        return _hf(text)
-    parts = _cut(text, kind)
-    if kind == "hdfs":
-        return _hdfs(parts)
-    if kind == "local":
-        return _local(parts)
-    if kind == "s3":
-        return _s3(parts)
-    if kind == "gcs":
-        return _gcs(parts)
-    return _azure(parts, kind)
+    return _PARSERS[kind](text)
 
 
 def _kind_of(scheme: str) -> Kind:
@@ -183,7 +145,7 @@ def _kind_of(scheme: str) -> Kind:
     if low in SCHEMES:
         raise LocationError(f"schemes are in lower case; write {low}://…")
     if low in INSTEAD:
-        raise LocationError(f"ckptfs knows no {low}://; write {INSTEAD[low]}")
+        raise LocationError(f"ckptfs does not support {low}://; write {INSTEAD[low]}")
     raise LocationError(f"unknown scheme; use {_KNOWN}, or give a filesystem")
 
 
@@ -206,20 +168,21 @@ def _cut(text: str, kind: Kind) -> _Parts:
             "ARNs are not supported; write the alias of the access point (…-s3alias) as bucket"
         )
     if kind in ("s3", "gcs") and ":" in authority and not at:
-        raise LocationError(f"there is a colon in its bucket; {_CREDENTIALS}")
+        raise LocationError(f"its bucket has a colon; {_CREDENTIALS}")
     user, _, password = userinfo.partition(":")
     parameters = _parameters(kind, query) if mark else {}
     return _Parts(scheme, user, password, host, slash + path, parameters)
 
 
 def _parameters(kind: Kind, query: str) -> dict[str, str]:
-    """Names and decoded values. Raises LocationError, which says how a question mark is written."""
+    """The names and decoded values of a query. Raises LocationError, which says how to write a
+    question mark."""
     found: dict[str, str] = {}
     allowed = {*PARAMETERS[kind], *_MORE_PARAMETERS.get(kind, ())}
     for each in query.split("&"):
         name, equals, value = each.partition("=")
         if name not in allowed or not equals:
-            said = "none that is known follows"
+            said = "no known parameter follows"
             if name in allowed:
                 said = f"parameter {name} has no value"
             elif re.fullmatch("[A-Za-z_]{1,64}", name):  # others may be a part of credentials
@@ -235,7 +198,7 @@ def _parameters(kind: Kind, query: str) -> dict[str, str]:
 
 
 _MORE_PARAMETERS: dict[Kind, tuple[str, ...]] = {"azure": ("client_secret", "credential_kind")}
-"""Those of pyarrow that a location has as secrets, or under another name."""
+"""The parameters of pyarrow that a location has as secrets, or under another name."""
 
 
 def _decoded(text: str) -> str:
@@ -244,16 +207,16 @@ def _decoded(text: str) -> str:
     except UnicodeError:
         raise LocationError("it is not UTF-8; check the URI") from None
     if "\0" in found:
-        raise LocationError("there is a NUL in it; check the URI")
+        raise LocationError("it has a NUL character; check the URI")
     return found
 
 
 def _bucket(text: str, what: str = "bucket") -> str:
     if not text:
-        raise LocationError(f"there is no {what} in it; check the URI")
+        raise LocationError(f"it names no {what}; check the URI")
     name = _decoded(text)
     if not _NAME.fullmatch(text) or "/" in name or not name.isprintable():
-        raise LocationError(f"{_printable(text)!r} is not the name of a {what}; check the URI")
+        raise LocationError(f"{printable(text)!r} is not the name of a {what}; check the URI")
     return name
 
 
@@ -262,7 +225,7 @@ def _below(tail: str) -> str:
     if {".", ".."} & set(tail.split("/")):
         raise LocationError(
             "it has a '.' or '..' between slashes; write the path without, or percent-encode the "
-            "dots as %2E where a name is really so"
+            "dots as %2E if they are really the name"
         )
     if tail.endswith("//"):
         raise LocationError("it ends with two slashes; write it with one, or none")
@@ -275,7 +238,8 @@ def _below(tail: str) -> str:
 # -- the kinds
 
 
-def _s3(parts: _Parts) -> Location:
+def _s3(text: str) -> Location:
+    parts = _cut(text, "s3")
     secrets: dict[str, str] = {}
     if parts.user or parts.password:
         if not (parts.user and parts.password):
@@ -285,7 +249,8 @@ def _s3(parts: _Parts) -> Location:
     return Location("s3", path, read_parameters("s3", parts.parameters), secrets)
 
 
-def _gcs(parts: _Parts) -> Location:
+def _gcs(text: str) -> Location:
+    parts = _cut(text, "gcs")
     options = read_parameters("gcs", parts.parameters)
     if parts.user == "anonymous" and not parts.password:  # as pyarrow has it
         options["anonymous"] = True
@@ -296,32 +261,42 @@ def _gcs(parts: _Parts) -> Location:
     return Location("gcs", _bucket(parts.host) + _below(parts.tail), options)
 
 
-def _azure(parts: _Parts, kind: Kind) -> Location:
-    if kind == "az" and not (parts.user or parts.password):
-        path = _bucket(parts.host, "container") + _below(parts.tail)
-        return Location("az", path, read_parameters("az", parts.parameters))
-    place, place_options, account = _azure_place(parts)
-    container, _, rest = place.partition("/")
-    path = _bucket(container, "container") + _below(f"/{rest}" if rest else "")
-    secrets = {"account_key": _decoded(parts.password)} if parts.password else {}
-    options: dict[str, Option] = {"account_name": account}
-    if kind == "az":
-        if place_options:
-            raise LocationError(f"az:// has no endpoints; write {_AZURE}")
-        return Location("az", path, options | read_parameters("az", parts.parameters), secrets)
-    given = dict(parts.parameters)
+def _azure(text: str) -> Location:
+    parts = _cut(text, "azure")
+    path, place_options, account, secrets = _azure_account(parts)
+    given = parts.parameters
     if client_secret := given.pop("client_secret", ""):
         secrets["client_secret"] = client_secret
     how = given.pop("credential_kind", "default")
     if how not in ("default", "anonymous"):
         raise LocationError(
-            f"credential_kind={_printable(how)} cannot be kept; leave it out: the credentials are "
-            "found in the environment"
+            f"credential_kind={printable(how)} is not supported; leave it out, because ckptfs "
+            "finds the credentials in the environment"
         )
     if how == "anonymous":
         given["anonymous"] = "true"
-    options |= place_options | read_parameters("azure", given)
+    options = {"account_name": account, **place_options, **read_parameters("azure", given)}
     return Location("azure", path, options, secrets)
+
+
+def _az(text: str) -> Location:
+    parts = _cut(text, "az")
+    options = read_parameters("az", parts.parameters)
+    if not (parts.user or parts.password):
+        return Location("az", _bucket(parts.host, "container") + _below(parts.tail), options)
+    path, place_options, account, secrets = _azure_account(parts)
+    if place_options:
+        raise LocationError(f"az:// has no endpoints; write {_AZURE}")
+    return Location("az", path, {"account_name": account, **options}, secrets)
+
+
+def _azure_account(parts: _Parts) -> tuple[str, dict[str, Option], str, dict[str, str]]:
+    """The path, the authorities unless they are Azure's, the account, and the secrets."""
+    place, place_options, account = _azure_place(parts)
+    container, _, rest = place.partition("/")
+    path = _bucket(container, "container") + _below(f"/{rest}" if rest else "")
+    secrets = {"account_key": _decoded(parts.password)} if parts.password else {}
+    return path, place_options, account, secrets
 
 
 def _azure_place(parts: _Parts) -> tuple[str, dict[str, Option], str]:
@@ -338,7 +313,7 @@ def _azure_place(parts: _Parts) -> tuple[str, dict[str, Option], str]:
         return place, {**both}, account
     account = _decoded(parts.user)
     if not account or not host:
-        raise LocationError(f"there is no account in it; it must be like {_AZURE}")
+        raise LocationError(f"it names no account; it must be like {_AZURE}")
     if "." not in host and ":" not in host:
         return parts.host + parts.tail, {}, account
     tls = parts.parameters.get("enable_tls", "true").lower() in ("true", "1")
@@ -347,7 +322,8 @@ def _azure_place(parts: _Parts) -> tuple[str, dict[str, Option], str]:
     return parts.tail.removeprefix("/"), {**both}, account
 
 
-def _hdfs(parts: _Parts) -> Location:
+def _hdfs(text: str) -> Location:
+    parts = _cut(text, "hdfs")
     if parts.user or parts.password:
         raise LocationError("write the user as a parameter: user=…")
     found = re.fullmatch(r"([A-Za-z0-9._-]*)(?::([0-9]{1,5}))?", parts.host)
@@ -363,15 +339,15 @@ def _hdfs(parts: _Parts) -> Location:
     return Location("hdfs", path.rstrip("/") or "/", options)
 
 
-def _local(parts: _Parts) -> Location:
+def _local(text: str) -> Location:
+    parts = _cut(text, "local")
     if parts.host or parts.user or parts.password or not parts.tail:
         raise LocationError("it must be like file:///path; check the URI")
-    path = _decoded(parts.tail)
-    return Location("local", path.rstrip("/") or "/")
+    return Location("local", _decoded(parts.tail).rstrip("/") or "/")
 
 
 def _hf_end(text: str) -> int:
-    """Where the parameters of an hf:// URI begin. Other question marks belong to names."""
+    """The position where the parameters of an hf:// URI begin. Other question marks are names."""
     found = re.search(r"\?endpoint=[^?]*$", text)
     return found.start() if found else len(text)
 
@@ -383,15 +359,15 @@ def _hf(text: str) -> Location:
         options = read_parameters("hf", {"endpoint": _decoded(text[end:].partition("=")[2])})
     path = text[:end].partition("://")[2].rstrip("/")
     if not path:
-        raise LocationError("there is no repository in it; check the URI")
+        raise LocationError("it names no repository; check the URI")
     return Location("hf", path, options)
 
 
-def _http_path(text: str) -> str:
+def _http(text: str) -> Location:
     authority, _, path = text.partition("://")[2].partition("/")
     if "@" in authority or "?" in text:
         raise LocationError(
-            "a URL with credentials or a query cannot be mounted; give an fsspec HTTPFileSystem "
+            "ckptfs cannot mount a URL with credentials or a query; give an fsspec HTTPFileSystem "
             "with client_kwargs instead"
         )
     parse_endpoint(authority, text.partition("://")[0])
@@ -399,4 +375,16 @@ def _http_path(text: str) -> str:
         raise LocationError("'#' begins a fragment of a URL; percent-encode it as %23")
     if {".", ".."} & set(path.split("/")):
         raise LocationError("it has a '.' or '..' between slashes; write the URL without")
-    return http_url(text).rstrip("/")
+    return Location("http", http_url(text).rstrip("/"))
+
+
+_PARSERS: dict[Kind, Callable[[str], Location]] = {
+    "s3": _s3,
+    "gcs": _gcs,
+    "azure": _azure,
+    "az": _az,
+    "hdfs": _hdfs,
+    "local": _local,
+    "hf": _hf,
+    "http": _http,
+}

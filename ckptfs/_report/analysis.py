@@ -1,32 +1,33 @@
-"""What a trace says about a restore, in figures."""
+"""Figures about a restore, computed from its trace."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptfs._model import ranges
-from ckptfs._model.formats import Tensor
-from ckptfs._model.ranges import Ranges
-from ckptfs._model.reads import Reads
-from ckptfs._model.trace import Access, Fetch
+from ckptfs._model.formats.headers import Tensor
+from ckptfs._model.plans import ranges
+from ckptfs._model.plans.ranges import Ranges
+from ckptfs._model.plans.trace import Access, Fetch, Reads
 
 
 @dataclass
 class FileUse:
-    """How one file was used.
+    """The use of one file.
 
     Attributes:
-        path: Relative to the checkpoint.
-        size: Bytes.
-        accesses, fetches: Of this file, in time's order.
-        read: Which bytes were handed to the kernel.
-        fetched: Which bytes came from the store.
-        is_lent: The kernel has read it by itself, too, so that `read` is not all of it.
-        waste: Which of `fetched` were not read; unknown, and empty, where `is_lent`.
+        path: The path in the checkpoint.
+        size: The size in bytes.
+        is_passthrough: Whether the kernel has also read the file itself, so that `read` has only a
+            part of the reads.
+        accesses, fetches: The reads and fetches of this file, by time.
+        read: The bytes that the kernel got from the daemon.
+        fetched: The bytes that came from the store.
+        waste: The bytes of `fetched` that were not read. Empty if `is_passthrough`, because they
+            are unknown then.
     """
 
     path: str
     size: int
-    is_lent: bool = False
+    is_passthrough: bool = False
     accesses: list[Access] = field(default_factory=list[Access])
     fetches: list[Fetch] = field(default_factory=list[Fetch])
     read: Ranges = field(default_factory=Ranges)
@@ -35,15 +36,15 @@ class FileUse:
 
     @property
     def began_s(self) -> float:
-        """When the first of it was read or fetched."""
+        """The time of the first read or fetch."""
         firsts = [a.began_s for a in self.accesses[:1]] + [f.wanted_s for f in self.fetches]
         return min(firsts, default=0.0)
 
 
 @dataclass
 class ProcessUse:
-    """What one process has read. `waited_s` adds up what its reads have waited, also side by
-    side."""
+    """The reads of one process. `waited_s` is the sum of their waiting times, also of concurrent
+    ones."""
 
     pid: int
     files: int
@@ -55,7 +56,7 @@ class ProcessUse:
 
 @dataclass
 class TensorUse:
-    """How much of a tensor was read, and when the first of it was."""
+    """The bytes of a tensor that were read, and the time of the first read."""
 
     path: str
     tensor: Tensor
@@ -65,17 +66,18 @@ class TensorUse:
 
 @dataclass
 class Summary:
-    """All of it.
+    """The figures of a trace.
 
     Attributes:
-        files: What was used, in the order of first use.
-        seconds: From the attach to the last answer.
-        read_bytes: What was handed to the kernel, with what was handed over again.
-        fetched_bytes: What the store has sent, with what it has sent again.
-        waste_bytes: What was fetched and not read.
-        reads, waits: Requests of the kernel, and how many of them had to wait.
-        waited_s: What they have waited, added up.
-        requests: To the store.
+        files: The used files, in the order of first use.
+        seconds: The time from the attach to the last answer.
+        read_bytes: Bytes that the kernel got, repeated ones included.
+        fetched_bytes: Bytes that the store sent, repeated ones included.
+        waste_bytes: Bytes that were fetched and not read.
+        reads, waits: Number of the kernel's requests, and of those that waited.
+        waited_s: The sum of their waiting times.
+        requests: Number of requests to the store.
+        failed: Number of failed fetches.
     """
 
     files: list[FileUse]
@@ -92,7 +94,7 @@ class Summary:
 
     @property
     def hit_ratio(self) -> float:
-        """The share of reads that found their bytes."""
+        """The share of reads that did not wait."""
         return 1 - self.waits / self.reads if self.reads else 1.0
 
 
@@ -100,22 +102,23 @@ def summarise(
     files: Mapping[int, tuple[str, int]],
     accesses: Sequence[Access],
     fetches: Sequence[Fetch],
-    lent: Iterable[int] = (),
+    passthrough: Iterable[int] = (),
 ) -> Summary:
-    """Put a trace in figures.
+    """Compute the figures of a trace.
 
     Args:
-        files: Path and size of those that the others name, by position in the manifest.
+        files: Path and size of files by position in the manifest. Accesses and fetches of other
+            files are left out.
         accesses: The reads.
-        lent: Positions of files that the kernel has read by itself, too.
-        fetches: The fetches. An access or fetch of another file is left out.
+        fetches: The fetches, also failed ones.
+        passthrough: Positions of files that the kernel has also read itself.
     """
     used: dict[int, FileUse] = {}
-    unseen = set(lent)
+    unseen = set(passthrough)
 
     def use_of(index: int) -> FileUse:
         if index not in used:
-            used[index] = FileUse(*files[index], is_lent=index in unseen)
+            used[index] = FileUse(*files[index], is_passthrough=index in unseen)
         return used[index]
 
     accesses = [a for a in accesses if a.file in files]
@@ -127,7 +130,7 @@ def summarise(
     for use in used.values():
         use.read = ranges.union((a.start, a.stop) for a in use.accesses)
         use.fetched = ranges.union((f.start, f.stop) for f in use.fetches if not f.error)
-        use.waste = [] if use.is_lent else ranges.without(use.fetched, use.read)
+        use.waste = [] if use.is_passthrough else ranges.without(use.fetched, use.read)
     return Summary(
         files=sorted(used.values(), key=lambda use: use.began_s),
         processes=_processes(accesses),
@@ -162,7 +165,7 @@ def _processes(accesses: Iterable[Access]) -> list[ProcessUse]:
 
 
 def tensor_uses(use: FileUse, tensors: Iterable[Tensor]) -> list[TensorUse]:
-    """Those of the file's tensors of which something was read, in the order of that."""
+    """The file's tensors with reads, by the time of the first read."""
     reads = Reads(use.accesses) if use.accesses else None
     found: list[TensorUse] = []
     for tensor in tensors:
@@ -174,12 +177,12 @@ def tensor_uses(use: FileUse, tensors: Iterable[Tensor]) -> list[TensorUse]:
 
 
 def rates(moments: Iterable[tuple[float, float, int]], seconds: float, slots: int) -> list[float]:
-    """Bytes per second over time.
+    """Return bytes per second over time.
 
     Args:
-        moments: Begin, end and bytes of what is taken to have flowed evenly.
-        seconds: Length of the time axis, from 0.
-        slots: How many equal pieces to cut it into.
+        moments: Begin, end and bytes of transfers, whose rate is assumed to be constant.
+        seconds: Length of the time axis, which begins at 0.
+        slots: Number of equal pieces of the axis.
     """
     width_s = seconds / slots
     result = [0.0] * slots

@@ -1,7 +1,7 @@
-"""The page of a report: one HTML file that needs nothing else, and runs no script.
+"""The page of a report: a single HTML file without scripts.
 
-Names come from the store and are escaped wherever they stand. The policy in its head keeps a
-browser from loading or running anything even so.
+The page escapes all names, because they come from the store. The policy in its head also forbids a
+browser to load or run anything.
 """
 
 import math
@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ckptfs._model import ranges
-from ckptfs._model.trace import Access, Fetch
+from ckptfs._model.plans import ranges
+from ckptfs._model.plans.trace import Access, Fetch
 from ckptfs._model.units import size_text
+from ckptfs._model.wording import counted
 from ckptfs._report.analysis import FileUse, ProcessUse, Summary, TensorUse, rates
 
 _FILES_MAX = 60
@@ -19,11 +20,11 @@ _TENSORS_MAX = 200
 _SLOWEST = 15
 _SLOTS = 240
 _WIDTH = 1000
-"""Of all drawings, in units of their own: they are as wide as the page."""
+"""Width of all drawings in their own units. A drawing is as wide as the page."""
 _ROW = 20
 _TICKS = 8
 _MARKS_MAX = 400
-"""Most tensors whose borders are drawn on one file."""
+"""Maximum number of tensors with borders on the drawing of one file."""
 
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c2530;--dim:#66717e;--bg:#fff;--card:#f5f7f9;--line:#dde3e9;
@@ -57,8 +58,8 @@ th,td{padding:3px 12px 3px 0;border-bottom:1px solid var(--line);overflow-wrap:a
 
 @dataclass
 class About:
-    """What the page says besides: `began` is a moment as people write it, `commands` are names of
-    processes."""
+    """The checkpoint of a report. `began` is the time of its attach as text, and `commands` has the
+    names of processes by pid."""
 
     uri: str
     version: str
@@ -70,16 +71,10 @@ class About:
 
 
 def render(about: About, summary: Summary, tensors: Sequence[TensorUse]) -> str:
-    """The page.
-
-    Args:
-        about: The checkpoint.
-        summary: Of its trace.
-        tensors: Of which something was read.
-    """
+    """Return the page. `tensors` are those with reads."""
     body = [
         f"<h1>{escape(about.uri)}</h1>",
-        f"<p class=dim>attached {escape(about.began)} · {_count(about.file_count, 'file')}, "
+        f"<p class=dim>attached {escape(about.began)} · {counted(about.file_count, 'file')}, "
         f"{size_text(about.size)} · version {escape(about.version)}</p>",
         *(f"<p class=note>{escape(note)}</p>" for note in about.notes),
         _tiles(about, summary),
@@ -117,7 +112,7 @@ def _section(title: str, content: str, more: str = "") -> str:
 
 def _more(files: Sequence[FileUse]) -> str:
     left_out = len(files) - _FILES_MAX
-    return f"and {_count(left_out, 'file')} more, used later" if left_out > 0 else ""
+    return f"and {counted(left_out, 'file')} more, used later" if left_out > 0 else ""
 
 
 def _tiles(about: About, summary: Summary) -> str:
@@ -126,9 +121,9 @@ def _tiles(about: About, summary: Summary) -> str:
         (_seconds(summary.seconds), "from the attach to the last read"),
         (size_text(summary.read_bytes), f"read, of {size_text(about.size)}"),
         (size_text(summary.fetched_bytes), f"from the store in {summary.requests} requests"),
-        (f"{100 * wasted:.1f} %", "of that not read"),
+        (f"{100 * wasted:.1f} %", "of that never read"),
         (f"{100 * summary.hit_ratio:.1f} %", f"of {summary.reads} reads did not wait"),
-        (_seconds(summary.waited_s), "waited, all readers together"),
+        (_seconds(summary.waited_s), "of waiting, all readers together"),
     ]
     if summary.failed:
         tiles.append((str(summary.failed), "fetches failed"))
@@ -142,21 +137,17 @@ def _tiles(about: About, summary: Summary) -> str:
 def _throughput(summary: Summary) -> str:
     fetches = [f for use in summary.files for f in use.fetches if not f.error]
     accesses = [a for use in summary.files for a in use.accesses]
-    stored = rates(
-        ((f.began_s, f.ended_s, f.stop - f.start) for f in fetches), summary.seconds, _SLOTS
-    )
-    read = rates(
-        ((a.began_s, a.ended_s, a.stop - a.start) for a in accesses), summary.seconds, _SLOTS
+    stored, read = (
+        rates(((m.began_s, m.ended_s, m.stop - m.start) for m in moments), summary.seconds, _SLOTS)
+        for moments in (fetches, accesses)
     )
     most = max([*stored, *read], default=0.0) or 1.0
     height = 140
-    curves = [
-        _curve(stored, most, height, "readahead", fill=True),
-        _curve(read, most, height, "read"),
-    ]
+    curves = _curve(stored, most, height, "readahead", fill=True)
+    curves += _curve(read, most, height, "read")
     return (
         f"<figure>{_legend([('readahead', 'from the store'), ('read', 'to readers')])}"
-        f"{_drawing(height, _grid_lines(height) + ''.join(curves))}{_time_axis(summary.seconds)}"
+        f"{_drawing(height, _grid_lines(height) + curves)}{_time_axis(summary.seconds)}"
         f"<figcaption>highest: {size_text(round(most))}/s</figcaption></figure>"
     )
 
@@ -181,11 +172,11 @@ def _curve(
 def _timeline(files: Sequence[FileUse], seconds: float) -> str:
     legend = [
         ("read", "read"),
-        ("wait", "read, and had to wait"),
+        ("wait", "read after a wait"),
         ("demand", "fetched for a waiting reader"),
-        ("readahead", "ahead of readers"),
-        ("prefetch", "by a prefetch"),
-        ("bad", "failed"),
+        ("readahead", "fetched ahead of readers"),
+        ("prefetch", "fetched by a prefetch"),
+        ("bad", "failed fetch"),
     ]
     rows = "".join(
         _name(use.path) + _drawing(_ROW, _grid_lines(_ROW) + _bars_of(use, seconds))
@@ -199,33 +190,15 @@ def _timeline(files: Sequence[FileUse], seconds: float) -> str:
 
 def _bars_of(use: FileUse, seconds: float) -> str:
     scale = _WIDTH / (seconds or 1.0)
-    bars = [
-        *_joined(
-            (
-                _Bar(
-                    a.began_s * scale,
-                    a.ended_s * scale,
-                    "wait" if a.waits else "read",
-                    _about_access(a),
-                )
-                for a in use.accesses
-            ),
-            top=1,
-        ),
-        *_joined(
-            (
-                _Bar(
-                    f.began_s * scale,
-                    f.ended_s * scale,
-                    "bad" if f.error else f.purpose,
-                    _about_fetch(f),
-                )
-                for f in sorted(use.fetches, key=lambda fetch: fetch.began_s)
-            ),
-            top=11,
-        ),
+    reads = [
+        _Bar(a.began_s * scale, a.ended_s * scale, "wait" if a.waits else "read", _about_access(a))
+        for a in use.accesses
     ]
-    return "".join(bars)
+    fetches = [
+        _Bar(f.began_s * scale, f.ended_s * scale, "bad" if f.error else f.purpose, _about_fetch(f))
+        for f in sorted(use.fetches, key=lambda fetch: fetch.began_s)
+    ]
+    return "".join([*_joined(reads, top=1), *_joined(fetches, top=11)])
 
 
 @dataclass
@@ -234,26 +207,26 @@ class _Bar:
     right: float
     colour: str
     title: str
+    count: int = 1
 
 
 def _joined(bars: Iterable[_Bar], top: int) -> Iterable[str]:
-    """The bars as rectangles; those that nobody could tell apart are one."""
+    """Draw the bars, and join neighbours that look the same."""
     last: _Bar | None = None
-    count = 1
     for bar in bars:
         if last is not None and bar.colour == last.colour and bar.left <= last.right + 0.5:
             last.right = max(last.right, bar.right)
-            count += 1
+            last.count += 1
             continue
         if last is not None:
-            yield _rectangle(last, count, top)
-        last, count = bar, 1
+            yield _rectangle(last, top)
+        last = bar
     if last is not None:
-        yield _rectangle(last, count, top)
+        yield _rectangle(last, top)
 
 
-def _rectangle(bar: _Bar, count: int, top: int) -> str:
-    title = bar.title if count == 1 else f"{bar.title}, and {count - 1} more"
+def _rectangle(bar: _Bar, top: int) -> str:
+    title = bar.title if bar.count == 1 else f"{bar.title}, and {bar.count - 1} more"
     return (
         f'<rect x="{bar.left:.2f}" y="{top}" width="{max(1.5, bar.right - bar.left):.2f}" '
         f'height="8" rx="1" fill="var(--{bar.colour})"><title>{escape(title)}</title></rect>'
@@ -264,7 +237,7 @@ def _about_access(access: Access) -> str:
     waited = f"{_seconds(access.waited_s)} waited in {access.waits}" if access.waits else "no wait"
     return (
         f"{_range(access.start, access.stop)} by process {access.pid}: "
-        f"{_count(access.reads, 'read')}, {waited}; {_from_to(access.began_s, access.ended_s)}"
+        f"{counted(access.reads, 'read')}, {waited}; {_from_to(access.began_s, access.ended_s)}"
     )
 
 
@@ -291,21 +264,21 @@ def _maps(files: Sequence[FileUse], tensors: Sequence[TensorUse]) -> str:
     legend = [
         ("read", "read"),
         ("waste", "fetched and not read"),
-        ("prefetch", "fetched, and maybe read by the kernel unseen"),
-        ("line", "neither"),
+        ("prefetch", "fetched, and possibly read by the kernel itself"),
+        ("line", "neither fetched nor read"),
     ]
     rows = "".join(f"{_name(use.path)}{_map(use, borders.get(use.path, []))}" for use in files)
     return (
         f"<figure>{_legend(legend)}<div class=grid>{rows}</div>"
-        "<figcaption>From the first byte of a file to its last; a line where a tensor begins of "
-        "which something was read.</figcaption></figure>"
+        "<figcaption>From the first byte of a file to its last. A vertical line is the beginning "
+        "of a tensor with reads.</figcaption></figure>"
     )
 
 
 def _map(use: FileUse, borders: Sequence[int]) -> str:
     scale = _WIDTH / (use.size or 1)
     parts = [f'<rect y="3" width="{_WIDTH}" height="12" fill="var(--line)"/>']
-    unseen = ranges.without(use.fetched, use.read) if use.is_lent else []
+    unseen = ranges.without(use.fetched, use.read) if use.is_passthrough else []
     for found, colour in ((use.read, "read"), (use.waste, "waste"), (unseen, "prefetch")):
         parts += _joined(
             (_Bar(a * scale, b * scale, colour, _range(a, b)) for a, b in found), top=5
@@ -411,7 +384,7 @@ def _table(
 
 
 def _drawing(height: int, content: str) -> str:
-    """As wide as there is room, and `height` pixels high."""
+    """A drawing as wide as the page, and `height` pixels high."""
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" preserveAspectRatio=none style="height:{height}px">'
         f"{content}</svg>"
@@ -454,7 +427,3 @@ def _seconds(seconds: float) -> str:
 
 def _range(start: int, stop: int) -> str:
     return f"{size_text(stop - start)} at {start:,}"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

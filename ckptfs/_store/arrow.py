@@ -3,13 +3,13 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """A Store over any pyarrow filesystem.
 
-pyarrow has no conditional reads. Opening a file costs one HEAD and its handle then knows the ETag,
-so `confirm` opens a handle; the handle is kept for the reads that follow, which makes the first
-touch of an object cost HEAD, GET, HEAD. A handle holds no connection on S3.
+pyarrow has no conditional reads. Opening a file costs one HEAD, and its handle then knows the ETag.
+So `confirm` opens a handle, and the store keeps the handle for the reads that follow. The first
+access to an object therefore costs HEAD, GET and HEAD. A handle on S3 holds no connection.
 
-Where a handle tells no ETag (HDFS, filesystems written in Python), size and time are the version.
-There each read opens a handle of its own, because an older one may still read bytes of a version
-that looks the same, and begins when a later version would have another time (see `settling`).
+If a handle has no ETag (HDFS, filesystems written in Python), size and time are the version. Each
+read then opens a handle of its own, because an older handle may still read bytes of a version that
+looks the same. The read begins when a later version would have another time (see `timestamps`).
 """
 
 import contextlib
@@ -17,8 +17,6 @@ import re
 import threading
 import uuid
 from collections import OrderedDict
-from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
@@ -26,8 +24,9 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
-from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
-from ckptfs._store.settling import is_same_time, wait_until_settled
+from ckptfs._store.base import Pin, changed, check_count, check_version, is_file, not_found
+from ckptfs._store.timestamps import wait_until_settled
+from ckptfs._store.versions import time_ns_in
 from ckptfs.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -37,9 +36,9 @@ from ckptfs.errors import (
     StoreUnavailable,
 )
 
-_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _HANDLES_MAX = 128
-"""Open handles kept per store: enough for every connection of several files, few descriptors."""
+"""The open handles that a store keeps: enough for every connection of several files, and few
+descriptors."""
 
 # Names of aws::S3Errors as Arrow prints them ("AWS Error NAME during ...") and what they mean.
 _DENIED = frozenset(
@@ -73,8 +72,6 @@ _TRANSIENT = frozenset(
 class ArrowStore:
     """The directory `root` of `filesystem`. `name` is the checkpoint's URI, for messages."""
 
-    gives_up = False
-
     def __init__(self, filesystem: "pafs.FileSystem", root: str, name: str) -> None:
         self._fs = filesystem
         self._root = root.rstrip("/")
@@ -84,7 +81,6 @@ class ArrowStore:
         self._idle_count = 0
 
     def list(self, files_max: int) -> Listing:
-        """See Store.list."""
         try:
             infos = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
         except (FileNotFoundError, NotADirectoryError):
@@ -113,25 +109,17 @@ class ArrowStore:
         return Listing(files, directories, skipped)
 
     def confirm(self, pin: Pin) -> Pin:
-        """See Store.confirm."""
         try:
             handle = self._fs.open_input_file(self._path(pin))
             current = self._version_of(handle, pin)
         except (OSError, pa.ArrowException) as error:
             raise self._of_object(error, pin) from error
-        if current.size != pin.size:
-            raise changed(self.name, pin, f"{pin.size} bytes became {current.size}")
-        if pin.etag:
-            if current.etag != pin.etag:
-                raise changed(self.name, pin, f"ETag {pin.etag} became {current.etag or 'none'}")
-        elif pin.mtime_ns and current.mtime_ns and not is_same_time(current.mtime_ns, pin.mtime_ns):
-            raise changed(self.name, pin, "it was written again")
+        check_version(self.name, pin, current.size, current.mtime_ns, current.etag)
         if current.etag:
             self._give_back(pin.path, handle)  # not one of another version: its size is fixed
         return msgspec.structs.replace(pin, etag=current.etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
-        """See Store.read_into."""
         if not pin.etag:
             wait_until_settled(pin.mtime_ns)
         handle = self._take(pin.path)
@@ -155,7 +143,6 @@ class ArrowStore:
         return False
 
     def get(self, path: str) -> bytes | None:
-        """See Store.get."""
         try:
             with self._fs.open_input_file(f"{self._root}/{path}") as stream:
                 return bytes(stream.read())
@@ -165,7 +152,6 @@ class ArrowStore:
             raise translate_error(error, f"{printable(path)} in {self.name}") from error
 
     def put(self, path: str, data: bytes) -> None:
-        """See Store.put."""
         full = f"{self._root}/{path}"
         try:
             if isinstance(self._fs, pafs.PyFileSystem):
@@ -192,7 +178,6 @@ class ArrowStore:
             raise
 
     def find(self, path: str) -> ListedFile | None:
-        """See Store.find."""
         try:
             info = self._fs.get_file_info(f"{self._root}/{path}")
         except (OSError, pa.ArrowException) as error:
@@ -202,7 +187,6 @@ class ArrowStore:
         return ListedFile(path, info.size, info.mtime_ns or 0)
 
     def close(self) -> None:
-        """See Store.close."""
         with self._lock:
             self._idle.clear()  # a handle closes when it is collected
             self._idle_count = 0
@@ -241,11 +225,11 @@ class ArrowStore:
         known = {
             (k.decode() if isinstance(k, bytes) else k).lower(): v for k, v in metadata.items()
         }
-        # Google's ETag also changes with what is said about an object; its generation does not.
+        # Google's ETag also changes with the metadata of an object; its generation does not.
         etag = next((known[n].decode() for n in ("generation", "etag") if known.get(n)), "")
         if etag.strip('"'):
             modified = known.get("last-modified") or known.get("updated") or b""
-            return Pin(pin.path, handle.size(), _time_ns(modified.decode()), etag)
+            return Pin(pin.path, handle.size(), time_ns_in(modified.decode()), etag)
         info = self._fs.get_file_info(self._path(pin))
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(pin.path)
@@ -255,7 +239,7 @@ class ArrowStore:
         if isinstance(error, CkptfsError):
             return error
         cause = _cause(str(error))
-        # A range behind the end of a truncated object has no error name of its own.
+        # Arrow has no name for the error of a range behind the end of a truncated object.
         if re.search(r"HTTP status 416|InvalidRange|INVALID_RANGE", cause):
             return changed(self.name, pin, "it became shorter")
         gone = re.match("AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)", cause)
@@ -273,22 +257,8 @@ class ArrowStore:
         return not_found(self.name)
 
 
-def _time_ns(text: str) -> int:
-    """A time as S3, Google (ISO 8601) or Azure (RFC 9110) say it, in nanoseconds since the epoch;
-    0: it is none."""
-    try:
-        if "," in text:
-            moment = parsedate_to_datetime(text)
-        else:
-            moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        return 0
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-    return (aware - _EPOCH) // timedelta(microseconds=1) * 1000
-
-
 def advice_for(cause: str, otherwise: str) -> str:
-    """What to do where a filesystem of pyarrow cannot be made."""
+    """The advice for a filesystem of pyarrow that cannot be made."""
     if "libjvm" in cause or "libhdfs" in cause:
         return (
             "install Java and Hadoop's client, and set JAVA_HOME, HADOOP_HOME and CLASSPATH "
@@ -298,8 +268,8 @@ def advice_for(cause: str, otherwise: str) -> str:
 
 
 def _cause(text: str) -> str:
-    """The part of an error's text that the store or SDK wrote: bucket and key, which Arrow puts
-    before it, can hold any word that would be looked for."""
+    """The part of an error's text that the store or SDK wrote. Arrow puts bucket and key before it,
+    which can contain any word that the caller searches for."""
     text = text.partition("\n")[0]
     start = text.rfind("AWS Error ")
     return text[start:] if start >= 0 else text

@@ -1,25 +1,26 @@
 """The Store protocol and its error contract.
 
 A store gives access to the objects below one directory. All methods block, may be called from any
-thread, and raise nothing but these:
+thread, and raise only these errors:
 
-- `CheckpointNotFound`: from `list` and `put`; `CheckpointIsFile`: from `list` only;
-- `ObjectChanged`: the object is gone or is no longer the pinned version;
-- `AccessDenied`: the credentials are wrong, expired or insufficient; trying again does not help;
-- `StoreTimeout`, `StoreUnavailable`: trying again can help;
-- `StoreError`: anything else the store answered;
-- `LocationError`: the store is opened by its first call (``ckptfs._workers``), and cannot be.
+- `CheckpointNotFound`: `list` and `put` raise it if the directory or the bucket does not exist.
+- `CheckpointIsFile`: `list` raises it if the path names an object.
+- `ObjectChanged`: The object is gone or is no longer the pinned version.
+- `AccessDenied`: The credentials are wrong, expired or insufficient. Another try does not help.
+- `StoreTimeout`, `StoreUnavailable`: Another try can help.
+- `StoreError`: The store answered with another error.
+- `LocationError`: The first call opens the store (``ckptfs._workers``), and cannot open it.
 
 **Versions.** The pin of an object starts with what the listing says (size, mtime, and the ETag
-where that is in it). `confirm` asks the store for the current version and compares; an ETag that
-the listing did not have is learned by the first `confirm`, and compared by the later ones. Where
-`read_into` returns True, the store itself has said that the bytes are of the pinned version. Else
-the rule that makes it safe is: know the ETag, read, `confirm`. Stores are strongly consistent, so
-equal versions before and after mean that the bytes in between are of that version.
+if the listing has one). `confirm` asks the store for the current version and compares. The first
+`confirm` learns an ETag that the listing did not have, and the later ones compare it. If
+`read_into` returns True, the store itself has said that the bytes are of the pinned version.
+Otherwise callers have to know the ETag, read, and `confirm`. Stores are strongly consistent, so
+equal versions before and after the read mean that the bytes are of that version.
 
-**ETags of listings** are not those of the objects' own answers on every server. So an ETag that
-only the listing has said is corrected by the first `confirm`, as long as no byte was read; a read
-that is refused before that is no proof of a change (see `repinned`).
+**ETags of listings** differ from those of the objects' own answers on some servers. So the first
+`confirm` corrects an ETag that only the listing has named, as long as no byte was read. If the
+store refuses a read before that, the object need not have changed (see `repinned`).
 """
 
 from typing import Literal, Protocol
@@ -27,6 +28,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, printable
+from ckptfs._store.timestamps import is_same_time
 from ckptfs.errors import (
     CheckpointIsFile,
     CheckpointNotFound,
@@ -35,6 +37,7 @@ from ckptfs.errors import (
     StoreError,
 )
 
+Method = Literal["list", "confirm", "read_into", "get", "put", "find"]
 TagOf = Literal["listing", "answers", "checks"]
 """Which answers of the store name a pin's ETag, see `Pin.etag_of`."""
 
@@ -43,13 +46,13 @@ class Pin(msgspec.Struct, frozen=True):
     """The version of one object that readers see.
 
     Attributes:
-        path: Path relative to the checkpoint.
-        size: Bytes.
-        mtime_ns: Modification time from the listing, nanoseconds since the epoch.
-        etag: The ETag; "" while it is not known, and for stores that have none.
-        etag_of: What names the ETag: only the "listing" so far, so that the object's own answers
-            may have another one; all "answers" of the object; "checks" only, because the answers to
-            reads have another ETag or none.
+        path: The path relative to the checkpoint.
+        size: The size in bytes.
+        mtime_ns: The modification time from the listing, in nanoseconds since the epoch.
+        etag: The ETag; "" while it is unknown, and for stores without ETags.
+        etag_of: The answers that name the ETag. "listing": only the listing so far, so the object's
+            own answers may have another ETag. "answers": all answers of the object. "checks": only
+            checks, because the answers to reads have another ETag or none.
     """
 
     path: str
@@ -58,34 +61,24 @@ class Pin(msgspec.Struct, frozen=True):
     etag: str = ""
     etag_of: TagOf = "answers"
 
-    @property
-    def identifies(self) -> bool:
-        """Whether the ETag alone identifies the bytes: a weak one does not (RFC 9110, 8.8.1)."""
-        return bool(self.etag) and not self.etag.startswith("W/")
-
 
 def pin_of(file: ListedFile) -> Pin:
-    """The version of a file that a listing says."""
+    """The version of a file that a listing names."""
     of = "listing" if file.etag else "answers"
     return Pin(file.path, file.size, file.mtime_ns, file.etag, of)
 
 
 class Store(Protocol):
-    """One directory of a store, hashable by identity. See the module's text for the contract.
+    """One directory of a store, hashable by identity. The module's docstring has the contract.
 
-    Attributes:
-        name: Its URI, for messages.
-        gives_up: Whether a read ends at once when it is given up (see `progress`).
+    `name` is the URI, for messages.
     """
 
     name: str
-    gives_up: bool
 
     def list(self, files_max: int) -> Listing:
-        """Names, sizes and times of everything below the directory; reads no content.
-
-        Raises LimitExceeded where there are more than `files_max` objects.
-        """
+        """The names, sizes and times of everything below the directory. Reads no content. Raises
+        LimitExceeded if there are more than `files_max` objects."""
         ...
 
     def confirm(self, pin: Pin) -> Pin:
@@ -93,39 +86,40 @@ class Store(Protocol):
         ...
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
-        """Fill `buffer` with the object's bytes from `offset` on. A short object is
-        ObjectChanged. Returns whether the bytes are known to be of the pinned version."""
+        """Fill `buffer` with the object's bytes from `offset` on. Raises ObjectChanged if the
+        object ends earlier. Returns whether the store has said that the bytes are of the pinned
+        version."""
         ...
 
     def get(self, path: str) -> bytes | None:
-        """All of a small object, as it is now; None where there is none."""
+        """The current content of a small object; None if there is no such object."""
         ...
 
     def put(self, path: str, data: bytes) -> None:
-        """Replace, or make, an object as a whole: others see the old one or the new one.
+        """Replace or make an object as a whole, so that readers see the old one or the new one.
 
-        Object stores show an object when it is complete; on a local disk a temporary file takes
-        the file's place. On HDFS, and where fsspec's protocol writes in place, it is not so.
+        Object stores show an object when it is complete. On a local disk, a temporary file takes
+        the file's place. HDFS and some protocols of fsspec write in place, so their readers may see
+        a part.
         """
         ...
 
     def find(self, path: str) -> ListedFile | None:
-        """What `list` would say of one object now; None where there is none."""
+        """The entry that `list` would return for one object now; None if there is no such
+        object."""
         ...
 
     def close(self) -> None:
-        """Let go of open handles. Calls that are still running may fail."""
+        """Close open handles. Calls that are still running may fail."""
         ...
 
 
 def repinned(store: Store, pin: Pin) -> Pin:
-    """The pin to go on with after a read has said that the object is no longer that of `pin`.
+    """The pin for the next read, after a read has said that the object is no longer that of `pin`.
 
-    Blocking. A check decides, because some servers look at other ETags in reads than elsewhere.
-
-    Raises:
-        ObjectChanged: The check says so, too.
-        StoreError: It does not, and reads need not even name the version any more.
+    Blocks. A check decides, because some servers compare other ETags in reads than elsewhere.
+    Raises ObjectChanged if the check says so, too, and StoreError if it does not, although the read
+    named no version.
     """
     confirmed = store.confirm(pin)
     if confirmed.etag != pin.etag:
@@ -138,29 +132,40 @@ def repinned(store: Store, pin: Pin) -> Pin:
     return msgspec.structs.replace(confirmed, etag_of="checks")
 
 
-# What all stores say in the same words; `name` is the store's.
+# The errors that all stores raise in the same words; `name` is the store's.
 
 
 def changed(name: str, pin: Pin, how: str) -> ObjectChanged:
-    """The object is no longer the version of `pin`; `how` says what became of it."""
+    """The error of an object that is no longer the version of `pin`; `how` says what changed."""
     return ObjectChanged(
         f"{printable(pin.path)} in {name} changed at the store since it was attached: {how}; "
         "attach the checkpoint again to see the new version"
     )
 
 
+def check_version(name: str, pin: Pin, size: int | None, mtime_ns: int, etag: str) -> None:
+    """Raise ObjectChanged if an object with these fields is not the version of `pin`."""
+    if size != pin.size:
+        raise changed(name, pin, f"{pin.size} bytes became {size}")
+    if pin.etag:
+        if etag != pin.etag:
+            raise changed(name, pin, f"ETag {pin.etag} became {etag or 'none'}")
+    elif pin.mtime_ns and mtime_ns and not is_same_time(mtime_ns, pin.mtime_ns):
+        raise changed(name, pin, "it was written again")
+
+
 def not_found(name: str) -> CheckpointNotFound:
-    """There is no such directory."""
+    """The error of a directory that does not exist."""
     return CheckpointNotFound(f"{name} does not exist; check the path")
 
 
 def is_file(name: str) -> CheckpointIsFile:
-    """It is an object and no directory."""
+    """The error of a path that names an object instead of a directory."""
     return CheckpointIsFile(f"{name} is a file, not a directory; name the directory that holds it")
 
 
 def check_count(name: str, count: int, files_max: int) -> None:
-    """Raise LimitExceeded where `count` objects are too many."""
+    """Raise LimitExceeded if `count` objects are too many."""
     if count > files_max:
         raise LimitExceeded(
             f"{name} holds {count} objects, more than files_max = {files_max}; "

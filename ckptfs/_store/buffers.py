@@ -7,7 +7,7 @@ _buffers = threading.local()
 
 
 def thread_buffer(length: int) -> memoryview:
-    """A buffer that belongs to the calling thread, valid until its next call from the same thread.
+    """A buffer that belongs to the calling thread until the thread's next call.
 
     Fresh memory for each read costs up to half of the throughput in page faults [measured].
     """
@@ -19,5 +19,5 @@ def thread_buffer(length: int) -> memoryview:
 
 
 def leave_thread_buffer() -> None:
-    """The calling thread's buffer belongs to somebody else from now on, who may write to it."""
+    """Give the calling thread's buffer away, because an abandoned call may still write to it."""
     _buffers.view = None

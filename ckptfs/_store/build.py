@@ -1,6 +1,5 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
-"""Filesystems of pyarrow and fsspec from a Location, and the stores on them."""
+"""Filesystems of pyarrow and fsspec that are built from a Location, and the stores on them."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -10,32 +9,28 @@ from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
 from ckptfs._store import fsspec
-from ckptfs._store.ambient import connected
 from ckptfs._store.arrow import ArrowStore, advice_for
 from ckptfs._store.base import Store
-from ckptfs._store.bounded import BoundedStore
+from ckptfs._store.environment.resolve import connected
 from ckptfs._store.fsspec import FsspecStore
-from ckptfs._store.http import HttpStore
-from ckptfs._store.httpclient import HttpOptions
+from ckptfs._store.http.client import HttpOptions
+from ckptfs._store.http.store import HttpStore
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.local import LocalStore
+from ckptfs._store.wrappers import BoundedStore
 from ckptfs.errors import LocationError
 
 FileSystem: TypeAlias = Any
 """A pyarrow.fs.FileSystem. pyarrow has no type stubs, so outside this folder it is opaque."""
 TIMEOUT_S = 3.0
-"""As `Config.store_timeout_s`, for filesystems that are no daemon's."""
+"""As `Config.store_timeout_s`, for filesystems outside of a daemon."""
 
 
-def open_on_filesystem(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
-    """The store at a location that is not S3, whose options and secrets are these.
-
-    Raises LocationError.
-    """
+def open_on_filesystem(location: Location, timeout_s: float) -> Store:
+    """The store at a location that a library or our HTTP client reads. Raises LocationError."""
     if location.kind == "http":
-        return _http_store(location, options, timeout_s)
-    filesystem = _built(location, options, timeout_s)
-    return plain_store(filesystem, location.path, location.uri)
+        return _http_store(location, {**location.options, **location.secrets}, timeout_s)
+    return plain_store(filesystem_for(location, timeout_s), location.path, location.uri)
 
 
 def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
@@ -48,14 +43,10 @@ def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float
         raise LocationError(f"{location.uri}: {error}; check the options") from None
 
 
-def filesystem_for(location: Location) -> FileSystem:
+def filesystem_for(location: Location, timeout_s: float = TIMEOUT_S) -> FileSystem:
     """A pyarrow filesystem with the options and secrets of a location. Raises LocationError."""
-    return _built(location, {**location.options, **location.secrets}, TIMEOUT_S)
-
-
-def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> FileSystem:
     try:
-        return KINDS[location.kind].build(options, timeout_s)
+        return KINDS[location.kind].build({**location.options, **location.secrets}, timeout_s)
     except ImportError as error:
         needed = KINDS[location.kind].package or error.name
         raise LocationError(
@@ -64,7 +55,7 @@ def _built(location: Location, options: Mapping[str, Any], timeout_s: float) -> 
     except LocationError as error:
         raise LocationError(f"{location.uri}: {error}") from None
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        cause = str(error).partition("\n")[0]
+        cause = f"{error}".partition("\n")[0]
         advice = advice_for(cause, "check the options")
         raise LocationError(f"{location.uri}: {cause}; {advice}") from None
 

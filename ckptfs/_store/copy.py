@@ -1,59 +1,91 @@
-"""Copy a checkpoint, or some of its files, to a local directory: in parallel, verified, resumable.
+"""Copies of checkpoints, or some of their files, to a local directory: parallel and resumable.
 
-A file appears under its name only when it is complete and its version was confirmed after its last
-byte was read. Until then it is ``.<name>.ckptfs-partial`` beside it, with ``.<name>.ckptfs-parts``,
-which holds the version that is being copied and a byte for each part that is written. A later run
-goes on from there, if the version is still the same. A file that is there already with the right
-size and modification time is not copied again.
+A file appears under its name only when it is complete, and its version was confirmed after the last
+byte was read. Until then the copy is ``.<name>.ckptfs-partial`` beside it. The file
+``.<name>.ckptfs-parts`` has the version that is being copied, and a byte for each part that is
+written. A later run resumes from there if the version is still the same. `_aside` chooses other
+names if these are too long, or belong to files of the checkpoint. A file that is already there with
+the right size and modification time is not copied again.
 
-One process at a time copies to a directory (lock file); another one waits, and then finds the
-files there, or goes on where the first one failed.
+One process at a time copies to a directory (lock file). Another process waits, and then finds the
+files, or resumes where the first one failed.
 
-The main thread decides (what is next, what is complete); the workers only read and write.
+The main thread decides which work is next and which files are complete. The worker threads only
+read and write.
 
-Every request ends in time (``timed``), and none is tried again later than `_TRIES_WITHIN_S` after
-its first failure. So a copy from a store that stays silent ends with StoreTimeout.
+Every request ends in time (see ``wrappers.TimedStore``), and no try begins later than
+`_TRIES_WITHIN_S` after the first failure. So a copy from a silent store ends with StoreTimeout.
 
-A store that gives no first byte in time is asked by fewer requests at once (`_Places`): it may do
-much for each of them.
+The copy is refused before the first request for content if the free space is too small.
+
+If the store sends no first byte in time, fewer requests run at once (`_Places`), because each
+request may cost the store much.
 """
 
 import contextlib
 import contextvars
-import fnmatch
+import hashlib
+import itertools
 import math
 import os
-import random
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from ckptfs._filelock import locked
-from ckptfs._model.manifest import ListedFile, Manifest, build_manifest
+from ckptfs._model.aimd import AimdLimit
+from ckptfs._model.backoff import Backoff
+from ckptfs._model.globs import any_matcher
+from ckptfs._model.manifest import NAME_BYTES_MAX, ListedFile, Manifest, build_manifest
+from ckptfs._model.units import size_text
+from ckptfs._os.filelock import locked
 from ckptfs._store.base import Store, pin_of, repinned
 from ckptfs._store.buffers import leave_thread_buffer, thread_buffer
-from ckptfs._store.deadline import left_s
-from ckptfs._store.timed import TimedStore
-from ckptfs.errors import CkptfsError, ObjectChanged, StoreError, StoreTimeout, StoreUnavailable
+from ckptfs._store.request_context import left_s
+from ckptfs._store.wrappers import TimedStore
+from ckptfs.errors import (
+    CannotCopy,
+    CkptfsError,
+    ObjectChanged,
+    StoreError,
+    StoreTimeout,
+    StoreUnavailable,
+)
 
 PART_BYTES = 8 << 20
-"""Bytes of one request: the round trip is small beside the transfer, and a large file still spreads
-over all connections."""
+"""The bytes of one request: the round trip is small beside the transfer, and a large file still
+spreads over all connections."""
 _THREADS = 16
 _FILES_MAX = 10_000_000
-_PAUSES_S = 0.2, 0.4, 0.8, 1.6
-"""Before a request whose error can pass is tried again (jittered)."""
+_TRIES = 5
+"""The most tries of a request."""
+_BACKOFF = Backoff(0.2, 1.6)
+"""The pauses between them."""
 _TRIES_WITHIN_S = 60.0
-"""No try begins later than that after the first failure."""
+"""The longest time from the first failure of a request to the begin of its last try."""
 _PLACES_MIN = 2
-"""Fewest requests at once: with one, a request that hangs would hold up the whole copy."""
+"""The lowest limit of requests at once. With one, a single stuck request would stop the copy."""
+
+_PARTIAL, _PARTS = ".ckptfs-partial", ".ckptfs-parts"
+_BLOCK_BYTES = 4096
+"""The least space that a file's last bytes take on most file systems."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are there and the bytes of all files, from the calling thread."""
+"""A function that the calling thread calls with the bytes that arrived and the bytes of all
+files."""
+
+
+def listed(store: Store) -> Manifest:
+    """The files that a copy can have. Raises the errors of the store, as `copy_directory`."""
+    return build_manifest(TimedStore(store).list(_FILES_MAX))
+
+
+def bytes_chosen(manifest: Manifest, include: Sequence[str]) -> int:
+    """The bytes of the files that `include` matches."""
+    return sum(file.size for file in _chosen(manifest, include))
 
 
 def copy_directory(
@@ -63,35 +95,40 @@ def copy_directory(
     include: Sequence[str] = (),
     timeout_s: float | None = None,
     progress: Progress | None = None,
+    manifest: Manifest | None = None,
 ) -> None:
-    """Copy what `store` holds to `target`, which may exist; other files in it stay.
+    """Copy the files of `store` to `target`. Other files in `target` stay.
 
     Args:
         store: The checkpoint.
-        target: A directory; made with its parents if it is missing.
-        include: Globs on relative paths (``*`` also matches ``/``); empty: everything.
-        timeout_s: Longest wait for another process that copies to `target`; None: no limit.
-        progress: Told about each part that arrived.
+        target: A directory. It is made with its parents if it is missing.
+        include: Globs on relative paths (``*`` also matches ``/``); empty for all files.
+        timeout_s: The longest wait for another process that copies to `target`; None for no limit.
+        progress: A function that is called for each part that arrived.
+        manifest: The result of `listed`; None to list the store now.
 
     Raises:
-        CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: The store's
-            answer, or StoreTimeout that there was none. What is complete stays, also the parts,
-            for another try.
-        StoreError: The local disk refused, or `timeout_s` is over.
+        CheckpointNotFound, CheckpointIsFile, AccessDenied, ObjectChanged, StoreError: The store
+            answered with an error, or (StoreTimeout) not at all. Complete files and parts stay for
+            another try.
+        CannotCopy: The free space is too small, and nothing was fetched; or the local disk refused.
+        StoreError: `timeout_s` is over.
     """
     target = target.absolute()
     lock = target.parent / f".{target.name}.ckptfs-lock"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(str(lock), float("inf") if timeout_s is None else timeout_s):
-            timed = TimedStore(store)
-            manifest = build_manifest(timed.list(_FILES_MAX))
+            manifest = listed(store) if manifest is None else manifest
             _check_whole(manifest, include, store.name)
+            taken = {file.path for file in manifest.files}.union(manifest.directories)
+            files = [_File(target, file, taken) for file in _chosen(manifest, include)]
+            _require_room(target, files, store.name)
             target.mkdir(exist_ok=True)
             if not include:
                 for directory in manifest.directories:  # also the empty ones
                     (target / directory).mkdir(exist_ok=True)
-            _Copy(timed, target, _chosen(manifest, include), progress).run()
+            _Copy(TimedStore(store), files, progress).run()
     except CkptfsError:
         raise
     except TimeoutError:
@@ -100,50 +137,106 @@ def copy_directory(
             "or choose another directory"
         ) from None
     except OSError as error:
-        raise StoreError(f"cannot copy to {target}: {error.strerror or error}") from error
+        raise CannotCopy(
+            f"cannot copy to {target}: {error.strerror or error}; {_ADVICE}"
+        ) from error
+
+
+_ADVICE = (
+    "free space there, or choose another directory (TMPDIR, for copies that as_directory makes)"
+)
+
+
+def _require_room(target: Path, files: "Sequence[_File]", name: str) -> None:
+    """Raise CannotCopy if the files that are still missing do not fit into the free space.
+
+    While a file is copied, a second file notes its parts. Other processes may take the space
+    meanwhile, and the copy then ends when the disk is full.
+    """
+    lacking = [file for file in files if not file.is_complete()]
+    there = os.statvfs(target if target.is_dir() else target.parent)
+    if not lacking or not there.f_blocks:  # some file systems say nothing
+        return
+    needed = sum(file.bytes_needed() for file in lacking)
+    free = there.f_bavail * there.f_frsize
+    if needed > free:
+        raise CannotCopy(
+            f"{name}: a copy takes {size_text(needed)}, and {target} has only {size_text(free)} "
+            f"free; {_ADVICE}"
+        )
+    if there.f_files and 2 * len(lacking) > there.f_favail:
+        raise CannotCopy(
+            f"{name}: a copy takes {2 * len(lacking)} inodes, and {target} has only "
+            f"{there.f_favail} free; {_ADVICE}"
+        )
 
 
 def _chosen(manifest: Manifest, include: Sequence[str]) -> list[ListedFile]:
-    if not include:
-        return list(manifest.files)
-    return [file for file in manifest.files if _is_in(include, file.path)]
+    is_in = any_matcher(include or ["*"])
+    return [file for file in manifest.files if is_in(file.path)]
 
 
 def _check_whole(manifest: Manifest, include: Sequence[str], name: str) -> None:
-    """Raise StoreError where the store lists a file that is to be copied and cannot be read."""
+    """Raise StoreError if a file that is to be copied is listed, but cannot be read."""
+    is_in = any_matcher(include or ["*"])
     for skipped in manifest.skipped:
-        if skipped.is_lacking and (not include or _is_in(include, skipped.name)):
+        if skipped.is_lacking and is_in(skipped.name):
             raise StoreError(
                 f"{skipped.name} in {name} cannot be copied: {skipped.reason}, or leave it out "
                 "with include"
             )
 
 
-def _is_in(include: Sequence[str], path: str) -> bool:
-    return any(fnmatch.fnmatchcase(path, glob) for glob in include)
+def _aside(path: str, taken: Set[str]) -> str:
+    """The beginning of the names of the two files beside the one at `path`.
+
+    It is the same in each run, short enough, and not the name of a file of the checkpoint. `taken`
+    has all paths in the checkpoint, and our names if a user has uploaded an interrupted copy.
+    """
+    parent, slash, name = path.rpartition("/")
+    above = parent + slash
+    for count in itertools.count():
+        stem = f"{above}.{name}"
+        is_free = taken.isdisjoint((stem + _PARTIAL, stem + _PARTS))
+        # A file of the checkpoint may have a digest as its name. The names beside it are its own.
+        is_own = above + name == path or above + name not in taken
+        if is_free and is_own and len(f".{name}{_PARTIAL}".encode()) <= NAME_BYTES_MAX:
+            return stem
+        name = hashlib.blake2b(f"{count} {path}".encode(), digest_size=16).hexdigest()
+    raise AssertionError
 
 
 class _File:
-    """A file that is being copied."""
+    """The state of a file that is being copied."""
 
-    def __init__(self, target: Path, listed: ListedFile) -> None:
+    def __init__(self, target: Path, listed: ListedFile, taken: Set[str]) -> None:
         self.pin = pin_of(listed)
         self.path = target / listed.path
-        self.partial = self.path.parent / f".{self.path.name}.ckptfs-partial"
-        self.parts_file = self.path.parent / f".{self.path.name}.ckptfs-parts"
+        aside = _aside(listed.path, taken)
+        self.partial = target / f"{aside}{_PARTIAL}"
+        self.parts_file = target / f"{aside}{_PARTS}"
         self.parts = -(-listed.size // PART_BYTES)
         self.missing: set[int] = set()
 
     def is_complete(self) -> bool:
-        """Whether it is there already, from an earlier run."""
+        """Whether an earlier run has copied the file."""
         try:
             found = self.path.stat()
         except OSError:
             return False
         return found.st_size == self.pin.size and found.st_mtime_ns == self.pin.mtime_ns != 0
 
+    def bytes_needed(self) -> int:
+        """The disk space that the file and its parts file still take. Bytes of an earlier run count
+        as written even if they are of another version, because their space becomes free again."""
+        taken = 0
+        with contextlib.suppress(OSError):
+            taken = self.partial.stat().st_blocks * 512  # its unit, stat(2); there are holes in it
+        whole = -(-self.pin.size // _BLOCK_BYTES) * _BLOCK_BYTES
+        return max(0, whole - taken) + _BLOCK_BYTES
+
     def length(self, part: int) -> int:
-        """Bytes of a part."""
+        """The bytes of a part."""
         return min(PART_BYTES, self.pin.size - part * PART_BYTES)
 
     @property
@@ -154,15 +247,13 @@ class _File:
 
 
 class _Copy:
-    """One run. `_after_*` run in the main thread, what they submit in the workers."""
+    """One run. The methods `_after_*` run in the main thread, and submit work to the threads."""
 
-    def __init__(
-        self, store: Store, target: Path, chosen: list[ListedFile], progress: Progress | None
-    ) -> None:
+    def __init__(self, store: Store, files: list[_File], progress: Progress | None) -> None:
         self._store = store
-        self._files = [_File(target, listed) for listed in chosen]
+        self._files = files
         self._progress = progress
-        self._total_bytes = sum(listed.size for listed in chosen)
+        self._total_bytes = sum(file.pin.size for file in files)
         self._done_bytes = 0
         self._running = 0
         self._outcomes: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
@@ -170,7 +261,7 @@ class _Copy:
         self._places = _Places(_THREADS)
 
     def run(self) -> None:
-        """Copy; returns when everything is there. The first error ends the rest."""
+        """Copy all files. The first error ends the run."""
         try:
             for file in self._files:
                 if file.is_complete():
@@ -251,7 +342,7 @@ class _Copy:
 
 
 def _open_partial(file: _File) -> set[int]:
-    """Make the partial file, or go on with one of the same version; returns the missing parts."""
+    """Make the partial file, or resume one of the same version. Returns the missing parts."""
     header = file.version
     try:
         known = file.parts_file.read_bytes()
@@ -279,36 +370,31 @@ def _remove_partial(file: _File) -> None:
 
 
 def _nothing(_: _File) -> None:
-    """A finished file needs nothing more."""
+    """Do nothing more for a finished file."""
 
 
 class _Places:
-    """How many requests run at once: half as many after a timeout, and one more after as many
-    answers as there are places. May be used from any thread."""
+    """The places for requests that run at once (see `AimdLimit`). Any thread may use it."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._limit = float(most)
+        self._aimd = AimdLimit(_PLACES_MIN, most)
         self._running = 0
-        self._cut_s = 0.0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def one(self) -> Generator[None]:
         """Wait for a place, and keep it for the request that runs in this context."""
         with self._changed:
-            self._changed.wait_for(lambda: self._running < int(self._limit))
+            self._changed.wait_for(lambda: self._running < int(self._aimd.limit))
             self._running += 1
         begun_s = time.monotonic()
         try:
             yield
             with self._changed:
-                self._limit = min(self._most, self._limit + 1 / self._limit)
+                self._aimd.answered()
         except StoreTimeout:
             with self._changed:
-                if begun_s >= self._cut_s:  # the requests of one burst are cut once
-                    self._cut_s = time.monotonic()
-                    self._limit = max(_PLACES_MIN, self._limit / 2)
+                self._aimd.timed_out(begun_s, time.monotonic())
             raise
         finally:
             with self._changed:
@@ -318,16 +404,14 @@ class _Places:
 
 def _retry(attempt: Callable[[], None], places: _Places) -> None:
     end_s = math.inf
-    for pause_s in _PAUSES_S:
+    for failures in itertools.count(1):
         try:
             with places.one():
                 return attempt()
         except StoreUnavailable as error:
             now_s = time.monotonic()
             end_s = min(end_s, now_s + min(_TRIES_WITHIN_S, left_s()))
-            wait_s = max(pause_s * random.uniform(0.5, 1), error.retry_after_s)
-            if now_s + wait_s > end_s:
+            wait_s = max(_BACKOFF.pause_s(failures), error.retry_after_s)
+            if failures == _TRIES or now_s + wait_s > end_s:
                 raise
             time.sleep(wait_s)
-    with places.one():
-        return attempt()

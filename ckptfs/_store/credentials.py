@@ -1,11 +1,11 @@
 """Credentials of a named store: from a file or from the environment.
 
-**Files** are what ssh would take for a key: of this user or root, and not for others to read. One
-that changes (a rotation) is read anew with the next request. Whatever is wrong with the new one,
-and while it is not there, the last ones that were good go on; that is logged once.
+**Files** have to be as private as ssh wants a key to be: they belong to this user or root, and
+others may not read them. The next request reads a file that has changed (a rotation). If the new
+file is missing or invalid, the last valid credentials stay in use, and one line is logged.
 
-The names in a file are those of AWS's credentials files, of what `credential_process` prints
-(JSON), or the options of the filesystem: see `kinds`.
+The names in a file are those of AWS's credentials files, those of the output (JSON) of a
+`credential_process`, or the options of the filesystem: see `kinds`.
 """
 
 import configparser
@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ckptfs._model.location import Kind
-from ckptfs._model.stores import CredentialSource
+from ckptfs._model.kinds import Kind
+from ckptfs._model.named_store import CredentialSource
+from ckptfs._os.ownership import is_this_users_alone
 from ckptfs._store.kinds import KINDS
 from ckptfs.errors import AccessDenied
 
@@ -29,12 +30,10 @@ _FILE_BYTES_MAX = 64 << 10
 
 
 class SecretFile:
-    """The credentials in a file, as they are now. May be used from any thread.
+    """The current credentials in a file. Any thread may use it.
 
-    Args:
-        path: As it is configured.
-        profile: The section of an INI file; "": ``default``, or the only one.
-        kind: Of the store.
+    `path` is that of the configuration. `profile` is the section of an INI file; "" for
+    ``default``, or for the only section.
     """
 
     def __init__(self, path: str, profile: str, kind: Kind) -> None:
@@ -46,8 +45,8 @@ class SecretFile:
         self._secrets: dict[str, str] | None = None
 
     def current(self) -> dict[str, str]:
-        """The secrets, by the name of the filesystem's option. Raises AccessDenied where there
-        never were any."""
+        """The secrets by the name of the filesystem's option. Raises AccessDenied if the file never
+        had valid ones."""
         with self._lock:
             try:
                 now = _signature(os.stat(self._path))
@@ -61,13 +60,13 @@ class SecretFile:
                     if self._secrets is None:
                         self._seen = ()
                         raise
-                    log.warning("%s; the credentials that it had before go on", error)
+                    log.warning("%s; its former credentials stay in use", error)
             assert self._secrets is not None
             return self._secrets
 
     def _read(self) -> dict[str, str]:
         try:
-            with open(self._path, "rb", opener=_open_at_once) as file:
+            with open(self._path, "rb", opener=open_at_once) as file:
                 _refuse_others(self._path, os.fstat(file.fileno()))
                 text = file.read(_FILE_BYTES_MAX).decode()
         except AccessDenied:  # which is an OSError, too
@@ -77,12 +76,14 @@ class SecretFile:
                 f"credentials {self._path}: {error.strerror}; check the store's table"
             ) from None
         except UnicodeDecodeError:
-            raise AccessDenied(f"credentials {self._path}: not text") from None
+            raise AccessDenied(
+                f"credentials {self._path} are not UTF-8 text; check the store's table"
+            ) from None
         values = _of_json(text) if text.lstrip().startswith("{") else _of_ini(text, self._profile)
-        if values is None:  # nothing of the text is shown
+        if values is None:  # the message shows nothing of the text
             raise AccessDenied(
                 f"credentials {self._path}: neither a JSON object of strings nor an INI file with "
-                f"the section [{self._profile or 'default'}]"
+                f"the section [{self._profile or 'default'}]; correct the file or the profile"
             )
         return _picked(values, self._kind, f"credentials {self._path}")
 
@@ -90,7 +91,7 @@ class SecretFile:
 def environment_secrets(
     source: CredentialSource, kind: Kind, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The secrets in variables with a prefix. Raises AccessDenied where there are none."""
+    """The secrets in variables with a prefix. Raises AccessDenied if they are incomplete."""
     prefix = source.environment
     known = {name for names in KINDS[kind].in_files.values() for name in names[:1]}
     values = {name: environ.get(prefix + name.upper(), "") for name in known}
@@ -111,12 +112,13 @@ def _picked(
         if prefix is not None:
             groups = [[prefix + name.upper() for name in group] for group in groups]
         wanted = ", or ".join(" and ".join(group) for group in groups)
-        raise AccessDenied(f"{where}: incomplete; {wanted} must be there")
+        raise AccessDenied(f"{where}: incomplete; set {wanted}")
     return {option: value for option, value in found.items() if value}
 
 
 def _absolute(path: str) -> Path:
-    """Where a relative path is, is systemd's (LoadCredential= in systemd.exec(5))."""
+    """The absolute path. systemd says where a relative path is (LoadCredential= in
+    systemd.exec(5))."""
     if os.path.isabs(path):
         return Path(path)
     directory = os.environ.get("CREDENTIALS_DIRECTORY", "")
@@ -128,8 +130,9 @@ def _absolute(path: str) -> Path:
     return Path(directory, path)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # not waiting for who writes to a FIFO
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for `open` that does not wait for the writer of a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _signature(info: os.stat_result) -> tuple[int, ...]:
@@ -138,12 +141,12 @@ def _signature(info: os.stat_result) -> tuple[int, ...]:
 
 def _refuse_others(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise AccessDenied(f"credentials {path}: is no regular file")
+        raise AccessDenied(f"credentials {path} is not a regular file; name one")
     # A group may read: what Kubernetes and systemd hand to a service is its group's.
-    if info.st_mode & 0o027 or info.st_uid not in (0, os.geteuid()):
+    if not is_this_users_alone(info, 0o027, or_roots=True):
         raise AccessDenied(
-            f"credentials {path}: belongs to another user, or is for others to read or for a group "
-            "to write; chmod 600, or chown it"
+            f"credentials {path}: the file belongs to another user, or others can read it, or its "
+            "group can write it; chmod 600, or chown it"
         )
 
 

@@ -1,40 +1,45 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """pyarrow and fsspec filesystems as objects: from a URI, wrapped, and without their wrappers."""
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 from pyarrow import fs as pafs
 
 from ckptfs._model.location import Location
-from ckptfs._model.stores import check_below, split_named
+from ckptfs._model.named_store import check_below, split_named
 from ckptfs._model.uris import parse_place, scheme_of, shown_uri
 from ckptfs._store import fsspec
 from ckptfs._store.build import FileSystem, filesystem_for, fsspec_of
 from ckptfs._store.kinds import KINDS
-from ckptfs._store.lazyfs import UriHandler
+from ckptfs._store.lazy_filesystem import StoreHandler, UriHandler
 from ckptfs._store.named import own_table
-from ckptfs._store.namedfs import StoreHandler
-from ckptfs._store.timed import ANSWER_S, within
+from ckptfs._store.wrappers import ANSWER_S, within
 from ckptfs.errors import LocationError
+
+if TYPE_CHECKING:
+    from ckptfs._store.fsspec import AbstractFileSystem
+
+ArrowFileSystem: TypeAlias = pafs.FileSystem
+"""The type of a checkpoint's filesystem in the public API."""
+GivenFileSystem: TypeAlias = "pafs.FileSystem | AbstractFileSystem"
+"""The type of a filesystem that a user may give to a checkpoint."""
 
 
 def filesystem_of(uri: str) -> tuple[FileSystem, str]:
-    """The pyarrow filesystem and the path that `uri`, ``store:path`` or an absolute path (also with
-    ``~``) names.
+    """The pyarrow filesystem and the path on it. Raises LocationError for an unknown scheme, a
+    relative path or a malformed URI.
 
-    No server is asked. The filesystem of an object store only knows the URI until it is used:
-    `location_of` and `built`.
-
-    Raises:
-        LocationError: The scheme is unknown, the path is relative, or the URI is malformed.
+    `uri` is a URI, ``store:path``, or an absolute path, which may begin with ``~``. The function
+    asks no server. The filesystem of an object store only knows its URI until its first use (see
+    `location_of` and `built`).
     """
     if found := split_named(uri):
-        check_below(*found)
-        return pafs.PyFileSystem(StoreHandler(found[0])), found[1]
+        name, below = found
+        check_below(name, below)
+        return pafs.PyFileSystem(StoreHandler(name)), below
     text = os.path.expanduser(uri)
     if scheme_of(text) == "mock":  # pyarrow's own, for tests
         filesystem, path = pafs.FileSystem.from_uri(text)
@@ -52,8 +57,8 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
 
 
 def location_of(filesystem: FileSystem, path: str) -> Location | None:
-    """The place of `path` on the filesystem of a URI, as far as the URI says it. None: another
-    filesystem, which has to be described by its options."""
+    """The location of `path` on the filesystem of a URI, as far as the URI says it. None for
+    another filesystem, which has to be described by its options."""
     handler = getattr(filesystem, "handler", None)
     if not isinstance(handler, UriHandler):
         return None
@@ -61,17 +66,17 @@ def location_of(filesystem: FileSystem, path: str) -> Location | None:
 
 
 def built(filesystem: FileSystem) -> FileSystem:
-    """The filesystem that a URI stands for; any other one as it is.
+    """The real filesystem of a URI; another filesystem as it is.
 
-    Raises LocationError where pyarrow has no such filesystem, and StoreError where Amazon has to be
-    asked for the bucket's region, and does not answer.
+    Raises LocationError if pyarrow has no such filesystem, and StoreError if Amazon does not answer
+    the question for the bucket's region.
     """
     handler = getattr(filesystem, "handler", None)
     return handler.filesystem if isinstance(handler, UriHandler) else filesystem
 
 
 def type_name_of(filesystem: FileSystem) -> str:
-    """The name of a filesystem's type, as of the one that a URI stands for."""
+    """The name of a filesystem's type; for the filesystem of a URI, that of the real one."""
     handler = getattr(filesystem, "handler", None)
     is_of_uri = isinstance(handler, UriHandler)
     return handler.get_type_name() if is_of_uri else filesystem.type_name
@@ -93,7 +98,7 @@ def wrapped(filesystem: FileSystem) -> FileSystem:
 
 
 def unwrapped(filesystem: FileSystem, path: str) -> tuple[FileSystem, str]:
-    """What is below filesystems that only add a prefix to paths, and the path on it."""
+    """The filesystem below those that only add a prefix to paths, and the path on it."""
     while True:
         inner = fsspec_of(filesystem)
         if isinstance(filesystem, pafs.SubTreeFileSystem):
@@ -108,32 +113,33 @@ def unwrapped(filesystem: FileSystem, path: str) -> tuple[FileSystem, str]:
 
 
 def store_name_of(filesystem: FileSystem) -> str:
-    """The name of the store that an unwrapped filesystem is; "": it is none."""
+    """The name of the store if an unwrapped filesystem is a named store, else ""."""
     handler = getattr(filesystem, "handler", None)
     return handler.name if isinstance(handler, StoreHandler) else ""
 
 
-def is_lent(filesystem: FileSystem) -> bool:
-    """Whether it is a store that only a daemon may know, and not this process's configuration."""
+def is_daemon_only(filesystem: FileSystem) -> bool:
+    """Whether it is a named store that is not in this process's configuration, so that only a
+    daemon may know it."""
     name = store_name_of(unwrapped(filesystem, "")[0])
     return bool(name) and own_table(name) is None
 
 
 def fsspec_name(filesystem: Any) -> str:
-    """The class's name behind that of its package."""
+    """The name of the class after the name of its package."""
     kind: type = type(filesystem)
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
 def refuse_secrets_in(url: str) -> None:
-    """Raise LocationError for a URL that may hold some: paths are shown everywhere, and those of
-    http are whole URLs."""
+    """Raise LocationError for a URL that may contain credentials, because the path of an http
+    location is the whole URL, and ckptfs shows paths everywhere."""
     userinfo, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
     if at or "?" in url:
         shown = shown_uri(url.replace(f"{userinfo}{at}", "", 1))
         raise LocationError(
-            f"{shown}: a URL with credentials or a query cannot be mounted; give "
-            "an fsspec HTTPFileSystem with client_kwargs instead"
+            f"{shown}: ckptfs cannot mount a URL with credentials or a query; give an fsspec "
+            "HTTPFileSystem with client_kwargs instead"
         )
 
 
@@ -143,6 +149,6 @@ def local_filesystem() -> FileSystem:
 
 
 def local_path_of(filesystem: FileSystem, path: str) -> str | None:
-    """The local path that `path` on `filesystem` is, or None for a remote one."""
+    """The local path of `path` on `filesystem`; None for a remote filesystem."""
     filesystem, path = unwrapped(filesystem, path)
     return path if isinstance(filesystem, pafs.LocalFileSystem) else None

@@ -3,33 +3,37 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportPrivateUsage=false
 """A Store over an fsspec filesystem, and the URIs that only fsspec knows.
 
-Not through pyarrow's wrapper: that hides the ETag, and reads through a file object with a cache of
-its own. Here a read is one ranged request (`cat_file`), and a version is what `info` says. fsspec
-filesystems may be called from any thread; what they raise depends on the protocol's package.
+The store does not use pyarrow's wrapper, because that hides the ETag and reads through a file
+object with a cache of its own. Here a read is one ranged request (`cat_file`), and `info` has the
+version. Any thread may call an fsspec filesystem. Its exceptions depend on the protocol's package.
 
-http lists what the links of an index page name, percent-encoded as they are there. Here they are
-decoded. (Most http is read by `http.HttpStore`; what is left are filesystems with sessions of their
-own.)
+The http filesystem lists the links of an index page, percent-encoded as in the page. This module
+decodes them. `http.HttpStore` reads most http locations, except filesystems with sessions of their
+own.
 
-Files of Hugging Face are read from the commit that was current when the store was listed, so that a
-branch that moves changes nothing. The metadata file is the exception: it may change.
+Files of Hugging Face are read from the commit that was current when the store was listed, so a
+branch that moves changes nothing. Only the metadata file is read from the branch, so it may change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import msgspec
 
 from ckptfs._model.manifest import METADATA_NAME, ListedFile, Listing, Skipped, printable
-from ckptfs._store import hub
-from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
-from ckptfs._store.fsspecerrors import hint_for, raise_disguised, status_of, translated
-from ckptfs._store.settling import is_same_time, wait_until_settled
+from ckptfs._store import huggingface
+from ckptfs._store.base import Pin, changed, check_count, check_version, is_file, not_found
+from ckptfs._store.fsspec_errors import hint_for, raise_disguised, status_of, translated
+from ckptfs._store.timestamps import wait_until_settled
+from ckptfs._store.transport.tls import NETWORK
+from ckptfs._store.versions import time_ns_in
 from ckptfs.errors import AccessDenied, CheckpointNotFound, LocationError, StoreError
+
+if TYPE_CHECKING:
+    from fsspec.spec import AbstractFileSystem as AbstractFileSystem
 
 _THREADS = 16
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
@@ -53,21 +57,16 @@ _TIMES = (
     "updated",
     "created",
 )
-"""Names under which `info` has a version or a time: http, s3fs, adlfs, gcsfs, huggingface_hub,
-local."""
+"""The keys of a version or a time in `info` of http, s3fs, adlfs, gcsfs, huggingface_hub and the
+local filesystem."""
 
 
 def filesystem_of(uri: str, shown: str, package: str) -> tuple[Any, str]:
     """The fsspec filesystem and the path that `uri` names.
 
-    Args:
-        uri: Of a scheme that the caller has checked: fsspec knows some that read or run what the
-            URI names. May hold credentials.
-        shown: The same without them, for messages.
-        package: What has to be installed for it.
-
-    Raises:
-        LocationError: A package is missing, or the URI is malformed.
+    The caller has checked the scheme, because fsspec knows schemes that read or run what a URI
+    names. `shown` is the URI without credentials, for messages. Raises LocationError if the URI is
+    malformed, or one of the packages of `package` is missing.
     """
     scheme = uri.partition("://")[0].lower()
     try:
@@ -76,7 +75,7 @@ def filesystem_of(uri: str, shown: str, package: str) -> tuple[Any, str]:
         filesystem, path = url_to_fs(uri)
     except ImportError:
         raise LocationError(
-            f"{shown}: {scheme}:// needs a package that is not installed; pip install {package}"
+            f"{shown}: a package for {scheme}:// is not installed; pip install {package}"
         ) from None
     except Exception as error:  # each package has its own
         cause = printable(str(error).replace(uri, shown).partition("\n")[0])
@@ -85,22 +84,17 @@ def filesystem_of(uri: str, shown: str, package: str) -> tuple[Any, str]:
 
 
 def build(protocol: str, options: Mapping[str, Any], timeout_s: float) -> Any:
-    """An fsspec filesystem from a location's options; one of its own, which remembers no listings.
+    """A new fsspec filesystem from a location's options, which remembers no listings.
 
-    Args:
-        protocol: One that fsspec knows.
-        options: Checked by the caller.
-        timeout_s: Longest connect and longest silence, where the protocol's package has a place for
-            it (http).
-
-    Raises ImportError, ValueError.
+    The caller has checked the options. `timeout_s` is the longest connect and silence, if the
+    package of the protocol has an option for it (http). Raises ImportError, ValueError.
     """
     from fsspec import filesystem  # pyright: ignore[reportAttributeAccessIssue]
 
-    network = {name: value for name, value in options.items() if name in hub.NETWORK}
+    network = {name: value for name, value in options.items() if name in NETWORK}
     own: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol == "hf":
-        hub.use_network(network)
+        huggingface.use_network(network)
     elif network:
         names = ", ".join(sorted(network))
         raise ValueError(f"fsspec's filesystem of {protocol}:// has no place for {names}")
@@ -128,12 +122,12 @@ _OF_HTTP = frozenset(
         "use_listings_cache",
     ]
 )
-"""Options of an HTTPFileSystem that say how fsspec caches and reads, and not what."""
+"""Options of an HTTPFileSystem that say how fsspec caches and reads, and not what it reads."""
 
 
 def http_headers_of(filesystem: Any) -> dict[str, str] | None:
-    """The headers with which an fsspec HTTPFileSystem asks for everything; None: it is another
-    filesystem, or one that does more than that with its requests."""
+    """The headers of all requests of an fsspec HTTPFileSystem. None for another filesystem, or if
+    its options change more than the headers of its requests."""
     kind = type(filesystem)
     if f"{kind.__module__}.{kind.__name__}" != "fsspec.implementations.http.HTTPFileSystem":
         return None
@@ -155,8 +149,6 @@ def http_headers_of(filesystem: Any) -> dict[str, str] | None:
 class FsspecStore:
     """The directory `root` of an fsspec filesystem; `name`, its URI, is for messages."""
 
-    gives_up = False
-
     def __init__(self, filesystem: Any, root: str, name: str) -> None:
         from fsspec.spec import AbstractFileSystem
 
@@ -169,7 +161,7 @@ class FsspecStore:
             kind.__module__.partition(".")[0] == "huggingface_hub"
             for kind in type(filesystem).__mro__
         )
-        # Where a read goes through fsspec's file object, its buffer would read on for 5 MiB.
+        # A read through fsspec's file object would fetch another 5 MiB for the object's buffer.
         by_file = getattr(filesystem.cat_file, "__func__", None) is AbstractFileSystem.cat_file
         self._with_range: dict[str, Any] = {"cache_type": "none"} if by_file else {}
         if self._is_http:
@@ -177,11 +169,10 @@ class FsspecStore:
             self._with_range["headers"] = {**given, "Accept-Encoding": "identity"}
 
     def list(self, files_max: int) -> Listing:
-        """See Store.list."""
         try:
             self._fs.invalidate_cache()
             if self._is_hub:
-                self._pinned_root = hub.pinned(self._fs, self._root)
+                self._pinned_root = huggingface.pinned(self._fs, self._root)
             found = self._find()
             if not found and self._fs.info(self._pinned_root)["type"] != "directory":
                 raise is_file(self.name)
@@ -218,7 +209,8 @@ class FsspecStore:
         return {path: info for path, info in listed.items() if self._below(path)}
 
     def _walk(self) -> dict[str, dict[str, Any]]:
-        """What fsspec's own `find` does, which leaves out a directory that cannot be listed."""
+        """The same as fsspec's own `find`, which would leave out a directory that it cannot
+        list."""
         found: dict[str, dict[str, Any]] = {}
         directories = [self._pinned_root]
         while directories:
@@ -229,23 +221,21 @@ class FsspecStore:
                 raise_disguised(error, self.name)
                 if directory == self._pinned_root:
                     raise
-                del found[directory]  # it is gone, or was a dead link
+                del found[directory]  # it was deleted, or was a dead link
                 continue
             for info in listed:
                 path = str(info["name"]).rstrip("/")
                 # An index page of http lists itself, and links that sort it.
-                if path in found or self._is_link_within(path) or not self._below(path):
+                is_within = self._is_http and ("?" in path or "#" in path)
+                if path in found or is_within or not self._below(path):
                     continue
                 found[path] = info
                 if info["type"] == "directory":
                     directories.append(path)
         return found
 
-    def _is_link_within(self, path: str) -> bool:
-        return self._is_http and ("?" in path or "#" in path)
-
     def _add_sizes(self, found: dict[str, dict[str, Any]]) -> None:
-        """Ask for the sizes that the listing does not have (http: an index page has names only)."""
+        """Ask for sizes that the listing does not have (an index page of http has names only)."""
         unknown = [p for p, i in found.items() if i["type"] == "file" and i.get("size") is None]
         if unknown:
             with ThreadPoolExecutor(_THREADS, "ckptfs-sizes") as pool:
@@ -255,7 +245,7 @@ class FsspecStore:
     def _info(self, path: str) -> dict[str, Any]:
         try:
             return self._fs.info(path)
-        except FileNotFoundError as error:  # it is gone, or was a dead link
+        except FileNotFoundError as error:  # it was deleted, or was a dead link
             raise_disguised(error, f"{printable(self._relative(path))} in {self.name}")
             return {"type": "file"}
 
@@ -280,15 +270,15 @@ class FsspecStore:
         return Listing(files, directories, skipped)
 
     def _below(self, full: str) -> str:
-        """What follows the root in a path; "": it is the root itself, or an index page's link to
-        elsewhere. Raises StoreError where a listing has other paths."""
+        """The part of a path that follows the root; "" for the root itself, and for a link of an
+        index page that leads elsewhere. Raises StoreError if a listing has other paths."""
         root = self._pinned_root
         if full.startswith(f"{root}/"):
             return full[len(root) + 1 :]
         if full.rstrip("/") == root or self._is_http:
             return ""
         raise StoreError(
-            f"{self.name}: the listing has {printable(full)}, which is not below it; check the path"
+            f"{self.name}: its listing has {printable(full)}, which is not below it; check the path"
         )
 
     def _relative(self, full: str) -> str:
@@ -300,32 +290,22 @@ class FsspecStore:
         return f"{root}/{quote(path, errors='surrogateescape') if self._is_http else path}"
 
     def confirm(self, pin: Pin) -> Pin:
-        """See Store.confirm."""
-        info = self._info_now(pin.path)
+        info = self._or_none(pin.path, self._fs.info)
         if info is None:
             raise changed(self.name, pin, "it was deleted")
         if info["type"] != "file":
-            raise changed(self.name, pin, "it is no file any more")
-        if info.get("size") != pin.size:
-            raise changed(self.name, pin, f"{pin.size} bytes became {info.get('size')}")
+            raise changed(self.name, pin, "it is not a file any more")
         if info.get("contentEncoding"):  # gcsfs decodes what it reads
             raise StoreError(
                 f"{self._what(pin.path)} is stored with Content-Encoding "
-                f"{printable(str(info['contentEncoding']))}, and cannot be read in parts; attach "
-                "it as gs://, or store it without"
+                f"{printable(str(info['contentEncoding']))}, so gcsfs cannot read parts of it; "
+                "attach it as gs://, or store it without that encoding"
             )
         etag = _etag_of(info)
-        if pin.etag:
-            if etag != pin.etag:
-                raise changed(self.name, pin, f"ETag {pin.etag} became {etag or 'none'}")
-        else:
-            mtime_ns = _mtime_ns(info)
-            if pin.mtime_ns and mtime_ns and not is_same_time(mtime_ns, pin.mtime_ns):
-                raise changed(self.name, pin, "it was written again")
+        check_version(self.name, pin, info.get("size"), _mtime_ns(info), etag)
         return msgspec.structs.replace(pin, etag=etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
-        """See Store.read_into."""
         path, end = self._full(pin.path), offset + len(buffer)
         if not pin.etag:  # only the time tells versions apart
             wait_until_settled(pin.mtime_ns)
@@ -343,52 +323,43 @@ class FsspecStore:
             raise changed(self.name, pin, f"it ends at byte {offset + len(data)} of {pin.size}")
         if len(data) > len(buffer):
             raise StoreError(
-                f"{printable(pin.path)} in {self.name}: the server does not know ranges; copy the "
-                "checkpoint to a store that does"
+                f"{printable(pin.path)} in {self.name}: the server cannot send a part of a file; "
+                "copy the checkpoint to a store that supports range requests"
             )
         buffer[:] = data
         return False
 
     def get(self, path: str) -> bytes | None:
-        """See Store.get."""
-        full = self._full(path)
-        try:
-            self._fs.invalidate_cache(self._fs._parent(full))
-            return bytes(self._fs.cat_file(full))
-        except FileNotFoundError as error:
-            raise_disguised(error, self._what(path))
-            return None
-        except Exception as error:
-            if status_of(error) == 404:
-                return None
-            raise translated(error, self._what(path)) from error
+        data: Any = self._or_none(path, self._fs.cat_file)
+        return None if data is None else bytes(data)
 
     def put(self, path: str, data: bytes) -> None:
-        """See Store.put."""
         try:
             self._fs.pipe_file(self._full(path), data)
         except FileNotFoundError:
             raise not_found(self.name) from None
         except NotImplementedError:
-            raise AccessDenied(f"{self.name} cannot be written to: {self._fs.protocol}") from None
+            raise AccessDenied(
+                f"{self.name}: fsspec's filesystem of {self._fs.protocol} cannot write; change the "
+                "file with another program"
+            ) from None
         except Exception as error:
             if status_of(error) == 404:
                 raise not_found(self.name) from error
             raise translated(error, self._what(path)) from error
 
     def find(self, path: str) -> ListedFile | None:
-        """See Store.find."""
-        info = self._info_now(path)
+        info = self._or_none(path, self._fs.info)
         if info is None or info["type"] != "file":
             return None
         return ListedFile(path, info["size"], _mtime_ns(info))
 
-    def _info_now(self, path: str) -> dict[str, Any] | None:
-        """What the store says of an object now; None where there is none."""
+    def _or_none(self, path: str, call: Callable[[str], Any]) -> Any:
+        """The result of `call` for the current object; None if there is no such object."""
         full = self._full(path)
         try:
             self._fs.invalidate_cache(self._fs._parent(full))
-            return self._fs.info(full)
+            return call(full)
         except FileNotFoundError as error:
             raise_disguised(error, self._what(path))
             return None
@@ -398,14 +369,14 @@ class FsspecStore:
             raise translated(error, self._what(path)) from error
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, because the store keeps nothing open."""
 
     def _what(self, path: str) -> str:
         return f"{printable(path)} in {self.name}"
 
 
 def _etag_of(info: Mapping[str, Any]) -> str:
-    """What `info` says of a version, as text; "": nothing."""
+    """The version in `info`, as text; "" if it has none."""
     etag = next((str(info[name]) for name in _ETAGS if info.get(name)), "")
     if not etag and info.get("ino") and "mtime" in info:  # fsspec's local files
         etag = "-".join(str(info.get(name)) for name in ("ino", "size", "mtime", "created"))
@@ -415,12 +386,7 @@ def _etag_of(info: Mapping[str, Any]) -> str:
 def _mtime_ns(info: Mapping[str, Any]) -> int:
     value = next((info[name] for name in _TIMES if info.get(name)), None)
     if isinstance(value, str):
-        try:
-            in_header = "," in value  # RFC 9110, section 5.6.7
-            iso = value.replace("Z", "+00:00")  # which Python 3.10 does not know
-            value = parsedate_to_datetime(value) if in_header else datetime.fromisoformat(iso)
-        except ValueError:
-            return 0
+        return time_ns_in(value)
     if isinstance(value, datetime):
         aware = value if value.tzinfo else value.replace(tzinfo=timezone.utc)
         return (aware - _EPOCH) // timedelta(microseconds=1) * 1000

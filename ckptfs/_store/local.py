@@ -1,17 +1,17 @@
-"""A Store over a directory of this machine, also where that lies on NFS or another network.
+"""A Store over a directory of this machine, which may lie on NFS or another network.
 
 **Versions.** A file's version is its inode, size, modification time and change time, with all the
-nanoseconds that the filesystem keeps. The listing has it, so the first touch asks nothing. A read
-looks at the version before its first and after its last byte. The second look opens the path anew:
-so it sees a file that took the place of the first, and an NFS client asks the server
+nanoseconds that the filesystem keeps. The listing has the version, so the first access costs no
+check. A read compares the version before its first and after its last byte. The second check opens
+the path again, so it sees a file that has replaced the first one, and an NFS client asks the server
 (close-to-open consistency, nfs(5)).
 
-Times change in ticks, so a file that was written some milliseconds ago is read when its tick is
-over (see `settling`).
+Times change in ticks. If a file was written some milliseconds ago, a read waits until the tick of
+its times is over (see `timestamps`).
 
-**Limits.** Linux sets the times of a file when a write begins. While one call of write is still
-copying, and while a program changes a file through a memory mapping, the times do not tell that
-bytes change. Files that are replaced by a rename have no such moment.
+**Limits.** Linux sets the times of a file when a write begins. The times do not show changes while
+one call of write is still copying, or while a program changes a file through a memory mapping. A
+rename that replaces a file has no such moment.
 """
 
 import contextlib
@@ -20,25 +20,20 @@ import functools
 import os
 import stat
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import msgspec
 
 from ckptfs._model.manifest import ListedFile, Listing, Skipped, printable
+from ckptfs._os.mountinfo import mount_table, why_hidden
 from ckptfs._store.base import Pin, changed, check_count, is_file, not_found
-from ckptfs._store.settling import is_same_time, wait_until_settled
-from ckptfs.errors import (
-    AccessDenied,
-    CkptfsError,
-    StoreError,
-    StoreTimeout,
-    StoreUnavailable,
-)
+from ckptfs._store.timestamps import is_same_time, wait_until_settled
+from ckptfs.errors import AccessDenied, CkptfsError, StoreError, StoreTimeout, StoreUnavailable
 
 _VANISHED = frozenset([errno.ENOENT, errno.ENOTDIR])
 _GONE = _VANISHED | {errno.ELOOP, errno.ENAMETOOLONG}
-"""The path leads to no file."""
+"""The errors of a path that does not lead to a file."""
 _DENIED = frozenset([errno.EACCES, errno.EPERM, errno.EROFS])
 _PASSING = frozenset(
     [
@@ -46,8 +41,8 @@ _PASSING = frozenset(
         errno.EMFILE,
         errno.ENFILE,
         errno.ENOMEM,
-        errno.ESTALE,  # an NFS server removed the open file; the next look finds the path's own
-        # What mounts of networks say while they are down.
+        errno.ESTALE,  # an NFS server removed the open file; the next check opens the path's file
+        # The errors of network mounts while they are down.
         errno.ECONNREFUSED,
         errno.ECONNRESET,
         errno.EHOSTDOWN,
@@ -63,23 +58,19 @@ _NOT_A_FILE = "it is neither a file nor a directory"
 class LocalStore:
     """The directory `root`, an absolute path. `name` is the checkpoint's URI, for messages."""
 
-    gives_up = False
-
     def __init__(self, root: str, name: str) -> None:
         self._root = os.fsencode(root).rstrip(b"/")
         self.name = name
 
     def list(self, files_max: int) -> Listing:
-        """See Store.list. Links are followed, except those to a directory above them."""
+        """List the tree. The walk follows links, except those to a directory above them."""
         return _Walk(self, self._root or b"/", files_max).listing()
 
     def confirm(self, pin: Pin) -> Pin:
-        """See Store.confirm."""
         with self._opened(pin) as (_, etag):
             return msgspec.structs.replace(pin, etag=etag)
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
-        """See Store.read_into."""
         with self._opened(pin) as (file, etag):
             wait_until_settled(os.fstat(file).st_ctime_ns)
             done = 0
@@ -92,7 +83,6 @@ class LocalStore:
             return True
 
     def get(self, path: str) -> bytes | None:
-        """See Store.get."""
         try:
             file = os.open(self._path(path), os.O_RDONLY | os.O_NONBLOCK)
             try:
@@ -110,7 +100,6 @@ class LocalStore:
             raise self.translated(error, path) from error
 
     def put(self, path: str, data: bytes) -> None:
-        """See Store.put."""
         full = self._path(path)
         temporary = full + b"." + uuid.uuid4().hex.encode()
         try:
@@ -130,7 +119,6 @@ class LocalStore:
             raise self.translated(error, path) from error
 
     def find(self, path: str) -> ListedFile | None:
-        """See Store.find."""
         try:
             status = os.stat(self._path(path))
         except OSError as error:
@@ -140,14 +128,14 @@ class LocalStore:
         return _listed(path, status) if stat.S_ISREG(status.st_mode) else None
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, because the store keeps nothing open."""
 
     def _path(self, path: str) -> bytes:
         return self._root + b"/" + os.fsencode(path)
 
     @contextmanager
     def _opened(self, pin: Pin) -> Generator[tuple[int, str]]:
-        """A descriptor of the file, which is of the pinned version, and that version's ETag."""
+        """A descriptor of the file, whose version is the pinned one, and that version's ETag."""
         try:
             file = os.open(self._path(pin.path), os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
@@ -162,9 +150,9 @@ class LocalStore:
             os.close(file)
 
     def _check(self, pin: Pin, status: os.stat_result) -> None:
-        """Raise ObjectChanged where a file is of another version than the pinned one."""
+        """Raise ObjectChanged if the version of a file is not the pinned one."""
         if not stat.S_ISREG(status.st_mode):
-            raise changed(self.name, pin, "it is no file any more")
+            raise changed(self.name, pin, "it is not a file any more")
         if status.st_size != pin.size:
             raise changed(self.name, pin, f"{pin.size} bytes became {status.st_size}")
         if pin.etag:
@@ -183,10 +171,13 @@ class LocalStore:
         return self.translated(error, pin.path)
 
     def translated(self, error: OSError, path: str) -> CkptfsError:
-        """The exception of ours that says what `error` means for a path below the root."""
+        """The exception of ckptfs for an `error` of the operating system about a path below the
+        root."""
         what = f"{printable(path)} in {self.name}" if path else self.name
         cause = error.strerror or type(error).__name__
         if error.errno in _DENIED:
+            if hidden := why_hidden(os.fsdecode(self._root or b"/")):
+                return AccessDenied(f"{what}: access denied: {hidden}")
             return AccessDenied(f"{what}: access denied ({cause}); check owner and mode")
         if error.errno == errno.ETIMEDOUT:
             return StoreTimeout(f"{what}: the filesystem did not answer ({cause}); check its mount")
@@ -202,10 +193,8 @@ class _Walk:
         self._store = store
         self._root = root
         self._files_max = files_max
-        self._files: list[ListedFile] = []
-        self._directories: list[str] = []
-        self._skipped: list[Skipped] = []
-        # Directories to look into: path below the root, and the directories that it lies in.
+        self._listing = Listing([], [], [])
+        # Directories that are still to be listed: the path below the root, and its parents.
         self._left: list[tuple[bytes, frozenset[tuple[int, int]]]] = []
 
     def listing(self) -> Listing:
@@ -214,14 +203,15 @@ class _Walk:
         while self._left:
             below, inside = self._left.pop()
             try:
-                for entry in self._entries(below):
-                    self._take(entry, below, inside)
+                with os.scandir(self._root + b"/" + below) as entries:
+                    for entry in entries:
+                        self._take(entry, below, inside)
             except OSError as error:
                 if isinstance(error, CkptfsError):
                     raise
-                if error.errno not in _VANISHED or not below:  # else it was removed meanwhile
+                if error.errno not in _VANISHED or not below:  # else it was deleted meanwhile
                     raise self._translated(error, below) from error
-        return Listing(self._files, self._directories, self._skipped)
+        return self._listing
 
     def _identity_of_root(self) -> tuple[int, int]:
         try:
@@ -232,10 +222,6 @@ class _Walk:
             raise is_file(self._store.name)
         return status.st_dev, status.st_ino
 
-    def _entries(self, below: bytes) -> Iterator[os.DirEntry[bytes]]:
-        with os.scandir(self._root + b"/" + below) as entries:
-            yield from entries
-
     def _take(
         self, entry: os.DirEntry[bytes], below: bytes, inside: frozenset[tuple[int, int]]
     ) -> None:
@@ -244,7 +230,7 @@ class _Walk:
             path = raw.decode()
         except UnicodeDecodeError:
             name = printable(raw.decode("utf-8", "backslashreplace"))
-            self._skipped.append(Skipped(name, "the name is not valid UTF-8"))
+            self._skip(name, "the name is not valid UTF-8")
             return
         try:
             status = entry.stat()
@@ -252,20 +238,22 @@ class _Walk:
             if error.errno not in _VANISHED and error.errno != errno.ELOOP:
                 raise self._translated(error, raw) from error
             if entry.is_symlink():
-                self._skipped.append(Skipped(printable(path), "the link leads nowhere"))
+                self._skip(printable(path), "the link leads nowhere")
             return
         identity = status.st_dev, status.st_ino
         if stat.S_ISREG(status.st_mode):
-            self._files.append(_listed(path, status))
+            self._listing.files.append(_listed(path, status))
         elif not stat.S_ISDIR(status.st_mode):
-            self._skipped.append(Skipped(printable(path), _NOT_A_FILE))
+            self._skip(printable(path), _NOT_A_FILE)
         elif identity in inside:
-            self._skipped.append(Skipped(printable(path), "the link leads to a directory above it"))
+            self._skip(printable(path), "the link leads to a directory above it")
         else:
-            self._directories.append(path)
+            self._listing.directories.append(path)
             self._left.append((raw, inside | {identity}))
-        found = len(self._files) + len(self._directories) + len(self._skipped)
-        check_count(self._store.name, found, self._files_max)
+        check_count(self._store.name, self._listing.count, self._files_max)
+
+    def _skip(self, name: str, why: str) -> None:
+        self._listing.skipped.append(Skipped(name, why))
 
     def _translated(self, error: OSError, below: bytes) -> CkptfsError:
         if not below and error.errno in _GONE:
@@ -285,14 +273,12 @@ def _etag_of(status: os.stat_result) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _has_lasting_inodes(device: int) -> bool:
-    """Whether a file keeps its inode's number. Filesystems of FUSE and SMB may make up a new one
-    when the kernel has forgotten the file (mount.fuse3(8), noforget; mount.cifs(8), noserverino).
+    """Whether the number of a file's inode is stable. Filesystems of FUSE and SMB may invent a new
+    number when the kernel has forgotten the file (mount.fuse3(8), noforget; mount.cifs(8),
+    noserverino).
     """
     number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            fields = line.split(" ")
-            if fields[2] == number:
-                kind = fields[fields.index("-") + 1]
-                return kind.partition(".")[0] not in ("fuse", "fuseblk", "cifs", "smb3")
+    for line in mount_table():
+        if line.device == number:
+            return line.kind.partition(".")[0] not in ("fuse", "fuseblk", "cifs", "smb3")
     return True

@@ -1,22 +1,26 @@
 """A checkpoint's own metadata: the JSON object in its file ``.metadata.json``, as Ray has it.
 
-S3 denies access to an object that is missing, where the credentials may not list the whole bucket.
-So a denial counts as "there is none" if the checkpoint's listing does not have the file.
+If the credentials may not list the whole bucket, S3 denies access to a missing object. So a denial
+means that the file is missing if the checkpoint's listing does not have it.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
-from ckptfs._config import runtime_dir
-from ckptfs._filelock import locked
+from ckptfs._config.load import runtime_dir
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._model.uris import parse_uri
+from ckptfs._os.filelock import locked
+from ckptfs._os.scratch import open_own
 from ckptfs._store.base import Store
-from ckptfs._store.deadline import left_s
+from ckptfs._store.request_context import left_s
 from ckptfs.errors import (
     AccessDenied,
     CkptfsError,
@@ -26,22 +30,19 @@ from ckptfs.errors import (
     StoreTimeout,
 )
 
+_log = logging.getLogger(__name__)
+
 _LOCK_WAIT_S = 60.0
-"""Longest wait for another process that changes the metadata of the same checkpoint. Who has a
-deadline waits no longer: a change must not come when nobody expects it any more."""
+"""The longest wait for another process that changes the metadata of the same checkpoint. A caller's
+deadline ends the wait earlier, because a change must not happen after the caller has given up."""
 _LISTED_MAX = 100_000
-"""Most objects that are listed to learn whether the file is there: a hundred requests to S3."""
+"""The most objects to list for the question whether the file exists: a hundred requests to S3."""
 
 
 def get(store: Store, is_listed: bool | None = None) -> bytes | None:
-    """The file's bytes; None where there is none.
+    """The file's bytes; None if it does not exist. Raises AccessDenied, StoreError.
 
-    Args:
-        store: The checkpoint.
-        is_listed: Whether the store's listing has the file; None: the store is asked if it matters.
-
-    Raises:
-        AccessDenied, StoreError: The store's answer.
+    `is_listed` says whether the store's listing has the file; None to ask the store if it matters.
     """
     try:
         return store.get(METADATA_NAME)
@@ -52,7 +53,7 @@ def get(store: Store, is_listed: bool | None = None) -> bytes | None:
 
 
 def _is_listed(store: Store) -> bool:
-    """Whether the file is in the store's listing; True where that cannot be found out."""
+    """Whether the file is in the store's listing; True if the listing cannot be read."""
     try:
         return any(file.path == METADATA_NAME for file in store.list(_LISTED_MAX).files)
     except CkptfsError:
@@ -60,26 +61,17 @@ def _is_listed(store: Store) -> bool:
 
 
 _GZIP = b"\x1f\x8b"
-"""What gzip's files begin with (RFC 1952, 2.3.1), and no JSON."""
+"""The beginning of files of gzip (RFC 1952, 2.3.1), with which JSON cannot begin."""
 
 
 def read(store: Store) -> Any:
-    """The metadata, usually a dict; ``{}`` where there is none.
-
-    Raises:
-        MetadataError: The file is not JSON.
-        AccessDenied, StoreError: The store's answer.
-    """
+    """The metadata, usually a dict; ``{}`` if the file does not exist. Raises MetadataError if it
+    is not JSON, and as `get`."""
     return parse(get(store), store.name)
 
 
 def read_dict(store: Store, is_listed: bool | None = None) -> dict[str, Any]:
-    """The metadata where it has keys; `is_listed` as of `get`.
-
-    Raises:
-        MetadataNotDict: What is stored is no dict.
-        MetadataError, AccessDenied, StoreError: As of `read`.
-    """
+    """The metadata as a dict; see `get` for `is_listed`. Raises MetadataNotDict, and as `read`."""
     stored: Any = parse(get(store, is_listed), store.name)
     if not isinstance(stored, dict):
         raise MetadataNotDict(
@@ -90,7 +82,8 @@ def read_dict(store: Store, is_listed: bool | None = None) -> dict[str, Any]:
 
 
 def parse(raw: bytes | None, name: str) -> Any:
-    """The metadata in the file's bytes; `name` is the checkpoint's. Raises MetadataError."""
+    """The metadata in the file's bytes; `name` is the checkpoint, for messages. Raises
+    MetadataError."""
     if raw is None:
         return {}
     if raw.startswith(_GZIP):
@@ -111,9 +104,9 @@ def write(store: Store, metadata: Any) -> None:
     """Replace the metadata as a whole.
 
     Raises:
-        TypeError, ValueError: It cannot be written as JSON; the store was not asked.
-        CheckpointNotFound: There is no such directory (where the store has directories).
-        AccessDenied, StoreError: The store's answer.
+        TypeError, ValueError: The metadata cannot be written as JSON. No request was sent.
+        CheckpointNotFound: The directory does not exist, in a store that has directories.
+        AccessDenied, StoreError: The store answered with an error.
     """
     raw = json.dumps(metadata).encode()
     with _serialised(store.name):
@@ -121,27 +114,20 @@ def write(store: Store, metadata: Any) -> None:
 
 
 def update(store: Store, changes: Mapping[str, Any]) -> None:
-    """Change some keys.
-
-    Raises:
-        TypeError: `changes` is no dict, or it cannot be written as JSON.
-        MetadataNotDict: What is stored is none.
-        MetadataError, CheckpointNotFound, AccessDenied, StoreError: As of `read` and `write`.
-    """
+    """Change some keys. Raises TypeError if `changes` is not a dict or cannot be written as JSON,
+    and as `read_dict` and `write`."""
     if not isinstance(changes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"metadata must be a dict, not {type(changes).__name__}")
     change(store, lambda stored: {**stored, **changes})
 
 
 def change(
-    store: Store,
-    how: Callable[[dict[str, Any]], dict[str, Any]],
-    is_listed: bool | None = None,
+    store: Store, how: Callable[[dict[str, Any]], dict[str, Any]], is_listed: bool | None = None
 ) -> bytes:
-    """Replace the metadata by what `how` makes of it, while no other process of this user on this
-    node changes it. `is_listed` as of `get`.
+    """Replace the metadata by the result of `how`, while no other process of this user on this node
+    changes it. See `get` for `is_listed`.
 
-    Returns the new bytes. Nothing is written if `how` raises. Raises as `update`.
+    Returns the new bytes. If `how` raises, nothing is written. Raises as `update`.
     """
     with _serialised(store.name):
         raw = json.dumps(how(read_dict(store, is_listed))).encode()
@@ -151,24 +137,57 @@ def change(
 
 @contextlib.contextmanager
 def _serialised(name: str) -> Generator[None]:
-    """Changes of the same checkpoint by processes of this user wait for each other."""
-    folder = runtime_dir(os.environ)
+    """Let the processes of this user change the metadata of a checkpoint one after the other.
+
+    The lock is in the first of `_folders` that can have it. If none can, the change is made without
+    a lock. After the change, no error of the lock is raised.
+    """
     digest = hashlib.blake2b(_key_of(name).encode(), digest_size=8).hexdigest()
-    lock = folder / f"metadata-{digest}.lock"
     with contextlib.ExitStack() as stack:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(locked(str(lock), min(_LOCK_WAIT_S, left_s())))
-        except TimeoutError:
-            raise StoreTimeout(
-                f"{name}: another process has been changing its metadata all the time; try again"
-            ) from None
+        refusals: list[str] = []
+        for folder in _folders():
+            try:
+                stack.enter_context(_locked_in(folder, f"metadata-{digest}.lock"))
+                break
+            except TimeoutError:
+                raise StoreTimeout(
+                    f"{name}: other processes have been changing its metadata for "
+                    f"{_LOCK_WAIT_S:g} s; try again"
+                ) from None
+            except OSError as error:
+                refusals.append(f"{folder}: {error.strerror or error}")
+        else:
+            _log.warning(
+                "%s: its metadata is changed without a lock, so another process's change at the "
+                "same moment may be lost (%s); set TMPDIR to a directory that this user can write",
+                name,
+                "; ".join(refusals) or "there is no temporary folder",
+            )
+        yield
+
+
+def _folders() -> list[Path]:
+    """The folders that may have the lock of this user."""
+    found: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # there is no temporary folder
+        found.append(runtime_dir(os.environ))
+        found.append(Path(tempfile.gettempdir(), f"ckptfs-{os.geteuid()}"))
+    return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _locked_in(folder: Path, lock: str) -> Generator[None]:
+    """Take the lock in a folder. Raises TimeoutError, or OSError if the folder is not this user's
+    or cannot have the lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.close(open_own(str(folder)))
+    with locked(str(folder / lock), min(_LOCK_WAIT_S, left_s())):
         yield
 
 
 def _key_of(name: str) -> str:
-    """Text that is equal for two URIs of one place. It is equal for two servers as well, because a
-    URI does not show the server that the environment names."""
+    """Text that is equal for two URIs of one location. It is equal for two servers as well, because
+    a URI does not show the server that the environment names."""
     try:
         place = parse_uri(name)
     except LocationError:

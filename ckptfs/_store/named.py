@@ -1,5 +1,9 @@
-"""Named stores as this process's own configuration has them: for what it reads by itself, and for a
-daemon that does not know the name.
+"""Named stores of this process's own configuration.
+
+A process needs them for what it reads itself, and for a daemon that does not know the name. The
+daemon alone could not look names up, because copies, ``ckptfs find``, ``ckptfs doctor prod:...``
+and pickled filesystems have to work without a daemon, or with one that was started before the table
+was written.
 """
 
 import contextlib
@@ -8,25 +12,30 @@ from collections.abc import Mapping
 
 import msgspec
 
-from ckptfs._config import load_config
-from ckptfs._model.location import Kind, Location
-from ckptfs._model.stores import CredentialSource, StoreTable, named_location, split_named
-from ckptfs._store.ambient import completed
-from ckptfs._store.awskeys import keys_for
+from ckptfs._config.load import load_config
+from ckptfs._model.kinds import Kind
+from ckptfs._model.location import Location
+from ckptfs._model.named_store import CredentialSource, StoreTable, named_location, split_named
 from ckptfs._store.base import Store
 from ckptfs._store.credentials import SecretFile, environment_secrets
+from ckptfs._store.environment.resolve import completed
 from ckptfs._store.resolve import open_store
-from ckptfs._store.s3options import S3Options
+from ckptfs._store.s3.keys import keys_for
+from ckptfs._store.s3.options import S3Options
 from ckptfs.errors import AccessDenied, UnknownStore
 
+_FILES = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+"""The variables of a caller that name the files of AWS's profiles. A daemon that is started on
+demand does not inherit them."""
 _WHOSE = (
+    *_FILES,
     "AWS_DEFAULT_PROFILE",
     "AWS_PROFILE",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
 )
-"""Variables of a caller that say whose keys AWS's chain finds."""
+"""The variables of a caller that decide which keys AWS's chain finds."""
 
 
 def own_table(name: str) -> StoreTable | None:
@@ -35,17 +44,21 @@ def own_table(name: str) -> StoreTable | None:
 
 
 def named(text: str) -> Location | None:
-    """What is sent to a daemon for ``store:path``; None for another text.
-
-    Raises LocationError, ConfigError.
-    """
+    """The location to send to a daemon for ``store:path``; None for another text. Raises
+    LocationError, ConfigError."""
     found = split_named(text)
-    return None if found is None else asked_for(*found)
+    if found is None:
+        return None
+    name, below = found
+    return asked_for(name, below)
 
 
 def asked_for(name: str, below: str, environ: Mapping[str, str] = os.environ) -> Location:
-    """What is sent to a daemon for a path in a store: the name, or where our own table has its
-    credentials from the environment, and there are some in ours, the place with these.
+    """The location to send to a daemon for a path in a store.
+
+    Usually it has only the name. It has the full location with credentials if our own table takes
+    these from the environment and ours has them, or if the table names a profile and our
+    environment names the files of profiles.
 
     Raises LocationError, ConfigError, AccessDenied.
     """
@@ -54,30 +67,35 @@ def asked_for(name: str, below: str, environ: Mapping[str, str] = os.environ) ->
         place = table.location(name, below)
         secrets = _in_environment(table, place.kind, environ)
         of_chain = place.kind == "s3" and table.credentials == "default"
-        if secrets or (of_chain and any(environ.get(name) for name in _WHOSE)):
-            place = msgspec.structs.replace(place, secrets=secrets, store=None)
+        profile = _profile_in_files(table, environ)
+        if secrets or profile or (of_chain and any(environ.get(name) for name in _WHOSE)):
+            options = {**place.options, "profile": profile} if profile else place.options
+            place = msgspec.structs.replace(place, options=options, secrets=secrets, store=None)
             return completed(place, environ)
     return named_location(name, below, table)
 
 
+def _profile_in_files(table: StoreTable, environ: Mapping[str, str]) -> str:
+    """The profile of the table if our environment names AWS's files; else ""."""
+    source = table.credentials
+    if isinstance(source, str) or source.file or not any(environ.get(name) for name in _FILES):
+        return ""
+    return source.profile
+
+
 def open_place(location: Location, timeout_s: float) -> tuple[Location, Store]:
-    """The store at a location, named or not, with credentials of this process, and where it really
-    is. Raises UnknownStore, and as ``resolve.open_store``."""
+    """The real location of a location that may be named, and the store there, with credentials of
+    this process. Raises UnknownStore, and as ``resolve.open_store``."""
     if location.kind != "named":
         return location, open_store(location, timeout_s)
     table, place = _place_of(location)
     return place, open_store(place, timeout_s, table.credentials)
 
 
-def open_own(name: str, below: str, timeout_s: float) -> Store:
-    """The store at a path in a store of ours. Raises as `open_place`."""
-    return open_place(named_location(name, below, None), timeout_s)[1]
-
-
 def own_location(location: Location, environ: Mapping[str, str] = os.environ) -> Location:
-    """A named location as one that needs no name: with the credentials, for a daemon.
+    """The full location of a named one, with its credentials, for a daemon that lacks the name.
 
-    Raises UnknownStore where our configuration does not know it either, and AccessDenied where its
+    Raises UnknownStore if our configuration does not have the store either, and AccessDenied if its
     credentials cannot be read.
     """
     table, place = _place_of(location)
@@ -90,8 +108,9 @@ def _place_of(location: Location) -> tuple[StoreTable, Location]:
     table = own_table(name)
     if table is None:
         raise UnknownStore(
-            f"{location.uri}: no store {name!r} is configured here; add [store.{name}] to your "
-            "configuration (ckptfs config shows it)"
+            f"{location.uri}: your configuration has no store {name!r}; add [store.{name}] to it "
+            "(ckptfs config shows the file). You can attach a store that only the node's daemon "
+            "knows, but not search or examine it"
         )
     return table, table.location(name, location.path)
 
@@ -105,15 +124,12 @@ def _secrets_of(table: StoreTable, place: Location, environ: Mapping[str, str]) 
     if source.environment:
         return environment_secrets(source, place.kind, environ)
     keys = keys_for(S3Options(), place.uri, source).keys()
-    if keys is None:
-        return {}
-    found = {"access_key": keys.access_key, "secret_key": keys.secret_key}
-    return {**found, "session_token": keys.token} if keys.token else found
+    return {} if keys is None else keys.secrets
 
 
 def _in_environment(table: StoreTable, kind: Kind, environ: Mapping[str, str]) -> dict[str, str]:
-    """The credentials in our environment that the table means; those of AWS without a prefix travel
-    as they do with a URI."""
+    """The credentials in our environment that the table names. The default credentials of AWS are
+    the variables without a prefix, which travel as they do with a URI."""
     source = table.credentials
     if source == "default" and kind == "s3":
         source = CredentialSource()

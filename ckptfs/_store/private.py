@@ -1,41 +1,35 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-"""Filesystems that cannot be described, on their way to a private daemon: as a pickle.
+"""Pickles of filesystems that ckptfs cannot describe, for a private daemon.
 
-The only pickles in ckptfs. They go from a process to the child that it starts, through a pipe, and
-on to the workers of that daemon, through memory. The workers unpickle them. Nothing that arrives on
-a socket, from a store or from a disk is ever unpickled.
+These are the only pickles in ckptfs. They go from a process to its own child through a pipe, and
+then to the workers of that daemon through memory. Only the workers unpickle them. ckptfs never
+unpickles anything that arrives on a socket, from a store or from a disk.
 """
 
 import pickle
 
 from ckptfs._model.location import Location
 from ckptfs._store.base import Store
-from ckptfs._store.caller import store_on
 from ckptfs._store.describe import NotDescribable
 from ckptfs._store.filesystems import FileSystem, unwrapped
+from ckptfs._store.in_process import store_on
 from ckptfs._store.resolve import OpenStore
 from ckptfs.errors import LocationError
 
 
 def dump(filesystem: FileSystem, because: NotDescribable) -> bytes:
-    """The pickle of a filesystem of this process. Raises NotDescribable where there is none.
+    """The pickle of a filesystem of this process. Raises NotDescribable if pickling fails.
 
-    Args:
-        filesystem: Any filesystem.
-        because: Why it was not described.
+    `because` is the reason why a location cannot describe it.
     """
     try:
         return pickle.dumps(filesystem)
     except Exception as error:  # whatever its __reduce__ does
-        raise NotDescribable(f"{because}; nor can it be pickled ({error})") from None
+        raise NotDescribable(f"{because}, and it cannot be pickled ({error})") from None
 
 
 def opener(pickled: bytes) -> OpenStore:
-    """What takes the place of ``resolve.open_store`` in a worker of a private daemon.
-
-    Raises:
-        LocationError: It cannot be unpickled here.
-    """
+    """The replacement of ``resolve.open_store`` in a worker of a private daemon. Raises
+    LocationError if this process cannot unpickle the filesystem."""
     try:
         filesystem: FileSystem = pickle.loads(pickled)
     except Exception as error:  # whatever its modules do
@@ -45,6 +39,7 @@ def opener(pickled: bytes) -> OpenStore:
         ) from None
 
     def open_store(location: Location, timeout_s: float) -> Store:
-        return store_on(*unwrapped(filesystem, location.path), location.uri)
+        inner, path = unwrapped(filesystem, location.path)
+        return store_on(inner, path, location.uri)
 
     return open_store

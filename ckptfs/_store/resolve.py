@@ -1,7 +1,6 @@
-"""Location -> Store.
+"""Stores from locations.
 
-pyarrow is imported for what needs it only: that takes 0.14 s and 40 MB of a daemon, and S3 does
-without.
+Only the stores that need pyarrow import it, because that takes 0.14 s and 40 MB.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,29 +9,30 @@ from typing import TypeAlias
 import msgspec
 
 from ckptfs._model.location import Location
-from ckptfs._model.stores import Credentials
-from ckptfs._store import objectstore
-from ckptfs._store.ambient import connected
-from ckptfs._store.awskeys import keys_for
+from ckptfs._model.named_store import Credentials
 from ckptfs._store.base import Store
+from ckptfs._store.builders import NAMESPACE
+from ckptfs._store.cloud import resolve
 from ckptfs._store.credentials import SecretFile, environment_secrets
-from ckptfs._store.kinds import KINDS, NAMESPACE
-from ckptfs._store.renewed import RenewedStore
-from ckptfs._store.s3 import S3Store
-from ckptfs._store.s3address import split_path
-from ckptfs._store.s3client import S3Client
-from ckptfs._store.s3options import s3_options
+from ckptfs._store.environment.resolve import connected
+from ckptfs._store.kinds import KINDS
+from ckptfs._store.s3.address import split_path
+from ckptfs._store.s3.client import S3Client
+from ckptfs._store.s3.keys import keys_for
+from ckptfs._store.s3.options import s3_options
+from ckptfs._store.s3.store import S3Store
+from ckptfs._store.wrappers import RenewedStore
 from ckptfs.errors import AccessDenied, LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
-"""Opens a location that brings its credentials, or needs none."""
+"""A function that opens a location which brings its credentials or needs none."""
 
 
 def open_here(location: Location, timeout_s: float) -> Store:
     """The store at a location that is not S3, in this process. Raises LocationError."""
     from ckptfs._store.build import open_on_filesystem  # start-up time
 
-    return open_on_filesystem(location, {**location.options, **location.secrets}, timeout_s)
+    return open_on_filesystem(location, timeout_s)
 
 
 def open_store(
@@ -43,28 +43,30 @@ def open_store(
 ) -> Store:
     """The store at `location`. Opens no connection.
 
-    Args:
-        location: Checked here against the allow-list: it may come from another process.
-        timeout_s: Longest connect, and longest silence within a request.
-        credentials: Of its named store, if it has one.
-        open_other: Opens what we have no client of our own for, and so needs a library.
+    An allow-list decides about the options, because the location may come from another process.
+    `timeout_s` is the longest connect, and the longest silence within a request. `credentials` are
+    those of a named store. `open_other` opens a store that only a library can read.
 
-    Raises:
-        LocationError: An option that is not on the list, or of a wrong type.
-        AccessDenied: The file or variables with the credentials cannot be used.
+    Raises LocationError for an option that is not on the list, or of a wrong type, and AccessDenied
+    if the file or variables with the credentials cannot be used.
     """
     row = KINDS.get(location.kind)
     if row is None:
-        raise LocationError(f"{location.uri} can be read by a private daemon only")
+        raise LocationError(
+            f"{location.uri}: only a private daemon can read this filesystem; give the filesystem "
+            "itself instead of its URI"
+        )
     unknown = location.options.keys() - row.public | location.secrets.keys() - row.secret
     if unknown:
-        raise LocationError(f"{location.uri}: unknown options {', '.join(sorted(unknown))}")
+        raise LocationError(
+            f"{location.uri}: unknown options {', '.join(sorted(unknown))}; leave them out"
+        )
     if location.store is not None:
         location = connected(location)
     public = {k: v for k, v in location.options.items() if k != NAMESPACE}
     location = msgspec.structs.replace(location, options=public)
-    if location.kind in objectstore.KINDS:
-        open_other = objectstore.open_objects
+    if location.kind in resolve.KINDS:
+        open_other = resolve.open_objects
     if location.kind != "s3":
         return _open_with_credentials(location, timeout_s, credentials, open_other)
     try:

@@ -1,7 +1,7 @@
-"""The checkpoints below a directory: those that have metadata, and what it says.
+"""The checkpoints below a directory that have metadata.
 
-One listing finds the metadata files. Each has some bytes only, and costs a round trip, so many are
-read at the same time.
+One listing finds the metadata files. Each file is small and costs a round trip, so many are read at
+the same time.
 """
 
 from collections import deque
@@ -16,24 +16,19 @@ from ckptfs._store.base import Store
 from ckptfs.errors import MetadataError
 
 THREADS = 32
-"""Files that are read at the same time, each on a connection of its own."""
+"""The files that are read at the same time, each on a connection of its own."""
 _AHEAD_MAX = 2 * THREADS
-"""Files that are being read, or read and not yet asked for."""
+"""The most files that are being read, or were read before the caller asks for them."""
 _FILES_MAX = 10_000_000
-"""Most objects below the directory, which holds many checkpoints."""
+"""The most objects below the directory, which may hold many checkpoints."""
 BYTES_MAX = 8 << 20
-"""Largest metadata file that is read: `_AHEAD_MAX` of them have to fit into memory."""
+"""The largest metadata file that is read, because `_AHEAD_MAX` of them have to fit into memory."""
 LEVELS_MAX = 100
-"""Deepest nesting that is accepted: what prints or compares metadata is recursive."""
+"""The deepest accepted nesting, because functions that print or compare metadata are recursive."""
 
 
 class Found(NamedTuple):
-    """A checkpoint.
-
-    Attributes:
-        uri: Without secrets; can be attached.
-        metadata: Its metadata.
-    """
+    """A checkpoint: its URI without secrets, which can be attached, and its metadata."""
 
     uri: str
     metadata: dict[str, Any]
@@ -46,21 +41,13 @@ def search(
     warn: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[Found]:
-    """Find the directories that hold a ``.metadata.json``: of `store` itself, and at any depth.
+    """Find the directories with a ``.metadata.json``: the one of `store`, and those at any depth.
 
-    Args:
-        store: The directory.
-        location: Where that is.
-        warn: Called with one line for each metadata file that cannot be used, and is left out.
-        progress: Called with the number of files that were read, and that of all.
+    Yields the checkpoints in the order of their paths, without those whose file was deleted before
+    it was read. Raises as `Store.list`, AccessDenied and StoreError.
 
-    Yields:
-        The checkpoints, in the order of their paths. A file that is deleted before it is read is
-        none.
-
-    Raises:
-        CheckpointNotFound, CheckpointIsFile, LimitExceeded, AccessDenied, StoreError: The store's
-            answer, to the listing or to any other request.
+    `location` is that of `store`. `warn` is called with one line for each unusable metadata file,
+    and `progress` with the number of files that were read, and of all.
     """
     listing = store.list(_FILES_MAX)
     files: list[ListedFile] = []
@@ -112,7 +99,7 @@ def _in_order(
 def _read(store: Store, file: ListedFile, name: str) -> dict[str, Any] | None:
     if file.size > BYTES_MAX:
         raise MetadataError(
-            f"{METADATA_NAME} in {name} has {file.size} bytes; at most {BYTES_MAX} are read"
+            f"{METADATA_NAME} in {name} has {file.size} bytes; make it smaller than {BYTES_MAX}"
         )
     raw = store.get(file.path)
     if raw is None:

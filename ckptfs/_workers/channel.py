@@ -1,4 +1,4 @@
-"""The daemon's end of a channel; see the package's text."""
+"""The daemon's end of a channel; see the package's docstring."""
 
 import os
 import select
@@ -8,41 +8,32 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from ckptfs._store import progress
-from ckptfs._workers.messages import (
-    LENGTH_BYTES,
-    MESSAGE_BYTES_MAX,
-    Answer,
-    Came,
-    Done,
-    Failed,
-    Part,
-    decode_answer,
-    decode_part,
-)
+from ckptfs._os.write_all import pwrite_all
+from ckptfs._store.request_context import Progress, current_progress
+from ckptfs._workers import messages
 
 _KEPT_BYTES_MAX = 16 << 20
-"""The most that `Config.span_bytes_max` can be."""
+"""The highest value of `Config.span_bytes_max`."""
 LOOK_S = 0.5
-"""How often a call that waits looks at its worker."""
+"""The time between two checks of the worker while a call waits."""
 _PART_BYTES_MAX = 64 << 20
-"""Of a part of a listing: its names have 8 KiB each at most."""
+"""The longest part of a listing, whose names have 8 KiB each at most."""
 
 
 class Nonsense(Exception):
-    """The worker has sent something that is no message, or has made the memory too short."""
+    """The worker has sent an invalid message, or has made the memory too short."""
 
 
 class LeftBehind(TimeoutError):
-    """The worker still works for a call that has no caller any more."""
+    """The worker still works for a call whose caller has gone."""
 
 
 class Channel:
     """One socket with its memory. One thread at a time uses it.
 
     Attributes:
-        used_s: When it was last given back, of `time.monotonic`.
-        deadline_s: When the call that was left behind in it should have ended.
+        used_s: The time of `time.monotonic` when it was last given back.
+        deadline_s: The time when the call that was left behind in it should have ended.
     """
 
     def __init__(self) -> None:
@@ -59,11 +50,10 @@ class Channel:
     def pass_to(self, control: socket.socket) -> None:
         """Give the worker its ends. Raises OSError."""
         with self._theirs:
-            fds = [self._theirs.fileno(), self._memory]
-            socket.send_fds(control, [b"channel"], fds, socket.MSG_DONTWAIT)
+            socket.send_fds(control, [b"channel"], [self._theirs.fileno(), self._memory])
 
     def close(self) -> None:
-        """End it."""
+        """Close the socket and the memory."""
         self._sock.close()
         self._theirs.close()
         os.close(self._memory)
@@ -73,21 +63,21 @@ class Channel:
 
     def ask(
         self, text: bytes, deadline_s: Callable[[], float], look: Callable[[], None]
-    ) -> Done | Failed | None:
-        """Send a call and return its answer; None: the worker has died.
+    ) -> messages.Done | messages.Failed | None:
+        """Send a call and return its answer; None if the worker has died.
 
         Args:
-            text: The call.
-            deadline_s: Until when a caller waits, of `time.monotonic`. It is asked for again and
-                again, because it may move while bytes come.
-            look: Called each `LOOK_S` while there is no answer.
+            text: The encoded call.
+            deadline_s: A function for the caller's deadline, a time of `time.monotonic`. It is
+                called repeatedly, because the deadline may move while bytes come.
+            look: A function that is called each `LOOK_S` while the call waits.
 
         Raises:
-            TimeoutError: The call was given up before it was sent.
-            LeftBehind: It was given up, or its deadline is over.
-            Nonsense: The answer is none.
+            TimeoutError: The caller gave the call up before it was sent.
+            LeftBehind: The caller gave the call up, or its deadline is over.
+            Nonsense: The answer is not valid.
         """
-        read = progress.current()
+        read = current_progress()
         if self._wakes is None:
             self._wakes = socket.socketpair()
         held, wake = self._wakes
@@ -98,20 +88,17 @@ class Channel:
             except OSError:
                 return None
             return self._wait(wake, read, deadline_s, look)
-        except LeftBehind:
-            read.let_go()
-            self._close_wakes()
-            raise
         finally:
-            read.let_go()
+            if read.let_go():  # also a read that was given up when its answer had arrived
+                self._close_wakes()
 
     def _wait(
         self,
         wake: socket.socket,
-        read: progress.Progress,
+        read: Progress,
         deadline_s: Callable[[], float],
         look: Callable[[], None],
-    ) -> Done | Failed | None:
+    ) -> messages.Done | messages.Failed | None:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(wake, select.POLLIN)
@@ -122,7 +109,7 @@ class Channel:
             ready = [fd for fd, _ in poll.poll(1000 * min(left_s, LOOK_S) + 1)]
             if self._sock.fileno() in ready:
                 answer = self._receive()
-                if not isinstance(answer, Came):
+                if not isinstance(answer, messages.Came):
                     return answer
                 read.came(answer.count)
             elif ready:
@@ -130,20 +117,20 @@ class Channel:
             else:
                 look()
 
-    def _receive(self) -> Answer | None:
+    def _receive(self) -> messages.Answer | None:
         try:
-            text = self._sock.recv(MESSAGE_BYTES_MAX)
+            text = self._sock.recv(messages.MESSAGE_BYTES_MAX)
         except OSError:
             return None
         if not text:
             return None
         try:
-            return decode_answer(text)
+            return messages.decode_answer(text)
         except msgspec.MsgspecError as error:
             raise Nonsense(str(error)) from None
 
     def look_behind(self) -> bool | None:
-        """Whether the call that was left behind has ended; None: its worker has died. Raises
+        """Whether the call that was left behind has ended; None if its worker has died. Raises
         Nonsense."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -151,7 +138,7 @@ class Channel:
             answer = self._receive()
             if answer is None:
                 return None
-            if not isinstance(answer, Came):
+            if not isinstance(answer, messages.Came):
                 return True
         return False
 
@@ -164,11 +151,11 @@ class Channel:
 
     @property
     def is_large(self) -> bool:
-        """Whether it takes more memory than any read needs: it had a long listing."""
+        """Whether the memory is larger than any read needs, after a long listing."""
         return os.fstat(self._memory).st_size > _KEPT_BYTES_MAX
 
     def read_into(self, buffer: memoryview, offset: int = 0) -> None:
-        """Fill `buffer` from that place on. Raises Nonsense."""
+        """Fill `buffer` from the memory at `offset`. Raises Nonsense."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._memory, [buffer[done:]], offset + done)
@@ -177,28 +164,25 @@ class Channel:
             done += count
 
     def data(self, size: int, offset: int = 0) -> bytes:
-        """So many bytes from that place on. Raises Nonsense."""
+        """The `size` bytes of the memory at `offset`. Raises Nonsense."""
         data = bytearray(size)
         self.read_into(memoryview(data), offset)
         return bytes(data)
 
     def put(self, data: bytes) -> None:
-        """Have the memory begin with `data`."""
-        rest, done = memoryview(data), 0
-        while rest:
-            count = os.pwrite(self._memory, rest, done)
-            done, rest = done + count, rest[count:]
+        """Write `data` to the beginning of the memory."""
+        pwrite_all(self._memory, data, 0)
 
-    def parts(self, size: int) -> Iterator[Part]:
-        """The parts of the listing that lies in the first `size` bytes. Raises Nonsense."""
+    def parts(self, size: int) -> Iterator[messages.Part]:
+        """The parts of the listing in the first `size` bytes. Raises Nonsense."""
         offset = 0
         while offset < size:
-            length = int.from_bytes(self.data(LENGTH_BYTES, offset), "little")
+            length = int.from_bytes(self.data(messages.LENGTH_BYTES, offset), "little")
             if length > _PART_BYTES_MAX:
                 raise Nonsense(f"a part of a listing has {length} bytes")
-            text = self.data(length, offset + LENGTH_BYTES)
-            offset += LENGTH_BYTES + length
+            text = self.data(length, offset + messages.LENGTH_BYTES)
+            offset += messages.LENGTH_BYTES + length
             try:
-                yield decode_part(text)
+                yield messages.decode_part(text)
             except msgspec.MsgspecError as error:
                 raise Nonsense(str(error)) from None

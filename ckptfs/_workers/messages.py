@@ -1,4 +1,4 @@
-"""What daemon and worker say to each other; see the package's text. Plain data."""
+"""The messages between daemon and worker; see the package's docstring. Plain data."""
 
 from typing import Literal, TypeAlias
 
@@ -6,36 +6,35 @@ import msgspec
 
 from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.manifest import ListedFile, Skipped
-from ckptfs._store.base import Pin
+from ckptfs._store.base import Method, Pin
 
 PROTOCOL = 1
-"""To be changed with any message: a worker may be of another version, where the package on the disk
-was replaced since the daemon began."""
+"""The version of the messages; change it with any message. A worker may be of another version if
+the package on the disk was replaced since the daemon began."""
 OTHER_PROTOCOL_STATUS = 3
-"""How a worker ends that does not know the daemon's protocol."""
+"""The exit status of a worker that does not know the daemon's protocol."""
 
 BEAT_S = 0.25
-"""How often the worker's main thread writes the time."""
+"""The time between two beats, in which the worker's main thread writes the time."""
 BEAT_BYTES = 8
 PROGRESS_S = 0.05
-"""As often as anybody looks at the progress of a read (``_daemon.transfers``), twice."""
+"""The time between two reports of progress: half the time between the checks in
+``_daemon.fetch.transfers``."""
 MESSAGE_BYTES_MAX = 64 << 10
-"""Of one message: a path has 8 KiB at most, a name 4 KiB, and a text is cut."""
+"""The longest message. A path has 8 KiB at most, a name 4 KiB, and a text is cut."""
 OBJECT_BYTES_MAX = 16 << 20
-"""Of an object that is read as a whole, which is metadata; as for S3."""
+"""The largest object that is read as a whole, which is metadata. It is the same on S3."""
 LISTED_AT_ONCE = 5_000
-"""Entries of a listing that are decoded in one go, which holds the interpreter's lock of the daemon
-for some 5 ms."""
-
-Method = Literal["list", "confirm", "read_into", "get", "put", "find", "close"]
+"""The entries of a listing that are decoded at once, which holds the interpreter's lock of the
+daemon for some 5 ms."""
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker is told first.
+    """The first message to a worker.
 
     Attributes:
-        protocol: `PROTOCOL`.
-        location: The store; its path is empty.
+        protocol: The daemon's `PROTOCOL`.
+        location: The store, with an empty path.
         timeout_s: See ``resolve.open_store``.
         pickled: The filesystem of a private daemon, or nothing.
     """
@@ -53,16 +52,16 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
     """A call of a Store's method.
 
     Attributes:
-        method: Its name; "close" forgets the directory, and has no answer.
-        store: A number for the directory, as long as it is in use.
+        method: The method's name; "close" forgets the directory, and has no answer.
+        store: The number of the directory while it is in use.
         path: The directory's path.
-        named: The named store that it lies in.
-        left_s: Seconds until the caller's deadline.
-        pin, offset, length, files_max, name: Its arguments. The data of a `put` are the first
+        named: The named store of the directory.
+        left_s: The seconds until the caller's deadline.
+        pin, offset, length, files_max, name: The arguments. The data of a `put` are the first
             `length` bytes of the memory.
     """
 
-    method: Method
+    method: Method | Literal["close"]
     store: int
     path: str
     named: StoreRef | None
@@ -75,7 +74,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Came(msgspec.Struct, frozen=True, array_like=True, tag="came"):
-    """So many more bytes of a read came."""
+    """More bytes of a read came: `count` of them."""
 
     count: int
 
@@ -84,10 +83,10 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     """The call has succeeded.
 
     Attributes:
-        pin: Of `confirm`.
-        file: Of `find`.
-        is_true: Of `read_into`: the bytes are of the pinned version. Of `get`: there is an object.
-        size: How many bytes in the memory belong to the result.
+        pin: The result of `confirm`.
+        file: The result of `find`.
+        is_true: The result of `read_into`, or whether `get` found the object.
+        size: The bytes in the memory that belong to the result.
     """
 
     pin: Pin | None = None
@@ -108,8 +107,8 @@ Answer: TypeAlias = Came | Done | Failed
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """A part of a listing: at most `LISTED_AT_ONCE` of each. In the memory there are four bytes
-    before each part that say its length."""
+    """A part of a listing, with at most `LISTED_AT_ONCE` entries of each kind. Four bytes with the
+    length precede each part in the memory."""
 
     files: list[ListedFile]
     directories: list[str]

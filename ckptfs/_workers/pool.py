@@ -1,29 +1,28 @@
-"""The workers of this process: which call gets which of them, and when they start and end.
+"""The workers of this process: which worker serves a call, and when workers start and end.
 
-**A group** is one store of one user: the same kind, options and credentials. Its calls go to the
-worker that has the fewest. It has one worker; a second and further ones are started for a library
-that holds the interpreter's lock while it waits (`_PROCESSES`), as soon as all have a call.
+**A group** is one store of one user: the same kind, options and credentials. One worker serves the
+calls of a group. A retired worker gets no more calls, and ends when its calls have ended. A new
+worker may serve the group meanwhile.
 
-**Limits.** There are at most `PROCESSES_MAX` workers, and of one of the other users a share of
-them. Where there is no place, a worker without calls ends first, the one that was used longest ago;
-otherwise the call waits until its deadline. A user may start as many workers at once as he may
-have, and then one sixteenth of that each second, so that a library that dies again and again is no
-fork bomb.
+**Limits.** At most `PROCESSES_MAX` workers run, and another user than the daemon's has a share of
+them. If the limit is reached, the pool ends the worker without calls that was used longest ago. If
+all have calls, the call waits until its deadline. A user may start as many workers at once as the
+user may have, and then one sixteenth of that each second, so that a library that dies again and
+again does not become a fork bomb.
 
-**Deaths in a row.** A worker that dies is replaced at once. After each further death, without an
-answer in between, the next start waits: 0.2 s, and twice as long each time, up to `_PAUSE_S_MAX`.
-From `_ROW` deaths on reads and checks do not wait for it, because they would keep threads that
-others need: they fail until then, and are made again (``_daemon.outages``).
+**Deaths in a row.** The pool replaces a dead worker at once. After each further death without an
+answer in between, the next start waits 0.2 s, and twice as long each time, up to 10 s. From `_ROW`
+deaths on, reads and checks do not wait for it, because they would occupy threads that others need.
+They fail until then, and ``_daemon.fetch.retry`` repeats them.
 
 One thread, the supervisor, starts all workers and never ends, because the kernel ends a worker with
-the thread that has started it. It also buries the dead and looks after what was left behind.
-`_changed` guards the groups and what the pool keeps about workers. It is not held during IO that
-can wait.
+the thread that has started it. It also removes dead workers, and checks the calls that were left
+behind. `_changed` guards the groups and the pool's fields of workers. The pool never holds it
+during IO that can wait.
 """
 
 import itertools
 import logging
-import random
 import threading
 import time
 import weakref
@@ -33,118 +32,65 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from ckptfs._model.location import Kind, Location
-from ckptfs._store.deadline import deadline_s
+from ckptfs._model.backoff import Backoff
+from ckptfs._model.kinds import Kind
+from ckptfs._model.location import Location
+from ckptfs._store.request_context import deadline_s
 from ckptfs._workers.channel import Channel, Nonsense
 from ckptfs._workers.counts import COUNTS
 from ckptfs._workers.messages import PROTOCOL, Call, Setup, encode
-from ckptfs._workers.process import Reason, Worker
+from ckptfs._workers.process import Group, Reason, Worker
 from ckptfs.errors import StoreTimeout, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 PROCESSES_MAX = 32
-"""Of all users. A worker with pyarrow in it takes some 70 MB."""
-_PROCESSES: dict[Kind, int] = {"gcs": 4}
-"""How many of one group. pyarrow's Google client holds the interpreter's lock while it waits."""
+"""The most workers of all users. A worker with pyarrow takes some 70 MB."""
 _BURST_S = 16.0
-"""In so many seconds a user may start all workers again that he may have."""
+"""The seconds after which a user may start all the user's workers again."""
 _ROW = 3
-_PAUSE_S = 0.1
-_PAUSE_S_MAX = 10.0
+_BACKOFF = Backoff(0.1, 10.0)
 IDLE_S = 30.0
-"""A worker costs 0.15 s to start, and its library may have to get a token anew."""
+"""The time after which an idle worker ends. A start costs 0.15 s, and perhaps a new token."""
 _CHANNEL_IDLE_S = 10.0
-"""The memory of a channel is as large as the largest read through it."""
+"""The time after which an idle channel closes. Its memory is as large as its largest read."""
 _END_S = 1.0
-"""A worker that dies closes its channels a moment before it is dead."""
+"""The longest wait for a dying worker, which closes its channels a moment before its end."""
 GRACE_S = 1.0
 LEFT_MAX = 8
-_DYING_MAX = 4
-"""Workers of one group that were killed and are not gone, because they wait for a disk in the
-kernel: a file system of the network that does not answer."""
 _TICK_S = 0.25
 
 _WHY: dict[Reason, str] = {
     "stopped": "the process of the store's library was stopped",
-    "still": "the store's library stood still for too long",
+    "still": "the store's library was blocked for too long",
     "overdue": "calls of the store's library did not end",
-    "nonsense": "the process of the store's library made no sense",
+    "nonsense": "the process of the store's library sent invalid answers",
 }
 
 
 class Died(Exception):
-    """The worker has died in the middle of the call; the text is for the caller's error."""
-
-
-class Group:
-    """The workers of one store of one user. Belongs to the pool.
-
-    Attributes:
-        key: What tells it from others.
-        uid: The user.
-        setup: What they are told.
-        stores: The numbers of the directories that are in use.
-        workers: Those that are alive; `dying`: those that were killed and are not gone yet.
-        is_starting: One is being started.
-        deaths: In a row; `how`: the last of them.
-        not_before_s: When the next one may start.
-    """
-
-    def __init__(self, key: Hashable, uid: int, setup: Setup) -> None:
-        self.key = key
-        self.uid = uid
-        self.setup = setup
-        self.processes_max = _PROCESSES.get(setup.location.kind, 1)
-        self.stores: set[int] = set()
-        self.workers: list[Worker] = []
-        self.dying: list[Worker] = []
-        self.is_starting = False
-        self.deaths = 0
-        self.how = ""
-        self.not_before_s = 0.0
-
-    def best(self) -> Worker | None:
-        """The one for the next call."""
-        serving = [worker for worker in self.workers if not worker.is_retired]
-        return min(serving, key=lambda worker: worker.calls, default=None)
-
-    @property
-    def size(self) -> int:
-        """How many there are, or will be."""
-        return len(self.workers) + self.is_starting
-
-    @property
-    def may_have_more(self) -> bool:
-        """Whether those that get calls are fewer than they may be."""
-        serving = sum(not worker.is_retired for worker in self.workers)
-        is_stuck = len(self.dying) >= _DYING_MAX
-        return serving + self.is_starting < self.processes_max and not is_stuck
+    """The worker has died during the call. The text is for the caller's error."""
 
 
 class Pool:
-    """All workers.
-
-    Args:
-        limit_for: How much of a limit a user may have.
-        pickled: The filesystem of a private daemon.
-    """
+    """All workers. `limit_for` returns the share of a limit that a user may have, and `pickled` is
+    the filesystem of a private daemon."""
 
     def __init__(self, limit_for: Callable[[int, int], int], pickled: bytes = b"") -> None:
         self._limit_for = limit_for
         self._pickled = pickled
         self._changed = threading.Condition()
         self._groups: dict[Hashable, Group] = {}  # by store, user and credentials
-        self._all: set[Group] = set()  # with those that a closed store still uses
+        self._all: set[Group] = set()  # also groups whose store is closed
         self._starts: dict[int, _Starts] = {}
         self._numbers = itertools.count()
         self._asked: SimpleQueue[Group | None] = SimpleQueue()
         self._released: deque[tuple[Group, int]] = deque()
         self._supervisor: threading.Thread | None = None
         self._is_shut = False
-        COUNTS.running = self._memory
+        COUNTS.memory_bytes = self._memory_bytes
 
-    def _memory(self) -> list[int]:
+    def _memory_bytes(self) -> list[int]:
         with self._changed:
             return [worker.memory_bytes() for group in self._all for worker in group.workers]
 
@@ -153,8 +99,11 @@ class Pool:
     def enter(
         self, owner: object, location: Location, timeout_s: float, uid: int
     ) -> tuple[Group, int, Callable[[], object]]:
-        """The group for a directory that `owner` uses from now on, a number for the directory, and
-        what is to be called when it is not used any more, at the latest when `owner` is gone."""
+        """Register a directory that `owner` uses from now on.
+
+        Returns its group, its number, and a function to call when it is no longer used. The
+        function runs at the latest when `owner` is collected.
+        """
         place = msgspec.structs.replace(location, path="", store=None)
         secrets = tuple(sorted(place.secrets.items()))
         options = tuple(sorted((name, repr(value)) for name, value in place.options.items()))
@@ -173,7 +122,8 @@ class Pool:
         return group, number, leave
 
     def _release(self, group: Group, number: int) -> None:
-        """Called by any thread, at any time, also by the garbage collector: takes no lock."""
+        """Note that a directory is no longer used. Takes no lock, because any thread and the
+        garbage collector may call it at any time."""
         self._released.append((group, number))
         self._asked.put(None)
 
@@ -186,7 +136,7 @@ class Pool:
             self._forget_unused(group)
 
     def _forget_unused(self, group: Group) -> None:
-        """Forget its credentials, if nothing needs them any more."""
+        """Forget a group and its credentials if nothing needs it."""
         if group.stores or group.size or group.dying:
             return
         self._all.discard(group)
@@ -196,27 +146,28 @@ class Pool:
     # -- calls
 
     def take(self, group: Group, name: str, *, waits: bool) -> tuple[Worker, Channel]:
-        """A worker of `group` with a channel, for one call; `name` is the store's. `waits`: also
-        for a start that is delayed because they have died too often.
+        """The worker of `group` with a channel, for one call. `name` is that of the store, and
+        `waits` says whether to wait for a start that is delayed after too many deaths.
 
         Raises:
-            StoreTimeout: There was no place for one until the deadline.
-            StoreUnavailable: They have died too often, or this process has no descriptors.
+            StoreTimeout: The limits allowed no worker until the deadline.
+            StoreUnavailable: Workers have died too often, or this process has no descriptors.
             Died: The worker does not take the channel.
         """
         with self._changed:
             self._all.add(group)
             while True:
-                worker = group.best()
-                if worker is None or worker.calls:
-                    self._want(group, is_needed=worker is None)
+                worker = group.serving
                 if worker is not None:
                     break
+                self._want(group)
                 if not waits:
                     self._check_row(group, name)
                 left_s = deadline_s() - time.monotonic()
                 if left_s <= 0 or self._is_shut:
-                    raise StoreTimeout(f"{name}: no process for the store's library was free")
+                    raise StoreTimeout(
+                        f"{name}: all processes for the libraries of stores were busy; try again"
+                    )
                 self._changed.wait(min(left_s, _TICK_S))
             worker.calls += 1
             if worker.idle:
@@ -232,12 +183,12 @@ class Pool:
             if worker.is_retired or isinstance(error, ConnectionError):
                 raise self.died(group, worker, name) from None
             raise StoreUnavailable(
-                f"{name}: no channel to the store's library: {error.strerror}; raise the limit of "
-                "open files"
+                f"{name}: cannot open a channel to the store's library: {error.strerror}; raise "
+                "the limit of open files"
             ) from None
 
     def give_back(self, group: Group, worker: Worker, channel: Channel) -> None:
-        """The call has been answered."""
+        """Take back the channel of a call that was answered."""
         is_kept = not channel.is_large
         if not is_kept:
             channel.close()
@@ -250,21 +201,21 @@ class Pool:
             self._close_if_buried(group, worker)
 
     def leave_behind(self, group: Group, worker: Worker, channel: Channel) -> None:
-        """The call goes on in the worker, and has no caller any more."""
+        """Leave a channel to its worker, which still runs the call. Its caller has gone."""
         with self._changed:
             channel.deadline_s = max(time.monotonic(), deadline_s())
             worker.left.append(channel)
             self._close_if_buried(group, worker)
 
     def drop(self, group: Group, worker: Worker, channel: Channel) -> None:
-        """The channel is of no use any more."""
+        """Close a channel that is no longer usable."""
         channel.close()
         with self._changed:
             worker.calls -= 1
             self._close_if_buried(group, worker)
 
     def died(self, group: Group, worker: Worker, name: str) -> Died:
-        """The worker has died, or was killed: what is to be raised."""
+        """The exception for a worker that has died or was killed."""
         if not worker.ends_within(_END_S):
             worker.kill("nonsense")
         how = worker.how_it_ended()
@@ -288,15 +239,14 @@ class Pool:
             error.retry_after_s = pause_s
             raise error
 
-    def _want(self, group: Group, *, is_needed: bool) -> None:
-        """Have a worker started for `group`, if it may have one more. `is_needed`: it has none."""
-        if group.is_starting or not group.may_have_more or self._is_shut:
+    def _want(self, group: Group) -> None:
+        """Let the supervisor start a worker for `group` if it may have one."""
+        if not group.may_start or self._is_shut or group.not_before_s > time.monotonic():
             return
-        if group.not_before_s > time.monotonic():
-            return
-        if not is_needed and not self._has_place(group.uid):
-            return
-        if not self._make_place(group.uid) or not self._starts_of(group.uid).take():
+        starts = self._starts.setdefault(
+            group.uid, _Starts(self._limit_for(group.uid, PROCESSES_MAX))
+        )
+        if not self._make_place(group.uid) or not starts.take():
             return
         group.is_starting = True
         if self._supervisor is None:
@@ -306,9 +256,6 @@ class Pool:
             self._supervisor.start()
         self._asked.put(group)
 
-    def _starts_of(self, uid: int) -> "_Starts":
-        return self._starts.setdefault(uid, _Starts(self._limit_for(uid, PROCESSES_MAX)))
-
     def _has_place(self, uid: int) -> bool:
         limit = self._limit_for(uid, PROCESSES_MAX)
         own = [group for group in self._all if group.uid == uid]
@@ -317,20 +264,16 @@ class Pool:
         return sum(group.size for group in self._all) < PROCESSES_MAX
 
     def _make_place(self, uid: int) -> bool:
-        """Whether the user may have one more, when an idle one has ended."""
+        """Whether the user may have one more worker, perhaps after an idle one has ended."""
         if self._has_place(uid):
             return True
         own = [group for group in self._all if group.uid == uid]
         is_full = sum(group.size for group in own) >= self._limit_for(uid, PROCESSES_MAX)
-        idle = [
-            (worker.used_s, id(worker), group, worker)
-            for group in (own if is_full else self._all)
-            for worker in group.workers
-            if not worker.calls
-        ]
+        candidates = own if is_full else self._all
+        idle = [(group, w) for group in candidates for w in group.workers if not w.calls]
         if not idle:
             return False
-        _, _, group, worker = min(idle)
+        group, worker = min(idle, key=lambda each: each[1].used_s)
         self._end(group, worker, "idle")
         return self._has_place(uid)
 
@@ -341,12 +284,12 @@ class Pool:
         self._bury(group, worker, "")
 
     def _bury(self, group: Group, worker: Worker, how: str) -> None:
-        """The worker is no more; once."""
+        """Remove a dead worker from its group, once."""
         if worker not in group.workers:
             return
         group.workers.remove(worker)
         group.dying.append(worker)
-        COUNTS.ended(worker.reason)
+        COUNTS.ends[worker.reason] += 1
         if worker.reason in ("died", "nonsense"):
             self._note_death(group, how)
         if worker.reason != "idle":
@@ -360,11 +303,10 @@ class Pool:
         group.deaths += 1
         group.how = how
         if group.deaths > 1:
-            pause_s = min(_PAUSE_S_MAX, _PAUSE_S * 2 ** (group.deaths - 1))
-            group.not_before_s = time.monotonic() + pause_s * random.uniform(0.5, 1)
+            group.not_before_s = time.monotonic() + _BACKOFF.pause_s(group.deaths)
 
     def _close_if_buried(self, group: Group, worker: Worker) -> None:
-        """Not while a thread may use it."""
+        """Close a removed worker, unless a thread may still use it."""
         if worker not in group.workers and worker.calls == len(worker.left):
             worker.close()
 
@@ -403,7 +345,7 @@ class Pool:
                 group.is_starting = False
                 if worker is not None:
                     group.workers.append(worker)
-                    COUNTS.started()
+                    COUNTS.starts += 1
                 else:
                     self._note_death(group, how)
                 self._changed.notify_all()
@@ -440,8 +382,7 @@ class Pool:
         elif not worker.calls and now_s - worker.used_s > IDLE_S:
             self._end(group, worker, "idle")
         else:
-            unused = [c for c in worker.idle if now_s - c.used_s > _CHANNEL_IDLE_S]
-            for channel in unused:
+            for channel in [c for c in worker.idle if now_s - c.used_s > _CHANNEL_IDLE_S]:
                 worker.idle.remove(channel)
                 channel.close()
 
@@ -455,7 +396,7 @@ class Pool:
         self._all.clear()
 
     def shut(self) -> None:
-        """End all workers, and wait until they are gone."""
+        """End all workers, and wait for their end."""
         with self._changed:
             self._is_shut = True
             self._changed.notify_all()
@@ -466,8 +407,7 @@ class Pool:
 
 
 class _Starts:
-    """How many workers a user may start now: a bucket that holds `most` and is full again in
-    `_BURST_S`."""
+    """The workers that a user may start now: a token bucket of `most`, filled in `_BURST_S`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -475,7 +415,7 @@ class _Starts:
         self._counted_s = time.monotonic()
 
     def take(self) -> bool:
-        """Count one, if there is one."""
+        """Take a token. Returns whether there was one."""
         now_s = time.monotonic()
         more = (now_s - self._counted_s) * self._most / _BURST_S
         self._left = min(self._most, self._left + more)

@@ -1,4 +1,5 @@
-"""A worker as the daemon has it: its process, its beats and its channels."""
+"""The daemon's view of a worker (its process, its beats and its channels), and of the workers of
+one store of one user."""
 
 import contextlib
 import os
@@ -8,44 +9,48 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from ckptfs._os.write_all import write_all
 from ckptfs._workers.channel import Channel
-from ckptfs._workers.messages import (
-    BEAT_BYTES,
-    OTHER_PROTOCOL_STATUS,
-    PROTOCOL,
-    Setup,
-    encode,
-)
+from ckptfs._workers.messages import BEAT_BYTES, OTHER_PROTOCOL_STATUS, PROTOCOL, Setup, encode
 
 _PROGRAM = "ckptfs._workers"
 STOPPED_S = 1.0
-"""Without a beat for so long, and stopped (SIGSTOP, a debugger): who has done that does not say
-when it ends."""
+"""The longest time without a beat of a stopped process (SIGSTOP, a debugger). Only the process that
+has stopped it knows when it continues."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _REAP_S = 1.0
-"""A process that was killed is gone at once, unless it waits for a disk in the kernel."""
+"""The longest wait for a killed process, which ends at once unless it waits for a disk in the
+kernel."""
+_DYING_MAX = 4
+"""The most killed workers of one group that still exist, because they wait in the kernel for a
+network file system."""
 
 Reason: TypeAlias = Literal["died", "stopped", "still", "overdue", "nonsense", "idle"]
-"""Why a worker has ended: by itself, or why it was killed."""
+"""The reason of a worker's end: by itself, or why the pool killed it."""
 
 
 class Worker:
-    """One process. To be made by a thread that lives as long as the worker is to: the kernel ends
-    the worker with that thread. What is not about the process itself belongs to the pool.
+    """One process. The pool owns the attributes that are not about the process itself.
+
+    The thread that makes it has to live as long as the worker, because the kernel ends the worker
+    with that thread.
 
     Attributes:
-        calls: How many calls are under way in it, with those in `left`.
-        idle: Channels without a call, the last one used first.
-        left: Channels whose calls were left behind.
-        is_retired: It gets no more calls.
-        reason: Why it was killed.
-        used_s: When its last call ended.
+        calls: The number of its running calls, with those in `left`.
+        idle: The channels without a call, the last one used first.
+        left: The channels whose calls were left behind.
+        is_retired: Whether it gets no more calls.
+        reason: The reason of its end.
+        used_s: The end of its last call.
     """
 
     def __init__(self, setup: Setup) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)  # a stopped worker reads nothing
         self._beat = os.memfd_create("ckptfs-beat", os.MFD_CLOEXEC)
         self.calls = 0
         self.idle: list[Channel] = []
@@ -64,7 +69,7 @@ class Worker:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=(fd,),
-                    cwd="/",  # so that no module comes from where the daemon was started
+                    cwd="/",  # so that no module comes from the daemon's working directory
                 )
         except OSError:
             self._control.close()
@@ -74,9 +79,7 @@ class Worker:
     def _tell(self, setup: Setup) -> None:
         memory = os.memfd_create("ckptfs-setup", os.MFD_CLOEXEC)
         try:
-            text = memoryview(encode(setup))
-            while text:
-                text = text[os.write(memory, text) :]
+            write_all(memory, encode(setup))
             os.lseek(memory, 0, os.SEEK_SET)
             socket.send_fds(self._control, [encode(PROTOCOL)], [memory, self._beat])
         finally:
@@ -84,11 +87,11 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Its id."""
+        """The id of the process."""
         return self._process.pid
 
     def new_channel(self) -> Channel:
-        """One more. Raises OSError: the worker is dead, or does not take it."""
+        """A new channel. Raises OSError if the worker is dead, or does not take it."""
         channel = Channel()
         try:
             channel.pass_to(self._control)
@@ -98,20 +101,20 @@ class Worker:
         return channel
 
     def tell(self, text: bytes) -> None:
-        """Send a message that has no answer, if the worker takes it."""
+        """Send a message without an answer, if the worker takes it."""
         with contextlib.suppress(OSError):
-            self._control.send(text, socket.MSG_DONTWAIT)
+            self._control.send(text)
 
     # -- its life
 
     def still_s(self) -> float:
-        """Seconds since its last beat."""
+        """The seconds since the last beat."""
         raw = os.pread(self._beat, BEAT_BYTES, 0)
         beat_s = struct.unpack("d", raw)[0] if len(raw) == BEAT_BYTES else 0.0
         return time.monotonic() - beat_s
 
     def is_stopped(self) -> bool:
-        """Whether it does not beat, and the kernel calls it stopped."""
+        """Whether it does not beat, and the kernel reports it as stopped."""
         if self.still_s() < STOPPED_S:
             return False
         with contextlib.suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as file:
@@ -119,13 +122,13 @@ class Worker:
         return False
 
     def memory_bytes(self) -> int:
-        """What it has in memory now."""
+        """The bytes that it has in memory now."""
         with contextlib.suppress(OSError, IndexError), open(f"/proc/{self.pid}/statm") as file:
             return int(file.read().split()[1]) * _PAGE_BYTES
         return 0
 
     def kill(self, reason: Reason) -> None:
-        """End it at once."""
+        """Kill the process."""
         if self._process.poll() is None and self.reason == "died":
             self.reason = reason
         self.is_retired = True
@@ -133,17 +136,17 @@ class Worker:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is gone."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def ends_within(self, wait_s: float) -> bool:
-        """Wait until it has ended; whether it has."""
+        """Wait for the end of the process. Returns whether it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(wait_s)
         return self.has_ended
 
     def how_it_ended(self) -> str:
-        """To be called when it has ended, or was killed."""
+        """The way in which it ended, as a text. Call it when it has ended, or was killed."""
         try:
             status = self._process.wait(_REAP_S)
         except subprocess.TimeoutExpired:
@@ -156,7 +159,7 @@ class Worker:
         return f"ended with status {status}"
 
     def close(self) -> None:
-        """Let go of it, when it has ended; once."""
+        """Close the descriptors of an ended process, once."""
         if self._control.fileno() < 0:
             return
         for channel in (*self.idle, *self.left):
@@ -165,3 +168,47 @@ class Worker:
         self.left.clear()
         self._control.close()
         os.close(self._beat)
+
+
+@dataclass(eq=False)
+class Group:
+    """The workers of one store of one user. Belongs to the pool.
+
+    Attributes:
+        key: The key that distinguishes groups.
+        uid: The user.
+        setup: The first message to its workers.
+        stores: The numbers of the directories that are in use.
+        workers: The workers that are alive.
+        dying: The workers that were killed and still exist.
+        is_starting: Whether a worker is being started.
+        deaths: The deaths in a row.
+        how: The cause of the last death.
+        not_before_s: The earliest time of the next start.
+    """
+
+    key: Hashable
+    uid: int
+    setup: Setup
+    stores: set[int] = field(default_factory=set[int])
+    workers: list[Worker] = field(default_factory=list[Worker])
+    dying: list[Worker] = field(default_factory=list[Worker])
+    is_starting: bool = False
+    deaths: int = 0
+    how: str = ""
+    not_before_s: float = 0.0
+
+    @property
+    def serving(self) -> Worker | None:
+        """The worker that gets the calls; None if there is none now."""
+        return next((worker for worker in self.workers if not worker.is_retired), None)
+
+    @property
+    def size(self) -> int:
+        """The number of workers, with the one that is being started."""
+        return len(self.workers) + self.is_starting
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the group has no serving worker and may start one."""
+        return self.serving is None and not self.is_starting and len(self.dying) < _DYING_MAX

@@ -1,4 +1,4 @@
-"""A Store in a worker; see the package's text."""
+"""A Store in a worker; see the package's docstring."""
 
 import itertools
 import math
@@ -8,50 +8,27 @@ from typing import TypeVar
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Listing, printable
-from ckptfs._store.base import Pin, check_count
-from ckptfs._store.deadline import deadline_s
-from ckptfs._store.requests import Kind, counted
+from ckptfs._store.base import Method, Pin, check_count
+from ckptfs._store.request_context import deadline_s
+from ckptfs._store.request_metrics import KIND_OF, counted
 from ckptfs._workers.channel import Channel, LeftBehind, Nonsense
-from ckptfs._workers.messages import OBJECT_BYTES_MAX, Call, Done, Failed, Method, encode
+from ckptfs._workers.messages import OBJECT_BYTES_MAX, Call, Done, Failed, encode
 from ckptfs._workers.pool import Died, Pool
-from ckptfs._workers.process import Worker
 from ckptfs.errors import BY_CODE, CkptfsError, StoreError, StoreTimeout, StoreUnavailable
 
 T = TypeVar("T")
 
 STILL_S = 5.0
 PATIENCE = 0.75
-"""A library that holds the lock for that part of a call's time may still have its answer soon. The
-rest is enough for another try at a store that answers as usual."""
+"""The part of a call's time for which a library may hold the lock, because it may still get its
+answer. The rest is enough for another try at a store that answers as usual."""
 _TRIES = 2
 _TRIES_OF_OTHERS = 4
-"""Of a call whose worker died. Reads and checks are tried on after that (``_daemon.outages``), but
-there is nobody who repeats a listing. `put` is tried once."""
+"""The tries of a call whose worker died. ``_daemon.fetch.retry`` repeats reads and checks after
+that, but no caller repeats a listing. `put` is tried once."""
 
-_KINDS: dict[Method, Kind] = {
-    "list": "list",
-    "confirm": "head",
-    "read_into": "read",
-    "get": "get",
-    "put": "put",
-    "find": "head",
-}
 _IS_TRIED_ON = frozenset[Method](["confirm", "read_into"])
-"""Calls that are made again after `StoreUnavailable` (``_daemon.outages``)."""
-
-
-class _Look:
-    """Looks at the worker of a call that waits; see the package's text."""
-
-    def __init__(self, worker: Worker, patience_s: float) -> None:
-        self._worker = worker
-        self._patience_s = patience_s
-
-    def __call__(self) -> None:
-        if self._worker.is_stopped():
-            self._worker.kill("stopped")
-        elif self._worker.still_s() > self._patience_s:
-            self._worker.kill("still")
+"""The calls that ``_daemon.fetch.retry`` makes again after `StoreUnavailable`."""
 
 
 def _error_of(failed: Failed) -> CkptfsError:
@@ -62,12 +39,10 @@ def _error_of(failed: Failed) -> CkptfsError:
 
 
 class WorkerStore:
-    """The directory at `location`, read for the user `uid` by workers of `pool`.
+    """The directory at `location`, which workers of `pool` read for the user `uid`.
 
-    Nothing is opened yet: what is wrong with the location's options is the error of the first call.
+    The first call opens the store, so it raises the error of wrong options.
     """
-
-    gives_up = True
 
     def __init__(self, pool: Pool, uid: int, location: Location, timeout_s: float) -> None:
         self.name = location.uri
@@ -144,7 +119,7 @@ class WorkerStore:
         files_max: int = 0,
         name: str = "",
     ) -> T:
-        """What `result` makes of the answer to a call. `data` go with it."""
+        """The result of a call that sends `data`: `result` of its answer."""
         left_s = deadline_s() - time.monotonic()
         call = Call(
             method=method,
@@ -161,7 +136,7 @@ class WorkerStore:
         is_tried_on = method in _IS_TRIED_ON
         patience_s = max(STILL_S, PATIENCE * left_s) if is_tried_on else math.inf
         tries = 1 if method == "put" else _TRIES if is_tried_on else _TRIES_OF_OTHERS
-        with counted(_KINDS[method]):
+        with counted(KIND_OF[method]):
             for tried in itertools.count(1):
                 try:
                     return self._once(call, data, patience_s, result)
@@ -175,9 +150,15 @@ class WorkerStore:
     ) -> T:
         waits = call.method not in _IS_TRIED_ON
         worker, channel = self._pool.take(self._group, self.name, waits=waits)
+
+        def look() -> None:
+            if worker.is_stopped():
+                worker.kill("stopped")
+            elif worker.still_s() > patience_s:
+                worker.kill("still")
+
         try:
             channel.put(data)
-            look = _Look(worker, patience_s)
             answer = channel.ask(encode(call), deadline_s, look)
             found = result(answer, channel) if isinstance(answer, Done) else None
         except LeftBehind as why:
@@ -186,7 +167,7 @@ class WorkerStore:
         except Nonsense:
             worker.kill("nonsense")
             answer = found = None
-        except TimeoutError as why:  # given up before it was sent
+        except TimeoutError as why:  # the caller gave it up before it was sent
             self._pool.give_back(self._group, worker, channel)
             raise self._late(call, why) from None
         except CkptfsError:  # there are too many files
@@ -195,8 +176,8 @@ class WorkerStore:
         except OSError as error:  # before it was sent
             self._pool.give_back(self._group, worker, channel)
             raise StoreUnavailable(
-                f"{self.name}: no channel to the store's library: {error.strerror}; raise the "
-                "limit of open files"
+                f"{self.name}: cannot open a channel to the store's library: {error.strerror}; "
+                "raise the limit of open files"
             ) from None
         except BaseException:
             worker.kill("nonsense")

@@ -1,45 +1,54 @@
-"""``cache``: what of which checkpoints is on this node, and taking it out.
+"""``cache``: list, check and empty the node's cache.
 
-Asks the daemon; where none runs, the same is done to the directory itself.
+The daemon carries the commands out. If none is running, this process does so.
 """
 
 import os
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from ckptfs import _client, xattrs
-from ckptfs._config import load_config
+from ckptfs._client import client
+from ckptfs._config.load import load_config
 from ckptfs._model.manifest import printable
-from ckptfs._model.replies import CachedCheckpoint, CachedFile, CacheNews, DamagedFile
-from ckptfs._model.requests import CacheRequest, ClearCache, CollectCache, ListCache, VerifyCache
+from ckptfs._model.named_store import is_uri
+from ckptfs._model.protocol import requests
+from ckptfs._model.protocol.replies import CachedCheckpoint, CachedFile, CacheResults
 from ckptfs._model.units import age_text, parse_age, parse_rate, parse_size
+from ckptfs._model.uris import shown_uri
+from ckptfs._model.wording import INSTALL_DAEMON, counted
 from ckptfs.cli import completion, output
-from ckptfs.cli.checkpoints import location_of
-from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon, NotAttached
+from ckptfs.cli.help_text import command, group
+from ckptfs.cli.prefetch import RateOption
+from ckptfs.cli.target import target_of
+from ckptfs.errors import Busy, CacheError, DaemonError, NoDaemon
 
-app = typer.Typer(
-    help="Show, check and empty the node's cache.", no_args_is_help=True, rich_markup_mode=None
-)
+app = group("Show, check and empty the node's cache.")
+_URI = "s3://bucket/run7/checkpoint_000100"
 CheckpointArgument = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A path inside the mount, a URI, or a name that ckptfs cache ls lists.",
-        show_default="all",
+        help="A path inside the mount, a URI, or a name from ckptfs cache ls. Default: all "
+        "checkpoints.",
         autocompletion=completion.checkpoints,
     ),
 ]
 
 
-@app.command()
+@command(app, "ls", "ckptfs cache ls", f"ckptfs cache ls {_URI}")
 def ls(checkpoint: CheckpointArgument = "", as_json: output.JsonOption = False) -> None:
-    """What is in the cache of which checkpoints, attached or not; or of which files of one."""
-    result = _Result(ListCache(checkpoint=_name_of(checkpoint)))
+    """List the cached checkpoints, or the cached files of one checkpoint.
+
+    The list also has checkpoints that are no longer attached.
+    """
+    result = _carry_out(requests.ListCache(checkpoint=_name_of(checkpoint)))
     if checkpoint:
-        _print_files(result.files, as_json)
+        _print_files(result.cached_files, as_json)
+        _warn_of_nothing(checkpoint, result.cached_files)
     else:
         _print_checkpoints(result.checkpoints, as_json)
 
@@ -63,7 +72,7 @@ def _print_checkpoints(found: list[CachedCheckpoint], as_json: bool) -> None:
     columns = ["ON DISK", "CACHED", "FILES", "LAST USE", "STATE", "NAME", "URI"]
     output.print_table(columns, rows, right=(0, 2, 3), spare=(5,))
     files = sum(each.files for each in found)
-    print(f"{output.size(sum(each.bytes for each in found))} in {files} files")
+    print(f"{output.size(sum(each.bytes for each in found))} in {counted(files, 'file')}")
 
 
 def _print_files(found: list[CachedFile], as_json: bool) -> None:
@@ -86,60 +95,75 @@ def _print_files(found: list[CachedFile], as_json: bool) -> None:
     output.print_table(columns, rows, right=(0, 2, 3), spare=(3,))
 
 
-@app.command()
+@command(
+    app,
+    "gc",
+    "ckptfs cache gc --free 20G",
+    "ckptfs cache gc --keep 500GiB",
+    "ckptfs cache gc --older-than 7d",
+)
 def gc(
     free: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Free so much, e.g. 20G.", show_default=False),
+        str | None, typer.Option(metavar="BYTES", help="Free this many bytes, e.g. 20G.")
     ] = None,
     keep: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Leave so much in the cache.", show_default=False),
+        str | None, typer.Option(metavar="BYTES", help="Keep at most this many bytes, e.g. 500G.")
     ] = None,
     older_than: Annotated[
         str | None,
-        typer.Option(metavar="AGE", help="Not used for so long, e.g. 7d.", show_default=False),
+        typer.Option(
+            metavar="AGE", help="Remove files unused for this long, e.g. 90m, 12h, 7d, 2w."
+        ),
     ] = None,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Take out of the cache what was used least recently and nobody has open.
+    """Remove the least recently used files from the cache.
 
-    Without an option: down to the limits of the configuration.
+    Open files stay. Without an option, the cache shrinks to the limits of the configuration.
     """
     if sum(each is not None for each in (free, keep, older_than)) > 1:
         raise CacheError("--free, --keep and --older-than exclude each other; give one")
-    size, left = (None if each is None else parse_size(each) for each in (free, keep))
-    age_s = None if older_than is None else parse_age(older_than)
-    result = _Result(CollectCache(free=size, keep=left, older_s=age_s))
+    size = None if free is None else parse_size(free)
+    request = requests.CollectCache(
+        free=size,
+        keep=None if keep is None else parse_size(keep),
+        older_s=None if older_than is None else parse_age(older_than),
+    )
+    result = _carry_out(request)
     _print_freed(result, as_json)
-    last = result.last
-    if size is not None and last.freed < size:
-        raise CacheError(
-            f"only {output.size(last.freed)} of {output.size(size)} could be freed: {_in_use(last)}"
-        )
+    if size is not None and result.freed < size:
+        freed = f"only {output.size(result.freed)} of {output.size(size)} could be freed"
+        raise CacheError(f"{freed}: {_in_use(result)}")
 
 
-@app.command()
+@command(app, "clear", f"ckptfs cache clear {_URI}", "ckptfs cache clear")
 def clear(checkpoint: CheckpointArgument = "", as_json: output.JsonOption = False) -> None:
-    """Take all out of the cache, or all of one checkpoint.
+    """Remove all files from the cache, or all files of one checkpoint.
 
-    What is open stays, and the status is 1 then: its readers would fetch it again.
+    Open files stay, because their readers would fetch them again. If any stay, the exit status is
+    1.
     """
-    result = _Result(ClearCache(checkpoint=_name_of(checkpoint)))
+    result = _carry_out(requests.ClearCache(checkpoint=_name_of(checkpoint)))
     _print_freed(result, as_json)
-    if result.last.open_files:
-        raise Busy(f"not all is taken out: {_in_use(result.last)}; ckptfs status says by whom")
+    if checkpoint:
+        _warn_of_nothing(checkpoint, result.files or result.open_files)
+    if result.open_files:
+        raise Busy(f"the cache is not empty: {_in_use(result)}; ckptfs status shows by whom")
 
 
-def _in_use(last: CacheNews) -> str:
-    if not last.open_files:
-        return "there is no more"
-    files = "1 file is" if last.open_files == 1 else f"{last.open_files} files are"
-    return f"{files} in use, with {output.size(last.open_bytes)}"
+def _warn_of_nothing(checkpoint: str, found: object) -> None:
+    if not found:
+        output.warn(f"nothing of {shown_uri(checkpoint)} is in the cache")
 
 
-def _print_freed(result: "_Result", as_json: bool) -> None:
-    last = result.last
+def _in_use(result: CacheResults) -> str:
+    if not result.open_files:
+        return "the cache has no more"
+    files = "1 file is" if result.open_files == 1 else f"{result.open_files} files are"
+    return f"{files} in use, with {output.size(result.open_bytes)}"
+
+
+def _print_freed(result: CacheResults, as_json: bool) -> None:
     if as_json:
         checkpoints = [
             {"name": c.name, "uri": c.uri, "uid": c.uid, "files": c.files, "bytes": c.bytes}
@@ -147,47 +171,44 @@ def _print_freed(result: "_Result", as_json: bool) -> None:
         ]
         output.print_json(
             {
-                "freed": last.freed,
-                "files": last.files,
-                "open_files": last.open_files,
-                "open_bytes": last.open_bytes,
+                "freed": result.freed,
+                "files": result.files,
+                "open_files": result.open_files,
+                "open_bytes": result.open_bytes,
                 "checkpoints": checkpoints,
             }
         )
         return
     for each in result.checkpoints:
-        print(f"{output.size(each.bytes)} in {each.files} files of {_title(each.uri)}")
-    print(f"{output.size(last.freed)} freed, {last.files} files")
+        print(f"{output.size(each.bytes)} in {counted(each.files, 'file')} of {_title(each.uri)}")
+    print(f"{output.size(result.freed)} freed, {counted(result.files, 'file')}")
 
 
-@app.command()
+@command(app, "verify", "ckptfs cache verify", f"ckptfs cache verify --limit-rate 100M {_URI}")
 def verify(
     checkpoint: CheckpointArgument = "",
-    limit_rate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RATE", help="Bytes per second at most: 500k, 50M, 64MiB.", show_default=False
-        ),
-    ] = None,
+    limit_rate: RateOption = None,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Check all that is in the cache against its checksums, and take out what is damaged.
+    """Check the cache against its checksums, and remove damaged bytes.
 
-    It is read from the disk, whatever is in memory. The status is 1 if something was damaged; that
-    is fetched anew when it is read next.
+    The command reads the disk, even if the kernel has the bytes in memory. If bytes are damaged,
+    the exit status is 1, and their next read fetches them again.
     """
     rate = 0 if limit_rate is None else parse_rate(limit_rate)
-    request = VerifyCache(checkpoint=_name_of(checkpoint), rate=rate)
-    result = _Result(request, "checking the cache")
-    last = result.last
+    request = requests.VerifyCache(checkpoint=_name_of(checkpoint), rate=rate)
+    from ckptfs._os.progress_bar import progress_bar  # rich.progress is slow to import
+
+    with progress_bar("checking the cache") as progress:
+        result = _carry_out(request, progress)
     if as_json:
         output.print_json(
             {
-                "files": last.files,
-                "checked": last.done,
-                "freed": last.freed,
-                "removed_at_start": last.removed_at_start,
-                "damaged": [msgspec.to_builtins(each) for each in result.damaged],
+                "files": result.files,
+                "checked": result.done,
+                "freed": result.freed,
+                "removed_at_start": result.removed_at_start,
+                "damaged": result.damaged,
             }
         )
     else:
@@ -195,81 +216,61 @@ def verify(
             what = f"{each.blocks} blocks" if each.blocks else "all of it"
             path = f"{printable(each.path)} of " if each.path else ""
             print(f"damaged: {path}{_title(each.uri)}: {what} ({printable(each.reason)})")
-        print(f"{output.size(last.done)} checked, {last.files} files")
+        print(f"{output.size(result.done)} checked, {counted(result.files, 'file')}")
+    if checkpoint:
+        _warn_of_nothing(checkpoint, result.files)
     if result.damaged:
         raise CacheError(
-            f"{len(result.damaged)} of {last.files} files were damaged; what was damaged is taken "
-            "out, and is fetched anew when it is read"
+            f"{len(result.damaged)} of {counted(result.files, 'file')} were damaged; ckptfs has "
+            "removed the damaged bytes, and fetches them again when they are read"
         )
 
 
-class _Result:
-    """What a command has found; `last`: its last news."""
+def _carry_out(
+    request: requests.CacheRequest, progress: Callable[[int, int], None] | None = None
+) -> CacheResults:
+    """Run a command on the cache. Return the totals of its last message, and the items of all."""
+    whole = CacheResults(ended=False)
 
-    def __init__(self, request: CacheRequest, progress_text: str = "") -> None:
-        self.checkpoints: list[CachedCheckpoint] = []
-        self.files: list[CachedFile] = []
-        self.damaged: list[DamagedFile] = []
-        self.last = CacheNews(ended=True)
-        try:
-            self._carry_out(request, progress_text)
-        except KeyboardInterrupt:
-            raise typer.Exit(output.INTERRUPTED) from None
+    def take(news: CacheResults) -> None:
+        nonlocal whole
+        whole = msgspec.structs.replace(
+            news,
+            checkpoints=whole.checkpoints + news.checkpoints,
+            cached_files=whole.cached_files + news.cached_files,
+            damaged=whole.damaged + news.damaged,
+        )
+        if progress is not None:
+            progress(news.done, news.all)
 
-    def _carry_out(self, request: CacheRequest, progress_text: str) -> None:
-        if not progress_text:
-            _carry_out(request, self._take)
-            return
-        from ckptfs._progress import progress_bar  # rich.progress is slow to import
-
-        with progress_bar(progress_text) as progress:
-
-            def take(news: CacheNews) -> None:
-                self._take(news)
-                progress(news.done, news.all)
-
-            _carry_out(request, take)
-
-    def _take(self, news: CacheNews) -> None:
-        self.checkpoints += news.checkpoints
-        self.files += news.cached_files
-        self.damaged += news.damaged
-        self.last = news
-
-
-def _carry_out(request: CacheRequest, tell: Any) -> None:
     config = load_config()
     try:
-        connection = _client.connect(config)
+        connection = client.connect(config)
     except NoDaemon as no_daemon:
         try:
-            from ckptfs._daemon import cachealone
+            from ckptfs._daemon import offline_cache
         except ImportError:  # only a client is installed here
-            raise DaemonError(f"{no_daemon}, or pip install 'ckptfs[daemon]'") from None
-        cachealone.carry_out(config, request, tell)
-        return
-    with connection:
-        connection.cache(request, tell)
+            raise DaemonError(f"{no_daemon}, or {INSTALL_DAEMON}") from None
+        offline_cache.carry_out(config, request, take)
+    else:
+        with connection:
+            connection.cache(request, take)
+    return whole
 
 
 def _name_of(checkpoint: str) -> str:
-    """The name of a checkpoint in the cache, that a path inside the mount, a URI or a name says."""
+    """The name of a checkpoint in the cache. Only the daemon knows the place of a named store, so
+    its URI stays as it is."""
     if not checkpoint:
         return ""
-    if "://" in checkpoint:
-        return location_of(checkpoint).directory
-    try:
-        return os.path.basename(xattrs.root_of(checkpoint))
-    except (NotAttached, FileNotFoundError):
-        pass
-    # It may have been attached there.
-    within = os.path.relpath(os.path.abspath(checkpoint), load_config().mount).split(os.sep)[0]
-    if within not in (os.curdir, os.pardir):
-        return within
-    if os.sep in checkpoint:
-        raise NotAttached(f"{checkpoint} is not in the mount; give a URI, or a name of the list")
+    # A name looks like a file in this directory.
+    if is_uri(checkpoint) or os.sep in checkpoint or os.path.exists(checkpoint):
+        target = target_of(checkpoint)
+        if target.place is None:
+            return target.name
+        return target.place.uri if target.place.kind == "named" else target.place.directory
     return checkpoint
 
 
 def _title(uri: str) -> str:
-    return printable(uri.partition("?")[0]) or "an object of which nothing is known"
+    return printable(uri.partition("?")[0]) or "an unknown object"

@@ -1,46 +1,58 @@
 """``attach``, ``detach`` and ``ls``: checkpoints."""
 
 import os
-import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
 import typer
 
-from ckptfs import _client, xattrs
-from ckptfs._config import load_config
+from ckptfs import xattrs
+from ckptfs._client import client
 from ckptfs._model import attributes
-from ckptfs._model.layout import tensors_of_file
-from ckptfs._model.location import Location
+from ckptfs._model.formats.tensors import tensors_of_file
 from ckptfs._model.manifest import printable
-from ckptfs._model.replies import Trace
-from ckptfs._model.stores import is_uri
-from ckptfs._model.uris import anonymous_uri, parse_place
+from ckptfs._model.protocol.requests import Detach
+from ckptfs._model.uris import anonymous_uri
 from ckptfs.cli import completion, output
-from ckptfs.errors import NotAttached
+from ckptfs.cli.target import target_of
+from ckptfs.errors import LocationError
 
 UriArgument = Annotated[
-    str, typer.Argument(metavar="URI", help="E.g. s3://bucket/run/checkpoint, or store:run/…")
+    str,
+    typer.Argument(
+        metavar="URI",
+        help="A checkpoint: s3://bucket/run/checkpoint, store:run/checkpoint of a named store, or "
+        "a local directory.",
+    ),
 ]
 PathOrUriArgument = Annotated[
     str,
     typer.Argument(
         metavar="PATH_OR_URI",
-        help="A path inside the mount, or a URI.",
+        help="A path inside the mount, or a URI or local directory as for ckptfs attach.",
         autocompletion=completion.checkpoints,
     ),
 ]
 AnonymousOption = Annotated[
-    bool, typer.Option("--anonymous", help="Ask the store of the URI without credentials.")
+    bool, typer.Option("--anonymous", help="Access the store of the URI without credentials.")
 ]
 
 
 def attach(
     uri: UriArgument, anonymous: AnonymousOption = False, as_json: output.JsonOption = False
 ) -> None:
-    """Attach a checkpoint until it is detached; prints its path and nothing else."""
-    with _client.attached(location_of(asked(uri, anonymous)), pinned=True) as (path, reply):
+    """Attach a checkpoint until it is detached. Prints only its path.
+
+    This reads only names and sizes. The daemon fetches the bytes of a file when a process reads
+    them. If no daemon is running, the command starts one.
+    """
+    target = target_of(uri, anonymous)
+    if target.place is None:
+        raise LocationError(
+            f"{target.shown} is inside the mount, so its checkpoint is attached already; give the "
+            "URI of a checkpoint"
+        )
+    with client.attached(target.place, pinned=True) as (path, reply):
         if as_json:
             output.print_json(
                 {
@@ -55,20 +67,24 @@ def attach(
         else:
             print(path)
         for file in reply.lacking:
-            print(f"ckptfs: left out {file.name}: {file.reason}", file=sys.stderr)
+            output.warn(f"left out {file.name}: {file.reason}")
 
 
 def detach(
     path_or_uri: PathOrUriArgument,
     force: Annotated[
-        bool, typer.Option("--force", help="Also while processes hold it: their reads fail.")
+        bool, typer.Option("--force", help="Detach it even if processes hold it. Their reads fail.")
     ] = False,
+    anonymous: AnonymousOption = False,
 ) -> None:
-    """End an attachment. What is cached stays cached."""
-    name = name_in_mount(path_or_uri)
-    location = None if name else location_of(path_or_uri)
-    with _client.connect() as connection:
-        connection.detach(name or "", location, force=force)
+    """End an attachment. Cached bytes stay in the cache.
+
+    Name the checkpoint as for ckptfs attach, or by a path inside the mount. If processes hold it,
+    the command removes only its pin, and the attachment ends with the last of them.
+    """
+    target = target_of(path_or_uri, anonymous)
+    with client.connect() as connection:
+        connection.ask(Detach(name=target.name, location=target.place, force=force))
 
 
 def ls(
@@ -76,31 +92,32 @@ def ls(
         str,
         typer.Argument(
             metavar="PATH_OR_URI",
-            help="A path inside the mount, or a URI.",
+            help="As for ckptfs attach, or a path inside the mount. Default: list the attached "
+            "checkpoints.",
             autocompletion=completion.checkpoints,
         ),
     ] = "",
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="The tensors in safetensors files instead of files.")
+        bool, typer.Option("--tensors", help="List the tensors in safetensors files instead.")
     ] = False,
     anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """List the files of a checkpoint with size, cached share, state and version; alone: the
-    attached checkpoints."""
-    list_ = _list_tensors if tensors else _list_files
-    path_or_uri = asked(path_or_uri, anonymous)
+    """List the files of a checkpoint, or the attached checkpoints.
+
+    The list shows size, cached share, state and version of each file. If the checkpoint is not
+    attached, the command attaches it for its duration.
+    """
     if not path_or_uri:
         _list_attachments(as_json)
-    elif is_uri(path_or_uri):
-        with _client.leased(location_of(path_or_uri)) as path:
-            list_(path, as_json)
-    else:
-        list_(path_or_uri, as_json)
+        return
+    with target_of(path_or_uri, anonymous).mounted() as path:
+        show = _list_tensors if tensors else _list_files
+        show(path, as_json)
 
 
 def _list_attachments(as_json: bool) -> None:
-    with _client.connect() as connection:
+    with client.connect() as connection:
         reply = connection.status()
     if as_json:
         output.print_json(reply.attachments)
@@ -109,49 +126,41 @@ def _list_attachments(as_json: bool) -> None:
         [output.size(a.size), output.share(a.cached, a.size), output.state(a.state), a.path]
         for a in reply.attachments
     ]
-    output.print_table(["SIZE", "CACHED", "STATE", "PATH"], [*rows], right=(0,))
+    output.print_table(["SIZE", "CACHED", "STATE", "PATH"], rows, right=(0,))
 
 
 def _list_files(top: str, as_json: bool) -> None:
-    found = sorted(_walk(top))
-    rows = [
-        (os.path.relpath(path, top) if path != top else os.path.basename(top), path)
-        for path in found
-    ]
+    names = "path", "size", "cached", "state", "version"
     listed = [
-        {
-            "path": relative,
-            "size": os.stat(path).st_size,
-            "cached": int(xattrs.get(path, attributes.CACHED) or 0),
-            "state": xattrs.get(path, attributes.STATE) or "",
-            "version": xattrs.get(path, attributes.VERSION) or "",
-        }
-        for relative, path in rows
+        (
+            relative,
+            os.stat(path).st_size,
+            int(xattrs.get(path, attributes.CACHED) or 0),
+            xattrs.get(path, attributes.STATE) or "",
+            xattrs.get(path, attributes.VERSION) or "",
+        )
+        for relative, path in _files_in(top)
     ]
     if as_json:
-        output.print_json(listed)
+        output.print_json([dict(zip(names, file, strict=True)) for file in listed])
         return
-    output.print_table(
-        ["SIZE", "CACHED", "STATE", "VERSION", "PATH"],
+    rows = [
         [
-            [
-                output.size(int(row["size"])),
-                output.share(int(row["cached"]), int(row["size"])),
-                output.state(str(row["state"])),
-                printable(str(row["version"])),
-                printable(str(row["path"])),
-            ]
-            for row in listed
-        ],
-        right=(0,),
-        spare=(3,),
-    )
+            output.size(size),
+            output.share(cached, size),
+            output.state(state),
+            printable(version),
+            printable(path),
+        ]
+        for path, size, cached, state, version in listed
+    ]
+    output.print_table(["SIZE", "CACHED", "STATE", "VERSION", "PATH"], rows, (0,), spare=(3,))
 
 
 def _list_tensors(top: str, as_json: bool) -> None:
     found = [
-        (os.path.relpath(path, top) if path != top else os.path.basename(top), tensor)
-        for path in sorted(_walk(top))
+        (relative, tensor)
+        for relative, path in _files_in(top)
         if path.endswith(".safetensors")
         for tensor in tensors_of_file(path)
     ]
@@ -175,50 +184,17 @@ def _list_tensors(top: str, as_json: bool) -> None:
     )
 
 
-def _walk(top: str) -> Iterator[str]:
-    xattrs.read_all(top)  # refuses what is not in the mount
+def _files_in(top: str) -> list[tuple[str, str]]:
+    """The relative and the absolute path of each file."""
+    xattrs.root_of(top)  # raises an error outside of the mount
     if os.path.isfile(top):
-        yield top
-    for folder, _, files in os.walk(top):
-        yield from (os.path.join(folder, name) for name in files)
+        return [(os.path.basename(top), top)]
+    found = sorted(
+        os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names
+    )
+    return [(os.path.relpath(path, top), path) for path in found]
 
 
 def asked(path_or_uri: str, anonymous: bool) -> str:
-    """What was named on the command line, with what its options say. Raises LocationError."""
+    """A URI from the command line, with the effect of its options. Raises LocationError."""
     return anonymous_uri(path_or_uri) if anonymous else path_or_uri
-
-
-def location_of(uri: str) -> Location:
-    """The place that a URI names. Raises LocationError."""
-    # Not at the top: `status` and `umount` need no stores. None of these needs pyarrow.
-    from ckptfs._store.named import named
-
-    if (location := named(uri)) is not None:
-        return location
-    from ckptfs._store.ambient import completed
-
-    return completed(parse_place(os.path.expanduser(uri)))
-
-
-def traced(path_or_uri: str) -> tuple[Trace, str, Location | None]:
-    """How a checkpoint was read; its directory in the mount ("": it is attached no more); and the
-    place of a URI. Raises NotAttached."""
-    name = name_in_mount(path_or_uri)
-    location = None if name else location_of(path_or_uri)
-    with _client.connect() as connection:
-        trace = connection.trace(name or "", location)
-        return trace, connection.path_of(trace) if trace.name else "", location
-
-
-def name_in_mount(path: str) -> str | None:
-    """The attachment's directory name that a path inside the mount begins with; None for a URI."""
-    if is_uri(path):
-        return None
-    mount = load_config().mount
-    relative = os.path.relpath(os.path.abspath(path), mount)
-    name = relative.split(os.sep)[0]
-    if name in (os.curdir, os.pardir):
-        raise NotAttached(
-            f"{path} is not inside the mount {mount}; ckptfs status lists what is attached"
-        )
-    return name

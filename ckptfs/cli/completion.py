@@ -1,7 +1,7 @@
-"""Completion in bash, zsh and fish: the scripts, and what stands where a checkpoint is named.
+"""Completion in bash, zsh and fish: the scripts, and the candidates for a checkpoint.
 
-A shell runs ``ckptfs`` for each press of the Tab key, with what was typed so far in variables of
-typer's. Whatever goes wrong then, nothing is printed: the shell completes file names instead.
+A shell runs ``ckptfs`` for each press of the Tab key, and passes the typed words in variables of
+typer. If anything fails then, ckptfs prints nothing, and the shell completes file names instead.
 """
 
 import contextlib
@@ -12,41 +12,40 @@ from typing import Annotated, Literal
 
 import typer
 
-from ckptfs import _client
-from ckptfs._model.replies import AttachmentStatus
+from ckptfs._client import client
+from ckptfs._model.protocol.replies import AttachmentStatus
 from ckptfs.errors import CkptfsError
 
 _ANSWER_S = 0.5
-"""Longest wait for the daemon: who presses Tab waits for it, too."""
+"""Longest wait for the daemon, because the user who presses Tab waits for it."""
 _UNQUOTED = re.compile(r"[A-Za-z0-9_:/.,=+@%-]+")
 _VARIABLE = "_CKPTFS_COMPLETE"
 
 
 def completion(
     context: typer.Context,
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL")],
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")
+    ],
 ) -> None:
-    """Print the script by which a shell completes commands, options and checkpoints.
+    """Print a script with which a shell completes commands, options and checkpoints.
 
-    \b
-    bash: ckptfs completion bash > /usr/share/bash-completion/completions/ckptfs
-    zsh:  ckptfs completion zsh > /usr/share/zsh/vendor-completions/_ckptfs
-    fish: ckptfs completion fish > /usr/share/fish/vendor_completions.d/ckptfs.fish
+    Put it into the folder of the shell; see the examples.
     """
     os.environ[_VARIABLE] = f"source_{shell}"
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         context.find_root().command.main([], prog_name="ckptfs", complete_var=_VARIABLE)
     del os.environ[_VARIABLE]
-    print(script.getvalue().strip())  # zsh looks at the first line
+    print(script.getvalue().strip())  # zsh reads its first line
     if shell == "zsh":
-        # In a directory of its fpath the file is the function's body, and is first run for a Tab.
+        # zsh takes a file of its fpath as the body of the function, and runs it at the first Tab.
         print('if [ "$funcstack[1]" = _ckptfs ]; then _ckptfs_completion "$@"; fi')
 
 
 def checkpoints(incomplete: str) -> list[tuple[str, str]]:
-    """Paths of the attached checkpoints, each with a help text; where something else than a path
-    was begun, URIs, but none that has to be quoted, which bash would not do."""
+    """The paths of the attached checkpoints, each with a help text. If the word does not begin like
+    a path, their URIs, except for those that need quotes, which bash would not add."""
     if incomplete and not incomplete.startswith("/"):
         plain = [a for a in _attachments() if _UNQUOTED.fullmatch(a.uri)]
         found = [(a.uri, f"attached at {a.path}") for a in plain]
@@ -56,6 +55,6 @@ def checkpoints(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _attachments() -> list[AttachmentStatus]:
-    with contextlib.suppress(CkptfsError, OSError), _client.connect(None, _ANSWER_S) as connection:
+    with contextlib.suppress(CkptfsError, OSError), client.connect(None, _ANSWER_S) as connection:
         return connection.status().attachments
     return []

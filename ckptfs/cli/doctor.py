@@ -1,8 +1,9 @@
-"""``doctor``: what is wrong with this machine, its daemon or a store, and what to do about it."""
+"""``doctor``: find faults of this machine, its daemon or a store, and their remedies."""
 
 import itertools
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections import Counter
@@ -10,10 +11,10 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from ckptfs._doctor.checks import Examination, Result
+from ckptfs._model.wording import counted
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import AnonymousOption, asked
 
@@ -21,42 +22,57 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
 _STATUS_WIDTH = max(map(len, _STYLES))
 _INDENT = "  "
 _TEXT_WIDTH_MIN = 30
-"""On a narrower terminal, lines are folded by it."""
+"""A narrower terminal folds lines itself."""
 
 
 def doctor(
     uri: Annotated[
-        str,
-        typer.Argument(
-            metavar="URI", help="Also check its store, e.g. s3://bucket/run.", show_default=False
-        ),
+        str, typer.Argument(metavar="URI", help="Also check this store, e.g. s3://bucket/run.")
     ] = "",
     anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Check this machine, the daemon and its cache, and the store of a URI.
 
-    Each line is ok, warning, failed (with what to do), or skipped (with why). The exit status is 1
-    if a check has failed, and 0 otherwise, also with warnings. Nothing is changed: a mount is made
-    for a moment, up to 64 MiB are written to the cache's disk, and as much is read from the store.
+    Each line is ok, warning or failed (with a remedy), or skipped (with the reason). The exit
+    status is 1 if a check has failed, and otherwise 0, also with warnings. The checks make a mount
+    for a moment, write up to 64 MiB to the cache's disk and remove them, and read as much from the
+    store. They leave no change.
     """
-    # Not at the top: it brings what only checks need.
+    # Not at the top, because it imports modules that only checks need.
     from ckptfs._doctor.plan import all_checks
 
     with all_checks(asked(uri, anonymous)) as checks:
         examination = Examination(checks)
-        if as_json:
-            results = list(examination.results())
-            output.print_json({"checks": results, "status": _worst(results)})
-        else:
-            width = max(len(check.name) for check in checks)
-            results = _print_lines(examination.results(), width)
+        try:
+            if as_json:
+                results = list(examination.results())
+                output.print_json({"checks": results, "status": _worst(results)})
+            else:
+                width = max(len(check.name) for check in checks)
+                results = _print_lines(examination.results(), width)
+        except (KeyboardInterrupt, OSError) as error:  # OSError: standard output failed
+            _give_up(examination, error)
+            raise
     status = int(any(result.status == "failed" for result in results))
     if examination.has_late:
-        # A thread that hangs in a library would keep the interpreter from ending.
+        # The interpreter would wait for a thread that hangs in a library.
         sys.stdout.flush()
         os._exit(status)
     raise typer.Exit(status)
+
+
+def _give_up(examination: Examination, error: BaseException) -> None:
+    """End the checks before the interpreter ends, because a thread in a C++ library would crash
+    then."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    status = 128 + (signal.SIGINT if interrupted else signal.SIGPIPE)
+    try:
+        examination.give_up()
+    except KeyboardInterrupt:  # a second one
+        os._exit(status)
+    if examination.has_late and (interrupted or isinstance(error, BrokenPipeError)):
+        os._exit(status)
 
 
 def _worst(results: list[Result]) -> str:
@@ -65,8 +81,8 @@ def _worst(results: list[Result]) -> str:
 
 
 def _print_lines(results: Iterable[Result], name_width: int) -> list[Result]:
-    """Each result as soon as it is there; piped, each is one line, which a script can look at."""
-    console = Console(soft_wrap=True, highlight=False)
+    """Print each result as soon as possible. In a pipe each is one line, for scripts."""
+    console = output.Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         return [_print_plain(result, name_width) for result in results]
     done: list[Result] = []
@@ -89,13 +105,13 @@ def _print_plain(result: Result, name_width: int) -> Result:
 
 
 def _likeness(result: Result) -> tuple[str, ...]:
-    """Equal for neighbours that are shown together: skipped for the same reason."""
+    """A key that is equal for neighbours with the same reason to be skipped."""
     own = result.message if result.status == "skipped" else result.name
     return result.group, result.status, own
 
 
 def _lines(result: Result, name_width: int) -> list[Text]:
-    """A result on a terminal, where what does not fit goes on in the next line."""
+    """A result on a terminal, with long texts wrapped into their column."""
     indent = len(_INDENT) + _STATUS_WIDTH + 2 + name_width + 2
     style = _STYLES[result.status]
     first, *others = _wrapped(result.message, indent)
@@ -129,4 +145,5 @@ def _wrapped(text: str, indent: int) -> list[str]:
 def _summary(results: list[Result]) -> Text:
     counts = Counter(result.status for result in results)
     parts = [f"{counts[status]} {status}" for status in _STYLES if counts[status]]
+    parts = [counted(counts[part], part) if part == "warning" else part for part in parts]
     return Text(f"\n{', '.join(parts)}")

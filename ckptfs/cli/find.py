@@ -1,83 +1,72 @@
-"""``find``: checkpoints by their metadata."""
+"""``find``: search checkpoints by their metadata."""
 
-import json
-import os
-import sys
 from contextlib import closing
 from typing import Annotated, Any
 
 import typer
 
-from ckptfs._config import load_config
-from ckptfs._model.stores import is_uri
-from ckptfs._model.where import Expression
+from ckptfs._config.load import load_config
+from ckptfs._model.expressions import Expression
+from ckptfs._model.manifest import printable
 from ckptfs._store.search import Found, search
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import AnonymousOption, asked, location_of
+from ckptfs.cli.checkpoints import AnonymousOption, asked
+from ckptfs.cli.target import location_of
 
 
 def find(
     uri: Annotated[
-        str, typer.Argument(metavar="URI", help="The directory of a run, or of many; or a path.")
+        str,
+        typer.Argument(
+            metavar="URI", help="The directory of one or more runs: a URI or a local path."
+        ),
     ],
     where: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EXPRESSION", help="Only those for which it is true.", show_default=False
-        ),
+        str | None, typer.Option(metavar="EXPRESSION", help="Only where it is true.")
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEY",
-            help="Smallest value first; those without a value are last.",
-            show_default=False,
-        ),
+        typer.Option(metavar="KEY", help="Smallest value first, those without a value last."),
     ] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Largest value first.")] = False,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N.")] = None,
     anonymous: AnonymousOption = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Find the checkpoints below URI by their metadata; prints one URI per line.
+    """Find checkpoints by their metadata. Prints one URI per line.
 
-    A checkpoint is a directory, at any depth, that holds a .metadata.json. In an EXPRESSION, as in
-    Python, a name is a key of that file:
+    A checkpoint is a directory with a .metadata.json, at any depth below URI. An EXPRESSION is
+    written as in Python, and its names are the keys of that file:
 
     \b
       val_loss < 0.3 and step > 1000        optim.lr in [0.1, 0.01]
       0.1 < losses[-1] <= 0.3               matches(name, "run-*")
       meta["eval/loss"] < 2 * train_loss    not exists(parent)
 
-    Where a key is missing, or values cannot be compared, a comparison and its opposite are both
-    not true. KEY is such an expression, too.
+    If a key is missing, or if values cannot be compared, neither a comparison nor its opposite is
+    true. KEY can also be such an expression.
     """
     condition = None if where is None else Expression(where)
     order = None if sort is None else Expression(sort)
-    found = _search(asked(uri, anonymous), condition)
+    found = _search(asked(uri, anonymous), condition, order)
     if order is not None:
         found = _sorted(found, order, reverse)
     elif reverse:
         found.reverse()
     found = found[:limit]
     if as_json:
-        # In ASCII: a string from a store can hold what is no character (half of a pair).
-        print(json.dumps([checkpoint._asdict() for checkpoint in found], indent=2))
+        output.print_json([checkpoint._asdict() for checkpoint in found])
     else:
         for checkpoint in found:
             print(checkpoint.uri)
 
 
-def _search(uri: str, condition: Expression | None) -> list[Found]:
-    # Not at the top: rich.progress is slow to import, and `status` and `umount` need no pyarrow.
-    from ckptfs._progress import progress_bar
+def _search(uri: str, condition: Expression | None, order: Expression | None) -> list[Found]:
+    # Not at the top, because these are slow to import, and `status` and `umount` do not need them.
+    from ckptfs._os.progress_bar import progress_bar
     from ckptfs._store.named import open_place
-    from ckptfs._store.timed import TimedStore
+    from ckptfs._store.wrappers import TimedStore
 
-    if not is_uri(uri):
-        uri = os.path.abspath(os.path.expanduser(uri))
     location, store = open_place(location_of(uri), load_config().store_timeout_s)
     notes: list[str] = []
     found: list[Found] = []
@@ -91,17 +80,30 @@ def _search(uri: str, condition: Expression | None) -> list[Found]:
             if condition is None or condition.holds(checkpoint.metadata):
                 found.append(checkpoint)
     if not searched:
-        notes.append(f"there is no checkpoint with metadata in {location.uri}")
-    elif condition is not None and not found:
+        notes.append(f"no checkpoint below {location.uri} has metadata")
+    else:
         # A misspelt key is the likely reason.
-        notes += [f"no metadata has the key {key!r}" for key in sorted(condition.keys - keys)]
+        asked_for = condition.keys if condition is not None and not found else frozenset[str]()
+        asked_for |= order.keys if order is not None else frozenset()
+        texts = frozenset[str]() if condition is None else condition.texts
+        notes += [_no_such_key(key, keys, key in texts) for key in sorted(asked_for - keys)]
     for note in notes:
-        print(f"ckptfs: {note}", file=sys.stderr)
+        output.warn(note)
     return found
 
 
+def _no_such_key(key: str, keys: set[str], is_text: bool) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(key, keys, 1)
+    hint = f"; did you mean {printable(near[0])!r}?" if near else ""
+    if is_text and not near:
+        hint = f"; write text in quotes: {printable(key)!r}"
+    return f"no metadata has the key {printable(key)!r}{hint}"
+
+
 def _sorted(found: list[Found], order: Expression, reverse: bool) -> list[Found]:
-    """Numbers come before strings; all else, NaN and the unknown are last, also in reverse."""
+    """Sort numbers before strings. All other values come last, also in reverse order."""
     sortable: list[tuple[bool, Any, Found]] = []
     rest: list[Found] = []
     for checkpoint in found:

@@ -1,89 +1,102 @@
-"""``meta``: a checkpoint's own metadata, wherever the checkpoint is.
+"""``meta``: the metadata of a checkpoint.
 
-One mapping stands for all of them: of a mounted checkpoint (through the daemon, with its
-credentials), or of a URI or local directory (no daemon needed).
+The daemon reads and writes the metadata of a mounted checkpoint, with its own credentials. A URI or
+a local directory needs no daemon.
 """
 
+import contextlib
 import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from typing import Annotated, Any, TypeVar, cast
+from collections.abc import Generator, Iterator, MutableMapping
+from typing import Annotated, Any, cast
 
 import typer
 
-from ckptfs import _client, xattrs
+from ckptfs import xattrs
+from ckptfs._client import client
 from ckptfs._model.manifest import printable
-from ckptfs._model.stores import is_uri, split_named
+from ckptfs._model.named_store import is_uri, split_named
 from ckptfs._model.uris import shown_uri
 from ckptfs._store.named import own_table
 from ckptfs.cli import completion, output
-from ckptfs.cli.checkpoints import AnonymousOption, asked, location_of
+from ckptfs.cli.checkpoints import AnonymousOption, asked
+from ckptfs.cli.help_text import command, group
+from ckptfs.cli.target import local_path, location_of
 from ckptfs.errors import LocationError, MetadataError, MetadataNotDict, NotAttached
 
-T = TypeVar("T")
-
-app = typer.Typer(
-    help="Show and change a checkpoint's own metadata.", no_args_is_help=True, rich_markup_mode=None
-)
+app = group("Show and change the metadata of a checkpoint.")
+_URI = "s3://bucket/run7/checkpoint_000100"
 TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="PATH_OR_URI",
-        help="A path inside the mount, a directory, a URI.",
+        help="A path inside the mount, a local directory, or a URI. It need not be attached.",
         autocompletion=completion.checkpoints,
     ),
 ]
-KeyArgument = Annotated[str, typer.Argument(metavar="KEY")]
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="A key of the metadata.")]
 
 
-@app.command("list")
+@command(app, "list", f"ckptfs meta list {_URI}", "ckptfs meta list --json .")
 def list_(
-    target: TargetArgument,
-    anonymous: AnonymousOption = False,
-    as_json: output.JsonOption = False,
+    target: TargetArgument, anonymous: AnonymousOption = False, as_json: output.JsonOption = False
 ) -> None:
-    """All keys and values."""
-    found = dict(metadata_of(asked(target, anonymous)))
+    """Show all keys and values.
+
+    Numbers that JSON does not have appear as strings: "NaN", "Infinity", "-Infinity".
+    """
+    with metadata_of(asked(target, anonymous)) as metadata:
+        found = dict(metadata)
     if as_json:
         output.print_json(found)
         return
-    rows: list[list[Any]] = [[printable(k), printable(json.dumps(v))] for k, v in found.items()]
+    rows = [[printable(key), printable(output.json_text(value))] for key, value in found.items()]
     output.print_table(["KEY", "VALUE"], rows)
 
 
-@app.command()
+@command(app, "get", f"ckptfs meta get {_URI} val_loss")
 def get(target: TargetArgument, key: KeyArgument, anonymous: AnonymousOption = False) -> None:
-    """The value of a key, as JSON."""
-    try:
-        print(json.dumps(metadata_of(asked(target, anonymous))[key]))
-    except KeyError:
-        raise _no_such_key(target, key) from None
+    """Show the value of a key, as JSON."""
+    with metadata_of(asked(target, anonymous)) as metadata:
+        print(output.json_text(metadata[key]))
 
 
-@app.command("set")
+@command(
+    app,
+    "set",
+    f"ckptfs meta set {_URI} val_loss 0.25",
+    f"""ckptfs meta set {_URI} tags '["best", "v2"]'""",
+)
 def set_(
     target: TargetArgument,
     key: KeyArgument,
-    value: Annotated[str, typer.Argument(metavar="VALUE", help="JSON; other text is a string.")],
+    value: Annotated[
+        str, typer.Argument(metavar="VALUE", help="JSON. Other text becomes a string.")
+    ],
 ) -> None:
-    """Set a key; the others stay."""
+    """Set one key, and keep the others."""
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = value
-    metadata_of(target)[key] = parsed
+    with metadata_of(target) as metadata:
+        metadata[key] = parsed
 
 
-@app.command()
+@command(
+    app,
+    "update",
+    f"""ckptfs meta update {_URI} '{{"step": 100, "val_loss": 0.25}}'""",
+    f"ckptfs meta update {_URI} - < metrics.json",
+)
 def update(
     target: TargetArgument,
     values: Annotated[
-        str, typer.Argument(metavar="JSON", help="An object; - reads it from stdin.")
+        str, typer.Argument(metavar="JSON", help="A JSON object; - reads it from standard input.")
     ],
 ) -> None:
-    """Set all keys of a JSON object; the others stay."""
+    """Set all keys of a JSON object, and keep the others."""
     try:
         changes: Any = json.loads(sys.stdin.read() if values == "-" else values)
     except (ValueError, RecursionError) as error:
@@ -92,78 +105,55 @@ def update(
         ) from None
     if not isinstance(changes, dict):
         raise MetadataNotDict("not a JSON object; give e.g. '{\"step\": 100}'")
-    metadata_of(target).update(cast("dict[str, Any]", changes))
+    with metadata_of(target) as metadata:
+        metadata.update(cast("dict[str, Any]", changes))
 
 
-@app.command()
+@command(app, "rm", f"ckptfs meta rm {_URI} tags")
 def rm(target: TargetArgument, key: KeyArgument) -> None:
-    """Remove a key."""
-    try:
-        del metadata_of(target)[key]
-    except KeyError:
-        raise _no_such_key(target, key) from None
+    """Remove a key, and keep the others."""
+    with metadata_of(target) as metadata:
+        del metadata[key]
 
 
-def _no_such_key(target: str, key: str) -> MetadataError:
-    return MetadataError(
-        f"{shown_uri(target)} has no metadata {printable(key)!r}; ckptfs meta list shows the keys"
-    )
-
-
-def metadata_of(target: str) -> MutableMapping[str, Any]:
+@contextlib.contextmanager
+def metadata_of(target: str) -> Generator[MutableMapping[str, Any]]:
+    """The metadata of a checkpoint. Raises LocationError, and MetadataError for a missing key."""
     named = split_named(target)
-    if named is not None and own_table(named[0]) is None:
-        return _Lent(target)
+    try:
+        if named is None or own_table(named[0]) is not None:
+            yield _mounted_or_stored(target)
+        else:  # only the daemon may know this store
+            with client.leased(location_of(target)) as path:
+                yield xattrs.metadata(path)
+    except KeyError as error:
+        raise MetadataError(
+            f"{shown_uri(target)} has no metadata {printable(error.args[0])!r}; "
+            "ckptfs meta list shows the keys"
+        ) from None
+
+
+def _mounted_or_stored(target: str) -> MutableMapping[str, Any]:
     if not is_uri(target):
+        target = local_path(target)
         try:
             return xattrs.metadata(target)
         except NotAttached:
-            target = os.path.abspath(target)
+            pass
         except FileNotFoundError:
             raise LocationError(f"{target} does not exist; check the path") from None
     return _Stored(target)
 
 
-class _Lent(MutableMapping[str, Any]):
-    """The metadata of a checkpoint in a store that only the daemon may know: it is attached for
-    each look and change."""
-
-    def __init__(self, target: str) -> None:
-        self._location = location_of(target)
-
-    def _do(self, what: Callable[[MutableMapping[str, Any]], T]) -> T:
-        with _client.leased(self._location) as path:
-            return what(xattrs.metadata(path))
-
-    def __getitem__(self, key: str) -> Any:
-        return self._do(lambda metadata: metadata[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._do(list))
-
-    def __len__(self) -> int:
-        return self._do(len)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._do(lambda metadata: metadata.__setitem__(key, value))
-
-    def __delitem__(self, key: str) -> None:
-        self._do(lambda metadata: metadata.__delitem__(key))
-
-    def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Set several keys by one attachment."""
-        self._do(lambda metadata: metadata.update(changes, **more))
-
-
 class _Stored(MutableMapping[str, Any]):
-    """The metadata of a checkpoint that need not be mounted."""
+    """The metadata in a store or a local directory."""
 
     def __init__(self, uri: str) -> None:
-        # Not at the top: a mounted path needs no pyarrow.
+        # Not at the top, because a mounted path needs no pyarrow.
         from ckptfs._store import metadata
-        from ckptfs._store.caller import ask
         from ckptfs._store.describe import describe
         from ckptfs._store.filesystems import filesystem_of
+        from ckptfs._store.in_process import ask
 
         filesystem, path = filesystem_of(uri)
         self._location = describe(filesystem, path)
@@ -191,9 +181,9 @@ class _Stored(MutableMapping[str, Any]):
             return stored
 
         self._ask(self._metadata.change, without)
-        _client.tell_metadata_changed(self._location)
+        client.tell_metadata_changed(self._location)
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
         """Set several keys by one write."""
         self._ask(self._metadata.update, dict(changes, **more))
-        _client.tell_metadata_changed(self._location)
+        client.tell_metadata_changed(self._location)

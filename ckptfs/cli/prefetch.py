@@ -1,4 +1,4 @@
-"""``prefetch``: fetch files into the node's cache, and show how far it is."""
+"""``prefetch``: fetch files into the node's cache, with a progress bar."""
 
 import contextlib
 import glob
@@ -10,34 +10,34 @@ from typing import Annotated
 import msgspec
 import typer
 
-from ckptfs import _client, xattrs
-from ckptfs._connection import Connection
-from ckptfs._model.manifest import printable
-from ckptfs._model.plan import Wanted
-from ckptfs._model.replies import Prefetching
-from ckptfs._model.stores import is_uri
+from ckptfs import xattrs
+from ckptfs._client import client
+from ckptfs._client.connection import Connection
+from ckptfs._client.waiting import failure_of
+from ckptfs._model.plans.plan import Wanted
+from ckptfs._model.protocol.replies import Prefetching
 from ckptfs._model.units import parse_rate
-from ckptfs._model.uris import shown_uri
+from ckptfs._model.wording import counted
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import AnonymousOption, PathOrUriArgument, asked, location_of
-from ckptfs.errors import BY_CODE, CkptfsError, LocationError, PrefetchFailed
+from ckptfs.cli.checkpoints import AnonymousOption, PathOrUriArgument
+from ckptfs.cli.target import Target, target_of
+from ckptfs.errors import LocationError
 
 RateOption = Annotated[
     str | None,
     typer.Option(
-        metavar="RATE", help="Bytes per second at most: 500k, 50M, 64MiB.", show_default=False
+        metavar="RATE", help="Most bytes per second, e.g. 500k, 50M, 64MiB. Default: no limit."
     ),
 ]
-
-_SHOWN_MAX = 3
-"""Files that a message names; the attributes of each say what happened to it."""
 
 
 def prefetch(
     path_or_uri: PathOrUriArgument,
     globs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="GLOB", help="Which files, and in which order.", show_default="all"),
+        typer.Argument(
+            metavar="GLOB", help="Files to fetch, in this order, e.g. '*.json'. Default: all files."
+        ),
     ] = None,
     limit_rate: RateOption = None,
     anonymous: AnonymousOption = False,
@@ -45,85 +45,74 @@ def prefetch(
 ) -> None:
     """Fetch files of a checkpoint into the node's cache, and wait for them.
 
-    What is read meanwhile goes first. Without a GLOB, all files are fetched, or those below a PATH
-    inside the mount; a GLOB is on paths relative to it, and * also matches /. What was fetched
-    stays in the cache when the command has ended.
+    Reads of programs have priority. A GLOB matches paths relative to the URI or PATH, and its *
+    also matches /. Fetched bytes stay in the cache, even if the command is interrupted. If a file
+    cannot be fetched, or a GLOB matches no file, the exit status is 1.
     """
-    path_or_uri = asked(path_or_uri, anonymous)
-    state = fetch(path_or_uri, Wanted(globs or []), limit_rate, as_json)
-    if globs and not state.files and not state.early_code:
-        raise PrefetchFailed(
-            f"no file in {shown_uri(path_or_uri)} matches {printable(' '.join(globs))}; "
-            "ckptfs ls lists them"
-        )
-    raise_failures(state)
+    target = target_of(path_or_uri, anonymous)
+    state = fetch(target, Wanted(globs or []), limit_rate, as_json)
+    raise_failures(state, target)
 
 
-def fetch(path_or_uri: str, wanted: Wanted, limit_rate: str | None, as_json: bool) -> Prefetching:
-    """Fetch what is wanted of a checkpoint, with a bar, and say what that was. Globs count from a
-    PATH in the checkpoint. What failed is in the result."""
+def fetch(target: Target, wanted: Wanted, limit_rate: str | None, as_json: bool) -> Prefetching:
+    """Fetch files or ranges of a checkpoint with a progress bar, and print the result. Globs are
+    relative to the target's path. The returned state has the failures."""
     if limit_rate is not None:
         wanted = msgspec.structs.replace(wanted, rate=parse_rate(limit_rate))
     begun_s = time.monotonic()
-    try:
-        state = _run(path_or_uri, wanted)
-    except KeyboardInterrupt:
-        raise typer.Exit(output.INTERRUPTED) from None
+    state = _run(target, wanted)
     seconds = time.monotonic() - begun_s
     if as_json:
         _print_json(state, seconds)
-    else:
+    elif state.files or not state.early_code:
+        files = counted(state.files, "file")
         print(
-            f"{state.files} files, {output.size(state.bytes)}: "
+            f"{files}, {output.size(state.bytes)}: "
             f"{output.size(state.fetched)} fetched in {seconds:.1f} s, "
             f"{output.size(state.cached)} were cached"
         )
     return state
 
 
-def _run(path_or_uri: str, wanted: Wanted) -> Prefetching:
-    from ckptfs._progress import progress_bar  # rich.progress is slow to import
+def _run(target: Target, wanted: Wanted) -> Prefetching:
+    from ckptfs._os.progress_bar import progress_bar  # rich.progress is slow to import
 
     with (
-        _found(path_or_uri, wanted.globs) as (connection, name, globs),
+        _found(target, wanted.globs) as (connection, name, prefix),
         progress_bar(f"fetching {name}") as progress,
     ):
-        if wanted.plan is None:
-            wanted = msgspec.structs.replace(wanted, globs=list(globs))
-        return connection.prefetch(name, wanted, progress)
+        if wanted.plan is not None:
+            return connection.prefetch(name, wanted, progress)
+        # A prefix that is not a directory is the path of a file.
+        is_file = prefix and not prefix.endswith("/")
+        globs = [prefix] if is_file else [prefix + each for each in wanted.globs or ["*"]]
+        wanted = msgspec.structs.replace(wanted, globs=globs)
+        state = connection.prefetch(name, wanted, progress)
+        unmatched = [each.removeprefix(prefix) for each in state.unmatched]
+        return msgspec.structs.replace(state, unmatched=unmatched)
 
 
 @contextlib.contextmanager
-def _found(
-    path_or_uri: str, globs: Sequence[str]
-) -> Generator[tuple[Connection, str, Sequence[str]]]:
-    """A connection to the daemon that has the checkpoint, its name there, and the globs as seen
-    from its root. A URI is attached as long as the context lasts."""
-    if is_uri(path_or_uri):
-        with (
-            _client.attached(location_of(path_or_uri)) as (_, reply),
-            _client.connect() as connection,
-        ):
-            yield connection, reply.name, globs or ["*"]
+def _found(target: Target, globs: Sequence[str]) -> Generator[tuple[Connection, str, str]]:
+    """Yield a connection to the daemon, the checkpoint's name there, and a prefix for each glob,
+    which is the target's path in the checkpoint. The context keeps a place attached."""
+    if target.place is not None:
+        with client.attached(target.place) as (_, reply), client.connect() as connection:
+            yield connection, reply.name, ""
         return
-    top = xattrs.root_of(path_or_uri)
-    below = glob.escape(os.path.relpath(os.path.realpath(path_or_uri), top))
-    if os.path.isdir(path_or_uri):
-        prefix = "" if below == os.curdir else f"{below}/"
-        below_root = [f"{prefix}{each}" for each in globs or ["*"]]
+    top = xattrs.root_of(target.path)
+    prefix = glob.escape(os.path.relpath(os.path.realpath(target.path), top))
+    if os.path.isdir(target.path):
+        prefix = "" if prefix == os.curdir else f"{prefix}/"
     elif globs:
-        raise LocationError(f"{path_or_uri} is a file; give globs with its directory")
-    else:
-        below_root = [below]
-    with _client.connect() as connection:
-        yield connection, os.path.basename(top), below_root
+        raise LocationError(f"{target.path} is a file; give its directory with globs")
+    with client.connect() as connection:
+        yield connection, target.name, prefix
 
 
 def _print_json(state: Prefetching, seconds: float) -> None:
-    errors = [
-        {"path": error.path, "code": error.code, "message": error.message} for error in state.errors
-    ]
-    if state.early_code:  # not of one file
+    errors = [msgspec.structs.asdict(error) for error in state.errors]
+    if state.early_code:  # the cause is not a single file
         errors.append({"path": "", "code": state.early_code, "message": state.early_message})
     output.print_json(
         {
@@ -133,22 +122,12 @@ def _print_json(state: Prefetching, seconds: float) -> None:
             "cached": state.cached,
             "seconds": round(seconds, 3),
             "errors": errors,
+            "unmatched": state.unmatched,
         }
     )
 
 
-def raise_failures(state: Prefetching) -> None:
-    """One line for all that went wrong."""
-    said: list[str] = []
-    if state.early_code:
-        said.append(f"the prefetch ended early: {state.early_message}")
-    if state.error_count:
-        shown = [error.message for error in state.errors[:_SHOWN_MAX]]
-        if state.error_count > len(shown):
-            shown.append(f"and {state.error_count - len(shown)} more (--json lists them)")
-        said.append(
-            f"{state.error_count} of {state.files} files could not be fetched: {'; '.join(shown)}"
-        )
-    if said:
-        kind = BY_CODE.get(state.early_code, CkptfsError) if state.early_code else PrefetchFailed
-        raise kind("; ".join(said))
+def raise_failures(state: Prefetching, target: Target) -> None:
+    """Raise one error for all failures."""
+    if (error := failure_of(state, target.shown)) is not None:
+        raise error

@@ -1,4 +1,4 @@
-"""``report``: a page that shows how a checkpoint was read."""
+"""``report``: write a page about the reads of a checkpoint."""
 
 import contextlib
 import os
@@ -8,26 +8,34 @@ from typing import Annotated
 
 import typer
 
-from ckptfs._model import formats
-from ckptfs._model.layout import tensors_of_file
+from ckptfs._model.formats import headers
+from ckptfs._model.formats.tensors import tensors_of_file
 from ckptfs._model.manifest import printable
-from ckptfs._model.replies import Trace
+from ckptfs._model.protocol.replies import Trace
 from ckptfs.cli import output
-from ckptfs.cli.checkpoints import PathOrUriArgument, traced
+from ckptfs.cli.checkpoints import PathOrUriArgument
+from ckptfs.cli.target import traced
 
 _REPORTED_FILES_MAX = 500
-"""Files whose headers are looked at for the names of tensors."""
+"""Maximum number of files whose headers are read for the names of tensors."""
 
 
 def report(
     path_or_uri: PathOrUriArgument,
     out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The file to write. Default: report.html."
+        ),
     ] = Path("report.html"),
     as_json: output.JsonOption = False,
 ) -> None:
-    """Show how a checkpoint was read since it was attached: when, by whom, what for, how long it
-    took and what was fetched in vain. Writes one HTML file, and prints its path."""
+    """Write a page that shows how a checkpoint was read, and why it was slow. Prints its path.
+
+    The page covers the time since the attach. It shows the reads of each process, the fetches for
+    them, the bytes that were fetched and never read, and the slowest requests. It is one HTML file
+    without scripts. The daemon keeps these data for a while after the job has ended.
+    """
     from ckptfs._report import analysis, page
 
     trace, top, _ = traced(path_or_uri)
@@ -35,7 +43,7 @@ def report(
         output.print_json(trace)
         return
     files = {file.index: (file.path, file.size) for file in trace.files}
-    summary = analysis.summarise(files, trace.accesses, trace.fetches, trace.lent)
+    summary = analysis.summarise(files, trace.accesses, trace.fetches, trace.passthrough)
     tensors = [
         found
         for use in summary.files[:_REPORTED_FILES_MAX]
@@ -56,7 +64,7 @@ def report(
     print(out)
 
 
-def _tensors(path: str) -> list[formats.Tensor]:
+def _tensors(path: str) -> list[headers.Tensor]:
     with contextlib.suppress(OSError):
         return tensors_of_file(path)
     return []
@@ -64,17 +72,17 @@ def _tensors(path: str) -> list[formats.Tensor]:
 
 def _notes(trace: Trace) -> list[str]:
     notes: list[str] = []
-    if trace.lent:
+    if trace.passthrough:
         notes.append(
-            f"{len(trace.lent)} of the files were complete in the cache when they were opened: the "
-            "kernel has read these by itself then, unseen."
+            f"{len(trace.passthrough)} of the files were complete in the cache when they were "
+            "opened. The kernel then read them itself, and these reads are not shown."
         )
     if trace.left_out:
         notes.append(
-            f"{trace.left_out} later reads and fetches are not shown: there were too many."
+            f"{trace.left_out} later reads and fetches are not shown, because they were too many."
         )
     if trace.restarts and not trace.accesses:
-        notes.append("The daemon was replaced meanwhile; what was before that is not known.")
+        notes.append("The daemon was replaced meanwhile, so earlier reads are not shown.")
     if not trace.accesses and not trace.fetches:
         notes.append("Nothing was read yet.")
     return notes

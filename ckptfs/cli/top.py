@@ -1,4 +1,4 @@
-"""``top``: what happens now, by checkpoint and process."""
+"""``top``: the current activity, by checkpoint and process."""
 
 import contextlib
 import os
@@ -7,58 +7,88 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ckptfs import _client, _connection
+from ckptfs._client import client
+from ckptfs._client.connection import Connection
 from ckptfs._model.manifest import printable
+from ckptfs._model.protocol.requests import Activity
+from ckptfs._model.units import brief_count, brief_duration, brief_size, parse_duration
 from ckptfs.cli import output
-from ckptfs.cli.activity import SORTS, Line, Picture, Sort, picture
-from ckptfs.cli.numbers import count, duration, size
+from ckptfs.cli.counter_deltas import SORTS, Line, Picture, Sort, picture
+from ckptfs.errors import AgeError
 
 _WIDE = 110
-"""Columns from which on all of the table is shown."""
+"""Terminals with fewer columns get a part of the table."""
 _PLACE_WIDTH_MIN = 20
 _PIPED_WIDTH = 160
+_ENDED_SHOWN_S = 5.0
+"""Long enough to read a process's last figures, on a screen that changes each second."""
+_INTERVAL_S_MIN, _INTERVAL_S_MAX = 0.2, 60.0
+"""A shorter interval would keep the daemon busy. A longer one would delay the answer to keys."""
 
 
 def top(
     as_json: output.JsonOption = False,
-    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
-    interval_s: Annotated[
-        float, typer.Option("--interval", min=0.2, max=60, help="Seconds between two looks.")
-    ] = 1.0,
-    sort: Annotated[Sort, typer.Option("--sort", help="What comes first.")] = "read",
+    once: Annotated[bool, typer.Option("--once", help="Print one snapshot and exit.")] = False,
+    interval: Annotated[
+        str,
+        typer.Option(
+            metavar="DURATION", help="Time between two snapshots, from 200ms to 1min. Default: 1s."
+        ),
+    ] = "1s",
+    sort: Annotated[
+        Sort,
+        typer.Option(
+            metavar="|".join(SORTS), help="Column to sort by, the highest first. Default: read."
+        ),
+    ] = "read",
 ) -> None:
-    """Show live what is read, and what comes from the store, the cache and the kernel.
+    """Show reads live, and the bytes from the store, from the cache and by the kernel.
 
-    Keys: q ends it, s sorts by the next column, p shows or hides the processes.
+    A pipe gets one snapshot. The key q quits, s sorts by the next column, and p shows or hides the
+    processes. A process that has ended stays visible for a few seconds.
     """
-    with _client.connect() as connection:
+    interval_s = _interval_of(interval)
+    with client.connect() as connection:
         if as_json or once or not sys.stdout.isatty():
-            before = connection.activity()
+            before = connection.ask(Activity())
             time.sleep(interval_s)
-            found = picture(before, connection.activity(), time.time(), sort)
+            found = picture(before, connection.ask(Activity()), time.time(), sort)
             if as_json:
                 output.print_json(found)
             else:
-                screen = Screen(sort)
-                console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+                screen = Screen(sort, ended_shown_s=0)
+                console = output.Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
                 console.print(screen.shown(found, console.width, None))
             return
         _run(connection, interval_s, Screen(sort))
 
 
-def _run(connection: _connection.Connection, interval_s: float, screen: "Screen") -> None:
-    console = Console()
-    before = after = connection.activity()
-    with _keys(), _live(console) as live:
+def _interval_of(text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except AgeError as error:
+        raise typer.BadParameter(str(error), param_hint="'--interval'") from None
+    if not _INTERVAL_S_MIN <= seconds <= _INTERVAL_S_MAX:
+        raise typer.BadParameter(f"{text} is not from 200ms to 1min", param_hint="'--interval'")
+    return seconds
+
+
+def _run(connection: Connection, interval_s: float, screen: "Screen") -> None:
+    console = output.Console()
+    before = after = connection.ask(Activity())
+    # Standard output is not redirected, because `output.share` asks it what it can show.
+    live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False)
+    with _keys(), live:
         while True:
             next_s = time.monotonic() + interval_s
             while (left_s := next_s - time.monotonic()) > 0:
@@ -67,18 +97,13 @@ def _run(connection: _connection.Connection, interval_s: float, screen: "Screen"
                 key = _key(left_s)
                 if key == "q":
                     return
-                screen.take_key(key)
-            before, after = after, connection.activity()
-
-
-def _live(console: Console) -> Live:
-    # Standard output stays what it is: `output.share` asks it what it can show.
-    return Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False)
+                screen.apply_key(key)
+            before, after = after, connection.ask(Activity())
 
 
 @contextlib.contextmanager
 def _keys() -> Generator[None]:
-    """Let single keys come in, without an echo."""
+    """Read single keys, without an echo."""
     if not sys.stdin.isatty():
         yield
         return
@@ -92,7 +117,7 @@ def _keys() -> Generator[None]:
 
 
 def _key(timeout_s: float) -> str:
-    """The next key; "": none within that time."""
+    """The next key, or "" if none is pressed within that time."""
     if not sys.stdin.isatty():
         time.sleep(timeout_s)
         return ""
@@ -102,21 +127,24 @@ def _key(timeout_s: float) -> str:
 
 
 class Screen:
-    """How it is shown, and what the keys have changed about that."""
+    """The layout of the screen, and its settings by keys."""
 
-    def __init__(self, sort: Sort) -> None:
+    def __init__(self, sort: Sort, ended_shown_s: float = _ENDED_SHOWN_S) -> None:
         self.sort: Sort = sort
+        self._ended_shown_s = ended_shown_s
         self._with_processes = True
+        self._ended: dict[tuple[str, int], float] = {}  # when the screen first saw its end
 
-    def take_key(self, key: str) -> None:
-        """Change what it asks for."""
+    def apply_key(self, key: str) -> None:
+        """Apply a key."""
         if key == "s":
             self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
         elif key == "p":
             self._with_processes = not self._with_processes
 
     def shown(self, found: Picture, width: int, height: int | None) -> RenderableType:
-        """What is to be printed. `height`: of the terminal; None: all of it is printed."""
+        """The text to print. `height` is the terminal's; None prints all lines."""
+        self._note_ended(found)
         head = _head(found, width)
         foot = Text(f"q end   s sort: {self.sort}   p processes", style="dim", no_wrap=True)
         rows_max = None if height is None else max(1, height - len(head) - 4)
@@ -130,7 +158,7 @@ class Screen:
             (line, is_process)
             for checkpoint in found.checkpoints
             for line, is_process in _with_processes(checkpoint)
-            if self._with_processes or not is_process
+            if not is_process or (self._with_processes and self._is_recent(checkpoint, line, found))
         ]
         left_out = found.checkpoints_left_out
         if rows_max is not None and len(lines) > rows_max:
@@ -138,85 +166,86 @@ class Screen:
             lines = lines[: rows_max - 1]
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         is_wide = width >= _WIDE
-        columns = [name for name, wide_only in _COLUMNS if is_wide or not wide_only]
-        place_width = max(_PLACE_WIDTH_MIN, width - sum(_WIDTHS[name] + 1 for name in columns))
+        columns = [column for column in _COLUMNS if is_wide or not column.is_wide]
+        place_width = max(_PLACE_WIDTH_MIN, width - sum(column.width + 1 for column in columns))
         table.add_column("CHECKPOINT", no_wrap=True, width=place_width)
-        for name in columns:
-            table.add_column(name, justify="right", no_wrap=True, width=_WIDTHS[name])
+        for column in columns:
+            table.add_column(column.name, justify="right", no_wrap=True, width=column.width)
         for line, is_process in lines:
-            cells = _cells(line, is_process)
             style = "dim" if is_process else ""
             place = _place(line, is_process, place_width)
-            table.add_row(place, *[cells[name] for name in columns], style=style)
+            cells = [column.cell(line, is_process) for column in columns]
+            table.add_row(place, *cells, style=style)
         if left_out > 0:
             return Group(table, Text(f"and {left_out} more checkpoints", style="dim"))
         return table
 
+    def _note_ended(self, found: Picture) -> None:
+        """Note when processes ended, on the daemon's clock."""
+        ended = [(c.name, p.pid) for c in found.checkpoints for p in c.processes if p.ended]
+        self._ended = {each: self._ended.get(each, found.up_s) for each in ended}
+
+    def _is_recent(self, checkpoint: Line, process: Line, found: Picture) -> bool:
+        """Whether a process runs, or ended a moment ago."""
+        if not process.ended or process.reads_per_s or process.store_bytes_per_s:
+            return True
+        return found.up_s - self._ended[checkpoint.name, process.pid] < self._ended_shown_s
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of figures.
+
+    Attributes:
+        width: Its width in characters.
+        text: Function from a line to its figure.
+        is_wide: Whether a narrow terminal leaves it out.
+        has_processes: Whether lines of processes have a figure.
+        style: Style of figures other than 0.
+    """
+
+    name: str
+    width: int
+    text: Callable[[Line], str]
+    is_wide: bool = False
+    has_processes: bool = True
+    style: str = ""
+
+    def cell(self, line: Line, is_process: bool) -> Text:
+        """The figure in the table."""
+        text = self.text(line) if self.has_processes or not is_process else ""
+        return Text(text, style="" if text == "0" else self.style)
+
 
 _COLUMNS = (
-    ("READS/s", False),
-    ("READ/s", False),
-    ("CACHE/s", True),
-    ("STORE/s", False),
-    ("HIT", False),
-    ("P50", False),
-    ("P99", False),
-    ("WAIT", False),
-    ("FLIGHT", True),
-    ("QUEUE", True),
-    ("OPEN", True),
-    ("KERNEL", True),
-    ("ERR", False),
+    _Column("READS/s", 7, lambda row: brief_count(row.reads_per_s)),
+    _Column("READ/s", 7, lambda row: brief_size(row.read_bytes_per_s)),
+    _Column("CACHE/s", 7, lambda row: brief_size(row.cache_bytes_per_s), is_wide=True),
+    _Column("STORE/s", 7, lambda row: brief_size(row.store_bytes_per_s)),
+    _Column("HIT", 4, lambda row: _share(row.hit_ratio)),
+    _Column("P50", 6, lambda row: brief_duration(row.p50_s)),
+    _Column("P99", 6, lambda row: brief_duration(row.p99_s)),
+    _Column("WAIT", 4, lambda row: brief_count(row.waiting), style="yellow"),
+    _Column("FLIGHT", 6, lambda row: brief_count(row.in_flight), is_wide=True, has_processes=False),
+    _Column("QUEUE", 5, lambda row: brief_count(row.queued), is_wide=True, has_processes=False),
+    _Column("OPEN", 5, lambda row: brief_count(row.open_files), is_wide=True),
+    _Column("KERNEL", 6, lambda row: brief_count(row.kernel_opens), is_wide=True),
+    _Column("ERR", 4, lambda row: brief_count(row.errors + row.failures), style="red"),
 )
-"""Name, and whether a narrow terminal has no room for it."""
-_WIDTHS = {
-    "READS/s": 7,
-    "READ/s": 7,
-    "CACHE/s": 7,
-    "STORE/s": 7,
-    "HIT": 4,
-    "P50": 6,
-    "P99": 6,
-    "WAIT": 4,
-    "FLIGHT": 6,
-    "QUEUE": 5,
-    "OPEN": 5,
-    "KERNEL": 6,
-    "ERR": 4,
-}
 
 
 def _with_processes(checkpoint: Line) -> list[tuple[Line, bool]]:
-    """The line of a checkpoint, and those of its processes: True. Those that are of no single
-    process are shown while something happens."""
+    """The line of a checkpoint (False), and the lines of its processes (True). Lines of several
+    processes are shown only while they are active."""
     shown = [p for p in checkpoint.processes if p.pid or p.reads_per_s or p.store_bytes_per_s]
     return [(checkpoint, False), *((process, True) for process in shown)]
 
 
-def _cells(line: Line, is_process: bool) -> dict[str, Text]:
-    errors = line.errors + line.failures
-    return {
-        "READS/s": Text(count(line.reads_per_s)),
-        "READ/s": Text(size(line.read_bytes_per_s)),
-        "CACHE/s": Text(size(line.cache_bytes_per_s)),
-        "STORE/s": Text(size(line.store_bytes_per_s)),
-        "HIT": Text("" if line.hit_ratio is None else f"{int(100 * line.hit_ratio)}%"),
-        "P50": Text(duration(line.p50_s)),
-        "P99": Text(duration(line.p99_s)),
-        "WAIT": Text(count(line.waiting), style="yellow" if line.waiting else ""),
-        "FLIGHT": Text("" if is_process else count(line.in_flight)),
-        "QUEUE": Text("" if is_process else count(line.queued)),
-        "OPEN": Text(count(line.open_files)),
-        "KERNEL": Text(count(line.kernel_opens)),
-        "ERR": Text(count(errors), style="red" if errors else ""),
-    }
-
-
 def _place(line: Line, is_process: bool, width: int) -> Text:
-    """Of a checkpoint the end of its URI, which tells it from others; of a process what it is."""
+    """A checkpoint's URI, cut at its beginning because the end differs; or a process."""
     if is_process:
         text = f"{line.pid} {line.name}".strip() if line.pid else line.name
-        return Text("  " + printable(text))
+        return Text(f"  {printable(text)}{' (ended)' if line.ended else ''}")
     text = printable(line.uri.partition("?")[0])
     return Text(text if len(text) <= width else "…" + text[1 - width :])
 
@@ -224,21 +253,28 @@ def _place(line: Line, is_process: bool, width: int) -> Text:
 def _head(found: Picture, width: int) -> list[Text]:
     node = found.node
     restarts = f"   restarts {found.restarts}" if found.restarts else ""
-    up = duration(found.up_s)
+    up = brief_duration(found.up_s)
     lines = [
         f"ckptfs {found.version}   pid {found.pid}   up {up}{restarts}   {found.mount}",
         _rates("reads", node.reads_per_s, node.read_bytes_per_s, node.p50_s, node.p99_s)
-        + f"  hit {_share(node.hit_ratio)}  waiting {node.waiting}  errors {count(node.errors)}",
-        _rates("store", found.requests_per_s, node.store_bytes_per_s, *_request_times(found))
-        + f"  running {found.running}  queue {node.queued}  failed {count(node.failures)}",
-        f"kernel {count(node.kernel_opens)} opens of files that it reads by itself"
+        + f"  hit {_share(node.hit_ratio) or '-'}"
+        + f"  waiting {node.waiting}  errors {brief_count(node.errors)}",
+        _rates(
+            "store",
+            found.requests_per_s,
+            node.store_bytes_per_s,
+            found.request_p50_s,
+            found.request_p99_s,
+        )
+        + f"  running {found.running}  queue {node.queued}  failed {brief_count(node.failures)}",
+        f"kernel {brief_count(node.kernel_opens)} opens of files that it reads by itself"
         f" (passthrough {found.passthrough})",
     ]
-    cache = Text(f"cache {size(found.cache_bytes)}")
+    cache = Text(f"cache {brief_size(found.cache_bytes)}")
     if found.cache_bytes_max:
         cache = Text("cache ") + output.share(found.cache_bytes, found.cache_bytes_max)
-        cache += f"   {size(found.cache_bytes)} of {size(found.cache_bytes_max)}"
-    cache += f"   evicted {size(found.evicted_bytes)}"
+        cache += f"   {brief_size(found.cache_bytes)} of {brief_size(found.cache_bytes_max)}"
+    cache += f"   evicted {brief_size(found.evicted_bytes)}"
     head = [*map(Text, lines), cache]
     for text in head:
         text.no_wrap = True
@@ -249,13 +285,9 @@ def _head(found: Picture, width: int) -> list[Text]:
 def _rates(
     what: str, per_s: float, bytes_per_s: float, p50_s: float | None, p99_s: float | None
 ) -> str:
-    rates = f"{what} {count(per_s):>5}/s {size(bytes_per_s):>6}/s"
-    return f"{rates}  p50 {duration(p50_s) or '-':>5}  p99 {duration(p99_s) or '-':>5}"
-
-
-def _request_times(found: Picture) -> tuple[float | None, float | None]:
-    return found.request_p50_s, found.request_p99_s
+    rates = f"{what} {brief_count(per_s):>5}/s {brief_size(bytes_per_s):>6}/s"
+    return f"{rates}  p50 {brief_duration(p50_s) or '-':>5}  p99 {brief_duration(p99_s) or '-':>5}"
 
 
 def _share(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{int(100 * ratio)}%"
+    return "" if ratio is None else f"{int(100 * ratio)}%"

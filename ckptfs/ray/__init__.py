@@ -1,44 +1,52 @@
 """ckptfs for Ray: checkpoints that mount instead of being downloaded, also on many nodes.
 
-- Checkpoints that mount: `Checkpoint`, `install`, `MountCallback`; see ``_mounting``.
-- A checkpoint for all nodes of a cluster for the price of one download: `broadcast`, and in Ray
-  Train `RestoreCallback`; see ``_broadcast``. `warm` is for nodes that read from the store each for
-  itself.
+    >>> from ckptfs.ray import Checkpoint  # instead of ray.train.Checkpoint
 
-Each name is loaded when it is first used: Ray Train takes seconds, and the actors of a broadcast do
-without it.
+Checkpoints that mount
+    `Checkpoint` replaces Ray's class for the checkpoints that your code makes. For those that Ray
+    makes, use `install` in one process, or `MountCallback` in all workers of a Ray Train run.
+Many nodes
+    `broadcast` brings a checkpoint to all nodes of a cluster for the price of one download.
+    `RestoreCallback` does so before the workers of a Ray Train run begin. `warm` is for nodes that
+    need different files.
+
+``ckptfs help ray`` shows the page about it.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+# Each name is loaded at its first use, because Ray Train takes seconds to import, and the actors of
+# a broadcast do not need it.
+
+from typing import TYPE_CHECKING
+
+from ckptfs._os.lazy import lazy as _lazy
 
 if TYPE_CHECKING:
-    from ckptfs.ray._broadcast import BroadcastReport as BroadcastReport
-    from ckptfs.ray._broadcast import NodeReport as NodeReport
-    from ckptfs.ray._broadcast import broadcast as broadcast
-    from ckptfs.ray._mounting import Checkpoint as Checkpoint
-    from ckptfs.ray._mounting import MountCallback as MountCallback
-    from ckptfs.ray._mounting import install as install
-    from ckptfs.ray._mounting import uninstall as uninstall
-    from ckptfs.ray._restoring import RestoreCallback as RestoreCallback
-    from ckptfs.ray._warming import Warming as Warming
-    from ckptfs.ray._warming import warm as warm
+    from ckptfs.ray._broadcast import BroadcastReport, NodeReport, broadcast
+    from ckptfs.ray._mounting import Checkpoint, MountCallback, install, uninstall
+    from ckptfs.ray._restoring import RestoreCallback
+    from ckptfs.ray._warming import Warming, warm
 
-_HOMES = {
-    "BroadcastReport": "_broadcast",
-    "Checkpoint": "_mounting",
-    "MountCallback": "_mounting",
-    "NodeReport": "_broadcast",
-    "RestoreCallback": "_restoring",
-    "Warming": "_warming",
-    "broadcast": "_broadcast",
-    "install": "_mounting",
-    "uninstall": "_mounting",
-    "warm": "_warming",
+_MODULES = {
+    "_broadcast": ("BroadcastReport", "NodeReport", "broadcast"),
+    "_mounting": ("Checkpoint", "MountCallback", "install", "uninstall"),
+    "_restoring": ("RestoreCallback",),
+    "_warming": ("Warming", "warm"),
 }
+__all__ = ["BroadcastReport", "Checkpoint", "MountCallback", "NodeReport", "RestoreCallback"]
+__all__ += ["Warming", "broadcast", "install", "uninstall", "warm"]
 
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
+    _homes = {name: f"ckptfs.ray.{home}" for home, names in _MODULES.items() for name in names}
+    _load, __dir__ = _lazy("ckptfs.ray", _homes, __all__)
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"ckptfs.ray.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'ckptfs.ray' has no attribute {name!r}")
+    def __getattr__(name):
+        try:
+            return _load(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "ray":
+                raise
+            raise ModuleNotFoundError(
+                f"ckptfs.ray.{name} needs Ray, which is not installed here; install it with "
+                "pip install 'ray[train]'",
+                name="ray",
+            ) from None

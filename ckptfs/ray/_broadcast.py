@@ -1,22 +1,15 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
-"""A cluster gets a checkpoint for the price of one download.
+"""A cluster gets a checkpoint for the price of one download."""
 
-`broadcast` has each part of a checkpoint read from the store by one node, and taken to the caches
-of the others through Ray's object store; ``_course`` decides who does what, ``_peer`` is a
-node's end. What it could not bring, each node reads from the store when it is needed: after a
-broadcast a checkpoint is read as ever, through a mount of the node's daemon.
+# One node reads each part of a checkpoint from the store. Ray's object store brings it to the
+# caches of the others. `_schedule` decides which node reads which part, and `_peer` is a node's
+# end. After a broadcast programs read the checkpoint through a mount of the node's daemon as
+# always, which reads from the store what the broadcast could not bring.
+#
+# Versions: each node attaches the checkpoint, with its own credentials. The version that most nodes
+# see is the cluster's. A node that sees another version takes no part. The daemons verify each
+# block against the pinned version of their own attachment (`_daemon.attachment.block_exchange`).
 
-**Versions.** Each node attaches the checkpoint, with its own credentials. The version that most of
-them see is the cluster's; a node that sees another one takes no part. The daemons verify each block
-against the pinned version of their own attachment (``_daemon.exchange``).
-"""
-
-import fnmatch
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,63 +19,54 @@ from typing import Any, Literal
 
 import ray
 
+from ckptfs import errors
 from ckptfs._model.blocks import BLOCK_BYTES
+from ckptfs._model.globs import matcher
+from ckptfs._model.units import size_text
+from ckptfs._model.wording import counted
 from ckptfs._store.filesystems import FileSystem
-from ckptfs.errors import (
-    BY_CODE,
-    AccessDenied,
-    CheckpointNotFound,
-    DaemonError,
-    LimitExceeded,
-    NoDaemon,
-    NotAttached,
-    ObjectChanged,
-    ProtocolError,
-)
-from ckptfs.ray._course import Chunk, Course, chunks_of
-from ckptfs.ray._nodes import (
-    Nodes,
-    answer_of,
-    as_they_come,
-    end,
-    join,
-    node_ids,
-    place_of,
-    smallest_object_store,
-    start_peers,
-)
+from ckptfs.ray import _nodes
+from ckptfs.ray._nodes import AnyCheckpoint, Nodes, answer_of
 from ckptfs.ray._peer import Failure, Gave, Joined
+from ckptfs.ray._schedule import Chunk, Course, chunks_of, length_of
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES_MIN = 4 << 20
 _CHUNK_BYTES_MAX = 64 << 20
 _TURNS = 32
-"""A node has so many turns, so that none is idle in the end."""
+"""Chunks that each node gives, so that none is idle in the end."""
 _CHUNKS_ENOUGH = 256
-"""Turns of all nodes together, after which chunks get no smaller. Each is a message to each node,
-of which one driver sends some thousand a second: 100 GB in chunks of 4 MiB would take 512 nodes 50
+"""Chunks of all nodes together, after which chunks get no smaller. Each is a message to each node,
+and one driver sends about a thousand per second. 100 GB in chunks of 4 MiB would take 512 nodes 50
 minutes, in chunks of 64 MiB 5 (`scripts/simulate`)."""
 _GIVE_BYTES_MAX = 128 << 20
-"""Most bytes that a node gives at the same time: what its daemon has in flight at most."""
+"""Maximum number of bytes that a node gives at the same time, as its daemon has in flight."""
 _GIVES_MAX = 16
-"""Most chunks that a node gives at the same time: as many as its daemon has requests."""
+"""Maximum number of chunks that a node gives at the same time, as its daemon has requests."""
 _WINDOW_SHARE = 4
-"""A quarter of the smallest object store may be used."""
+"""A broadcast uses at most a quarter of the smallest object store."""
 _PATIENCE_S = 10.0
-"""How long all may wait for a slow node before they go on without it."""
+"""Longest wait of all nodes for a slow one, before they go on without it."""
 _PROGRESS_S = 0.25
-_HOPELESS = frozenset(
-    ["lost", *(e.code for e in (AccessDenied, DaemonError, NoDaemon, NotAttached, ProtocolError))]
-)
-"""Errors after which there is no point in asking a node for anything else: its actor is gone, or
-its daemon is, or it does not exchange blocks with this user or in this version."""
+_SHOWN_MAX = 10
+"""Nodes with trouble that a summary names. More of them usually have the same cause."""
+_NOT_BROUGHT = "no other node could bring it"
+_HOPELESS = frozenset(["lost", "access-denied", "daemon", "no-daemon", "not-attached", "protocol"])
+"""Errors after which a broadcast does not ask the node again: its actor or daemon has gone, or its
+daemon does not exchange blocks with this user or in this version."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node's part. Bytes; `left`: what it lacks and reads from the store when it is needed.
-    `error`: what went wrong there first, or ""; it may have been put right."""
+    """One node's part of a broadcast.
+
+    Attributes:
+        read: Bytes that its daemon gave, from the store or from its cache.
+        taken: Bytes that it took from other nodes.
+        left: Bytes that it lacks, and reads from the store when a program needs them.
+        error: The node's first error, or "". A later try may have succeeded.
+    """
 
     read: int
     taken: int
@@ -92,13 +76,14 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class BroadcastReport:
-    """What a broadcast has done.
+    """The result of a broadcast. ``print(report)`` shows a summary.
 
     Attributes:
-        version: Of the checkpoint, as ``user.ckptfs.version`` has it.
-        files, bytes: What was to be brought.
-        nodes: By Ray's node id.
-        seconds: How long it took.
+        version: The checkpoint's version, as in ``user.ckptfs.version``.
+        files: Number of files in the broadcast.
+        bytes: Total size of these files.
+        nodes: The report of each node, by Ray's node id.
+        seconds: Duration of the broadcast.
     """
 
     version: str
@@ -109,12 +94,30 @@ class BroadcastReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every node has everything."""
+        """Whether every node has all bytes."""
         return not any(node.left for node in self.nodes.values())
+
+    def __str__(self) -> str:
+        parts = self.nodes.values()
+        complete = sum(not part.left for part in parts)
+        lines = [
+            f"{counted(self.files, 'file')}, {size_text(self.bytes)}, in {self.seconds:.1f} s: "
+            f"{complete} of {len(parts)} nodes have all of it",
+            f"given by nodes {size_text(sum(part.read for part in parts))}, "
+            f"taken from other nodes {size_text(sum(part.taken for part in parts))}",
+        ]
+        troubled = [(name, part) for name, part in self.nodes.items() if part.left or part.error]
+        troubled.sort(key=lambda each: -each[1].left)
+        for name, part in troubled[:_SHOWN_MAX]:
+            state = f"lacks {size_text(part.left)}" if part.left else "has all of it"
+            lines.append(f"node {name} {state}: {part.error or _NOT_BROUGHT}")
+        if len(troubled) > _SHOWN_MAX:
+            lines.append(f"and {len(troubled) - _SHOWN_MAX} nodes more")
+        return "\n".join(lines)
 
 
 def broadcast(
-    checkpoint: Any,
+    checkpoint: AnyCheckpoint | str,
     nodes: Nodes = "all",
     files: Sequence[str] = (),
     *,
@@ -123,31 +126,40 @@ def broadcast(
     window_bytes: int | None = None,
     timeout_s: float = 120.0,
 ) -> BroadcastReport:
-    """Bring a checkpoint into the caches of many nodes, and read it from the store once.
+    """Bring a checkpoint into the caches of many nodes, and read it from the store only once.
 
-    Returns when that is done, as far as it can be: a node that cannot take part, dies or falls
-    silent, and a file that changes meanwhile, are in the report and the log, and are no error.
+    The function returns when the nodes have all that they can get. If a node cannot take part, dies
+    or falls silent, or if a file changes meanwhile, the others continue. The report and the log
+    name these nodes, which read from the store themselves.
+
+        >>> report = ckptfs.ray.broadcast("s3://bucket/run7/checkpoint_000100")
+        >>> print(report)
+        30 files, 30.0 MiB, in 6.4 s: 3 of 3 nodes have all of it
+        given by nodes 30.0 MiB, taken from other nodes 60.0 MiB
 
     Args:
         checkpoint: A ``ckptfs.Checkpoint``, one of Ray's, or a URI.
-        nodes: Who gets it; see `Nodes`. A placement group is waited for.
-        files: Globs on relative paths (``*`` also matches ``/``), in the order in which they are
-            wanted; empty: everything.
-        on: Where the course is decided: in this process, or in a Ray task, which suits a driver
-            that is far away. No content comes here in either case.
-        progress: Show a bar, where this process has a terminal.
-        window_bytes: Most bytes in each node's object store; None: a quarter of the smallest one.
-        timeout_s: A node from which nothing came for so long is given up.
+        nodes: The nodes that get it: "all" or None, a list of Ray's node ids, or a placement group,
+            for which the call waits.
+        files: Globs on relative paths (``*`` also matches ``/``), the most urgent first; empty for
+            all files.
+        on: The place that directs the broadcast: this process ("driver") or a Ray task ("task"),
+            which suits a distant driver. The files' contents never pass through this process.
+        progress: Whether to show a bar, if this process has a terminal or a notebook.
+        window_bytes: Maximum number of bytes in each node's object store; None for a quarter of the
+            smallest one.
+        timeout_s: Seconds without an answer after which the broadcast goes on without a node.
 
     Raises:
-        LocationError: It is a local directory, or in a filesystem that only this process has.
+        LocationError: The checkpoint is a local directory, or in a filesystem that only this
+            process has.
         CheckpointNotFound, CheckpointIsFile, AccessDenied, StoreError, DaemonError: No node could
-            attach it; the first one's reason.
-        ValueError: There are no such nodes.
+            attach it. The message is that of the first node.
+        ValueError: The cluster has no such nodes.
     """
-    filesystem, path = place_of(checkpoint)
+    filesystem, path = _nodes.place_of(checkpoint)
     options: dict[str, Any] = {"window_bytes": window_bytes, "timeout_s": timeout_s}
-    ids = node_ids(nodes)
+    ids = _nodes.node_ids(nodes)
     if on == "task":
         remote = ray.remote(num_cpus=0)(_broadcast)
         task = remote.remote(filesystem, path, ids, files, progress=progress, **options)
@@ -156,10 +168,10 @@ def broadcast(
 
 
 def chosen(files: Sequence[tuple[str, int]], globs: Sequence[str]) -> list[tuple[str, int]]:
-    """Those that match, in the order of the globs, each once; all where there are none."""
+    """The files that match, in the order of the globs; all files without globs."""
     found: dict[tuple[str, int], None] = {}
     for glob in globs or ["*"]:
-        matches = re.compile(fnmatch.translate(glob)).match
+        matches = matcher(glob)
         found |= dict.fromkeys(file for file in files if matches(file[0]))
     return list(found)
 
@@ -175,18 +187,14 @@ def _broadcast(
     timeout_s: float,
 ) -> BroadcastReport:
     began_s = time.monotonic()
-    window_bytes = window_bytes or smallest_object_store(ids) // _WINDOW_SHARE
+    window_bytes = window_bytes or _nodes.smallest_object_store(ids) // _WINDOW_SHARE
     with ExitStack() as stack:
-        # How large a chunk is good depends on the files, which a node has to say.
+        # The best size of a chunk depends on the files, and only a node can list them.
         chunk_bytes_max = max(BLOCK_BYTES, min(_CHUNK_BYTES_MAX, window_bytes // _WINDOW_SHARE))
-        peers = start_peers(filesystem, path, ids, chunk_bytes_max, _GIVES_MAX)
-        stack.callback(end, peers)
-        joined, failed = join(peers)
-        version = _version_of(joined, failed, path)
-        for name, answer in joined.items():
-            if answer.version != version:
-                failed[name] = Failure(ObjectChanged.code, "it sees another version of it")
-        partners = {n: peers[n] for n in joined if n not in failed}
+        peers = _nodes.start_peers(filesystem, path, ids, chunk_bytes_max, _GIVES_MAX)
+        stack.callback(_nodes.end, peers)
+        version, joined, failed = _joined(peers, path)
+        partners = {name: peers[name] for name in joined}
         files = chosen(_files(partners), globs)
         size = sum(length for _, length in files)
         chunk_bytes = _chunk_bytes(size, len(partners), chunk_bytes_max)
@@ -197,24 +205,16 @@ def _broadcast(
         show = stack.enter_context(_bar(f"broadcasting {path}")) if progress else None
         run = _Run(course, chunks, partners, timeout_s, show)
         run.run()
-        failed |= run.failed
-        nodes = {
-            name: NodeReport(
-                run.read_bytes[name],
-                run.taken_bytes[name],
-                course.left(name) if name in partners else size,
-                failed[name].message if name in failed else "",
-            )
-            for name in ids
-        }
-    report = BroadcastReport(version, len(files), size, nodes, time.monotonic() - began_s)
-    for name, node in nodes.items():
-        if node.left:
-            log.warning(
-                "broadcast of %s: node %s reads %d bytes from the store itself: %s",
-                *(path, name, node.left, node.error or "they could not be brought"),
-            )
-    return report
+    failed |= run.failed
+    nodes: dict[str, NodeReport] = {}
+    for name in ids:
+        left = course.left(name) if name in partners else size
+        error = failed[name].message if name in failed else ""
+        nodes[name] = NodeReport(run.read_bytes[name], run.taken_bytes[name], left, error)
+        if left:
+            text = "broadcast of %s: node %s reads %d bytes from the store itself: %s"
+            log.warning(text, path, name, left, error or _NOT_BROUGHT)
+    return BroadcastReport(version, len(files), size, nodes, time.monotonic() - began_s)
 
 
 def _chunk_bytes(size: int, nodes: int, most: int) -> int:
@@ -222,15 +222,21 @@ def _chunk_bytes(size: int, nodes: int, most: int) -> int:
     return min(most, max(_CHUNK_BYTES_MIN, fair)) // BLOCK_BYTES * BLOCK_BYTES
 
 
-def _version_of(joined: Mapping[str, Joined], failed: Mapping[str, Failure], path: str) -> str:
-    """The version that most see. Raises the first failure where there is none."""
-    versions = Counter(answer.version for answer in joined.values())
-    if versions:
-        return versions.most_common(1)[0][0]
-    for failure in failed.values():
-        error = BY_CODE.get(failure.code, DaemonError)
+def _joined(
+    peers: Mapping[str, Any], path: str
+) -> tuple[str, dict[str, Joined], dict[str, Failure]]:
+    """The version that most nodes see, these nodes, and the failures of the others. Raises the
+    first failure if no node has joined."""
+    joined, failed = _nodes.join(peers)
+    if not joined:
+        failure = next(iter(failed.values()))
+        error = errors.BY_CODE.get(failure.code, errors.DaemonError)
         raise error(f"no node could attach {path}: {failure.message}")
-    raise AssertionError
+    version = Counter(answer.version for answer in joined.values()).most_common(1)[0][0]
+    for name in [name for name, answer in joined.items() if answer.version != version]:
+        del joined[name]
+        failed[name] = Failure(errors.ObjectChanged.code, "it sees another version")
+    return version, joined, failed
 
 
 def _files(partners: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -238,7 +244,7 @@ def _files(partners: Mapping[str, Any]) -> list[tuple[str, int]]:
         answer = answer_of(peer.files.remote())
         if not isinstance(answer, Failure):
             return answer
-    raise CheckpointNotFound("no node could list the checkpoint's files")
+    raise errors.CheckpointNotFound("no node could list the checkpoint's files")
 
 
 def _what_is_there(
@@ -247,10 +253,10 @@ def _what_is_there(
     files: Sequence[tuple[str, int]],
     chunks: Sequence[Chunk],
 ) -> dict[str, set[int]]:
-    """The chunks that nodes have, because they have all files of which these are parts."""
+    """The chunks that each node has, because it has all files of these chunks."""
     has: dict[str, set[int]] = {name: set() for name in partners}
     refs = {partners[n].cached.remote(files): n for n in partners if joined[n].cached}
-    for ref, name in as_they_come(refs):
+    for ref, name in _nodes.as_they_come(refs):
         answer = answer_of(ref)
         if not isinstance(answer, Failure):
             whole = {file[0] for file, is_whole in zip(files, answer, strict=True) if is_whole}
@@ -261,7 +267,7 @@ def _what_is_there(
 
 
 class _Run:
-    """Carries a course out: asks the actors, and tells the course what they have done."""
+    """Asks the actors to carry out a course, and reports their answers to it."""
 
     def __init__(
         self,
@@ -276,11 +282,11 @@ class _Run:
         self._peers = peers
         self._timeout_s = timeout_s
         self._show = show
-        self._pending: dict[Any, tuple[str, int, str]] = {}  # what, chunk, node
-        self._owed: Counter[str] = Counter()  # how many of them, by node
+        self._pending: dict[Any, tuple[str, int, str]] = {}  # verb, chunk, node
+        self._owed: Counter[str] = Counter()  # number of pending answers, by node
         self._given: dict[int, Gave] = {}
         now_s = time.monotonic()
-        self._heard_s = dict.fromkeys(peers, now_s)  # from each node that owes an answer
+        self._heard_s = dict.fromkeys(peers, now_s)  # the last sign of a node with pending answers
         self._moved_s = now_s
         self._shown_s = 0.0
         self.read_bytes: Counter[str] = Counter()
@@ -288,7 +294,7 @@ class _Run:
         self.failed: dict[str, Failure] = {}
 
     def run(self) -> None:
-        """Until there is nothing more to do."""
+        """Run the course to its end."""
         while True:
             while (step := self._course.next_give()) is not None:
                 self._give(*step)
@@ -303,26 +309,26 @@ class _Run:
         call = self._peers[name].give.options(concurrency_group="give")
         self._note(call.remote(self._chunks[chunk], carried), "give", chunk, name)
 
-    def _note(self, ref: Any, what: str, chunk: int, name: str) -> None:
+    def _note(self, ref: Any, verb: str, chunk: int, name: str) -> None:
         if not self._owed[name]:
             self._heard_s[name] = time.monotonic()
         self._owed[name] += 1
-        self._pending[ref] = what, chunk, name
+        self._pending[ref] = verb, chunk, name
 
     def _wait(self) -> None:
         refs = list(self._pending)
         ready, _ = ray.wait(refs, timeout=_PROGRESS_S, fetch_local=False)
-        if ready:  # and whatever else is
+        if ready:  # take all other answers, too
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         for ref in ready:
             if ref in self._pending:
-                what, chunk, name = self._pending.pop(ref)
+                verb, chunk, name = self._pending.pop(ref)
                 self._owed[name] -= 1
                 self._heard_s[name] = self._moved_s = time.monotonic()
                 answer = answer_of(ref)
                 if isinstance(answer, Failure) and answer.code in _HOPELESS:
                     self._lost(name, answer)
-                elif what == "give":
+                elif verb == "give":
                     self._gave(chunk, name, answer)
                 else:
                     self._took(chunk, name, answer)
@@ -332,13 +338,12 @@ class _Run:
     def _gave(self, chunk: int, name: str, answer: Gave | Failure) -> None:
         if isinstance(answer, Failure):
             self._note_failure(name, chunk, answer)
-            changed = answer.code == ObjectChanged.code
-            self._course.gave_not(chunk, name, for_good=changed)
+            self._course.gave_not(chunk, name, for_good=answer.code == errors.ObjectChanged.code)
             return
-        self.read_bytes[name] += self._length(chunk)
+        self.read_bytes[name] += length_of(self._chunks[chunk])
         takers = self._course.gave(chunk, name)
         if answer.data is None:
-            for taker in takers:  # nobody wanted it when it was begun
+            for taker in takers:  # no other node wanted the chunk when it was begun
                 self._course.took(chunk, taker, whole=False)
             return
         if takers:
@@ -351,7 +356,7 @@ class _Run:
     def _took(self, chunk: int, name: str, answer: int | Failure) -> None:
         if isinstance(answer, Failure):
             self._note_failure(name, chunk, answer)
-            if answer.code == LimitExceeded.code:
+            if answer.code == errors.LimitExceeded.code:
                 self._course.full(name)
         else:
             self.taken_bytes[name] += answer
@@ -382,16 +387,13 @@ class _Run:
             self._shown_s = now_s
             self._show(*self._course.bytes_there())
 
-    def _length(self, chunk: int) -> int:
-        return sum(piece.length for piece in self._chunks[chunk])
-
 
 @contextmanager
 def _bar(what: str) -> Generator[Callable[[int, int], None]]:
-    """A bar in the driver, wherever this runs."""
+    """A bar in the driver, also if this process is a task of it."""
     worker = getattr(ray.get_runtime_context(), "worker", None)  # a Ray client has none
     if worker is None or worker.mode != ray.WORKER_MODE:
-        from ckptfs._progress import progress_bar  # rich is slow to import
+        from ckptfs._os.progress_bar import progress_bar  # rich is slow to import
 
         with progress_bar(what) as show:
             yield show

@@ -1,20 +1,7 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUntypedBaseClass=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-"""ckptfs for Ray: checkpoints that mount instead of being downloaded.
+"""Checkpoints of Ray that mount: a subclass of Ray's class, and a patch of its methods."""
 
-Three ways, from the smallest change on:
-
-- nothing in the code: Ray Train v2 takes ``RAY_TRAIN_CALLBACKS=ckptfs.ray.MountCallback`` from the
-  environment of the driver;
-- `install`, once per process, makes every ``ray.train.Checkpoint`` and ``ray.tune.Checkpoint`` of
-  the process mount;
-- `Checkpoint` instead of Ray's, for the checkpoints that you make yourself.
-
-However many workers of a node enter ``as_directory``, also with checkpoint objects of their own
-(each rank gets one after ``report``), they share one attachment: it belongs to the place and not to
-the object.
-"""
+# All workers of a node that enter `as_directory` share one attachment, also if each rank has its
+# own checkpoint object (as after `report`), because an attachment belongs to the place.
 
 from typing import Any
 
@@ -24,37 +11,38 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 
 from ckptfs import checkpoint as _checkpoint
 
-_METHODS = (
-    "as_directory",
-    "to_directory",
-    "get_metadata",
-    "set_metadata",
-    "update_metadata",
-)
+_METHODS = "as_directory", "to_directory", "get_metadata", "set_metadata", "update_metadata"
 _originals: dict[str, Any] = {}
 
 
 class Checkpoint(_checkpoint.Checkpoint, ray.tune.Checkpoint):
-    """A ``ray.tune.Checkpoint``, hence a ``ray.train.Checkpoint``, that mounts.
+    """A ``ray.train.Checkpoint`` and ``ray.tune.Checkpoint`` that mounts instead of downloading.
 
-    Can be given to ``report``, to ``resume_from_checkpoint`` and to whatever else takes Ray's. What
-    Ray hands back (``get_checkpoint``, ``Result.checkpoint``) is made by Ray: see `install`.
+        >>> from ckptfs.ray import Checkpoint  # in the place of ray.train.Checkpoint
+
+    Ray accepts it in place of its own class, for example in ``report`` and
+    ``resume_from_checkpoint``. Ray itself makes the checkpoints that it returns
+    (``get_checkpoint``, ``Result.checkpoint``). These mount after `install`.
     """
 
 
 def install() -> None:
     """Let every Ray checkpoint of this process mount, also those that Ray makes itself.
 
-    Ray's ``as_directory``, ``to_directory`` and the three metadata methods are replaced by those of
-    ``ckptfs.Checkpoint``; objects, classes and pickles stay Ray's. Calling it again does nothing.
+        >>> ckptfs.ray.install()
+        >>> with result.checkpoint.as_directory() as path:  # made by Ray
+        ...     model = load(path)
 
-    It works in the process that calls it. For the processes that Ray starts:
+    The function replaces Ray's ``as_directory``, ``to_directory`` and the three metadata methods by
+    those of ``ckptfs.Checkpoint``. Objects, classes and pickles stay Ray's. A second call does
+    nothing.
 
-    - Ray Train v2: `MountCallback`;
-    - Ray Tune, Ray Train v1 and plain tasks and actors:
-      ``ray.init(runtime_env={"worker_process_setup_hook": "ckptfs.ray.install"})``. The hook has to
-      be in ``ray.init``: Ray 2.60 ignores it, without a word, in
-      ``RunConfig(worker_runtime_env=…)``.
+    It has an effect only in the calling process. The processes that Ray starts need:
+
+    - in Ray Train v2, `MountCallback`;
+    - in Ray Tune, Ray Train v1, plain tasks and actors,
+      ``ray.init(runtime_env={"worker_process_setup_hook": "ckptfs.ray.install"})``. Ray 2.60
+      silently ignores the hook in ``RunConfig(worker_runtime_env=…)``.
     """
     for name in _METHODS:
         _originals.setdefault(name, getattr(_RayCheckpoint, name))
@@ -62,18 +50,19 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`."""
+    """Undo `install` in this process."""
     while _originals:
         setattr(_RayCheckpoint, *_originals.popitem())
 
 
 class MountCallback(WorkerCallback):
-    """Runs `install` in each worker of a Ray Train v2 run, before the training function.
+    """Lets Ray's checkpoints mount in each worker of a Ray Train v2 run.
 
-    ``RunConfig(callbacks=[MountCallback()])``, or in the driver's environment
-    ``RAY_TRAIN_CALLBACKS=ckptfs.ray.MountCallback``.
+    Pass it to the run, ``RunConfig(callbacks=[MountCallback()])``, or name it in the driver's
+    environment, ``RAY_TRAIN_CALLBACKS=ckptfs.ray.MountCallback``. It calls `install` in each worker
+    before the training function begins.
     """
 
     def after_init_train_context(self) -> None:
-        """Called by Ray in the worker."""
+        """Install the methods. Ray calls this in the worker."""
         install()

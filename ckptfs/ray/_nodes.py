@@ -1,12 +1,8 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 """The nodes of a Ray cluster, and an actor on each that has a checkpoint attached."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -14,30 +10,52 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ckptfs._store.describe import NotDescribable, describe
-from ckptfs._store.filesystems import FileSystem, local_path_of
+from ckptfs._store.filesystems import ArrowFileSystem, FileSystem, local_path_of
 from ckptfs.checkpoint import Checkpoint, filesystem_behind
 from ckptfs.errors import LocationError
 from ckptfs.ray._peer import Failure, Joined, Peer
 
-Nodes = Literal["all"] | list[str] | Any
-"""All nodes of the cluster, these (hex ids), or those of a ``PlacementGroup``'s bundles."""
+
+class RayCheckpoint(Protocol):
+    """A ``ray.train.Checkpoint``, as a type checker sees it where Ray is not installed."""
+
+    path: str
+
+    @property
+    def filesystem(self) -> ArrowFileSystem:  # pyright: ignore[reportUnknownParameterType]
+        """The filesystem that holds the checkpoint."""
+        ...
+
+
+AnyCheckpoint: TypeAlias = Checkpoint | RayCheckpoint
+
+
+class Bundles(Protocol):
+    """A ``PlacementGroup`` of Ray, as a type checker sees it where Ray is not installed."""
+
+    def ready(self) -> object:
+        """A reference that resolves when Ray has reserved the bundles."""
+        ...
+
+
+Nodes: TypeAlias = Literal["all"] | list[str] | Bundles | None
+"""All nodes of the cluster ("all" or None), a list of hex ids, or the nodes of a
+``PlacementGroup``'s bundles."""
 
 JOIN_S = 120.0
-"""Longest wait for a node to attach: a daemon is started, and the store lists."""
+"""Longest wait for a node to attach, which can start a daemon and lists the store."""
 _TAKES_MAX = 4
-"""Chunks that a node takes at the same time, of those that wait for it."""
+"""Maximum number of chunks that a node takes at the same time."""
 
 
-def place_of(checkpoint: Any) -> tuple[FileSystem, str]:
-    """Filesystem and path of a checkpoint that daemons of other nodes can attach.
-
-    Raises LocationError.
-    """
+def place_of(checkpoint: AnyCheckpoint | str) -> tuple[FileSystem, str]:
+    """Filesystem and path of a checkpoint that daemons of other nodes can attach. Raises
+    LocationError."""
     if isinstance(checkpoint, str):
         checkpoint = Checkpoint(checkpoint)
     filesystem, path = filesystem_behind(checkpoint), checkpoint.path
     if local_path_of(filesystem, path) is not None:
-        raise LocationError(f"{path} is a local directory: other nodes cannot attach it")
+        raise LocationError(f"{path} is a local directory; give a URI, which all nodes can attach")
     try:
         describe(filesystem, path)
     except NotDescribable as error:
@@ -46,29 +64,31 @@ def place_of(checkpoint: Any) -> tuple[FileSystem, str]:
 
 
 def node_ids(nodes: Nodes) -> list[str]:
-    """The living nodes that are meant. Raises ValueError."""
+    """The ids of the given nodes, which must be alive. Raises ValueError."""
     living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    if isinstance(nodes, PlacementGroup):
+    if nodes is None or nodes == "all":
+        found = sorted(living)
+    elif isinstance(nodes, PlacementGroup):
         ray.get(nodes.ready())
         found = placement_group_table(nodes)["bundles_to_node_id"].values()
-    elif nodes == "all":
-        found = sorted(living)
     elif isinstance(nodes, str):
-        raise ValueError(f'nodes must be "all", a list of node ids or a placement group: {nodes!r}')
+        raise ValueError(
+            f'nodes must be "all", None, a list of node ids or a placement group, not {nodes!r}'
+        )
     else:
-        found = nodes
+        found = cast("list[str]", nodes)
     ids = list(dict.fromkeys(found))
     if unknown := [name for name in ids if name not in living]:
         raise ValueError(f"no living node of the cluster has the id {', '.join(unknown)}")
     if not ids:
-        raise ValueError("the checkpoint is to be brought to no node")
+        raise ValueError("nodes is empty; name a node, or leave it out for all nodes")
     return ids
 
 
 def start_peers(
     filesystem: FileSystem, path: str, ids: Sequence[str], chunk_bytes: int, gives_max: int
 ) -> dict[str, Any]:
-    """An actor on each node; it takes none of the resources that jobs ask for."""
+    """Start an actor on each node. It takes no resources from jobs."""
     groups = {"give": gives_max, "take": _TAKES_MAX}
     remote = ray.remote(num_cpus=0, concurrency_groups=groups)(Peer)
     return {
@@ -80,7 +100,7 @@ def start_peers(
 
 
 def join(peers: Mapping[str, Any]) -> tuple[dict[str, Joined], dict[str, Failure]]:
-    """Have them attach the checkpoint: those that have, and the others."""
+    """Have the actors attach the checkpoint. Return their answers and their failures, by node."""
     refs = {peer.join.remote(): name for name, peer in peers.items()}
     joined: dict[str, Joined] = {}
     failed: dict[str, Failure] = {}
@@ -96,7 +116,7 @@ def join(peers: Mapping[str, Any]) -> tuple[dict[str, Joined], dict[str, Failure
 
 
 def as_they_come(refs: Mapping[Any, str], timeout_s: float = JOIN_S) -> Iterator[tuple[Any, str]]:
-    """The answers that are there within that time, and whose they are."""
+    """Yield each answer that arrives in time, with its node."""
     waiting, end_s = list(refs), time.monotonic() + timeout_s
     while waiting:
         left_s = max(0.0, end_s - time.monotonic())
@@ -107,7 +127,7 @@ def as_they_come(refs: Mapping[Any, str], timeout_s: float = JOIN_S) -> Iterator
 
 
 def answer_of(ref: Any) -> Any:
-    """What an actor has answered; a `Failure` where Ray has."""
+    """The answer of an actor, or a `Failure` if Ray raises an error."""
     try:
         return ray.get(ref)
     except RayActorError as error:
@@ -117,7 +137,7 @@ def answer_of(ref: Any) -> Any:
 
 
 def end(peers: Mapping[str, Any]) -> None:
-    """End the actors; each gives its attachment back."""
+    """End the actors, and with them their attachments."""
     for peer in peers.values():
         ray.kill(peer)
 

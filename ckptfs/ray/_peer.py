@@ -1,10 +1,5 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
 """One node's end of a broadcast: an actor that has the checkpoint attached, and carries blocks
-between the node's daemon and Ray's object store.
-"""
+between the node's daemon and Ray's object store."""
 
 import contextlib
 import mmap
@@ -14,34 +9,37 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from ckptfs import _client, _connection, _plans, xattrs
-from ckptfs._config import load_config
+from ckptfs import xattrs
+from ckptfs._client import client, plans
+from ckptfs._client.connection import Connection
+from ckptfs._config.load import load_config
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
-from ckptfs._model.plan import Plan, Wanted
-from ckptfs._model.requests import GiveBlocks, TakeBlocks
+from ckptfs._model.plans.plan import Plan, Wanted
+from ckptfs._model.protocol.requests import GiveBlocks, R, Request, TakeBlocks
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem
 from ckptfs.errors import CkptfsError
-from ckptfs.ray._course import Chunk, Piece
+from ckptfs.ray._schedule import Chunk, Piece, length_of
 
 _THREADS = 16
-"""Messages to the daemon at the same time: as many as it has requests to a store."""
+"""Number of concurrent messages to the daemon, which has as many requests to a store."""
 _ANSWER_S = 150.0
-"""Longest wait for an answer of the daemon: more than twice its default read deadline."""
+"""Longest wait for an answer of the daemon, more than twice its default read deadline."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong: `code` is that of a ``CkptfsError``, or "ray"."""
+    """An error. `code` is that of a ``CkptfsError``, or "ray" or "lost" for an error of Ray."""
 
     code: str
     message: str
@@ -49,27 +47,32 @@ class Failure:
 
 @dataclass(frozen=True)
 class Joined:
-    """The checkpoint as a node sees it. `cached`: bytes of it that are there already."""
+    """The checkpoint as a node sees it. `cached` is the number of its bytes in the node's cache."""
 
     version: str
     cached: int
 
 
 Sums = tuple[str, list[int]]
-"""Of a piece: ETag and checksums of the blocks, as the giving daemon says."""
+"""The ETag of a piece, and the checksums of its blocks, as the giving daemon states them."""
 
 
 @dataclass(frozen=True)
 class Gave:
-    """What belongs to a chunk: `sums` of each piece, and a reference to the bytes of all of them,
-    one after the other, as an array of uint8; None if they are not to be carried."""
+    """A given chunk.
+
+    Attributes:
+        sums: The checksums of each piece.
+        data: A reference to the bytes of all pieces, one after the other, as an array of uint8;
+            None if no other node needs them.
+    """
 
     sums: list[Sums]
     data: Any
 
 
 class Peer:
-    """Used through Ray, by several threads. Expected errors are returned as `Failure`."""
+    """The actor. Ray calls it from several threads. It returns expected errors as `Failure`."""
 
     def __init__(self, filesystem: FileSystem, path: str, chunk_bytes: int) -> None:
         self._filesystem = filesystem
@@ -82,17 +85,18 @@ class Peer:
         self._mounted = ""
 
     def join(self) -> Joined | Failure:
-        """Attach the checkpoint; it is held until the actor ends."""
+        """Attach the checkpoint, and hold it until the actor ends."""
         try:
             location = describe(self._filesystem, self._path)
-            self._mounted = self._stack.enter_context(_client.leased(location))
+            self._mounted = self._stack.enter_context(client.leased(location))
             version = xattrs.get(self._mounted, attributes.VERSION)
             return Joined(version or "", self._cached(self._mounted))
         except (CkptfsError, OSError) as error:
             return _failure(error)
 
     def files(self) -> list[tuple[str, int]]:
-        """Path and size of all files but the one that is in no version, sorted by path."""
+        """Paths and sizes of all files, sorted by path, without the metadata's file, which belongs
+        to no version."""
         found: list[tuple[str, int]] = []
         for folder, _, names in os.walk(self._mounted):
             for name in names:
@@ -101,7 +105,7 @@ class Peer:
         return sorted(file for file in found if file[0] != METADATA_NAME)
 
     def cached(self, files: Sequence[tuple[str, int]]) -> list[bool]:
-        """Of which of these all bytes are on this node."""
+        """For each file, whether this node has all of its bytes."""
         return [self._cached(os.path.join(self._mounted, path)) == size for path, size in files]
 
     @staticmethod
@@ -109,12 +113,12 @@ class Peer:
         return int(xattrs.get(path, attributes.CACHED) or 0)
 
     def give(self, chunk: Chunk, carried: bool) -> Gave | Failure:
-        """Have the daemon read a chunk, from its cache or the store, and put it into Ray's object
-        store if it is to be carried."""
+        """Have the daemon read a chunk, from its cache or the store. If the chunk is `carried` to
+        other nodes, put it into Ray's object store."""
         with self._room() as memory:
             try:
                 sums = self._for_each(chunk, lambda i, at: self._give(chunk[i], memory, at))
-                return Gave(sums, ray.put(memory.array[: _length(chunk)]) if carried else None)
+                return Gave(sums, ray.put(memory.array[: length_of(chunk)]) if carried else None)
             except (ObjectStoreFullError, OutOfDiskError) as error:
                 return Failure("ray", f"{type(error).__name__}: {str(error).splitlines()[0]}")
             except (CkptfsError, OSError) as error:
@@ -123,7 +127,7 @@ class Peer:
     def take(
         self, chunk: Chunk, sums: list[Sums], data: "np.ndarray[Any, np.dtype[np.uint8]]"
     ) -> int | Failure:
-        """Put a chunk that another node gave into the cache; returns the bytes that were new."""
+        """Put a chunk from another node into the cache. Return the number of new bytes."""
         with self._room() as memory:
             try:
                 memory.array[: len(data)] = data
@@ -134,17 +138,17 @@ class Peer:
                 return _failure(error)
 
     def kept_plan(self) -> Plan | Failure | None:
-        """The plan that this node's user keeps for the checkpoints beside this one."""
+        """The plan that this node's user has for the checkpoints beside this one."""
         try:
-            return _plans.kept(describe(self._filesystem, self._path))
+            return plans.kept(describe(self._filesystem, self._path))
         except (CkptfsError, OSError) as error:
             return _failure(error)
 
     def prefetch(self, wanted: Wanted) -> tuple[int, int] | Failure:
-        """Fetch from the store; returns when it is there: bytes there, and of all."""
+        """Fetch from the store, and wait for the end. Return the bytes in the cache and of all."""
         try:
             with _connect() as connection:
-                done = connection.prefetch(self._name, wanted, _ignore)
+                done = connection.prefetch(self._name, wanted, lambda done, total: None)
         except (CkptfsError, OSError) as error:
             return _failure(error)
         if done.early_code:
@@ -156,13 +160,10 @@ class Peer:
     # -- pieces
 
     def _for_each(self, chunk: Chunk, do: Callable[[int, int], T]) -> list[T]:
-        """Run `do` for the position of each piece and of its bytes in the chunk, in parallel;
-        raises the first error, when all have ended."""
-        at, calls = 0, list[tuple[int, int]]()
-        for index, piece in enumerate(chunk):
-            calls.append((index, at))
-            at += piece.length
-        futures = [self._pool.submit(do, *call) for call in calls]
+        """Run `do` in parallel for the position of each piece, and of its bytes in the chunk. When
+        all calls have ended, raise the first error."""
+        starts = accumulate((piece.length for piece in chunk[:-1]), initial=0)
+        futures = [self._pool.submit(do, index, at) for index, at in enumerate(starts)]
         for future in futures:
             future.exception()
         return [future.result() for future in futures]
@@ -171,27 +172,27 @@ class Peer:
         request = GiveBlocks(
             name=self._name, path=piece.path, first=piece.first, count=piece.count, at=at
         )
-        given = self._ask(lambda connection: connection.give(request, memory.fd))
+        given = self._ask(request, memory)
         return given.etag, given.sums
 
     def _take(self, piece: Piece, sums: Sums, memory: "_Memory", at: int) -> int:
         request = TakeBlocks(
             name=self._name, path=piece.path, first=piece.first, etag=sums[0], sums=sums[1], at=at
         )
-        return self._ask(lambda connection: connection.take(request, memory.fd)).taken
+        return self._ask(request, memory).taken
 
-    def _ask(self, question: Callable[[_connection.Connection], T]) -> T:
-        """On this thread's connection. One that the daemon has closed, because nothing was asked
-        for long, is followed by another one; after an error it is not used again."""
-        connection: _connection.Connection = getattr(self._local, "connection", None) or _connect()
+    def _ask(self, request: Request[R], memory: "_Memory") -> R:
+        """Ask on this thread's connection. `Connection.ask` replaces a connection that the daemon
+        has closed because it was idle. After an error this thread makes a new one."""
+        connection: Connection = getattr(self._local, "connection", None) or _connect()
         self._local.connection = None
         try:
-            answer = question(connection)
+            reply = connection.ask(request, memory.fd)
         except BaseException:
             connection.close()
             raise
         self._local.connection = connection
-        return answer
+        return reply
 
     @property
     def _name(self) -> str:
@@ -201,7 +202,7 @@ class Peer:
 
     @contextlib.contextmanager
     def _room(self) -> "Generator[_Memory]":
-        """Memory for a chunk. There is as much of it as calls have run at the same time."""
+        """Memory for a chunk. Calls that run at the same time have their own."""
         try:
             memory = self._memory.get_nowait()
         except queue.Empty:
@@ -213,24 +214,16 @@ class Peer:
 
 
 class _Memory:
-    """Bytes that this process and the daemon can reach."""
+    """Memory that this process shares with the daemon."""
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("ckptfs-chunk", os.MFD_CLOEXEC)
-        os.posix_fallocate(self.fd, 0, size)  # it is our memory, not the daemon's
+        os.posix_fallocate(self.fd, 0, size)  # so that it counts as this process's memory
         self.array = np.frombuffer(mmap.mmap(self.fd, size), np.uint8)
 
 
-def _ignore(done: int, total: int) -> None:
-    pass
-
-
-def _connect() -> _connection.Connection:
-    return _client.connect(load_config(), _ANSWER_S)
-
-
-def _length(chunk: Chunk) -> int:
-    return sum(piece.length for piece in chunk)
+def _connect() -> Connection:
+    return client.connect(load_config(), _ANSWER_S)
 
 
 def _failure(error: Exception) -> Failure:

@@ -1,8 +1,4 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUntypedBaseClass=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
-"""Ray Train v2: the checkpoint that a run goes on from comes to all its nodes for one download."""
+"""Ray Train v2: all nodes of a run get the checkpoint from which it continues, for one download."""
 
 import logging
 from collections.abc import Sequence
@@ -15,6 +11,7 @@ from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, Work
 from ckptfs.errors import CkptfsError
 from ckptfs.ray._broadcast import broadcast
 from ckptfs.ray._mounting import MountCallback
+from ckptfs.ray._nodes import AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +22,18 @@ class RestoreCallback(MountCallback, WorkerGroupCallback, ReplicaGroupCallback):
     ``RunConfig(callbacks=[RestoreCallback()])``, or in the driver's environment
     ``RAY_TRAIN_CALLBACKS=ckptfs.ray.RestoreCallback``. It is also a `MountCallback`.
 
-    Each time that workers are started, also after a failure, the checkpoint which
-    ``ray.train.get_checkpoint()`` gives them is broadcast to their nodes; from a node that has it
-    already it costs the store nothing. Where that fails, the log says why, and the workers read
-    from the store.
+    Each time Ray starts workers, also after a failure, the callback broadcasts the checkpoint of
+    ``ray.train.get_checkpoint()`` to their nodes. If a node has it already, the store is not read.
+    If a broadcast fails, the log says why, and the workers read from the store.
 
     Args:
-        checkpoint: What is broadcast where the run has no checkpoint of its own yet: a checkpoint
-            or URI that the training function begins with.
+        checkpoint: The checkpoint or URI to broadcast while the run has no checkpoint of its own.
         files: Globs; see ``broadcast``.
     """
 
-    def __init__(self, checkpoint: Any = None, files: Sequence[str] = ()) -> None:
+    def __init__(
+        self, checkpoint: AnyCheckpoint | str | None = None, files: Sequence[str] = ()
+    ) -> None:
         self._checkpoint = checkpoint
         self._files = list(files)
 
@@ -51,4 +48,4 @@ class RestoreCallback(MountCallback, WorkerGroupCallback, ReplicaGroupCallback):
                 nodes = list(dict.fromkeys(worker.metadata.node_id for worker in workers))
                 broadcast(checkpoint, nodes, self._files)
         except (CkptfsError, RayError, ValueError) as error:
-            log.warning("the checkpoint is not broadcast, each node reads it itself: %s", error)
+            log.warning("cannot broadcast the checkpoint; each node reads the store: %s", error)

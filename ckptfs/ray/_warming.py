@@ -1,17 +1,15 @@
-# Ray is not installed where the package is type-checked: its classes are of unknown type.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-# pyright: reportAttributeAccessIssue=false
-"""Nodes fetch what their ranks will read, each from the store, while the job is being scheduled."""
+"""While Ray schedules a job, each node fetches the files of its ranks from the store."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptfs import _plans
-from ckptfs._model.plan import Plan, Wanted, joined
+from ckptfs._client.plans import read as read_plan
+from ckptfs._model.plans.plan import Plan, Wanted, joined
+from ckptfs._model.units import size_text
 from ckptfs.errors import BY_CODE, DaemonError, PrefetchFailed
-from ckptfs.ray._nodes import Nodes, answer_of, end, join, node_ids, place_of, start_peers
+from ckptfs.ray import _nodes
+from ckptfs.ray._nodes import AnyCheckpoint, Nodes, answer_of
 
 if TYPE_CHECKING:
     import os
@@ -20,64 +18,98 @@ log = logging.getLogger(__name__)
 
 
 class Warming:
-    """What `warm` has begun. It ends when it is done, with `cancel`, or with this object."""
+    """The fetches that `warm` has begun. ``print(warming)`` shows their progress.
 
-    def __init__(self, peers: Mapping[str, Any], refs: Mapping[str, Any]) -> None:
+    Fetching ends when all files are there, with `cancel`, or with this object. Fetched bytes stay
+    in the caches.
+    """
+
+    def __init__(self, path: str, peers: Mapping[str, Any], refs: Mapping[str, Any]) -> None:
+        self._path = path
         self._peers = peers
         self._refs = refs
+        self._answers: dict[str, Any] = {}
 
     def wait(self) -> dict[str, int]:
-        """Return when every node has what it needs: bytes of it that it has now, by node id.
+        """Wait until every node has its files.
 
-        Raises PrefetchFailed where a node could not fetch all of it; the others go on.
+        Returns:
+            For each node id of Ray, the bytes of its files in its cache.
+
+        Raises:
+            PrefetchFailed: A node could not fetch all of its files. The other nodes have theirs.
         """
-        answers = {name: answer_of(ref) for name, ref in self._refs.items()}
+        for name, ref in self._refs.items():
+            if name not in self._answers:
+                self._answers[name] = answer_of(ref)
         self.cancel()
-        for name, answer in answers.items():
+        for name, answer in self._answers.items():
             if not isinstance(answer, tuple):
                 raise PrefetchFailed(f"node {name}: {answer.message}")
-        return {name: answer[0] for name, answer in answers.items()}
+        return {name: answer[0] for name, answer in self._answers.items()}
 
     def cancel(self) -> None:
-        """Fetch no more. What was fetched stays cached."""
-        end(self._peers)
+        """Stop fetching. Fetched bytes stay in the caches."""
+        _nodes.end(self._peers)
+
+    def __str__(self) -> str:
+        waiting = {ref: name for name, ref in self._refs.items() if name not in self._answers}
+        for ref, name in _nodes.as_they_come(waiting, 0.0):
+            self._answers[name] = answer_of(ref)
+        failed = {n: a.message for n, a in self._answers.items() if not isinstance(a, tuple)}
+        has = sum(a[0] for a in self._answers.values() if isinstance(a, tuple))
+        lines = [
+            f"warming {self._path}: {len(self._answers) - len(failed)} of {len(self._refs)} nodes "
+            f"have their files, {size_text(has)}"
+        ]
+        lines += [f"node {name}: {message}" for name, message in failed.items()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<ckptfs.ray.Warming of {self._path} on {len(self._refs)} nodes>"
 
 
 def warm(
-    checkpoint: Any,
+    checkpoint: AnyCheckpoint | str,
     nodes: "Nodes | Mapping[str, Sequence[str]] | Mapping[str, Sequence[int]]" = "all",
     files: Sequence[str] = (),
     *,
     plan: "bool | str | os.PathLike[str] | Plan" = False,
 ) -> Warming:
-    """Begin to fetch of a checkpoint what nodes need into their caches, each from the store.
+    """Begin to fetch parts of a checkpoint into the caches of nodes, each node from the store.
 
-    For nodes that need different parts; what all of them need, `broadcast` brings for less. Returns
-    when every node has attached it. What runs for it takes no resources from jobs.
+    Use it if the nodes need different parts; `broadcast` costs less if all need the same. The
+    function returns when every node has attached the checkpoint. It takes no resources from jobs.
+
+        >>> warming = ckptfs.ray.warm(checkpoint, {node_a: ["rank-0/*"], node_b: ["rank-1/*"]})
+        >>> warming.wait()  # returns when both have their files
 
     Args:
         checkpoint: A ``ckptfs.Checkpoint``, one of Ray's, or a URI.
-        nodes: As of `broadcast`; or for each node id what that node needs: globs, or with `plan`
-            the ranks that will be there.
-        files: Globs on relative paths, in this order, where `nodes` has none; empty: everything.
-        plan: Instead of globs, what a restore of an earlier checkpoint has read, in that order: for
-            the node's ranks if `nodes` has them, or all of it. A file, or the URI of a checkpoint
-            that has one (``ckptfs plan save``). True: what these nodes keep for the checkpoints
-            beside this one (``as_directory(plan=True)``), together; where they have nothing yet,
-            nothing is fetched, and the log says so.
+        nodes: As in `broadcast`; or for each node id a list of globs, or with `plan` a list of the
+            ranks that will run there.
+        files: Globs on relative paths, the most urgent first, if `nodes` has none; empty for all
+            files.
+        plan: The reads of an earlier restore, to fetch in its order instead of globs: those of the
+            node's ranks if `nodes` has them, otherwise all. Either a file, or the URI of a
+            checkpoint with a plan (``ckptfs plan save``). True takes all plans that these nodes
+            keep for the checkpoints beside this one (``as_directory(plan=True)``). If they have
+            none yet, nothing is fetched, and the log says so.
 
-    Raises as `broadcast`, also where only one of the nodes cannot attach it; and:
-        PlanError: What `plan` names is none.
-        LimitExceeded: It would be too long for a node.
-        TypeError, ValueError: `nodes` or `files` do not go with `plan`.
+    Raises:
+        CkptfsError, ValueError: As in `broadcast`, also if only one node cannot attach the
+            checkpoint.
+        PlanError: `plan` does not exist or is not a plan.
+        LimitExceeded: The plan is too long for a node.
+        TypeError, ValueError: `nodes` or `files` do not fit `plan`.
     """
-    filesystem, path = place_of(checkpoint)
+    filesystem, path = _nodes.place_of(checkpoint)
     needs = _needs_of(nodes, files, plan)
     if not isinstance(plan, bool | Plan):
-        plan = _plans.read(plan)
-    peers = start_peers(filesystem, path, node_ids(list(needs)), 0, 1)
+        plan = read_plan(plan)
+    peers = _nodes.start_peers(filesystem, path, _nodes.node_ids(list(needs)), 0, 1)
     try:
-        _, failed = join(peers)
+        _, failed = _nodes.join(peers)
         for name, failure in failed.items():
             error = BY_CODE.get(failure.code, DaemonError)
             raise error(f"node {name} cannot attach {path}: {failure.message}")
@@ -86,21 +118,20 @@ def warm(
         else:
             plans = [plan] if isinstance(plan, Plan) else _kept(peers, path)
             wanted = {name: Wanted(plan=_part(plans, ranks)) for name, ranks in needs.items()}
-        return Warming(
-            peers, {name: peer.prefetch.remote(wanted[name]) for name, peer in peers.items()}
-        )
+        refs = {name: peer.prefetch.remote(wanted[name]) for name, peer in peers.items()}
+        return Warming(path, peers, refs)
     except BaseException:
-        end(peers)
+        _nodes.end(peers)
         raise
 
 
 def _needs_of(nodes: Any, files: Sequence[str], plan: Any) -> dict[str, Any]:
-    """Globs of each node; or its ranks, None: all of them."""
+    """The globs of each node, or its ranks with a plan; None for all ranks."""
     what, kind, everything = ("globs", str, ["*"]) if plan is False else ("ranks", int, None)
     if plan is not False and files:
-        raise ValueError("a plan says what is fetched: leave files out")
+        raise ValueError("files and plan exclude each other; leave one out")
     if not isinstance(nodes, Mapping):
-        return dict.fromkeys(node_ids(nodes), files or everything)
+        return dict.fromkeys(_nodes.node_ids(nodes), files or everything)
     for name, own in nodes.items():
         if isinstance(own, str) or not own or not all(isinstance(each, kind) for each in own):
             raise TypeError(f"node {name} must have a list of {what}, not {own!r}")
@@ -108,7 +139,7 @@ def _needs_of(nodes: Any, files: Sequence[str], plan: Any) -> dict[str, Any]:
 
 
 def _kept(peers: Mapping[str, Any], path: str) -> list[Plan]:
-    """The plans that these nodes keep for the checkpoint. One that is damaged is left out."""
+    """The plans that these nodes keep for the checkpoint, without damaged ones."""
     refs = {name: peer.kept_plan.remote() for name, peer in peers.items()}
     found: list[Plan] = []
     for name, ref in refs.items():
@@ -118,10 +149,10 @@ def _kept(peers: Mapping[str, Any], path: str) -> list[Plan]:
         elif answer is not None:
             log.warning("node %s has no plan for %s: %s", name, path, answer.message)
     if not found:
-        log.warning("no node keeps a plan for %s yet: nothing is fetched ahead", path)
+        log.warning("no node has a plan for %s yet, so nothing is fetched ahead", path)
     return found
 
 
 def _part(plans: Sequence[Plan], ranks: Sequence[int] | None) -> Plan:
-    """What these ranks read; None: all."""
+    """The reads of these ranks; None for all ranks."""
     return joined(plans if ranks is None else [plan.of_ranks(ranks) for plan in plans])

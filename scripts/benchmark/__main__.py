@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
-from s3server import S3Server
+from support.s3server import S3Server
 
 from benchmark import attaching, cold, results, warm
 from benchmark.contenders import CKPTFS
 from benchmark.cursors import cursors
 from benchmark.host import ROOT, begin_report
 from benchmark.planned import plan
-from benchmark.report import show_case, update_readme
+from benchmark.report import show_case, update_pages
 from benchmark.run import FAILURES, Run, calibrate
 from benchmark.stores import BUCKET, MIB, Store, capped, counted, make_objects, warm_up
 
@@ -50,22 +50,22 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 def main() -> int:
     options = parse()
-    if options.readme:
-        update_readme(results.read(results.REFERENCE))
+    if options.tables:
+        update_pages(results.read(results.REFERENCE))
         return 0
     # Ended by a signal, it cleans up as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = measure(options.cases or list(CASES), quick=options.quick)
     folder = RESULTS / report.date.replace(":", "")
     results.write(report, folder / "result.json")
-    from benchmark.plots import draw  # slow to import, and not needed for --readme
+    from benchmark.plots import draw  # slow to import, and not needed for --tables
 
     draw(report, folder)
     console.print(f"bench: all figures and pictures are in {folder.relative_to(ROOT)}")
     if options.reference:
         results.write(report, results.REFERENCE)
-        update_readme(report)
-        console.print(f"bench: wrote {results.REFERENCE.relative_to(ROOT)} and the README's tables")
+        update_pages(report)
+        console.print(f"bench: wrote {results.REFERENCE.relative_to(ROOT)} and its tables")
     return 1 if any(name.startswith(CKPTFS.name) for name in report.absent) else 0
 
 
@@ -74,9 +74,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, objects of 256 MiB")
     parser.add_argument(
-        "--reference", action="store_true", help="keep the result as the one the README shows"
+        "--reference",
+        action="store_true",
+        help="keep the result as the one that RESULTS.md and the README show",
     )
-    parser.add_argument("--readme", action="store_true", help="only make the README's tables anew")
+    parser.add_argument(
+        "--tables", action="store_true", help="only write the tables of the kept result again"
+    )
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")

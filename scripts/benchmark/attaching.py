@@ -9,7 +9,7 @@ import time
 
 from benchmark.contenders import CKPTFS, LOCAL, Ready, pinned
 from benchmark.node import CKPTFS as CKPTFS_COMMAND
-from benchmark.node import Node, knows_command, running_node
+from benchmark.node import Node, running_node
 from benchmark.results import amount, ratio
 from benchmark.run import Run, WorkError, working
 from benchmark.stores import BUCKET, FEW_FILES, MANY_FILES, MIB
@@ -84,7 +84,7 @@ def attach(run: Run) -> None:
         case,
         {
             "attached already": attached,
-            "attached, in nobody's use: listed again": unused,
+            "attached without users: listed again": unused,
             "daemon runs": running,
             "no daemon": absent,
         },
@@ -105,9 +105,6 @@ def attach(run: Run) -> None:
 def prefetch(run: Run) -> None:
     """Cold sequential read while another checkpoint is being prefetched, and without that."""
     case = "prefetch"
-    if not knows_command("prefetch"):
-        run.report.note(case, "not measured: this version has no `ckptfs prefetch`")
-        return
 
     def read(*, disturbed: bool) -> float:
         with CKPTFS.cold(run.store, run.temp) as ready:

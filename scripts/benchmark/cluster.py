@@ -1,20 +1,20 @@
-"""What a restore costs a cluster: every node gets the same checkpoint.
+"""The cost of a restore for a cluster whose nodes all get the same checkpoint.
 
-Three ways, in turns, from a store that gives each connection so much a second: Ray's own
-(``ray.train.Checkpoint.to_directory`` on every node), ckptfs on every node for itself, and
-``ckptfs.ray.broadcast``. Measured from the driver: until all nodes have the bytes (but for the
-second way, which begins to read at once), until they have read every byte; what the server has
-sent; and the CPU time of all that, the server's included. Each round begins with a checkpoint that
-is next to nothing: what a way costs before the first byte. A round in which something else had much
-of the CPUs is done again.
+The three ways take turns: Ray's own (``ray.train.Checkpoint.to_directory`` on every node), ckptfs
+on every node by itself, and ``ckptfs.ray.broadcast``. The store limits each connection's rate. The
+driver measures the time until all nodes have the bytes (except for the second way, which begins to
+read at once), the time until they have read every byte, the bytes that the server has sent, and the
+CPU time with the server's. Each round begins with a tiny checkpoint, which shows the cost of a way
+before the first byte. The driver repeats a round in which other processes had much of the CPUs.
 
-Nodes are Ray nodes on this machine; each has a daemon and a cache of its own, and the disk and the
-CPUs are shared by all of them and the server. It needs root, and version 2 of the cgroups, to tell
-its own CPU time from that of others.
+Nodes are Ray nodes on this machine. Each has a daemon and a cache of its own, and all of them and
+the server share the disk and the CPUs. The program needs root, and version 2 of the cgroups, to
+tell its own CPU time from that of others.
 
     ./scripts/setup --ray
     .venv-ray/bin/python scripts/benchmark/cluster.py --mib 300 --nodes 3 --rate 4 --json FILE
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABL
 import ray  # noqa: E402 - the variables come first
 import ray.cloudpickle  # noqa: E402
 import ray.train  # noqa: E402
-from members import Member, members  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
-from s3server import S3Server  # noqa: E402
+from support.raycluster import Member, members  # noqa: E402
+from support.s3server import S3Server  # noqa: E402
 
 import ckptfs.ray  # noqa: E402
 from ckptfs import Checkpoint  # noqa: E402
@@ -91,9 +91,9 @@ def read_copy(folder: str) -> str:
 
 @dataclass(frozen=True)
 class Round:
-    """What one run of a way has cost: seconds until the bytes are on all nodes, and until all of
+    """The cost of one run of a way: seconds until the bytes are on all nodes, and until all of
     them have read them; CPU seconds until then; the share of the CPUs that other processes had;
-    what the server has sent."""
+    the bytes that the server has sent."""
 
     there_s: float
     read_s: float

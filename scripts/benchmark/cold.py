@@ -168,7 +168,7 @@ def tensor(run: Run) -> None:
 
 
 def needed_bytes(run: Run) -> int:
-    """What nobody can load the tensor without: the header and the tensor itself."""
+    """Bytes that a load of the tensor needs: those of the header and the tensor itself."""
     with (run.objects.folder / "model" / run.objects.tensor_shard).open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         start, end = json.loads(file.read(header_bytes))[run.objects.tensor]["data_offsets"]

@@ -1,4 +1,4 @@
-"""Who is measured: how each gets ready (untimed), and whether it can run here at all."""
+"""The contenders: the preparation of each (untimed), and whether it can run here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ MOUNT_DEADLINE_S = 15.0
 VENV = Path(sys.prefix)
 
 RCLONE_FLAGS = ["--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M"]
-"""What rclone's documentation recommends for large files on a fast store."""
+"""The flags that rclone's documentation recommends for large files on a fast store."""
 
 S3FS_OPTIONS = ["ro", "use_path_request_style", "complement_stat"]
 S3FS_OPTIONS += ["parallel_count=16", "multipart_size=16"]
@@ -45,10 +46,11 @@ class Contender:
     """One way to get at a checkpoint.
 
     Attributes:
-        name: As it is shown.
-        cold: Makes it ready, with nothing cached: (store, temp folder) to a context.
-        missing: Why it cannot run here, or "".
-        version: What runs.
+        name: Its name in the report.
+        cold: Function from store and temp folder to a context, in which it is ready with an empty
+            cache.
+        missing: The reason why it cannot run here, or "".
+        version: Its version.
     """
 
     name: str
@@ -186,7 +188,7 @@ def _lacks_module(name: str, group: str) -> str:
 
 
 def _why_not_installed(group: str) -> str:
-    """What pip said when scripts/setup could not install the group."""
+    """pip's message if scripts/setup could not install the group."""
     failed = VENV / f"{group}.failed"
     lines = failed.read_text().strip().splitlines() if failed.exists() else []
     return f"not installed: {lines[-1]}" if lines else "not installed; see scripts/setup --bench"
@@ -200,52 +202,45 @@ def _no_fuse() -> str:
     return "" if os.access("/dev/fuse", os.R_OK | os.W_OK) else "no /dev/fuse here"
 
 
-RAW = Contender(
-    "raw",
-    lambda store, temp: direct("raw", store, temp),
-    version=lambda: package_version("pyarrow"),
-)
-CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, lambda: package_version("ckptfs"))
-RAY = Contender(
-    "Ray's way",
-    lambda store, temp: direct("ray", store, temp),
-    version=lambda: package_version("pyarrow"),
-)
-RCLONE_FULL = Contender(
-    "rclone mount, full",
-    lambda store, temp: rclone_mount("full", store, temp),
-    _no_fuse,
-    lambda: first_line(find_rclone(), "version"),
-)
-RCLONE_OFF = Contender(
-    "rclone mount, off",
-    lambda store, temp: rclone_mount("off", store, temp),
-    _no_fuse,
-    lambda: first_line(find_rclone(), "version"),
-)
+def _direct(
+    name: str, way: str, package: str, missing: Callable[[], str] = lambda: ""
+) -> Contender:
+    return Contender(name, partial(direct, way), missing, partial(package_version, package))
+
+
+def _rclone(mode: str) -> Contender:
+    version_of = partial(first_line, find_rclone(), "version")
+    return Contender(f"rclone mount, {mode}", partial(rclone_mount, mode), _no_fuse, version_of)
+
+
+RAW = _direct("raw", "raw", "pyarrow")
+CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, partial(package_version, "ckptfs"))
+RAY = _direct("Ray's way", "ray", "pyarrow")
+RCLONE_FULL = _rclone("full")
+RCLONE_OFF = _rclone("off")
 S3FS = Contender(
     "s3fs",
     s3fs_mount,
     lambda: _no_fuse() or _lacks_program("s3fs", "Debian: s3fs"),
-    lambda: first_line("s3fs", "--version"),
+    partial(first_line, "s3fs", "--version"),
 )
-S5CMD = Contender(
+S5CMD = _direct(
     "s5cmd",
-    lambda store, temp: direct("s5cmd", store, temp),
+    "s5cmd",
+    "s5cmd",
     lambda: "" if (VENV / "bin" / "s5cmd").exists() else _why_not_installed("s5cmd"),
-    lambda: package_version("s5cmd"),
 )
-S3TORCH = Contender(
+S3TORCH = _direct(
     "s3torchconnector",
-    lambda store, temp: direct("s3torchconnector", store, temp),
-    lambda: _lacks_module("s3torchconnector", "s3torchconnector"),
-    lambda: package_version("s3torchconnector"),
+    "s3torchconnector",
+    "s3torchconnector",
+    partial(_lacks_module, "s3torchconnector", "s3torchconnector"),
 )
-RUNAI = Contender(
+RUNAI = _direct(
     "runai streamer",
-    lambda store, temp: direct("runai", store, temp),
-    lambda: _lacks_module("runai_model_streamer", "runai"),
-    lambda: package_version("runai-model-streamer"),
+    "runai",
+    "runai-model-streamer",
+    partial(_lacks_module, "runai_model_streamer", "runai"),
 )
 LOCAL = "local files"
 """The ceiling for what is cached: the same on this machine's disk."""

@@ -1,6 +1,6 @@
-"""What a worker does without a directory of files: bare requests, and loaders of their own.
+"""The work of a worker without a directory of files: bare requests, and loaders of their own.
 
-Each takes the job of worker.py, and returns its result.
+Each function takes the job of worker.py, and returns its result.
 """
 
 from __future__ import annotations

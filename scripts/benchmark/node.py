@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ckptfs import _client, _connection
-from ckptfs._config import load_config
-from ckptfs._model.config import Config
+from ckptfs._client import client
+from ckptfs._client import connection as _connection
+from ckptfs._config.load import load_config
 from ckptfs.errors import DaemonError
 
 if TYPE_CHECKING:
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 
 CKPTFS = Path(sys.executable).with_name("ckptfs")
 COMMAND_TIMEOUT_S = 60.0
-
-
-def knows_setting(key: str) -> bool:
-    """Whether this ckptfs has the setting; it refuses unknown ones."""
-    return key in Config.__struct_fields__
-
-
-def knows_command(name: str) -> bool:
-    """Whether this ckptfs has the command."""
-    return subprocess.run([CKPTFS, name, "--help"], capture_output=True).returncode == 0
 
 
 class Node:
@@ -64,20 +54,20 @@ class Node:
         ).stdout
 
     def status(self) -> dict[str, Any]:
-        """What `ckptfs status --json` prints, without a process for it."""
+        """The output of `ckptfs status --json`, without a process for it."""
         with _connection.connect_to(
             self.environment["CKPTFS_SOCKET"], COMMAND_TIMEOUT_S
         ) as connection:
             return msgspec.to_builtins(connection.status())
 
     def end(self) -> None:
-        """End the daemon if it runs, whoever uses it."""
+        """End the daemon if it runs, even while processes use it."""
         socket = self.environment["CKPTFS_SOCKET"]
         if not Path(socket).exists():
             return
         with _connection.connect_to(socket, COMMAND_TIMEOUT_S) as connection:
             connection.stop(force=True)
-        if not _client.wait_ended(load_config(self.environment), COMMAND_TIMEOUT_S):
+        if not client.wait_ended(load_config(self.environment), COMMAND_TIMEOUT_S):
             raise DaemonError(f"the daemon of {socket} has not ended")
 
     def cpu_s(self) -> float:

@@ -1,4 +1,4 @@
-"""How a report is shown: on the terminal, and as tables in the README."""
+"""How a report is shown: on the terminal, and as tables in RESULTS.md and the README."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from benchmark.results import Goal, Panel, Report
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- made by scripts/bench --readme -->\n", "<!-- end -->\n"
+RESULTS = Path(__file__).with_name("RESULTS.md")
+BEGIN, END = "<!-- made by scripts/bench --tables -->\n", "<!-- end -->\n"
 COMPARED = ("sequential", "load", "capped", "tensor", "small")
-"""The cases of the README's first table."""
+"""The cases of the first table of RESULTS.md."""
+HEADLINES = ("tensor", "capped", "sequential")
+"""The cases of the README's table, a row each."""
+RIVALS = ("ckptfs", "rclone mount, full", "s3fs", "Ray's way")
+"""The columns of the README's table."""
 
 
 def show_case(report: Report, case: str, console: Console) -> None:
@@ -77,7 +82,7 @@ def verdict(goal: Goal) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The README's tables."""
+    """The tables of RESULTS.md."""
     lines: list[str] = []
     panels = {panel.case: panel for panel in report.panels if panel.case in COMPARED}
     cases = [case for case in COMPARED if case in panels]
@@ -99,10 +104,23 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_readme(report: Report) -> None:
-    """Put the tables into the README, between their marks."""
-    before, begin, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise RuntimeError(f"{README} has no marks for the tables: {BEGIN!r}, {END!r}")
-    README.write_text(f"{before}{BEGIN}{markdown(report)}{END}{after}")
+def headlines(report: Report) -> str:
+    """The README's table."""
+    lines = ["| median seconds | " + " | ".join(RIVALS) + " |", "| --- " + "| ---: " * len(RIVALS)]
+    lines[1] += "|"
+    panels = {panel.case: panel for panel in report.panels}
+    for panel in (panels[case] for case in HEADLINES if case in panels):
+        medians = [panel.series.get(name) for name in RIVALS]
+        shown = [number(statistics.median(values)) if values else "" for values in medians]
+        lines.append(f"| {panel.title} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def update_pages(report: Report) -> None:
+    """Put the tables into RESULTS.md and the README, between their marks."""
+    for page, tables in ((RESULTS, markdown(report)), (README, headlines(report))):
+        before, begin, rest = page.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise RuntimeError(f"{page} has no marks for the tables: {BEGIN!r}, {END!r}")
+        page.write_text(f"{before}{BEGIN}{tables}{END}{after}")

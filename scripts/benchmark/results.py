@@ -1,4 +1,4 @@
-"""What a run has measured, as plain data: what the JSON file holds."""
+"""The results of a run as plain data, which the JSON file has."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Panel(msgspec.Struct, kw_only=True):
 
 
 class Goal(msgspec.Struct, kw_only=True):
-    """What is to be reached.
+    """A goal, and the measured value.
 
     Attributes:
-        case: The case that it belongs to.
-        text: What it is about, in words.
-        at_least: Whether `bound` is the least that is wanted, and not the most.
-        unit: Of the figures; "×" for a ratio.
-        value: What was measured, of medians; None if it was not.
+        case: Its case.
+        text: Its description.
+        at_least: Whether `bound` is a lower bound.
+        unit: Unit of the figures; "×" for a ratio.
+        value: The measured value, of medians; None without one.
         low, high: The least and the most of the single rounds.
-        reason: Why there is no value.
+        reason: The reason for a missing value.
     """
 
     case: str

@@ -21,7 +21,7 @@ from ckptfs import CkptfsError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from s3server import CountingProxy
+    from support.s3server import CountingProxy
 
     from benchmark.contenders import Contender, Ready
     from benchmark.results import Report
@@ -41,24 +41,24 @@ def nothing(ready: Ready) -> None:
 
 
 FAILURES = (WorkError, CkptfsError, RuntimeError, OSError, subprocess.SubprocessError)
-"""What ends one contender's part in a case, and not the run."""
+"""Errors that end one contender's part in a case, and not the run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all cases share.
+    """The part that all cases share.
 
     Attributes:
-        temp: Where nodes, copies and mounts are made; on the disk that is measured.
-        objects: What the stores hold.
+        temp: Folder of nodes, copies and mounts, on the measured disk.
+        objects: The content of the stores.
         store: The server itself.
         capped: The same behind nginx; None if that does not run.
         counted: The same behind the proxy that counts.
-        rounds: How often a thing is measured.
-        budget_s: When measuring one thing has taken as long, no further round of it begins. What
-            keeps the whole run short on a machine that is busy with other things.
-        raw_threads: By name of a store, how many readers get most out of it.
-        report: Collects the results.
+        rounds: Number of measurements of each thing.
+        budget_s: Time after which no further round of one measurement begins, so that a run ends
+            soon on a busy machine.
+        raw_threads: Number of readers that get most out of a store, by its name.
+        report: The collected results.
     """
 
     temp: Path
@@ -92,10 +92,10 @@ class Run:
         before: Callable[[Ready], None] = nothing,
         after: Callable[[Ready], None] = nothing,
     ) -> Callable[[], float]:
-        """What measures `contender` with nothing cached: seconds for the task.
+        """A function that measures `contender` with an empty cache, in seconds for the task.
 
-        `before` and `after` the work they are called with the contender; its process still holds
-        everything then.
+        It calls `before` and `after` with the contender around the work, while its process still
+        holds everything.
         """
         store = store or self.store
         if contender is RAW:
@@ -130,7 +130,7 @@ class Run:
         measures: dict[str, Callable[[], float]],
         rounds: int | None = None,
     ) -> dict[str, list[float]]:
-        """Measure all in turns. What fails is noted, and left out from then on."""
+        """Measure all in turns. Note each failed contender, and leave it out from then on."""
         measures = {name: measures[name] for name in measures if name not in self.report.absent}
         values: dict[str, list[float]] = {name: [] for name in measures}
         start_s = time.monotonic()

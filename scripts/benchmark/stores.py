@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from s3server import CountingProxy, S3Server
 from safetensors.numpy import save_file
+from support.s3server import CountingProxy, S3Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +90,7 @@ class Store(S3Server):
         self.endpoint = endpoint
 
     def environment(self) -> dict[str, str]:
-        """What lets programs that use an AWS SDK find their way."""
+        """The variables with which programs that use an AWS SDK find the store."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -103,10 +103,10 @@ class Store(S3Server):
 
 @dataclass(frozen=True)
 class Objects:
-    """What the bucket holds. Below it `large/data.bin`, `model`, `many`, `small` and `few`.
+    """The bucket's content: `large/data.bin`, `model`, `many`, `small` and `few`.
 
     Attributes:
-        folder: Where the bucket lies on this machine.
+        folder: Folder of the bucket on this machine.
         large_bytes: Size of `large/data.bin` and, without headers, of all shards of `model`.
         large_check: Sum of the first word of each of its pages.
         model_check: Sum of all numbers in all tensors.

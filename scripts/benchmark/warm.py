@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.contenders import CKPTFS, LOCAL, RCLONE_FULL, Ready, local_directory, pinned
-from benchmark.node import knows_setting
 from benchmark.results import amount, ratio
 from benchmark.run import Run, wait_quiet, working
 from benchmark.stores import BUCKET, MIB, flush
@@ -25,7 +24,7 @@ COLD_READS = 32
 
 
 def warm(run: Run) -> None:
-    """What is complete in the cache, through passthrough where there is such."""
+    """Reads of complete files of the cache, with passthrough if available."""
     case = "warm"
     with _filled(run) as ready:
         assert ready.node
@@ -119,11 +118,8 @@ def random(run: Run) -> None:
 
 @contextmanager
 def _filled(run: Run, *, plain: bool = False) -> Iterator[Ready]:
-    """A node with the large file complete in its cache, and that in memory.
-
-    With `plain`, without passthrough, where this version knows it.
-    """
-    settings = {"passthrough": False} if plain and knows_setting("passthrough") else {}
+    """A node with the large file complete in its cache and in memory; `plain`: no passthrough."""
+    settings = {"passthrough": False} if plain else {}
     with pinned(run.store, run.temp, "large", **settings) as ready:
         _gb_per_s(run, ready, "sequential")
         wait_quiet(ready)

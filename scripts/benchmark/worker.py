@@ -1,8 +1,8 @@
 """One timed piece of work in a process of its own: `python worker.py JOB`, a JSON object.
 
 It imports what it needs, says "ready", waits for a line, does the work, and answers with one line
-of JSON: `seconds`, `check` (a sum over the bytes, so that nobody wins by reading nothing) and what
-else the task measured. A hung mount hangs this process only.
+of JSON: `seconds`, `check` (a sum over the bytes, so that no contender wins by reading nothing) and
+the other measurements of the task. A hung mount hangs this process only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from benchmark.direct import Job, Result
 
 READ_BYTES = MIB
-"""Of one read(2). What is read stays in the processor's cache: a larger buffer measures memory."""
+"""Bytes of one read(2), which stay in the processor's cache. A larger buffer measures memory."""
 
 PAGE_BYTES = 4096
 
@@ -73,7 +73,7 @@ def reach(job: Job, stack: ExitStack) -> Iterator[str]:
             raise ValueError(f"{way!r} makes no directory")
 
 
-# What is then done there.
+# The work itself.
 
 
 def sequential(directory: str, job: Job) -> Result:
@@ -191,7 +191,7 @@ def tensor(directory: str, job: Job) -> Result:
 
 
 def restore(directory: str, job: Job) -> Result:
-    """Import torch, as whoever restores a model does, and load `tensors`, in this order."""
+    """Import torch, like a program that restores a model, and load `tensors`, in this order."""
     import torch  # noqa: F401
 
     check = 0

@@ -1,1 +1,1 @@
-"""What `scripts/chaos` runs: a mount, readers that know every byte, and all that goes wrong."""
+"""The run of `scripts/chaos`: a mount, readers that know every byte, and faults."""

@@ -1,9 +1,9 @@
 """The command: `scripts/chaos [--minutes M] [--seed N]`; see `--help`.
 
 Readers in several processes verify every byte of a real mount while the store, the network, the
-disk, the daemon and its keeper fail in all ways that there are, by chance. It prints what was done
-and what SEMANTICS.md rules out of what was seen, then the same as one line of JSON on standard
-output. Exit status 1: something was.
+disk, the daemon and its keeper fail in many ways, by chance. It prints the actions and operations,
+and the observations that SEMANTICS.md rules out, then the same as one line of JSON on standard
+output. Exit status 1 means that there were such observations.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from rich.console import Console
 
 from chaostest.actions import LANES
 from chaostest.board import SLOTS
+from chaostest.chaos import Chaos
 from chaostest.report import as_json, show
-from chaostest.run import Chaos
+from chaostest.run import run
 
 LONG_FROM_MINUTES = 1.0
-"""From here on a run also has the actions that take long, as a store that is away for longer than
-the read deadline."""
+"""Length from which a run also has the actions that take long, such as a store that is away for
+longer than the read deadline."""
 
 
 def main() -> int:
     options = parse()
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        print("chaos: there is no /dev/fuse here, or it is not for you", file=sys.stderr)
+        print("chaos: /dev/fuse is missing, or you may not use it; run as root", file=sys.stderr)
         return 2
-    # Ended by a signal, it cleans up as well.
+    # A program that a signal ends cleans up as well.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     console = Console(highlight=False, stderr=True, width=None if sys.stderr.isatty() else 100)
@@ -44,10 +45,10 @@ def main() -> int:
     is_long = options.actions is None and options.minutes >= LONG_FROM_MINUTES
     keep = True
     try:
-        settings = {"readers": options.readers, "long": is_long, "only": options.only}
-        settings["tls"] = options.tls
+        settings = {"readers": options.readers, "long": is_long, "tls": options.tls}
+        limits = {"seconds": options.minutes * 60, "actions_max": options.actions}
         with Chaos(options.seed, logs=logs, **settings) as chaos:
-            outcome = chaos.run(seconds=options.minutes * 60, actions_max=options.actions)
+            outcome = run(chaos, only=options.only, **limits)
         (logs / "result.json").write_text(json.dumps(as_json(outcome), indent=1))
         show(outcome, console)
         print(json.dumps(as_json(outcome)), flush=True)

@@ -1,8 +1,8 @@
-"""What goes wrong, and what else happens, each as a function that does it once and undoes it.
+"""Faults and other actions. Each function does one of them once, and undoes it.
 
 Three lanes run beside each other, one for the store, one for the node and one for the disk of its
-cache, each with its own stream of chance: which actions come in which order depends on the seed
-only, not on how fast the machine is.
+cache. Each has its own stream of chance, so the order of the actions depends on the seed only, and
+not on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from faultproxy import FAULTS, TLS_FAULTS
+from support.faultproxy import FAULTS, TLS_FAULTS
 
 from chaostest import verdict
 from chaostest.content import LOCAL, MIB
 from chaostest.node import DAEMON, KEEPER, WORKER
+from ckptfs._model.protocol.requests import Attach, Detach
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
+    from chaostest.chaos import Chaos
     from chaostest.disk import Disk
-    from chaostest.run import Chaos
 
 PAGE_BYTES = 4096
 SUCCESSOR_WAIT_S = 30.0
@@ -93,7 +94,7 @@ def terminate_daemon_by_segv(chaos: Chaos, chance: random.Random) -> None:
 
 
 def stop_daemon(chaos: Chaos, chance: random.Random) -> None:
-    """SIGSTOP, and it goes on before anybody gives it up."""
+    """Stop the daemon (SIGSTOP), and continue it before the keeper gives it up."""
     length_s = chance.uniform(0.2, 3.0)
     with chaos.timeline.during(verdict.STOPPED):
         pids = chaos.kill(DAEMON, signal.SIGSTOP)
@@ -114,13 +115,15 @@ def stop_daemon_for_good(chaos: Chaos, chance: random.Random) -> None:
                 chaos.wait(0.1)
                 if time.monotonic() > deadline_s:
                     os.kill(pids[0], signal.SIGKILL)
-                    chaos.breach("stuck", f"nobody has ended it within {SUCCESSOR_WAIT_S:g} s")
+                    chaos.breach(
+                        "stuck", f"the keeper has not ended it within {SUCCESSOR_WAIT_S:g} s"
+                    )
                     break
             wait_for_daemon(chaos)
 
 
 def kill_keeper(chaos: Chaos, chance: random.Random) -> None:
-    """The mount is dead then, until somebody attaches again."""
+    """Kill the keeper. The mount is dead until the next attach."""
     with chaos.timeline.during(verdict.ENDED):
         chaos.kill(KEEPER, signal.SIGKILL)
         deadline_s = time.monotonic() + SUCCESSOR_WAIT_S
@@ -141,7 +144,7 @@ def wait_for_daemon(chaos: Chaos) -> None:
         chaos.wait(0.05)
 
 
-# -- workers, which nobody is to notice
+# -- workers, which readers must not notice
 
 
 def kill_worker(chaos: Chaos, chance: random.Random) -> None:
@@ -175,14 +178,14 @@ def pin(chaos: Chaos, chance: random.Random) -> None:
     checkpoint = chance.choice(list(chaos.uris))
     location = chaos.location(checkpoint)
     with contextlib.suppress(CkptfsError, OSError), chaos.node.control() as control:
-        name = control.attach(location, pinned=True).name
+        name = control.ask_once(Attach(location=location, pinned=True)).name
         chaos.wait(chance.uniform(0, 1.0))
         with contextlib.suppress(NotAttached, Busy):
-            control.detach(name)
+            control.ask(Detach(name=name))
 
 
 def detach_by_force(chaos: Chaos, chance: random.Random) -> None:
-    """An administrator ends an attachment, whoever uses it."""
+    """An administrator ends an attachment that processes may use."""
     checkpoint = chance.choice(list(chaos.uris))
     location = chaos.location(checkpoint)
     with (
@@ -190,7 +193,7 @@ def detach_by_force(chaos: Chaos, chance: random.Random) -> None:
         contextlib.suppress(CkptfsError, OSError),
         chaos.node.control() as control,
     ):
-        control.detach("", location, force=True)
+        control.ask(Detach(location=location, force=True))
 
 
 def prefetch(chaos: Chaos, chance: random.Random) -> None:
@@ -229,9 +232,9 @@ def change_metadata(chaos: Chaos, chance: random.Random) -> None:
 
 
 def damage(chaos: Chaos, chance: random.Random) -> None:
-    """Bits flip on the disk. The kernel's copy in memory goes, too: it is the disk that is bad.
+    """Bits flip on the disk. The kernel's copy in memory goes, too, because the disk is bad.
 
-    Not where the kernel reads the cache by itself: those blocks nobody checks, as promised.
+    Files that the kernel reads by itself stay as they are, because ckptfs does not check these.
     """
     files = in_cache(chaos, "data")
     for path in chance.sample(files, min(len(files), chance.randint(1, 4))):
@@ -281,7 +284,7 @@ def forget(chaos: Chaos, chance: random.Random) -> None:
 
 
 def remove_cached(chaos: Chaos, chance: random.Random) -> None:
-    """Somebody cleans up in the cache's folder."""
+    """An administrator cleans up in the cache's folder."""
     files = in_cache(chaos, "*")
     for path in chance.sample(files, min(len(files), 3)):
         with contextlib.suppress(OSError):
@@ -308,7 +311,7 @@ def fill_disk(chaos: Chaos, chance: random.Random) -> None:
 
 
 def disk_read_only(chaos: Chaos, chance: random.Random) -> None:
-    """Its file system has found an error in itself; or somebody has mounted it so."""
+    """The file system becomes read-only, because of an error or by a mount."""
     length_s, covers = chance.uniform(0.3, 6.0), chance.random() < 0.5
     disk = disk_of(chaos)
     with chaos.timeline.during(verdict.READ_ONLY):
@@ -324,8 +327,8 @@ def disk_read_only(chaos: Chaos, chance: random.Random) -> None:
 
 
 def disk_fails(chaos: Chaos, chance: random.Random) -> None:
-    """What is read from it, or written to it, ends with EIO. It gets well by itself, or is replaced
-    where that has broken its file system."""
+    """Reads of the disk, or writes to it, end with EIO. It recovers by itself. If the errors have
+    broken its file system, the lane replaces it."""
     kinds = chance.choice((["read"], ["write"], ["read", "write"], ["read", "write"]))
     length_s = chance.uniform(0.3, 3.0)
     if chaos.long and chance.random() < 0.4:

@@ -1,8 +1,8 @@
-"""What the processes of a run tell each other in shared memory, without waiting for anybody.
+"""Messages of a run's processes to each other in shared memory, which make no process wait.
 
-The run says which version of each file is the latest; each reader what it is doing right now, so
-that one that hangs is seen from outside. Times are of the monotonic clock, which all processes of
-a machine share.
+The run writes the latest version of each file. Each reader writes its current operation, so that
+the run sees one that hangs. Times are of the monotonic clock, which all processes of a machine
+share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VERSION = struct.Struct("<I")
 
 
 class Doing(NamedTuple):
-    """What a reader does: the operation, since when, and how many bytes it wants."""
+    """A reader's operation, its start, and the number of bytes that it wants."""
 
     since_s: float
     bytes: int
@@ -54,7 +54,7 @@ class Board:
         _VERSION.pack_into(self._memory, self._versions_at + index * _VERSION.size, version)
 
     def note(self) -> tuple[float, int]:
-        """What others than ckptfs have last written into a checkpoint's metadata, and when."""
+        """The last note of other programs in a checkpoint's metadata: its time and value."""
         since_s, value = _NOTE.unpack_from(self._memory)
         return since_s, value
 
@@ -72,7 +72,7 @@ class Board:
         _SLOT.pack_into(self._memory, self._slots_at + slot * _SLOT.size, 0.0, 0, b"")
 
     def doing(self, slot: int) -> Doing | None:
-        """What the reader does right now."""
+        """The reader's current operation."""
         place = self._slots_at + slot * _SLOT.size
         since_s, length, operation = _SLOT.unpack_from(self._memory, place)
         return Doing(since_s, length, operation.rstrip(b"\0").decode()) if since_s else None

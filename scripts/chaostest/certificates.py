@@ -1,4 +1,4 @@
-"""What the store proves itself by, where it is reached over TLS."""
+"""The certificate of a store over TLS."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ OPENSSL_TIMEOUT_S = 30
 
 
 def certify(path: Path) -> Path:
-    """Write a key and its certificate for 127.0.0.1, which nobody but itself vouches for.
+    """Write a key and its self-signed certificate for 127.0.0.1.
 
-    Raises OSError, subprocess.SubprocessError: openssl is missing, or fails.
+    Raises OSError and subprocess.SubprocessError if openssl is missing, or fails.
     """
     key = path.with_suffix(".key")
     subprocess.run(

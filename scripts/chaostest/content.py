@@ -1,8 +1,8 @@
-"""What the store holds: every byte of every version of every object follows from the seed.
+"""The content of the store: every byte of every version of every object follows from the seed.
 
-So a reader knows what is right without a copy of it. A version is a stretch of a random text that
-repeats itself: the text's length is no multiple of a block, so that a block in the wrong place, of
-another file or of another version never looks right.
+So a reader knows the right bytes without a copy of them. A version is a stretch of a random text
+that repeats itself. The text's length differs from each multiple of a block, so that a block in the
+wrong place, of another file or of another version never looks right.
 """
 
 from __future__ import annotations

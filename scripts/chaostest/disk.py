@@ -86,8 +86,8 @@ class Disk:
 
     @contextlib.contextmanager
     def covered(self) -> Iterator[None]:
-        """While the context lasts nobody can open anything there for writing; what is open for
-        writing stays so."""
+        """During the context, no process can open a file there for writing. Files that are open for
+        writing stay so."""
         _run("mount", "--bind", self._at, self._at)
         try:
             _run("mount", "-o", "remount,bind,ro", self._at)
@@ -111,7 +111,7 @@ class Disk:
         return True
 
     def replace(self) -> None:
-        """Take it out, whoever uses it, and put a new one in: empty, and without a fault."""
+        """Take the disk out while processes use it, and put in an empty one without a fault."""
         self._unmount()
         self._ask({"gone": str(self._serial)})
         self._put_in()

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from chaostest.disk import Disk
-from ckptfs import _client, _connection
-from ckptfs._config import load_config
+from ckptfs._client import client
+from ckptfs._client import connection as _connection
+from ckptfs._config.load import load_config
 from ckptfs.errors import CkptfsError
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from ckptfs._model.config import Config
 
 CONTROL_TIMEOUT_S = 40.0
-KEEPER, DAEMON = b"ckptfs._daemon.keeper", b"ckptfs._daemon.app"
+KEEPER, DAEMON = b"ckptfs._keeper.keeper", b"ckptfs._daemon.app"
 WORKER = b"ckptfs._workers"
 
 
 class Sample(NamedTuple):
-    """What a process takes: resident memory in bytes, open descriptors, threads."""
+    """Resident memory in bytes, open descriptors and threads of a process."""
 
     pid: int
     memory_bytes: int
@@ -41,7 +42,7 @@ class Sample(NamedTuple):
 
 
 class Node:
-    """As a context manager: at the end nothing of it is left, whoever hangs in it."""
+    """A node. As a context manager it leaves nothing behind, even if processes hang in it."""
 
     def __init__(self, settings: dict[str, Any], *, small_disk: bool) -> None:
         self._settings = settings
@@ -94,7 +95,7 @@ class Node:
 
     def start(self) -> None:
         """Start it, or find that it runs."""
-        _client.connect_or_start(self.config, CONTROL_TIMEOUT_S).close()
+        client.connect_or_start(self.config, CONTROL_TIMEOUT_S).close()
 
     def status(self) -> dict[str, Any]:
         """As `ckptfs status --json`."""
@@ -127,7 +128,7 @@ class Node:
         return f"{self.cache}/lock" in found
 
     def sample(self, module: bytes) -> Sample | None:
-        """What the daemon or the keeper takes; None if there is not exactly one."""
+        """A sample of the daemon or the keeper; None if there is not exactly one."""
         pids = self.serving(module)
         if len(pids) != 1:
             return None
@@ -143,7 +144,7 @@ class Node:
             return None
 
     def log(self) -> str:
-        """What keeper and daemon have logged."""
+        """The log of keeper and daemon."""
         folder = self.folder if self.disk else self.cache
         found = [folder / "daemon.log.1", folder / "daemon.log"]
         return "".join(path.read_text(errors="replace") for path in found if path.exists())
@@ -156,7 +157,7 @@ class Node:
         with contextlib.suppress(CkptfsError, OSError):
             with _connection.connect_to(self.config.socket, 10.0) as connection:
                 connection.stop(force=True)
-            _client.wait_ended(self.config, 10.0)
+            client.wait_ended(self.config, 10.0)
         for module in (KEEPER, DAEMON):
             for pid in self.processes(module):
                 with contextlib.suppress(ProcessLookupError):

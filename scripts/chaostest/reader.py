@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 READ_BYTES = (4096, 65536, 262144, MIB)
 SCRIBES = "run"
-"""The checkpoint whose metadata the scribe changes. That of "model" is changed by others."""
+"""The checkpoint whose metadata the scribe changes. Other programs change that of "model"."""
 
 NOTED = "model"
 STATED = ("state", "size", "cached", "version", "uri")
 
 
 class Reader:
-    """What it needs in all that it does."""
+    """The state that a reader needs in each operation."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.chance = random.Random(job["chance"])
@@ -153,9 +153,15 @@ class Reader:
                 for _ in range(self.chance.randint(1, 10)):
                     offset = self.chance.randrange(size.st_size)
                     length = self.chance.choice(READ_BYTES)
-                    part = slice(offset, offset + length)
-                    about = {"lease": lease, "file": file, "length": length}
-                    data = self.watch.do("fault", mapped.__getitem__, part, **about)
+                    data = self.watch.do(
+                        "fault",
+                        lambda start, stop: mapped[start:stop],
+                        offset,
+                        offset + length,
+                        lease=lease,
+                        file=file,
+                        length=length,
+                    )
                     assert data is not None
                     self.watch.check(handle, offset, data)
 
@@ -203,7 +209,7 @@ class Reader:
             self.look_at_note(lease)
 
     def look_at_note(self, lease: Lease) -> None:
-        """What others wrote into the metadata shows after a second."""
+        """Changes of the metadata by other programs show after a second."""
         written_s, value = self.board.note()
         start_s = time.monotonic()
         seen = self.attribute(lease, "", "meta.note", expected=(errno.ENODATA,))

@@ -1,19 +1,56 @@
-"""What a run has come to, as tables and as JSON."""
+"""The outcome of a run, as tables and as JSON."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from chaostest.verdict import Breach
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chaostest.run import Outcome
-
 MB = 1e6
+
+
+@dataclass
+class Outcome:
+    """The outcome of a run. Times are in seconds, and sizes in bytes.
+
+    Attributes:
+        actions: Number of times that each action was done.
+        sequence: The order of the actions, by lane.
+        requests_met: Number of requests that have met each fault of the store.
+        errors_allowed: Number of allowed errors, by "operation: error".
+        longest_s: Longest time of each operation.
+        undisturbed_s: Longest time of all operations without a fault, if above a second.
+        samples: Memory, descriptors and threads, by process ("daemon", "keeper") and moment
+            ("first" and "last" at rest, "most").
+        cache_cannot: Failed operations of the cache in the log, by verb.
+        disk_failed: Number of failed operations of the disk, by kind.
+        left_out: Actions that this machine or a short run cannot have.
+    """
+
+    seed: int
+    settings: dict[str, Any]
+    seconds: float = 0.0
+    actions: Counter[str] = field(default_factory=Counter[str])
+    sequence: dict[str, list[str]] = field(default_factory=dict[str, "list[str]"])
+    requests_met: dict[str, int] = field(default_factory=dict[str, int])
+    operations: Counter[str] = field(default_factory=Counter[str])
+    bytes_verified: int = 0
+    errors_allowed: Counter[str] = field(default_factory=Counter[str])
+    longest_s: dict[str, float] = field(default_factory=dict[str, float])
+    undisturbed_s: float = 0.0
+    daemons: int = 0
+    samples: dict[str, dict[str, list[int]]] = field(default_factory=dict[str, Any])
+    breaches: list[Breach] = field(default_factory=list[Breach])
+    cache_cannot: Counter[str] = field(default_factory=Counter[str])
+    disk_failed: dict[str, int] = field(default_factory=dict[str, int])
+    left_out: list[str] = field(default_factory=list[str])
 
 
 def show(outcome: Outcome, console: Console) -> None:

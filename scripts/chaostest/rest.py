@@ -1,7 +1,7 @@
-"""What has to be so when nobody uses a node any more and nothing is wrong with it.
+"""The checks of a node without users and faults.
 
 `python -m chaostest.rest URI FILE` is the last reader: it reads one file and waits until all of it
-is in the cache. It prints how much of it is, and of how much.
+is in the cache. It prints the number of cached bytes, and the file's size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ckptfs import Checkpoint
 from ckptfs.errors import CkptfsError
 
 if TYPE_CHECKING:
-    from chaostest.run import Chaos
+    from chaostest.chaos import Chaos
 
 MEMORY_GROWTH_MAX = 96 * MIB
 DESCRIPTORS_GROWTH_MAX = 24
@@ -32,9 +32,9 @@ more work."""
 REST_WAIT_S = 30.0
 STORED_WAIT_S = 20.0
 KILLED_AT_ITS_START = (
-    " ERROR ckptfs._daemon.keeper: the next daemon did not come up: the daemon did not come up; "
+    " ERROR ckptfs._keeper.keeper: the next daemon did not come up: the daemon did not come up; "
 )
-"""What a keeper has to say of that."""
+"""The keeper's messages about that."""
 
 CANNOT = re.compile(r" cache: cannot (\w+)")
 
@@ -106,7 +106,7 @@ def _judge_log(chaos: Chaos) -> None:
 
 
 def words_of_cache(log: str) -> Counter[str]:
-    """What the cache could not do, by its log, and how often it says so."""
+    """The failed operations of the cache in the log, and their numbers."""
     return Counter(CANNOT.findall(log))
 
 

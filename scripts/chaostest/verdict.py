@@ -1,9 +1,9 @@
-"""What a reader may see while something goes wrong, and what it may not: SEMANTICS.md as code.
+"""The results that a reader may and may not see during a fault: SEMANTICS.md as code.
 
-A window is the time in which something was wrong, or a moment (a kill). What a reader tells is
-judged by the windows that overlap the operation, and by what has happened to its lease since it was
-taken. Nothing that was wrong before the operation began excuses it, but for what SEMANTICS.md says
-stays: a version that has changed, a lease that was ended.
+A window is the time of a fault, or a moment (a kill). The verdict on a result depends on the
+windows that overlap the operation, and on the events of the reader's lease. A fault that ended
+before the operation excuses nothing, except for the lasting ones of SEMANTICS.md: a version that
+has changed, and a lease that has ended.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ SLACK_S = 0.3
 
 MEMORY_S = 6.0
 """After an error the metadata's store is not asked again for 5 s (`_daemon/metadata.py`)."""
+
+FRESH_S = 1.0
+"""A read that has failed by its deadline fails at once for as long (`_daemon/timeouts.py`)."""
 
 STORE_ERRORS = {
     "refused": {"ETIMEDOUT"},
@@ -50,15 +53,18 @@ METADATA = {"metadata", "set metadata", "update metadata"}
 ATTACHES = {"attach", "let go"}
 
 KILLED, STOPPED, ENDED, DETACHED = "daemon killed", "daemon stopped", "keeper killed", "detached"
-"""The mount has ended after ENDED: everything in it fails until somebody attaches again."""
+"""The mount has ended after ENDED, so everything in it fails until the next attach."""
 
 READ_ONLY, DISK_FAILS, DISK_HANGS = "disk read-only", "disk fails", "disk hangs"
 """No reader notices a disk that fails, but for who reads it without the daemon (passthrough). One
 that does not answer holds up who needs it."""
 
 DISK_MEMORY_S = 30.0
-"""Longest that somebody has a file open without interruption: as long it is read from the disk that
-it was on, also when that was replaced."""
+"""Longest time for which a process has a file open without interruption. It reads the file from the
+original disk, even after a replacement of the disk."""
+
+TIMEOUTS = {kind for kind, errors in STORE_ERRORS.items() if "ETIMEDOUT" in errors} | {DISK_HANGS}
+"""The faults by which a read can time out."""
 
 ENDED_ERRORS = {"ENOTCONN", "ECONNABORTED", "ENOENT", "ESTALE"}
 DETACHED_ERRORS = {"ESTALE", "ENOENT"}
@@ -87,7 +93,7 @@ class Breach:
 
 
 class Timeline:
-    """What was wrong when. All times are of the monotonic clock; safe for threads."""
+    """The faults and their times on the monotonic clock. Safe for threads."""
 
     def __init__(self) -> None:
         self.windows: list[Window] = []
@@ -129,8 +135,7 @@ class Timeline:
 
 
 class Verdict:
-    """Judges. `restarts`: a daemon that dies is followed by another one; `passthrough`: the kernel
-    may read files of the cache by itself."""
+    """The judge. With `passthrough`, the kernel may read files of the cache by itself."""
 
     def __init__(
         self,
@@ -138,13 +143,11 @@ class Verdict:
         *,
         read_deadline_s: float,
         attach_deadline_s: float,
-        restarts: bool,
         passthrough: bool,
     ) -> None:
         self._timeline = timeline
         self._read_deadline_s = read_deadline_s
         self._attach_deadline_s = attach_deadline_s
-        self._restarts = restarts
         self._passthrough = passthrough
 
     # -- errors
@@ -153,9 +156,8 @@ class Verdict:
         """Why an operation may not have failed so; "": it may."""
         begin_s, end_s = told["start_s"], told["end_s"]
         error, operation = told["error"], told["operation"]
-        took_s = end_s - begin_s
-        is_early = took_s < self._read_deadline_s - SLACK_S
-        if operation in READS and error == "ETIMEDOUT" and is_early:
+        if operation in READS and error == "ETIMEDOUT" and self._is_early(told):
+            took_s = end_s - begin_s
             return f"timed out after {took_s:.1f} s of {self._read_deadline_s:g} s"
         allowed = self._allowed(told)
         if error in allowed:
@@ -163,14 +165,28 @@ class Verdict:
         kinds = sorted({w.kind for w in self._timeline.overlapping(begin_s, end_s)}) or ["nothing"]
         return f"{error} in {operation} while {', '.join(kinds)}: {told['text']}"
 
+    def _is_early(self, told: dict[str, Any]) -> bool:
+        """Whether a read has timed out although neither it, nor one that failed just before it, nor
+        the kernel's readahead can have waited for the deadline."""
+        end_s = told["end_s"]
+        least_s = self._read_deadline_s - SLACK_S
+        if end_s - told["start_s"] >= least_s:
+            return False
+        since_s = end_s - FRESH_S - self._read_deadline_s
+        windows = self._timeline.overlapping(since_s, end_s, told.get("checkpoint"))
+        begun_s = [window.begin_s for window in windows if window.kind in TIMEOUTS]
+        return end_s - min(begun_s, default=end_s) < least_s
+
     def _allowed(self, told: dict[str, Any]) -> set[str]:
         begin_s, end_s, operation = told["start_s"], told["end_s"], told["operation"]
         checkpoint = told.get("checkpoint")
+        if operation in READS and told["error"] in ("ETIMEDOUT", "SIGBUS"):
+            begin_s -= FRESH_S
         now = self._timeline.overlapping(begin_s, end_s, checkpoint)
         since = self._timeline.overlapping(told.get("lease_s", begin_s), end_s, checkpoint)
         allowed: set[str] = set()
         for window in since:
-            if self._ends_mount(window):
+            if window.kind == ENDED:
                 allowed |= ENDED_ERRORS | {"not-attached"}
             elif window.kind == DETACHED:
                 allowed |= DETACHED_ERRORS
@@ -205,9 +221,6 @@ class Verdict:
         windows = self._timeline.overlapping(begin_s, end_s)
         return any(window.kind in (READ_ONLY, DISK_FAILS) for window in windows)
 
-    def _ends_mount(self, window: Window) -> bool:
-        return window.kind == ENDED or (window.kind == KILLED and not self._restarts)
-
     def _has_changed(self, told: dict[str, Any]) -> bool:
         """Whether the file is another version at the store than the one that the lease shows."""
         published = self._timeline.published(told["file"])
@@ -228,7 +241,7 @@ class Verdict:
     def _may_be_newer(self, told: dict[str, Any], since_s: float) -> bool:
         """Whether a path of the lease may lead to another attachment than at `since_s`."""
         since = self._timeline.overlapping(since_s, told["told_s"], told.get("checkpoint"))
-        return any(self._ends_mount(window) or window.kind == DETACHED for window in since)
+        return any(window.kind in (ENDED, DETACHED) for window in since)
 
     def of_pin(self, told: dict[str, Any]) -> str:
         """Why a version cannot be the one that was there when the checkpoint was attached."""
@@ -253,8 +266,9 @@ class Verdict:
     # -- times
 
     def limit_s(self, operation: str, length: int, begin_s: float, end_s: float) -> float:
-        """How long an operation may take. A read may take the deadline twice (the kernel's own
-        readahead fails first), and a large one consists of several."""
+        """How long an operation may take. A read takes the deadline once, and twice where a busy
+        machine lets the kernel ask again after more than `FRESH_S`; a large read consists of
+        several."""
         if operation in ATTACHES:
             limit_s = self._attach_deadline_s + 40  # 10 s of the client; and it may start a daemon
         elif operation == "update metadata":

@@ -1,7 +1,7 @@
-"""How a reader does things: each operation is timed, seen from outside, and told of if it fails.
+"""A reader's operations: the watch times each one, shows it to the run, and reports a failed one.
 
-What is told goes to a file, a line of JSON each, which the run follows (`verdict` says what it may
-look like). A reader can be killed at any moment; what it has told stays.
+The reports go to a file, a line of JSON each, which the run follows (`verdict` judges them). A kill
+of the reader at any moment leaves its reports.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from chaostest.content import SURE_BYTES
 from ckptfs import CkptfsError
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 SLOW_S = 1.0
-"""What takes longer is told, and judged."""
+"""The watch reports longer operations."""
 
 
 class OperationFailed(Exception):
@@ -35,9 +35,9 @@ class OperationFailed(Exception):
 
 
 class Lease:
-    """What a reader knows of an attachment: `began_s`, when it began to attach; `versions`, by
-    index of a file which version it has seen; `attached_s`, since when it is attached (of the
-    monotonic clock)."""
+    """A reader's knowledge of an attachment: `began_s`, the start of the attach; `versions`, the
+    seen version of each file by index; `attached_s`, the end of the attach (on the monotonic
+    clock)."""
 
     def __init__(self, checkpoint: str, began_s: float) -> None:
         self.checkpoint = checkpoint
@@ -207,7 +207,7 @@ class Watch:
                 return version
         return None
 
-    def _tell_wrong(self, handle: Handle, offset: int, data: bytes, scope: str) -> None:
+    def _tell_wrong(self, handle: Handle, offset: int, data: bytes, scope: str) -> NoReturn:
         """`scope`: "handle", other bytes than before through the same handle; "lease", than through
         another handle of the same lease; "none", bytes of no version."""
         version = handle.version or 0

@@ -1,5 +1,5 @@
-"""What a restore would take on many nodes, from a model that is checked against real runs.
+"""A model of the time of a restore on many nodes, with a check against real runs.
 
-`flow` shares bandwidth, `ways` says what each way of restoring does, `calibration` has the real
-runs; see `scripts/simulate --help`.
+`flow` shares bandwidth, `ways` has the stages of each way of restoring, and `calibration` has the
+real runs. See `scripts/simulate --help`.
 """

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulation import calibration
 from simulation.ways import GB, Result, Scenario, broadcast, copy, mount, plan
@@ -60,13 +60,13 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/simulate",
-        description="What it takes until the last node has restored a checkpoint, and what the "
-        "store sends, when everyone copies (Ray's way), mounts, mounts with a plan, or there is a "
-        "broadcast. Every node reads all of it.",
-        epilog="The model is described in scripts/simulation/; --check compares it with real runs.",
+        description="Predicts the time until the last node has restored a checkpoint, and the "
+        "bytes that the store sends, if every node copies (Ray's way), mounts, mounts with a plan, "
+        "or takes part in a broadcast. Every node reads the whole checkpoint.",
+        epilog="scripts/simulation/ describes the model; --check compares it with real runs.",
     )
     parser.add_argument("--nodes", type=number(int), nargs="+", default=NODES, metavar="N")
-    defaults = {field.name: field.default for field in fields(Scenario)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Scenario)}
     for option, (name, unit, text) in OPTIONS.items():
         default = defaults[name] if unit == 1 else defaults[name] / unit
         parser.add_argument(
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 
 def number(kind: type[int | float], *, may_be_0: bool = False) -> Callable[[str], int | float]:
-    """What reads one of the command line."""
+    """A parser of one number of the command line."""
 
     def parsed(text: str) -> int | float:
         value = kind(text)

@@ -1,16 +1,15 @@
 """The model beside real runs of ``scripts/benchmark/cluster.py``, kept in tests/bench/cluster.json.
 
-There all nodes, the server and the proxy that slows it share one machine, and what they cost it is
-CPU time, which the runs have counted. So the CPU costs, eight of them, are taken from these counts
-in the runs of `FITTED`. No constant is fitted to a duration, and all durations are then predicted.
-They are no blind test: the stages of `ways` were put right with these runs in view.
+There all nodes, the server and the proxy that slows it share one machine. They cost it CPU time,
+which the runs have counted. The eight CPU costs come from these counts in the runs of `FITTED`. No
+constant comes from a duration, and the model predicts all durations. This is not a blind test,
+because the stages of `ways` were corrected by means of these runs.
 
-What these runs do not test, since connections and CPUs were what limited them: links, disks, limits
-of the store, and of a broadcast its window, its driver and Ray's transfers between machines.
+Connections and CPUs limited these runs, so they do not test links, disks, limits of the store, and
+the window, the driver and Ray's transfers between machines of a broadcast.
 
-The file is a list of what ``--json`` has written (``jq --slurp . FILE…``), on a machine that did
-nothing else. Beside other work it is no measure: two sets of runs that were made so were 20 to 50 %
-slower.
+The file is a list of the outputs of ``--json`` (``jq --slurp . FILE…``) on a machine without other
+work. Beside other work, two sets of runs were 20 to 50 % slower.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What cluster.py has written."""
+    """An output of cluster.py."""
 
     nodes: int
     size: int = msgspec.field(name="bytes")
@@ -74,7 +73,7 @@ class Run(msgspec.Struct, frozen=True):
         return min(one.read_cpu_s for one in self.start[way])
 
     def scenario(self, way: str) -> ways.Scenario:
-        """The same for the model. What other processes had of the CPUs is not there."""
+        """The same for the model, without the CPU time of other processes."""
         return ways.Scenario(
             nodes=self.nodes,
             size=self.size,
@@ -172,7 +171,7 @@ def check(path: Path = KEPT) -> list[Figure]:
 
 def of_real_nodes() -> ways.Costs:
     """The costs of a node that has the memory at hand, and no server on its CPUs. Per GiB, as
-    `_daemon/READING.md` has it: 1.3 s of CPU of a daemon that fetches for a reader, of which 0.3 s
+    ``ARCHITECTURE.md`` has it: 1.3 s of CPU of a daemon that fetches for a reader, of which 0.3 s
     of Python and 0.3 s of the copy to the reader are in its event loop; 0.4 s for the kernel's
     copy from a socket, or into the page cache; 0.3 s for one out of it. Giving and taking are put
     at a fetch and two more copies, and at three copies and checksums. Starts are as measured.

@@ -27,12 +27,12 @@ _RATE_MAX = 1e15
 
 @dataclass(frozen=True)
 class Stage:
-    """What a node does.
+    """A stage of a node's work.
 
     Attributes:
-        amount: Bytes, or whatever `limit` is a rate of.
-        limit: Most of it in a second, by what is the node's own.
-        costs: What one of it takes of each thing that is shared.
+        amount: Bytes, or another quantity, of which `limit` is a rate.
+        limit: Most of it in a second by the node's own resources.
+        costs: The part of each shared resource that one unit takes.
         spread: Standard deviation of the limit between nodes, as a share of it.
     """
 
@@ -50,12 +50,11 @@ def wait(seconds: float, cpu_s: float = 0.0, spread: float = 0.0) -> Stage:
 def run(
     stages: Sequence[Stage], nodes: int, shared: Mapping[str, float], seed: int
 ) -> NDArray[np.float64]:
-    """When each node has ended each stage.
+    """The end of each stage on each node.
 
     Args:
-        shared: What there is in a second, by name, for all nodes together. What is not in it has
-            no limit.
-        seed: Of the differences between nodes.
+        shared: The shared resources of all nodes in a second, by name. Others have no limit.
+        seed: Seed of the differences between nodes.
 
     Returns:
         Seconds, of shape (stages, nodes).

@@ -1,8 +1,8 @@
 """The ways to restore a checkpoint on many nodes, as stages of a flow. Pure functions.
 
-Numbers of ckptfs are those of its code, as READING.md and the modules named say. Not in the model:
-faults, stalls and hedging, readers that are not sequential, several jobs, TLS, short memory, a
-network that is narrower inside than at the nodes' links.
+Numbers of ckptfs are those of its code, as ARCHITECTURE.md and the named modules state them. Not
+in the model: faults, stalls and hedging, readers that are not sequential, several jobs, TLS, short
+memory, a network that is narrower inside than at the nodes' links.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ MIB = 1 << 20
 GB = 1e9
 
 REQUESTS_MAX = 16
-"""Requests of a daemon at the same time (`_model.settings`)."""
+"""Requests of a daemon at the same time (`_model.config`)."""
 SPAN_BYTES = 8 * MIB
-"""One request of a daemon that reads ahead (`_daemon.readahead`)."""
+"""One request of a daemon that reads ahead (`_daemon.fetch.readahead`)."""
 WINDOW_BYTES = 64 * MIB
-"""What is fetched ahead of a reader, at most (`_daemon.readahead`)."""
+"""Longest distance of a fetch ahead of a reader (`_daemon.fetch.readahead`)."""
 CAREFUL_BYTES = 4 * MIB
 """After so much of the first file its window is four times what was read, and not block by block
-(`_daemon.readahead`): a few requests of 1 MiB, one after the other."""
+(`_daemon.fetch.readahead`): a few requests of 1 MiB, one after the other."""
 CHUNK_BYTES = (4 * MIB, 64 * MIB)
 CHUNKS_OF_A_NODE, CHUNKS_ENOUGH = 32, 256
 """A broadcast is cut into so many chunks per node, and no more than that in all, of 4 to 64 MiB
 (`ray._broadcast`)."""
 GIVEN_BYTES_MAX = 128 * MIB
-"""What a node of a broadcast reads at the same time, in at most 16 chunks (`ray._broadcast`)."""
+"""Most bytes that a node of a broadcast reads at a time, in 16 chunks (`ray._broadcast`)."""
 WINDOW_SHARE = 4
 """A quarter of the object store may be under way in a broadcast (`ray._broadcast`)."""
 
@@ -116,7 +116,7 @@ class Scenario:
     spread: float = 0.2
 
     def shared(self) -> dict[str, float]:
-        """What all nodes share, per second."""
+        """The resources that all nodes share, per second."""
         ours = {"cpu": self.cpus, "disk": self.disk} if self.is_one_machine else {}
         return {"store": self.store, "requests": self.requests} | ours
 
@@ -209,9 +209,9 @@ def mount(scenario: Scenario, costs: Costs, seed: int = 0) -> Result:
 
 
 def _read_ahead(scenario: Scenario, costs: Costs) -> list[Stage]:
-    """Files in sequence, by readers of which each has its window (`_daemon.readahead`): it grows in
-    the first file, all of it runs ahead in the others, and one more file is begun meanwhile. All
-    readers have the same number of files."""
+    """Files in sequence, by readers of which each has its window (`_daemon.fetch.readahead`). It
+    grows in the first file, all of it runs ahead in the others, and one more file is begun
+    meanwhile. All readers have the same number of files."""
     readers = min(scenario.readers, scenario.files)
     count = ceil(scenario.files / readers)
     length = scenario.size / readers / count
@@ -324,7 +324,7 @@ def _start(scenario: Scenario, costs: Costs, way: str) -> Stage:
 
 
 def _reading(scenario: Scenario, cpu: float, disk: float = 1.0) -> Stage:
-    """What is on the node, by its readers; `disk`: what of a byte is not in memory."""
+    """Reads of bytes on the node; `disk` is the share of them that is not in memory."""
     return scenario.moving(scenario.size, _most(cpu, scenario.readers), cpu=cpu, disk=disk, link=0)
 
 

@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 import pytest
 from conftest import Node
-from faultserver import Object
-from quirkserver import QuirkServer
+from support.faultserver import Object
+from support.quirkserver import QuirkServer
 
 import ckptfs
 
@@ -33,7 +33,7 @@ def test_attaching_warns_of_archived_files(node: Node) -> None:
             assert Path(path, "two").read_bytes() == b"two"
             assert os.getxattr(path, "user.ckptfs.skipped").decode() == f"one\t{REASON}\n"
         done = node.cli("attach", uri)
-        assert done.stderr == f"ckptfs: left out one: {REASON}\n"
+        assert done.stderr == f"ckptfs: warning: left out one: {REASON}\n"
         server.restored.add("bucket/run/one")
         node.cli("detach", done.stdout.strip())
         done = node.cli("attach", uri)

@@ -12,10 +12,10 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from conftest import Node, wait_until
-from s3server import S3Server
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from servers import Forwarder
+from support.s3server import S3Server
+from support.servers import Forwarder
 
 import ckptfs
 from ckptfs import xattrs
@@ -43,11 +43,11 @@ def pread(path: str, length: int, offset: int) -> bytes:
         os.close(fd)
 
 
-def test_which_attributes_there_are(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_listxattr_has_the_documented_attributes(node: Node, small: Path, uri_of: UriOf) -> None:
     os.utime(small / "layers/0/weights.bin", (WHOLE_S, WHOLE_S))
     place = {"user.ckptfs.uri", "user.xdg.origin.url"}
-    both = place | {f"user.ckptfs.{name}" for name in ("version", "size", "cached", "state")}
-    root = both | {f"user.ckptfs.{name}" for name in ("id", "files", "attached", "format")}
+    both = place | {"user.ckptfs.version", "user.ckptfs.size"}
+    root = both | {"user.ckptfs.id", "user.ckptfs.files"}
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         assert set(os.listxattr(path)) == root
         assert set(os.listxattr(f"{path}/layers")) == place
@@ -66,7 +66,9 @@ def test_which_attributes_there_are(node: Node, small: Path, uri_of: UriOf) -> N
             os.getxattr(f"{path}/nothing", "user.ckptfs.uri")
 
 
-def test_what_they_say(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_attributes_describe_the_checkpoint_and_its_files(
+    node: Node, small: Path, uri_of: UriOf
+) -> None:
     os.utime(small / "config.json", (WHOLE_S, WHOLE_S))
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         size = sum(file.stat().st_size for file in small.rglob("*") if file.is_file())
@@ -157,7 +159,9 @@ FORMATS: dict[str, dict[str, bytes]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_format(node: Node, bucket: Path, uri_of: UriOf, name: str) -> None:
+def test_format_attribute_names_each_format(
+    node: Node, bucket: Path, uri_of: UriOf, name: str
+) -> None:
     for path, data in FORMATS[name].items():
         (bucket / path).parent.mkdir(parents=True, exist_ok=True)
         (bucket / path).write_bytes(data)
@@ -166,7 +170,9 @@ def test_the_format(node: Node, bucket: Path, uri_of: UriOf, name: str) -> None:
         assert xattrs.read(path).format == name
 
 
-def test_a_file_as_torch_writes_it(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_format_attribute_of_a_large_torch_archive_is_known(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
     with zipfile.ZipFile(bucket / "model.pth", "w") as archive:
         archive.writestr("archive/data.pkl", os.urandom(3 * MIB))
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
@@ -216,12 +222,14 @@ def test_many_tensors_are_cut_at_a_line(node: Node, bucket: Path, uri_of: UriOf)
 
 
 def disk_bytes(node: Node) -> int:
-    """What the cached files take on the disk."""
+    """The bytes that the cached files take on the disk."""
     found = (node.cache_dir / "objects").rglob("*")
     return sum(file.stat().st_blocks * 512 for file in found if file.is_file())
 
 
-def test_prefetch_and_evict(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_prefetch_and_evict_attributes_change_the_cache(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
     sizes = {"a/1.bin": 3 * MIB, "a/[b]/2.bin": MIB, "a/b/3.bin": MIB, "4.bin": 2 * MIB, "5": 10}
     for name, size in sizes.items():
         (bucket / name).parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +241,7 @@ def test_prefetch_and_evict(node: Node, bucket: Path, uri_of: UriOf) -> None:
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
 
         def cached() -> set[str]:
-            """What is there; files of which only a part is are a failure."""
+            """The names of the cached files; a file that is there only in part fails the test."""
             found = {name: int(attribute(f"{path}/{name}", "cached")) for name in sizes}
             assert all(size in (0, sizes[name]) for name, size in found.items()), found
             return {name for name, size in found.items() if size}
@@ -267,7 +275,7 @@ def test_prefetch_and_evict(node: Node, bucket: Path, uri_of: UriOf) -> None:
             assert Path(path, name).read_bytes() == (bucket / name).read_bytes()
 
 
-def test_what_is_open_is_not_evicted(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_evict_attribute_of_an_open_file_is_refused(node: Node, small: Path, uri_of: UriOf) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         file = f"{path}/layers/0/weights.bin"
         fd = os.open(file, os.O_RDONLY)
@@ -278,7 +286,7 @@ def test_what_is_open_is_not_evicted(node: Node, small: Path, uri_of: UriOf) -> 
         assert "layers/0/weights.bin is open" in attribute(path, "error")
         wait_until(lambda: attribute(file, "cached") == "3000000")
         os.close(fd)
-        for _ in range(10):  # just after a read: nobody has it open
+        for _ in range(10):  # just after a read: no process has it open
             os.setxattr(file, "user.ckptfs.evict", b"")
             assert attribute(file, "cached") == "0"
             pread(file, 4_000_000, 0)
@@ -311,12 +319,12 @@ def test_only_what_is_read_is_fetched(
         os.close(held)
 
 
-def test_states_while_bytes_arrive(node: Node, s3: S3Server, bucket: Path) -> None:
+def test_state_attribute_follows_the_fetched_bytes(node: Node, s3: S3Server, bucket: Path) -> None:
     data = os.urandom(3 * MIB + 1)
     (bucket / "model.bin").write_bytes(data)
     with Forwarder(s3.endpoint) as forwarder:
-        ends = (quote(endpoint, safe="") for endpoint in (s3.endpoint, forwarder.endpoint))
-        uri = s3.uri(bucket.name).replace(*ends)
+        ends = [quote(endpoint, safe="") for endpoint in (s3.endpoint, forwarder.endpoint)]
+        uri = s3.uri(bucket.name).replace(ends[0], ends[1])
         with ckptfs.Checkpoint(uri).as_directory() as path:
             file = f"{path}/model.bin"
             assert attribute(file, "state") == "lazy"

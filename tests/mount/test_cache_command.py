@@ -16,12 +16,13 @@ import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from mount.test_cache_on_disk import MIB, object_folders, read_all, requests_of_reads, write_files
 from mount.test_users import ALICE, BOB, as_user, let_others_in
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs import _client
-from ckptfs._model.replies import CacheNews
-from ckptfs._model.requests import ClearCache, CollectCache, ListCache, VerifyCache
+import ckptfs.checkpoint  # here, because other users may not read where it lies
+from ckptfs._client import client
+from ckptfs._model.protocol.replies import CacheResults
+from ckptfs._model.protocol.requests import ClearCache, CollectCache, ListCache, VerifyCache
 
 pytestmark = [
     pytest.mark.mount,
@@ -65,8 +66,10 @@ def runs(bucket: Path) -> dict[str, Path]:
 def cached(
     request: pytest.FixtureRequest, node: Node, runs: dict[str, Path], uri_of: UriOf
 ) -> dict[str, str]:
-    """Two checkpoints in the cache, step_1 used before step_2, that nobody has attached; their
-    URIs. Commands go to a daemon, or there is none."""
+    """The URIs of two cached checkpoints, step_1 used before step_2; no process has them attached.
+
+    The commands run with a daemon and without one.
+    """
     uris = {name: uri_of(folder) for name, folder in runs.items()}
     for uri in uris.values():
         read_all(uri)
@@ -119,18 +122,22 @@ def test_files_of_one_are_listed(node: Node, cached: dict[str, str]) -> None:
     assert "model" in node.here("cache", "ls", "step_1").stdout
 
 
-def test_what_is_not_there(node: Node, cached: dict[str, str]) -> None:
+def test_cache_command_for_an_uncached_checkpoint_says_so(
+    node: Node, cached: dict[str, str]
+) -> None:
     for command in ("ls", "verify", "clear"):
         said = node.here("cache", command, "step_3", check=False)
         assert said.returncode == 1
-        assert said.stderr.startswith("ckptfs: nothing of step_3 is in the cache")
-        said = node.here("cache", command, "/usr/lib", check=False)
-        assert said.stderr.startswith("ckptfs: /usr/lib is not in the mount")
+        assert said.stderr.startswith("ckptfs: error: nothing of step_3 is in the cache")
+        said = node.here("cache", command, "/usr/lib")
+        assert said.stderr == "ckptfs: warning: nothing of /usr/lib is in the cache\n"
     assert cache(node, "ls", cached["step_1"].replace("step_1", "step_3")) == []
     assert cache(node, "clear", cached["step_1"].replace("step_1", "step_3"))["files"] == 0
 
 
-def test_names_of_two_are_told_apart(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_cache_clear_of_an_ambiguous_name_is_refused(
+    node: Node, bucket: Path, uri_of: UriOf
+) -> None:
     for folder in (bucket / "a" / "last", bucket / "b" / "last"):
         folder.mkdir(parents=True)
         write_files(folder, SIZES)
@@ -143,7 +150,7 @@ def test_names_of_two_are_told_apart(node: Node, bucket: Path, uri_of: UriOf) ->
     assert len(cache(node, "ls")) == 2
 
 
-def test_hostile_names(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_cache_ls_of_hostile_names_is_printable(node: Node, bucket: Path, uri_of: UriOf) -> None:
     folder = bucket / "run [red]\u202e" / "check\u200bpoint"
     folder.mkdir(parents=True)
     names = ["\u202ea", "[bold]b", "-c", "d\\e", "ü😀", "f" * 250]
@@ -183,7 +190,7 @@ def test_attached_pinned_and_open_are_said(
 # -- taking out
 
 
-def test_the_oldest_goes_first(node: Node, cached: dict[str, str], s3: S3Server) -> None:
+def test_cache_gc_evicts_the_oldest_first(node: Node, cached: dict[str, str], s3: S3Server) -> None:
     before = sum(each["bytes"] for each in cache(node, "ls"))
     freed = cache(node, "gc", "--free", "1M")
     assert [each["uri"].partition("?")[0].rpartition("/")[2] for each in freed["checkpoints"]] == [
@@ -201,25 +208,30 @@ def test_the_oldest_goes_first(node: Node, cached: dict[str, str], s3: S3Server)
     assert requests_of_reads(s3) == []
 
 
-def test_what_was_not_used_for_long_goes(node: Node, cached: dict[str, str]) -> None:
+def test_cache_gc_older_than_evicts_unused_files(node: Node, cached: dict[str, str]) -> None:
     node.end()
     for name, folder in object_folders(node).items():
         if name == "model":
-            os.utime(folder, (time.time() - 86400.0,) * 2)
+            day_ago_s = time.time() - 86400.0
+            os.utime(folder, (day_ago_s, day_ago_s))
     assert cache(node, "gc", "--older-than", "25h")["files"] == 0
     assert cache(node, "gc", "--older-than", "23h")["files"] == 1
     assert cache(node, "gc", "--older-than", "0s")["files"] == 3
     assert cache(node, "ls") == []
 
 
-def test_more_than_there_is_cannot_be_freed(node: Node, cached: dict[str, str]) -> None:
+def test_cache_gc_of_more_than_is_cached_fails_and_frees_all(
+    node: Node, cached: dict[str, str]
+) -> None:
     said = node.here("cache", "gc", "--free", "1T", check=False)
     assert said.returncode == 1
-    assert said.stderr.startswith("ckptfs: only ")
+    assert said.stderr.startswith("ckptfs: error: only ")
     assert cache(node, "ls") == []
 
 
-def test_without_a_goal_the_configured_limit_is_it(node: Node, cached: dict[str, str]) -> None:
+def test_cache_gc_without_a_goal_uses_the_configured_limit(
+    node: Node, cached: dict[str, str]
+) -> None:
     node.end()
     node.configure(cache_bytes_max=4 * MIB)
     assert [each["files"] <= 2 for each in cache(node, "gc")["checkpoints"]] == [True]
@@ -227,7 +239,7 @@ def test_without_a_goal_the_configured_limit_is_it(node: Node, cached: dict[str,
     assert sum(each["bytes"] for each in cache(node, "ls")) <= 4 * MIB
 
 
-def test_all_is_cleared(node: Node, cached: dict[str, str]) -> None:
+def test_cache_clear_removes_all(node: Node, cached: dict[str, str]) -> None:
     assert cache(node, "clear", "step_1")["files"] == 2
     assert [each["name"][:6] for each in cache(node, "ls")] == ["step_2"]
     assert node.here("cache", "clear").stdout.endswith("2 files\n")
@@ -237,7 +249,9 @@ def test_all_is_cleared(node: Node, cached: dict[str, str]) -> None:
     assert set(read_all(cached["step_1"])) == set(SIZES)
 
 
-def test_what_is_in_use_stays(node: Node, runs: dict[str, Path], uri_of: UriOf) -> None:
+def test_cache_command_leaves_files_in_use(
+    node: Node, runs: dict[str, Path], uri_of: UriOf
+) -> None:
     uri = uri_of(runs["step_1"])
     data = (runs["step_1"] / "model").read_bytes()
     read_all(uri)
@@ -302,7 +316,9 @@ def test_flipped_bits_are_found_and_taken_out(
     assert ranges == {f"bytes={MIB}-{2 * MIB - 1}", f"bytes={3 * MIB}-{3 * MIB + 6}", "bytes=0-9"}
 
 
-def test_damage_of_what_is_open(node: Node, runs: dict[str, Path], uri_of: UriOf) -> None:
+def test_cache_verify_drops_damage_of_an_open_file(
+    node: Node, runs: dict[str, Path], uri_of: UriOf
+) -> None:
     """Also of a file that the kernel reads by itself."""
     node.expected_in_log.append("is damaged: dropped")
     uri = uri_of(runs["step_1"])
@@ -314,7 +330,7 @@ def test_damage_of_what_is_open(node: Node, runs: dict[str, Path], uri_of: UriOf
         said = node.here("cache", "verify", check=False)
         assert said.returncode == 1
         assert "damaged: model of s3://" in said.stdout
-        assert said.stderr.startswith("ckptfs: 1 of ")
+        assert said.stderr.startswith("ckptfs: error: 1 of ")
     wait_until(lambda: not node.status()["attachments"])
     assert read_all(uri) == contents
 
@@ -325,13 +341,13 @@ def test_readers_wait_for_no_verify(node: Node, runs: dict[str, Path], uri_of: U
     uri = uri_of(runs["step_1"])
     contents = read_all(uri)
     node.wait_quiet()
-    with _client.connect() as connection:
-        first: list[CacheNews] = []
+    with client.connect() as connection:
+        first: list[CacheResults] = []
 
         class Begun(Exception):
             pass
 
-        def tell(news: CacheNews) -> None:
+        def tell(news: CacheResults) -> None:
             first.append(news)
             if news.done:
                 raise Begun
@@ -344,11 +360,13 @@ def test_readers_wait_for_no_verify(node: Node, runs: dict[str, Path], uri_of: U
         assert node.here("cache", "clear", check=False).returncode == 0
     with contextlib.ExitStack() as stack:
         for _ in range(16):  # each has ended with its connection, or there would be no place
-            connection = stack.enter_context(_client.connect())
+            connection = stack.enter_context(client.connect())
             connection.cache(ListCache(), lambda _: None)
 
 
-def test_without_a_daemon_it_can_be_interrupted(node: Node, runs: Any, uri_of: UriOf) -> None:
+def test_cache_command_without_a_daemon_can_be_interrupted(
+    node: Node, runs: Any, uri_of: UriOf
+) -> None:
     read_all(uri_of(runs["step_1"]))
     node.end()
     command = [str(Path(sys.executable).with_name("ckptfs")), "cache", "verify", "--limit-rate"]
@@ -357,7 +375,7 @@ def test_without_a_daemon_it_can_be_interrupted(node: Node, runs: Any, uri_of: U
     time.sleep(0.5)  # most likely it reads by then; it ends as well if it does not
     begun.send_signal(signal.SIGINT)
     _, errors = begun.communicate(timeout=COMMAND_TIMEOUT_S)
-    assert (begun.returncode, errors) == (130, b"")
+    assert (begun.returncode, errors) == (130, b"ckptfs: interrupted\n")
     assert len(cache(node, "ls")) == 1
 
 
@@ -373,7 +391,7 @@ def _is_locked(directory: Path) -> bool:
 # -- without a daemon, and with one of another kind
 
 
-def test_nothing_is_made_where_nothing_is(node: Node) -> None:
+def test_cache_command_without_a_cache_makes_no_directory(node: Node) -> None:
     assert cache(node, "ls") == []
     assert cache(node, "verify")["files"] == 0
     assert not node.cache_dir.exists()
@@ -419,14 +437,14 @@ def test_users_see_and_touch_their_own(
     node.here("mount")
     uris = {name: uri_of(folder) for name, folder in runs.items()}
 
-    def ask(request: Any) -> list[CacheNews]:
-        told: list[CacheNews] = []
-        with _client.connect() as connection:
+    def ask(request: Any) -> list[CacheResults]:
+        told: list[CacheResults] = []
+        with client.connect() as connection:
             connection.cache(request, told.append)
         return told
 
-    def reads(name: str) -> Callable[[], None]:
-        return lambda: read_all(uris[name]) and None
+    def reads(name: str) -> Callable[[], object]:
+        return lambda: read_all(uris[name])
 
     as_user(ALICE, reads("step_1"))
     as_user(BOB, reads("step_2"))
@@ -452,10 +470,10 @@ def test_users_see_and_touch_their_own(
         assert ask(VerifyCache())[-1].files == 2
         with contextlib.ExitStack() as stack:
             for number in range(5):
-                connection = stack.enter_context(_client.connect())
+                connection = stack.enter_context(client.connect())
                 refusal = pytest.raises(ckptfs.LimitExceeded, match="4 cache commands are running")
                 with refusal if number == 4 else contextlib.nullcontext():
-                    connection._request(VerifyCache(rate=1), CacheNews)
+                    connection.ask_once(VerifyCache(rate=1))
         assert ask(CollectCache(keep=0))[-1].files == 2
         assert ask(ClearCache())[-1].files == 0
 

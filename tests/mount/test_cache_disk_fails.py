@@ -17,10 +17,10 @@ import pytest
 from conftest import Node, wait_until
 from mount.test_cache_on_disk import MIB, sampled, write_files
 from mount.test_lifecycle import daemons
-from unit.test_disk_faults import ALL
+from unit.daemon.cache.test_disk_faults import ALL
 
 import ckptfs
-from ckptfs._daemon.disk import persist
+from ckptfs._daemon.cache.disk_ops import persist
 
 pytestmark = [
     pytest.mark.mount,
@@ -52,7 +52,7 @@ class Disk:
         self.at.chmod(0o700)
 
     def replace(self) -> None:
-        """Put a new one in its place, whoever uses it."""
+        """Put a new file system in its place, even while processes use the old one."""
         self.node.run("umount", "-l", str(self.at))
         self.mount()
 

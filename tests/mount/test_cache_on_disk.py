@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Node
-from s3server import Request, S3Server
+from conftest import Node, wait_until
+from support.s3server import Request, S3Server
 
 import ckptfs
 
@@ -29,7 +29,8 @@ def write_files(folder: Path, sizes: dict[str, int], age_s: float = LONG_AGO_S) 
     contents = {name: chance.randbytes(size) for name, size in sizes.items()}
     for name, data in contents.items():
         (folder / name).write_bytes(data)
-        os.utime(folder / name, (int(time.time() - age_s),) * 2)  # as on S3
+        mtime_s = int(time.time() - age_s)  # as on S3
+        os.utime(folder / name, (mtime_s, mtime_s))
     return contents
 
 
@@ -39,7 +40,7 @@ def read_all(uri: str) -> dict[str, bytes]:
 
 
 def requests_of_reads(s3: S3Server) -> list[Request]:
-    """What was asked of the server, listings aside."""
+    """The requests that the server got, without listings."""
     return [request for request in s3.traffic().requests if "list-type=2" not in request.target]
 
 
@@ -157,7 +158,7 @@ def link_away(file: Path) -> None:
 
 
 SIZE = 2 * MIB + 5
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "untouched": lambda folder: None,
     "about cut": lambda folder: cut(folder / "about.json"),
     "about empty": lambda folder: os.truncate(folder / "about.json", 0),
@@ -197,7 +198,7 @@ def test_damage_of_every_kind(node: Node, bucket: Path, uri_of: UriOf) -> None:
 
 
 def disk_bytes(top: Path) -> int:
-    """What the files and folders of the cache take, also while they come and go.
+    """The bytes that the files and folders of the cache take, also while they come and go.
 
     Sizes of different moments must not be added up: each is the lesser of two readings, the second
     in the reverse order, so that what left one file before it came to another counts once.
@@ -309,7 +310,9 @@ def small_disk(node: Node, options: str) -> Iterator[None]:
         yield
     finally:
         node.end()
-        node.run("umount", str(node.cache_dir))
+        # A process that ends has no command line any more before its files are closed.
+        umount = ["umount", str(node.cache_dir)]
+        wait_until(lambda: node.run(*umount, check=False).returncode == 0)
 
 
 @pytest.mark.parametrize("options", ["size=3m", "size=64m,nr_inodes=9"], ids=["bytes", "inodes"])

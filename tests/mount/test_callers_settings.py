@@ -1,5 +1,7 @@
-"""What a process has said in its environment and profile counts for what it attaches, whoever has
-started the daemon, and with which environment."""
+"""The environment and profile of a process count for the checkpoints that it attaches.
+
+The user who started the daemon, and the daemon's environment, make no difference.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,12 +11,12 @@ import pytest
 from conftest import Node
 from mount.test_users import ALICE, as_user, let_others_in
 from pyarrow import fs as pafs
-from s3server import S3Server
-from servers import Moto
+from support.s3server import S3Server
+from support.servers import Moto
 
 import ckptfs
-import ckptfs._store.awskeys  # here, because other users may not read where it lies
-import ckptfs._store.carrying
+import ckptfs._store.portable
+import ckptfs._store.s3.keys  # here, because other users may not read where it lies
 
 pytestmark = [
     pytest.mark.mount,

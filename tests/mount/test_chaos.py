@@ -46,7 +46,7 @@ def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
     assert outcome["breaches"] == []
 
 
-def test_who_attaches_when_the_daemon_is_killed_attaches_again(
+def test_attach_while_the_daemon_is_killed_is_repeated(
     node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed after it has answered, and before the lease is taken."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
 
@@ -44,7 +44,7 @@ def refusal(node: Node, *arguments: str) -> str:
     """The one line of a command that fails."""
     done = node.here(*arguments, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("ckptfs: ")
+    assert done.stderr.startswith("ckptfs: error: ")
     assert done.stderr.count("\n") == 1
     return done.stderr
 
@@ -75,8 +75,8 @@ def test_attach_and_detach(node: Node, small: Path, uri_of: UriOf) -> None:
     node.here("attach", uri)
     node.here("detach", f"{path}/layers/0")  # any path inside it
     assert node.status()["attachments"] == []
-    assert "is not inside the mount" in refusal(node, "detach", "/tmp")
-    assert "is not inside the mount" in refusal(node, "detach", str(node.mount))
+    assert "file:///tmp is not attached" in refusal(node, "detach", "/tmp")
+    assert "is the mount itself" in refusal(node, "detach", str(node.mount))
 
 
 def test_detach_while_it_is_held(node: Node, small: Path, uri_of: UriOf) -> None:
@@ -85,7 +85,7 @@ def test_detach_while_it_is_held(node: Node, small: Path, uri_of: UriOf) -> None
         line = refusal(node, "detach", uri)
         assert str(os.getpid()) in line
         assert "--force" in line
-        assert "1 checkpoints are in use" in refusal(node, "umount")
+        assert " is in use; ckptfs status names the processes" in refusal(node, "umount")
         node.here("attach", uri)
         node.here("detach", uri)  # takes the pin away
         assert node.status()["attachments"][0]["pinned"] is False
@@ -126,7 +126,6 @@ def test_ls(node: Node, small: Path, uri_of: UriOf) -> None:
     assert table[3].split() == [
         *("2.9", "MiB", "░░░░░░░░░░", "0%", "lazy", versions[2], "layers/0/weights.bin"),
     ]
-    assert "is not in a mounted checkpoint" in refusal(node, "ls", "/tmp")
     assert "No such file" in refusal(node, "ls", f"{path}/nothing")
     assert {a["uri"] for a in json.loads(node.here("ls", "--json").stdout)} == {
         node.status()["attachments"][0]["uri"]
@@ -167,9 +166,11 @@ def test_status_table(
         plain = node.here("status").stdout
         assert "\x1b" not in plain
         assert max(map(len, plain.splitlines())) <= max(columns, len(path) + 60)
-        table = plain.splitlines()[6:]
-        header = table[0].split()
-        assert header == ["CHECKPOINT", "STATE", "CACHED", "SIZE", "FILES"]
+        facts, _, table = plain.partition("\n\n")
+        names = ["daemon", "mount", "cache", "fetched", "passthrough", "log"]
+        assert [line.split()[0] for line in facts.splitlines()] == names
+        header = table.splitlines()[0].split()
+        assert header == ["STATE", "CACHED", "SIZE", "FILES", "CHECKPOINT"]
         joined = "".join(plain.split())
         assert f"s3://{small.parent.parent.name}/run/checkpoint" in joined or columns == 80
         assert f"held by pid {os.getpid()} (" in plain
@@ -242,7 +243,7 @@ def test_secrets_are_shown_nowhere(node: Node, s3: S3Server, small: Path, uri_of
         Path(path, "layers/0/weights.bin").read_bytes()
         daemon = node.status()["pid"]
         keeper = int(Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[1])
-        assert b"ckptfs._daemon.keeper" in Path(f"/proc/{keeper}/cmdline").read_bytes()
+        assert b"ckptfs._keeper.keeper" in Path(f"/proc/{keeper}/cmdline").read_bytes()
         for pid in (daemon, keeper):
             assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
             assert secret not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -275,4 +276,4 @@ def test_commands_work_from_a_mount_that_is_gone(node: Node) -> None:
     done = node.run("sh", "-c", script, check=False)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith("ckptfs: no ckptfs daemon is running")
+    assert line.startswith("ckptfs: error: no ckptfs daemon is running")

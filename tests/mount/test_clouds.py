@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cloudservers import (
-    ACCOUNT,
-    ACCOUNT_KEY,
-    BUCKET,
-    CloudProxy,
-    Reply,
-    cloud_server,
-)
 from pyarrow import fs as pafs
-from unit.fakes import pattern
+from support.cloudservers import ACCOUNT, ACCOUNT_KEY, BUCKET, CloudProxy, Reply, cloud_server
+from support.fakes import pattern
 
 import ckptfs
 

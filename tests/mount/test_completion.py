@@ -25,7 +25,7 @@ COMMANDS = [
 
 @pytest.fixture
 def ask(node: Node, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
-    """What is offered for a line, in the protocol between shells and typer."""
+    """The completions that ckptfs offers for a line, in the protocol between shells and typer."""
 
     def offered(shell: str, line: str) -> list[str]:
         words = line.split(" ")
@@ -51,8 +51,8 @@ def test_commands_and_topics(ask: Ask) -> None:
     assert ask("bash", "ckptfs meta up") == ["update"]
     assert ask("bash", "ckptfs doctor --j") == ["--json"]
     assert ask("bash", "ckptfs completion ") == ["bash", "zsh", "fish"]
-    assert ask("bash", "ckptfs help s") == ["semantics", "status"]
-    assert ask("fish", "ckptfs help sem") == ["semantics\twhat a mounted checkpoint promises"]
+    assert ask("bash", "ckptfs help s") == ["shell", "stores", "semantics", "status"]
+    assert ask("fish", "ckptfs help sem") == ["semantics\tthe guarantees of a mounted checkpoint"]
 
 
 @pytest.mark.parametrize("command", ["detach", "ls", "prefetch", "meta get", "meta list"])
@@ -69,13 +69,13 @@ def test_attached_checkpoints(
     assert path in ask("zsh", f"ckptfs {command} ")[0]
 
 
-def test_uris_that_need_no_quotes(node: Node, ask: Ask, small: Path) -> None:
+def test_completion_of_uris_needs_no_quotes(node: Node, ask: Ask, small: Path) -> None:
     path = node.here("attach", str(small)).stdout.strip()
     assert ask("bash", "ckptfs detach f") == [f"file://{small}"]
     assert ask("bash", "ckptfs detach /") == [path]
 
 
-def test_nothing_is_offered_nor_said_without_a_daemon(
+def test_completion_without_a_daemon_offers_and_prints_nothing(
     node: Node, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask("bash", "ckptfs detach ") == []
@@ -131,6 +131,7 @@ def test_semantics_are_printed_as_they_are_and_for_a_terminal(
     assert node.here("help", "semantics").stdout == text
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("PAGER", "cat")
     shown = node.run("script", "-qec", f"{BIN}/ckptfs help semantics", "/dev/null").stdout
     assert "\x1b[1m" in shown
     assert "\n## " not in shown
@@ -141,7 +142,7 @@ def test_semantics_are_printed_as_they_are_and_for_a_terminal(
 def test_help_lists_its_topics(node: Node) -> None:
     for arguments in (["help"], ["--help"]):
         words = " ".join(node.here(*arguments).stdout.split())
-        assert "semantics (what a mounted checkpoint promises)" in words
+        assert "semantics the guarantees of a mounted checkpoint" in words
     wrong = node.here("help", "nonsense", check=False).stderr
     assert "no command or topic 'nonsense'" in wrong
     assert "semantics" in wrong

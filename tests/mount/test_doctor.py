@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 from conftest import Node, daemons, mounts, wait_until
-from faultserver import FaultServer, Object
-from s3server import S3Server
+from support.faultserver import FaultServer, Object
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs._daemon import session
 from ckptfs._doctor import disk, serving, store
 from ckptfs._doctor import node as machine
+from ckptfs._mount import session
+from ckptfs._os import mountinfo
 
 pytestmark = pytest.mark.mount
 
@@ -49,8 +50,8 @@ class Report(dict[str, Any]):
     def all_but(self, *names: str) -> None:
         """Assert that nothing else is wrong."""
         wrong = {name for name, result in self.items() if result["status"] in ("failed", "warning")}
-        # How fast the disk is, and how full, is not the test's.
-        assert wrong - {"cache-speed", "cache-space"} == {*names}
+        # How fast the disk is, how full, and whether it is memory, is not the test's.
+        assert wrong - {"cache-speed", "cache-space", "cache-place"} == {*names}
 
 
 @pytest.fixture
@@ -59,8 +60,8 @@ def examined(node: Node, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Repor
 
     Of the mounts of this machine it sees those of the test, and of the disk it writes little.
     """
-    every_mount = session.mounts
-    monkeypatch.setattr(session, "mounts", lambda: [m for m in every_mount() if m.path in mounts()])
+    every = mountinfo.mounts
+    monkeypatch.setattr(mountinfo, "mounts", lambda: [m for m in every() if m.path in mounts()])
     monkeypatch.setattr(disk, "_TRIED_BYTES", disk._CHUNK_BYTES)
 
     def run(uri: str = "", *, prefix: tuple[str, ...] = ()) -> Report:
@@ -101,11 +102,11 @@ def test_a_machine_in_order(
     report = examined(uri)
     report.all_but()
     report.line("mount", "ok")
-    report.line("daemon", "ok", "none is running")
+    report.line("daemon", "ok", "no daemon is running")
     report.line("version", "skipped", "no daemon is running")
-    report.line("credentials", "ok", "of the URI")
+    report.line("credentials", "ok", "from the URI")
     report.line("store-tls", "skipped", "plain")
-    report.line("clock", "ok", "that of the store")
+    report.line("clock", "ok", "equal to the store's")
     report.line("store-list", "ok", "3 files, 2.9 MiB")
     report.line("store-read", "ok", "to the first byte", "MB/s")
     assert s3.secret_key not in json.dumps(report)
@@ -113,7 +114,7 @@ def test_a_machine_in_order(
     with ckptfs.Checkpoint(uri).as_directory():
         report = examined(uri)
         report.all_but()
-        report.line("daemon", "ok", "1 checkpoints attached", str(node.socket))
+        report.line("daemon", "ok", "1 checkpoint attached", str(node.socket))
         report.line("version", "ok")
         report.line("passthrough", "ok")
         report.line("leftover-mounts", "ok", "1 served")
@@ -156,11 +157,11 @@ def test_a_machine_that_must_not_mount(examined: Examined) -> None:
     report.line("restart", "skipped", "because of mount")
 
 
-def test_limits(examined: Examined) -> None:
+def test_doctor_warns_of_low_limits(examined: Examined) -> None:
     report = examined(prefix=("prlimit", "--nofile=1000:1000"))
     report.line("limits", "warning", "1000 open files", "LimitNOFILE=65536")
     report = examined(prefix=("prlimit", "--fsize=100000000:"))
-    report.line("limits", "warning", "100000000 bytes at most", "ulimit -f unlimited")
+    report.line("limits", "warning", "at most 100000000 bytes", "ulimit -f unlimited")
 
 
 def test_limits_are_those_of_the_daemon(node: Node, examined: Examined) -> None:
@@ -176,7 +177,9 @@ def test_a_directory_that_others_may_write_into(node: Node, examined: Examined) 
 
 def test_a_cache_without_room(node: Node, examined: Examined) -> None:
     node.configure(cache_bytes_max=1 << 20)
-    examined().line("cache-space", "warning", "1.0 MiB for the cache", "raise cache_bytes_max")
+    examined().line(
+        "cache-space", "warning", "the cache may use only 1.0 MiB", "raise cache_bytes_max"
+    )
 
 
 # -- the daemon
@@ -203,7 +206,7 @@ def test_a_daemon_that_died(node: Node, examined: Examined) -> None:
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: node.status()["pid"] != before)
     report = examined()
-    report.line("daemon", "warning", "restarted 1 times", str(node.cache_dir / "daemon.log"))
+    report.line("daemon", "warning", "restarted 1 time", str(node.cache_dir / "daemon.log"))
     report.all_but("daemon")
 
 
@@ -228,7 +231,7 @@ def test_a_daemon_of_another_version(
     report.line("version", "warning", f"the daemon is {version}", "99.0", "ckptfs restart")
 
 
-def test_a_daemon_that_speaks_otherwise(node: Node, examined: Examined) -> None:
+def test_doctor_finds_a_daemon_with_another_protocol(node: Node, examined: Examined) -> None:
     def answer() -> None:
         connection, _ = listening.accept()
         with connection:
@@ -255,13 +258,13 @@ def test_a_client_in_a_container(
     monkeypatch.setattr(machine, "DEVICE", node.folder / "no-fuse")
     report = examined()
     report.all_but()
-    for name in ("device", "mount", "restart", "directories", "cache-space", "cache-speed"):
-        report.line(name, "skipped", f"the daemon at {node.socket} mounts for us")
+    for name in ("device", "mount", "restart", "directories", "cache-place", "cache-space"):
+        report.line(name, "skipped", f"the daemon at {node.socket} mounts for this user")
     report.line("daemon", "ok", str(node.socket))
     report.line("leftover-mounts", "ok", "1 served")
 
 
-# -- mounts that nobody serves
+# -- mounts that no daemon serves
 
 
 @contextmanager
@@ -283,7 +286,7 @@ def test_a_dead_mount_is_found_and_not_touched(node: Node, examined: Examined) -
     with mounted(other) as fd:
         os.close(fd)
         report = examined()
-        report.line("leftover-mounts", "warning", f"nobody serves {other}", f"umount -l {other}")
+        report.line("leftover-mounts", "warning", f"no daemon serves {other}", f"umount -l {other}")
         report.all_but("leftover-mounts")
         assert mounts() == {str(other), str(node.mount)}
 
@@ -292,8 +295,11 @@ NAMED = "import ctypes; ctypes.CDLL(None).prctl(15, b'systemd')\n"  # PR_SET_NAM
 WAIT = "import time; print('here', flush=True); time.sleep(60)"
 
 
-@pytest.mark.parametrize("command", [[WAIT, "ckptfs._daemon.keeper"], [NAMED + WAIT]])
-def test_a_mount_that_somebody_only_keeps(
+@pytest.mark.parametrize(
+    "command",
+    [[WAIT, "ckptfs._keeper.keeper"], [WAIT, "ckptfs._daemon.keeper"], [NAMED + WAIT]],
+)
+def test_doctor_finds_a_mount_with_a_keeper_and_no_daemon(
     command: list[str], node: Node, examined: Examined
 ) -> None:
     """Its keeper, or a service manager for one."""
@@ -306,18 +312,19 @@ def test_a_mount_that_somebody_only_keeps(
             assert keeper.stdout.readline() == b"here\n"
             report = examined()
             keeper.kill()
-        report.line("leftover-mounts", "warning", f"nobody serves {other}", f"umount -l {other}")
+        report.line("leftover-mounts", "warning", f"no daemon serves {other}", f"umount -l {other}")
 
 
 def test_the_doctor_leaves_no_mount_when_it_is_killed(node: Node, examined: Examined) -> None:
-    """What a killed one leaves, the next one takes away."""
+    """The next doctor removes the mount that a killed one leaves."""
     script = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from ckptfs._config import load_config\n"
-        "from ckptfs._daemon import session, trial\n"
+        "from ckptfs._config.load import load_config\n"
+        "from ckptfs._doctor import trial_mount\n"
+        "from ckptfs._mount import session\n"
         "session.answer_init = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "trial.try_mount(load_config(), os.memfd_create('x'))\n"
+        "trial_mount.try_mount(load_config(), os.memfd_create('x'))\n"
     )
     done = node.run(sys.executable, "-c", script, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -346,7 +353,7 @@ def faulty(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]
         yield server
 
 
-def test_a_uri_that_is_none(examined: Examined) -> None:
+def test_doctor_with_an_invalid_uri_fails(examined: Examined) -> None:
     report = examined("nonsense://bucket/run")
     report.line("location", "failed", "unknown scheme", "s3://")
     for name in ("credentials", "store-name", "clock", "store-list", "store-read"):
@@ -365,7 +372,7 @@ def test_credentials_of_a_profile(faulty: FaultServer, examined: Examined, no_ch
     no_chain.write_text("[default]\naws_access_key_id = known\naws_secret_access_key = hidden\n")
     report = examined(s3_uri(faulty.endpoint, keys=""))
     report.all_but()
-    report.line("credentials", "ok", "of AWS's chain: shared-credentials-file", "'default'")
+    report.line("credentials", "ok", "from AWS's chain: shared-credentials-file", "'default'")
     report.line("settings", "ok", "profile default: aws_secret_access_key = (secret)")
     assert "hidden" not in json.dumps(report)
 
@@ -378,7 +385,7 @@ def test_credentials_of_the_environment(
     monkeypatch.setenv("AWS_SESSION_TOKEN", "covered")
     report = examined(s3_uri(faulty.endpoint, keys=""))
     report.all_but()
-    report.line("credentials", "ok", "of the environment", "valid for a time")
+    report.line("credentials", "ok", "from the environment", "temporary")
     assert not {"hidden", "covered"} & {*re.findall(r"\w+", json.dumps(report))}
 
 
@@ -442,7 +449,7 @@ def test_a_store_that_is_a_black_hole(faulty: FaultServer, examined: Examined) -
 def test_a_store_that_answers_with_other_bytes(faulty: FaultServer, examined: Examined) -> None:
     faulty.fault = "wrong range"
     report = examined(s3_uri(faulty.endpoint))
-    report.line("store-list", "ok", "1 files")
+    report.line("store-list", "ok", "1 file,")
     report.line("store-read", "failed", "other bytes")
 
 
@@ -468,7 +475,7 @@ def web_server(date: Callable[[], str], certificate: str = "") -> Iterator[str]:
         def do_HEAD(self) -> None:
             self.send_error(403)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_: object, **__: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -487,13 +494,15 @@ def web_server(date: Callable[[], str], certificate: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(
     ("ahead_s", "status", "words"),
     [
-        (0, "ok", ("that of the store",)),
+        (0, "ok", ("equal to the store's",)),
         (-300, "warning", ("ahead of the store's", "NTP")),
-        (3600, "failed", ("behind the store's: S3 refuses", "NTP")),
-        (None, "skipped", ("says no time",)),
+        (3600, "failed", ("behind the store's; S3 refuses", "NTP")),
+        (None, "skipped", ("sends no time",)),
     ],
 )
-def test_clock(examined: Examined, ahead_s: int | None, status: str, words: tuple[str]) -> None:
+def test_doctor_compares_the_clock_with_the_store(
+    examined: Examined, ahead_s: int | None, status: str, words: tuple[str]
+) -> None:
     def date() -> str:
         return "" if ahead_s is None else formatdate(time.time() + ahead_s, usegmt=True)
 
@@ -501,7 +510,7 @@ def test_clock(examined: Examined, ahead_s: int | None, status: str, words: tupl
         examined(s3_uri(endpoint)).line("clock", status, *words)
 
 
-def test_a_store_that_cannot_prove_who_it_is(node: Node, examined: Examined) -> None:
+def test_doctor_finds_an_untrusted_certificate(node: Node, examined: Examined) -> None:
     pem = str(node.folder / "pem")
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
     node.run(
@@ -531,7 +540,9 @@ def test_a_store_without_tls(examined: Examined) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 160])
-def test_on_a_terminal(node: Node, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_doctor_on_a_terminal_is_coloured_and_fits_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
     node.configure(cache_bytes_max=1 << 20)
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -543,7 +554,9 @@ def test_on_a_terminal(node: Node, monkeypatch: pytest.MonkeyPatch, columns: int
         *("machine", "daemon", "cache", "store")
     ]
     assert any(line.startswith("  warning  cache-space      ") for line in lines)
-    assert any(line.startswith(" " * 28 + "→ free some, raise cache_bytes_max") for line in lines)
+    assert any(
+        line.startswith(" " * 28 + "→ free disk space, raise cache_bytes_max") for line in lines
+    )
     shown = " ".join("".join(lines).split())
     assert "store-list, store-read: give a URI to check its store" in shown
     assert re.search(r"\d+ ok, \d+ warning, \d+ skipped$", lines[-1])
@@ -557,9 +570,9 @@ def test_piped_each_check_is_a_line(node: Node) -> None:
     rows = [line.split()[:2] for line in lines]
     assert {status for status, _ in rows} <= {"ok", "warning", "failed", "skipped"}
     assert [name for _, name in rows][:3] == ["config", "package", "device"]
-    assert len(rows) == 25
+    assert len(rows) == 27
     (line,) = [line for line in lines if line.startswith("warning  cache-space")]
-    assert " → free some, raise cache_bytes_max" in line
+    assert " → free disk space, raise cache_bytes_max" in line
 
 
 def test_the_exit_status_tells_of_failures(node: Node) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Node
-from servers import Moto
+from support.servers import Moto
 
 import ckptfs
 

@@ -1,4 +1,4 @@
-"""Nothing adds up in the daemon, whatever its clients and its store do, and nobody is killed."""
+"""The daemon leaks nothing and kills no process, whatever its clients and its store do."""
 
 import contextlib
 import os
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import pytest
 from conftest import Node, wait_until
-from faultserver import FaultServer, Object
 from mount.test_lifecycle import daemons
 from pyarrow.fs import S3FileSystem
-from unit.fakes import pattern
+from support.fakes import pattern
+from support.faultserver import FaultServer, Object
 
-from ckptfs import _client, _connection
+from ckptfs._client import client, connection
+from ckptfs._model.protocol.requests import Attach, Detach
 from ckptfs._store.describe import describe
 from ckptfs.errors import CkptfsError
 
@@ -27,7 +28,7 @@ GROWTH_BYTES_MAX = 12 << 20
 
 
 class Taken(NamedTuple):
-    """What a process has: open descriptors, threads, and bytes of memory that are its own."""
+    """The open descriptors, the threads and the private memory of a process."""
 
     descriptors: int
     threads: int
@@ -57,13 +58,15 @@ def test_cycles_of_attaching_and_reading_leave_nothing(node: Node) -> None:
         )
         failed = 0
 
-        def cycle(control: _connection.Connection) -> None:
+        def cycle(control: connection.Connection) -> None:
             nonlocal failed
             fault = chance.choice(FAULTS) if chance.random() < 0.03 else ""
             server.fault = fault if chance.random() < 0.5 else ""
             location = describe(filesystem, f"bucket/run{chance.randrange(5)}")  # one is not there
             try:
-                path = f"{node.mount}/{control.attach(location, pinned=True).name}"
+                path = (
+                    f"{node.mount}/{control.ask_once(Attach(location=location, pinned=True)).name}"
+                )
                 server.fault = fault
                 if chance.random() < 0.5:
                     os.setxattr(f"{path}/weights", "user.ckptfs.evict", b"")
@@ -76,7 +79,7 @@ def test_cycles_of_attaching_and_reading_leave_nothing(node: Node) -> None:
             except (CkptfsError, OSError):
                 failed += 1
             with contextlib.suppress(CkptfsError):
-                control.detach("", location, force=True)
+                control.ask(Detach(location=location, force=True))
             server.fault = ""
 
         def at_rest() -> Taken:
@@ -94,7 +97,7 @@ def test_cycles_of_attaching_and_reading_leave_nothing(node: Node) -> None:
         node.here("mount")
         seen: list[Taken] = []
         for length in (500, CYCLES):  # the allocator grows in the first ones
-            with _client.connect() as control:
+            with client.connect() as control:
                 for _ in range(length):
                     cycle(control)
             seen.append(at_rest())

@@ -1,4 +1,4 @@
-"""Who starts the daemon, what an attachment lives for, and what is left when somebody dies."""
+"""The start of the daemon, the life of an attachment, and the state after a process dies."""
 
 import errno
 import os
@@ -14,13 +14,14 @@ from urllib.parse import quote
 import msgspec
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, mounts, wait_until
-from s3server import S3Server
-from servers import Forwarder
+from support.s3server import S3Server
+from support.servers import Forwarder
 
 import ckptfs
-from ckptfs import _client
-from ckptfs._config import load_config
-from ckptfs._daemon import keeper
+from ckptfs._client import client
+from ckptfs._config.load import Flags, load_config
+from ckptfs._keeper import keeper, places
+from ckptfs._model.config import Config
 
 pytestmark = pytest.mark.mount
 
@@ -47,7 +48,7 @@ def processes(node: Node, module: str) -> list[int]:
 
 
 def keepers(node: Node) -> list[int]:
-    return processes(node, "ckptfs._daemon.keeper")
+    return processes(node, "ckptfs._keeper.keeper")
 
 
 def daemons(node: Node) -> list[int]:
@@ -65,7 +66,7 @@ def is_mounted(node: Node) -> bool:
 
 def attachments() -> list[dict[str, Any]]:
     """As in ``ckptfs status --json``, but asked for without another process."""
-    with _client.connect() as connection:
+    with client.connect() as connection:
         return msgspec.to_builtins(connection.status())["attachments"]
 
 
@@ -408,7 +409,7 @@ def test_a_second_keeper_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch)
     assert node.here("mount").stdout == f"{node.mount}\n"
     [first] = keepers(node)
     assert node.here("mount").stdout == f"{node.mount}\n"  # it runs: nothing to do
-    monkeypatch.setattr(keeper, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(places, "LOCK_WAIT_S", 0.1)
     with (
         keeper.Keeper(load_config()) as second,
         pytest.raises(ckptfs.DaemonError, match="is already running"),
@@ -420,14 +421,14 @@ def test_a_second_keeper_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_daemon_whose_starter_died_is_used(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was coming up, so the next starter could neither reach it nor have its lock."""
-    start = _client.start
+    start = client._start
 
-    def start_too_late(*_: object) -> None:
-        start()
+    def start_too_late(config: Config, flags: Flags) -> None:
+        start(config, flags)
         raise ckptfs.DaemonError("a ckptfs daemon is already running")
 
-    monkeypatch.setattr(_client, "start", start_too_late)
-    with _client.connect_or_start(load_config()) as connection:
+    monkeypatch.setattr(client, "_start", start_too_late)
+    with client.connect_or_start(load_config()) as connection:
         assert connection.status().attachments == []
 
 
@@ -435,8 +436,8 @@ def test_a_mount_point_in_use_is_refused(node: Node, small: Path, uri_of: UriOf)
     node.expected_in_log.append("mount point")
     node.mount.mkdir()
     (node.mount / "mine").touch()
-    with pytest.raises(ckptfs.ConfigError, match="is not empty; set CKPTFS_MOUNT"):
-        ckptfs.Checkpoint(uri_of(small)).as_directory().__enter__()
+    with pytest.raises(ckptfs.PlaceUnusable, match="is not empty; set CKPTFS_MOUNT"):
+        ckptfs.Checkpoint(uri_of(small)).as_directory(mode="mount").__enter__()
     assert os.listdir(node.mount) == ["mine"]
     wait_until(lambda: has_ended(node))
 
@@ -444,8 +445,8 @@ def test_a_mount_point_in_use_is_refused(node: Node, small: Path, uri_of: UriOf)
 def test_a_mount_point_that_is_a_file_is_refused(node: Node, small: Path, uri_of: UriOf) -> None:
     node.expected_in_log.append("mount point")
     node.mount.write_text("mine")
-    with pytest.raises(ckptfs.ConfigError, match="not a directory; set CKPTFS_MOUNT"):
-        ckptfs.Checkpoint(uri_of(small)).as_directory().__enter__()
+    with pytest.raises(ckptfs.PlaceUnusable, match="not a directory; set CKPTFS_MOUNT"):
+        ckptfs.Checkpoint(uri_of(small)).as_directory(mode="mount").__enter__()
     assert node.mount.read_text() == "mine"
     wait_until(lambda: has_ended(node))
 
@@ -482,14 +483,15 @@ def test_one_cache_directory_serves_one_daemon(
         assert Path(path, "config.json").read_text() == '{"layers": 1}'
 
 
-def test_who_is_hung_up_on_again_and_again_is_told_of_the_log(
+def test_attach_with_repeated_hangups_names_the_log(
     node: Node, small: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hang_up(*_: object, **__: object) -> None:
         raise ConnectionResetError
 
-    monkeypatch.setattr("ckptfs._connection.Connection.attach", hang_up)
-    done = node.here("attach", uri_of(small), check=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("ckptfs._client.connection.Connection.ask_once", hang_up)
+        done = node.here("attach", uri_of(small), check=False)
     assert f"see {node.cache_dir}/daemon.log" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert node.here("status").stdout.count(f"\nlog {node.cache_dir}/daemon.log\n") == 1
+    assert node.here("status").stdout.count(f"  {node.cache_dir}/daemon.log\n") == 1

@@ -1,6 +1,7 @@
 """``ckptfs meta`` is the same for a mounted path, a URI and a local directory; ``ls --tensors``."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Node
-from s3server import S3Server
 from safetensors.numpy import save_file
+from support.s3server import S3Server
 
 import ckptfs
 
@@ -40,7 +41,9 @@ def target_of(
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_one_code_path(node: Node, small: Path, target_of: Callable[[str], str], kind: str) -> None:
+def test_meta_command_changes_the_same_file_for_each_target(
+    node: Node, small: Path, target_of: Callable[[str], str], kind: str
+) -> None:
     target = target_of(kind)
     file = small / ".metadata.json"
     assert json.loads(node.here("meta", "list", target, "--json").stdout) == {}
@@ -65,6 +68,42 @@ def test_one_code_path(node: Node, small: Path, target_of: Callable[[str], str],
         assert "JSON" in refused.stderr
     assert json.loads(file.read_text()) == {"val_loss": 0.25, "note": None, "step": 7}
     assert node.socket.exists() == (kind in ("mounted", "below"))
+
+
+def test_numbers_that_json_lacks_are_kept_and_shown_as_strings(
+    node: Node, small: Path, target_of: Callable[[str], str]
+) -> None:
+    """Ray writes them, as Python's json does; ``--json`` is read by other programs."""
+
+    def not_json(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    numbers = {"loss": math.nan, "best": [math.inf, {"worst": -math.inf}], "big": 1e300}
+    (small / ".metadata.json").write_text(json.dumps(numbers))
+    mounted = target_of("mounted")
+    for target in (mounted, target_of("uri"), target_of("local")):
+        listed = node.here("meta", "list", target, "--json").stdout
+        expected = {"loss": "NaN", "best": ["Infinity", {"worst": "-Infinity"}], "big": 1e300}
+        assert json.loads(listed, parse_constant=not_json) == expected
+        assert node.here("meta", "get", target, "loss").stdout == '"NaN"\n'
+        assert "NaN" in node.here("meta", "list", target).stdout
+    (found,) = json.loads(node.here("find", str(small), "--json").stdout, parse_constant=not_json)
+    assert found["metadata"] == expected
+    assert math.isnan(ckptfs.Checkpoint(target_of("uri")).get_metadata()["loss"])
+    assert math.isnan(ckptfs.xattrs.read(mounted).metadata["loss"])
+    node.run("setfattr", "-n", "user.ckptfs.meta.set", "-v", "-Infinity", mounted)
+    node.here("meta", "set", mounted, "more", "1")
+    assert os.getxattr(mounted, "user.ckptfs.meta.loss") == b"NaN"
+    stored = json.loads((small / ".metadata.json").read_text())
+    assert repr(stored) == repr({**numbers, "set": -math.inf, "more": 1})
+
+
+@pytest.mark.parametrize("depth", [10, 600, 900])
+def test_nested_numbers_that_json_lacks(node: Node, small: Path, depth: int) -> None:
+    text = "[" * depth + "NaN" + "]" * depth
+    (small / ".metadata.json").write_text(f'{{"deep": {text}}}')
+    listed = node.here("meta", "get", str(small), "deep").stdout
+    assert listed.replace(" ", "").replace("\n", "") == text.replace("NaN", '"NaN"')
 
 
 def test_changes_show_in_a_mount_whichever_way_they_were_made(
@@ -95,13 +134,15 @@ def test_broken_metadata_is_named(
     assert (small / ".metadata.json").read_text() == "{"
 
 
-def test_what_is_nowhere(node: Node, tmp_path: Path) -> None:
+def test_meta_command_for_a_missing_target_fails(node: Node, tmp_path: Path) -> None:
     refused = node.here("meta", "list", str(tmp_path / "nothing"), check=False)
     assert refused.returncode == 1
     assert "does not exist" in refused.stderr
 
 
-def test_odd_keys(node: Node, small: Path, target_of: Callable[[str], str]) -> None:
+def test_meta_command_with_odd_keys_works_by_uri(
+    node: Node, small: Path, target_of: Callable[[str], str]
+) -> None:
     """A key that no attribute can carry is shown, and can be changed by URI."""
     mounted, uri = target_of("mounted"), target_of("uri")
     long = "k" * 300

@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 from conftest import Node, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs import _client
+from ckptfs._client import client
+from ckptfs._model.protocol.requests import Activity
 
 pytestmark = pytest.mark.mount
 
@@ -43,7 +44,7 @@ class _UnixConnection(HTTPConnection):
 
 
 def scrape(path: Path) -> Values:
-    """What Prometheus would read, by series and the values of its labels."""
+    """The values that Prometheus would read, by series and the values of its labels."""
     wait_until(path.exists)
     connection = _UnixConnection(str(path))
     with contextlib.closing(connection):
@@ -132,8 +133,8 @@ def test_each_number_is_that_of_the_server(
             assert of_it == {(name,): warm[f"ckptfs_{series}_total"][()]}
         assert warm["ckptfs_checkpoint_reads_total"][name,] == warm["ckptfs_read_seconds_count"][()]
         assert warm["ckptfs_cache_bytes"][()] > read_bytes
-        with _client.connect() as connection:
-            activity = connection.activity()
+        with client.connect() as connection:
+            activity = connection.ask(Activity())
         assert activity.counts.read_bytes == sum(sources.values())
         [checkpoint] = activity.checkpoints
         [process] = [p for p in checkpoint.processes if p.pid]
@@ -153,21 +154,23 @@ def test_what_fails_is_counted_and_logged_once(
         for _ in range(20):
             with pytest.raises(OSError, match="Stale"):
                 Path(path, "layers/0/weights.bin").read_bytes()
-        with _client.connect() as connection:
-            activity = connection.activity()
+        with client.connect() as connection:
+            activity = connection.ask(Activity())
         os.kill(activity.pid, signal.SIGKILL)
         assert node.status()["pid"] != activity.pid
     assert activity.counts.errors["object-changed"] >= 20
-    assert activity.failures["object-changed"] >= 1
+    assert activity.counts.failures["object-changed"] >= 1
     node.end()
     lines = json_lines(node)
     assert any("killed by signal 9" in line["message"] for line in lines)  # the keeper's
-    changed = [line for line in lines if line.get("error") == "object-changed"]
+    changed = [line for line in lines if line.get("event") == "failing"]
     assert len(changed) == 1
+    assert changed[0]["error"] == "object-changed"
+    reads = [line for line in lines if line.get("event") == "read-failed"]
+    assert {line["pid"] for line in reads} == {os.getpid()}
     assert changed[0]["file"] == "layers/0/weights.bin"
     where = changed[0]["checkpoint"].partition("?")[0]
     assert where == f"s3://{small.relative_to(s3.root)}"
-    assert changed[0]["event"] == "failing"
     attached = next(line for line in lines if line.get("event") == "attached")
     asked = next(line for line in lines if line.get("operation") == "Attach")
     assert attached["request"] == asked["request"] != ""
@@ -176,7 +179,7 @@ def test_what_fails_is_counted_and_logged_once(
 
 
 def json_lines(node: Node) -> list[dict[str, Any]]:
-    """What keeper and daemon have logged."""
+    """The records that keeper and daemon have logged."""
     return [json.loads(line) for line in node.log().splitlines()]
 
 

@@ -1,25 +1,32 @@
-"""Named stores, through a real mount and a real S3 server: who knows a name, who may use it, and
-credentials that change while somebody reads."""
+"""Named stores, through a real mount and a real S3 server.
+
+The tests cover the users who know a name, the users who may use it, and credentials that change
+during a read.
+"""
 
 import contextlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node
+from conftest import COMMAND_TIMEOUT_S, Node
 from mount.test_users import ALICE, BOB, as_user, let_others_in
-from s3server import S3Server
-from servers import Forwarder
+from support.s3server import S3Server
+from support.servers import Forwarder
 
 import ckptfs
 import ckptfs.checkpoint  # here, because other users may not read where it lies
-from ckptfs import _client, xattrs
+from ckptfs import xattrs
+from ckptfs._client import client
 from ckptfs._model.location import Location, StoreRef
+from ckptfs._model.protocol.requests import Attach
 
 pytestmark = [
     pytest.mark.mount,
@@ -111,23 +118,25 @@ def test_a_path_does_not_leave_its_store(node: Node, prod: str, path: str) -> No
     configure(node, prod)
     assert "in a store has no" in node.here("attach", f"prod:{path}", check=False).stderr
     node.here("mount")
-    with _client.connect() as connection, pytest.raises(ckptfs.LocationError):
-        connection.attach(Location("named", path, {"store": "prod"}))
+    with client.connect() as connection, pytest.raises(ckptfs.LocationError):
+        connection.ask_once(Attach(location=Location("named", path, {"store": "prod"})))
 
 
-def test_nobody_says_himself_where_a_store_is(node: Node, prod: str, small: Path) -> None:
+def test_named_store_claimed_by_a_client_is_refused(node: Node, prod: str, small: Path) -> None:
     configure(node, prod)
     node.here("mount")
     bucket = small.parent.parent.name
     forged = Location("s3", f"{bucket}/run", {}, {}, StoreRef("prod", f"{bucket}/run"))
     for _ in range(2):
-        with _client.connect() as connection, pytest.raises(ckptfs.ProtocolError):
-            connection.attach(forged)
-    with _client.connect() as connection, pytest.raises(ckptfs.LocationError):
-        connection.attach(Location("named", "checkpoint", {"store": "prod", "region": "x"}))
+        with client.connect() as connection, pytest.raises(ckptfs.ProtocolError):
+            connection.ask_once(Attach(location=forged))
+    with client.connect() as connection, pytest.raises(ckptfs.LocationError):
+        connection.ask_once(
+            Attach(location=Location("named", "checkpoint", {"store": "prod", "region": "x"}))
+        )
 
 
-def test_what_nobody_knows_is_said(node: Node, prod: str) -> None:
+def test_named_store_with_an_unknown_name_is_an_error(node: Node, prod: str) -> None:
     configure(node, prod)
     said = node.here("attach", "prd:checkpoint", check=False)
     assert said.returncode == 1
@@ -135,6 +144,23 @@ def test_what_nobody_knows_is_said(node: Node, prod: str) -> None:
     with pytest.raises(ckptfs.UnknownStore, match="no store 'prd'"):
         ckptfs.Checkpoint("prd:checkpoint").get_metadata()
     assert "unknown scheme" in node.here("attach", "s4://x/y", check=False).stderr
+
+
+def test_named_store_is_shown_by_the_cache_command(node: Node, prod: str) -> None:
+    configure(node, prod)
+    path = node.here("attach", "prod:checkpoint").stdout.strip()
+    Path(path, "config.json").read_bytes()
+    node.wait_quiet()
+    for _ in ("attached", "detached"):
+        (checkpoint,) = json.loads(node.here("cache", "ls", "--json").stdout)
+        assert checkpoint["uri"] == "prod:checkpoint"
+        (file,) = json.loads(node.here("cache", "ls", "prod:checkpoint", "--json").stdout)
+        assert file["path"] == "config.json"
+        assert "nothing of prod:check" in node.here("cache", "ls", "prod:check").stderr
+        node.here("detach", "prod:checkpoint", check=False)
+    assert "1 file" in node.here("cache", "verify", "prod:checkpoint").stdout
+    node.here("cache", "clear", "prod:checkpoint")
+    assert json.loads(node.here("cache", "ls", "--json").stdout) == []
 
 
 # -- other users
@@ -178,16 +204,16 @@ def test_a_store_that_only_the_daemon_knows(
         assert Path(copy, "config.json").read_text() == CONTENT
         with checkpoint.as_directory(mode="copy") as path:
             assert Path(path, "config.json").read_text() == CONTENT
-        with pytest.raises(ckptfs.UnknownStore, match="no store 'prod' is configured here"):
+        with pytest.raises(ckptfs.UnknownStore, match="your configuration has no store 'prod'"):
             checkpoint.filesystem.get_file_info("checkpoint")
 
     def is_refused() -> None:
         with pytest.raises(ckptfs.StoreNotAllowed, match="not for uid"):
             reads()
-        with _client.connect() as connection:
+        with client.connect() as connection:
             bucket = small.parent.parent.name
             with pytest.raises(ckptfs.AccessDenied, match="lend_daemon_rights"):
-                connection.attach(Location("s3", f"{bucket}/run/checkpoint"))
+                connection.ask_once(Attach(location=Location("s3", f"{bucket}/run/checkpoint")))
 
     def in_group() -> None:
         os.seteuid(0)
@@ -202,7 +228,7 @@ def test_a_store_that_only_the_daemon_knows(
     assert json.loads((small / ".metadata.json").read_text()) == {"a": 2}
 
 
-def test_a_name_of_ones_own_goes_first(
+def test_named_store_of_the_client_goes_before_the_daemons(
     node: Node, s3: S3Server, prod: str, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alice has her own store of that name, with keys in her environment; the daemon's is not hers,
@@ -230,7 +256,7 @@ def test_a_name_of_ones_own_goes_first(
 @pytest.mark.parametrize(
     ("credentials", "prefix"), [('"default"', ""), ('{ environment = "MY_" }', "MY_")]
 )
-def test_credentials_of_the_environment_go_with_who_asks(
+def test_named_store_with_environment_credentials_uses_the_callers(
     node: Node,
     s3: S3Server,
     small: Path,
@@ -238,7 +264,7 @@ def test_credentials_of_the_environment_go_with_who_asks(
     credentials: str,
     prefix: str,
 ) -> None:
-    """A daemon that is started on demand has none of them for whoever asks next."""
+    """A daemon that starts on demand keeps none of these credentials for the next caller."""
     bucket = small.parent.parent.name
     configure(node, store_toml(f"s3://{bucket}/run", s3.endpoint, credentials))
     with monkeypatch.context() as patched:
@@ -304,7 +330,9 @@ def changing(node: Node, tmp_path: Path) -> Iterator[Changing]:
         yield Changing(node, tmp_path / "objects", stack)
 
 
-def test_keys_that_are_changed_while_somebody_reads(node: Node, changing: Changing) -> None:
+def test_named_store_with_keys_changed_beside_a_reader_uses_the_new_ones(
+    node: Node, changing: Changing
+) -> None:
     """The file with the keys is rewritten later."""
     file = changing.open(f'{{ file = "{key_file(node, changing.first)}" }}')
     changing.change()
@@ -349,7 +377,14 @@ def test_a_relative_file_is_one_of_systemds(
     node.here("umount")
     key_file(node, s3)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(node.folder))
-    node.here("attach", "prod:checkpoint")
+    command = [str(Path(sys.executable).with_name("ckptfs")), "mount", "--foreground"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as unit:
+        assert unit.stderr is not None
+        while "serving on" not in unit.stderr.readline():
+            assert unit.poll() is None
+        node.here("attach", "prod:checkpoint")
+        node.here("umount", "--force")
+        unit.communicate(timeout=COMMAND_TIMEOUT_S)
 
 
 def test_the_keys_of_a_store_are_shown_nowhere(node: Node, prod: str, s3: S3Server) -> None:

@@ -1,8 +1,10 @@
 """Daemon and clients in containers of their own: other mount namespaces, paths, pids and users.
 
-What a container runtime does with volumes is done with unshare(1): a node whose mounts are shared,
-a daemon in a bind mount of the same peer group (``mountPropagation: Bidirectional``), and clients
-in slaves of it (``HostToContainer``).
+The tests set up with unshare(1) the mounts that a container runtime sets up for volumes:
+
+- a node whose mounts are shared;
+- a daemon in a bind mount of the same peer group (``mountPropagation: Bidirectional``);
+- clients in slaves of it (``HostToContainer``).
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node
 
-from ckptfs import _peers
+from ckptfs._os import peercred
 
 pytestmark = pytest.mark.mount
 
@@ -73,7 +75,7 @@ class Containers:
         return process
 
     def mounts(self) -> list[str]:
-        """What ckptfs has mounted, as the node sees it."""
+        """The mounts of ckptfs, as the node sees them."""
         done = subprocess.run(
             [*self._enter, "cat", "/proc/self/mountinfo"],
             capture_output=True,
@@ -204,14 +206,14 @@ def test_a_mount_that_does_not_reach_the_container(
         arguments = ("attach", uri_of(small))
         client = containers.client(CKPTFS, *arguments, propagation="private", before=waits)
         containers.daemon()
-        wanted = f"{containers.folder}/client/vol/mnt is no mount of ckptfs here"
+        wanted = f"{containers.folder}/client/vol/mnt is not a mount of ckptfs here"
     else:
         containers.daemon()
         client = containers.client(CKPTFS, "attach", uri_of(small), mount="client/elsewhere")
         wanted = f"{containers.folder}/client/elsewhere does not exist here"
     status, output, errors = said(client)
     assert (status, output) == (1, "")
-    assert errors.startswith(f"ckptfs: {wanted}; the daemon has mounted on")
+    assert errors.startswith(f"ckptfs: error: {wanted}; the daemon has mounted on")
     assert "mountPropagation: HostToContainer" in errors
     assert errors.count("\n") == 1
 
@@ -255,7 +257,7 @@ def test_a_container_that_goes_on_sees_the_mount_of_the_next_daemon(
     os.kill(first_in(daemon), signal.SIGKILL)
     daemon.communicate(timeout=COMMAND_TIMEOUT_S)
     gate.write_text("")
-    assert line_of(client).startswith("ckptfs: no ckptfs daemon is running at ")
+    assert line_of(client).startswith("ckptfs: error: no ckptfs daemon is running at ")
     assert containers.mounts() == [f"{containers.folder}/host/run/mnt"]
     containers.daemon()
     gate.write_text("")
@@ -271,7 +273,7 @@ def test_a_user_namespace_without_the_daemons_user(
     client = containers.client("unshare", "--user", CKPTFS, "attach", uri_of(small))
     status, _, errors = said(client)
     assert status == 1
-    assert "is served by a user whom this user namespace does not have" in errors
+    assert "is served by a user outside of this user namespace" in errors
 
 
 @pytest.mark.parametrize(
@@ -287,5 +289,5 @@ def test_the_overflow_id_is_anybody_where_some_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, lines: str, anybody: bool
 ) -> None:
     (tmp_path / "map").write_text(lines)
-    monkeypatch.setattr(_peers, "_UID_MAP", tmp_path / "map")
-    assert _peers.is_anybody(uid) == anybody
+    monkeypatch.setattr(peercred, "_UID_MAP", tmp_path / "map")
+    assert peercred.is_anybody(uid) == anybody

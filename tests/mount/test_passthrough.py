@@ -1,6 +1,6 @@
 """Files that are complete in the cache are read by the kernel itself, where it can.
 
-What tells the difference: such a file can be read while the daemon is stopped.
+The tests tell the difference because a process can read such a file while the daemon is stopped.
 """
 
 import mmap
@@ -41,7 +41,7 @@ def root(node: Node, uri: str) -> Iterator[str]:
 
 
 def without_daemon(node: Node, read: Callable[[], bytes]) -> bytes | None:
-    """What `read` returns while the daemon is stopped; None: it needed the daemon."""
+    """The result of `read` while the daemon is stopped, or None if it needed the daemon."""
     pid = node.status()["pid"]
     resumed = threading.Event()
 
@@ -140,7 +140,7 @@ def test_many_handles_at_the_same_time(node: Node, root: str) -> None:
         file.close()
 
 
-def test_the_next_daemon_passes_it_through_at_once(node: Node, uri: str) -> None:
+def test_passthrough_goes_on_at_once_with_the_next_daemon(node: Node, uri: str) -> None:
     for number in range(2):
         with Checkpoint(uri).as_directory() as root:
             if (why := node.status()["passthrough"]) != "on":
@@ -172,7 +172,7 @@ def test_eviction_leaves_what_is_passed_through(node: Node, uri: str) -> None:
         assert Path(root, "a.bin").read_bytes() == CONTENT
 
 
-def test_a_detach_by_force_does_not_stop_it(node: Node, uri: str) -> None:
+def test_passthrough_outlives_a_detach_by_force(node: Node, uri: str) -> None:
     root = node.here("attach", uri).stdout.strip()
     if (why := node.status()["passthrough"]) != "on":
         pytest.skip(f"passthrough is {why}")
@@ -184,18 +184,18 @@ def test_a_detach_by_force_does_not_stop_it(node: Node, uri: str) -> None:
         assert Path(root, "a.bin").read_bytes() == CONTENT
 
 
-def test_without_it_the_bytes_are_the_same(node: Node, uri: str) -> None:
+def test_reads_without_passthrough_return_the_same_bytes(node: Node, uri: str) -> None:
     node.configure(passthrough=False)
     with Checkpoint(uri).as_directory() as root:
         assert node.status()["passthrough"] == "off: passthrough = false in the configuration"
-        assert "passthrough off: passthrough = false" in node.here("status").stdout
+        assert "passthrough  off: passthrough = false" in node.here("status").stdout
         complete(f"{root}/a.bin")
         with open(f"{root}/a.bin", "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             assert file.readall() == CONTENT
 
 
-def test_this_machine_can_or_says_why_not(node: Node, uri: str) -> None:
+def test_status_says_whether_the_machine_has_passthrough(node: Node, uri: str) -> None:
     with Checkpoint(uri).as_directory():
         why = node.status()["passthrough"]
         assert why == "on" or why.startswith("off: ")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from archives import write_checkpoint, write_safetensors
 from conftest import Node, wait_until
-from s3server import S3Server
+from support.archives import write_checkpoint, write_safetensors
+from support.s3server import S3Server
 
 import ckptfs
 
@@ -243,9 +243,9 @@ def test_a_plan_can_be_a_file_or_beside_a_checkpoint(
     assert "has no plan" in refusal(node, "plan", "show", second)
     assert "does not exist" in refusal(node, "plan", "show", f"{tmp_path}/none")
     file.write_text("{}")
-    assert "no plan" in refusal(node, "plan", "apply", second, "--plan", str(file))
+    assert "not a plan" in refusal(node, "plan", "apply", second, "--plan", str(file))
     with (
-        pytest.raises(ckptfs.CkptfsError, match="no plan"),
+        pytest.raises(ckptfs.CkptfsError, match="not a plan"),
         ckptfs.Checkpoint(second).as_directory(plan=file),
     ):
         pass
@@ -271,7 +271,9 @@ def test_a_plan_can_be_made_when_the_restore_is_over(
     assert "another version" in refusal(node, "plan", "save", uri, "-o", file)
 
 
-def test_what_the_next_checkpoint_has_not_is_left_out(node: Node, job: Path, uri_of: UriOf) -> None:
+def test_plan_leaves_out_tensors_that_the_checkpoint_lacks(
+    node: Node, job: Path, uri_of: UriOf
+) -> None:
     write_safetensors(job / "step1" / MODEL, {"a": 4 * MIB, "b": 4 * MIB, "c": 40 * MIB})
     restore(uri_of(job / "step1"), True, "a", "b")
     write_safetensors(job / "step2" / MODEL, {"a": 2 * MIB, "z": 30 * MIB})

@@ -7,11 +7,11 @@ from urllib.parse import quote
 
 import pytest
 from conftest import Node, wait_until
-from s3server import S3Server
-from servers import Forwarder
+from support.s3server import S3Server
+from support.servers import Forwarder
 
 import ckptfs
-from ckptfs import _client
+from ckptfs._client import client
 
 pytestmark = pytest.mark.mount
 
@@ -67,7 +67,7 @@ def test_prefetch_fetches_what_the_globs_name(
         assert state(path) == "lazy"
 
 
-def test_all_of_it_is_cached_without_a_read(
+def test_prefetch_of_all_files_caches_them_without_a_read(
     node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
     files = {"config.json": 100, "empty": 0, "a/large": 20 * MIB + 5, "a/b/small": 3}
@@ -85,7 +85,9 @@ def test_all_of_it_is_cached_without_a_read(
         assert gets(s3) == []
 
 
-def test_it_ends_with_the_context(node: Node, s3: S3Server, bucket: Path, uri_of: UriOf) -> None:
+def test_prefetch_ends_with_its_context(
+    node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+) -> None:
     node.configure(**ONE_BY_ONE)
     make(bucket / "ckpt", {"large": 30 * MIB})
     make(bucket / "next", {"after": MIB})
@@ -127,13 +129,13 @@ def test_a_changed_file_does_not_stop_the_others(
         assert [cached(f"{path}/{name}") for name in "abc"] == [1000, 0, 1000]
 
 
-def test_more_than_the_cache_holds_ends_early(
+def test_prefetch_beyond_the_cache_capacity_ends_early(
     node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
     node.configure(cache_bytes_max=4 * MIB)
     make(bucket / "ckpt", {f"{number:02}": MIB for number in range(12)})
     with ckptfs.Checkpoint(uri_of(bucket / "ckpt")).as_directory(prefetch="all") as path:
-        wait_until(lambda: "ends: the cache holds" in node.log())
+        wait_until(lambda: "ends early: the cache can hold" in node.log())
         node.wait_quiet()
         wait_until(lambda: cached(path) == 3 * MIB)
         assert sorted(gets(s3)) == ["00", "01", "02"]
@@ -144,11 +146,11 @@ def test_more_than_the_cache_holds_ends_early(
         ]
         Path(path, "11").read_bytes()  # a reader gets room all the same
         node.wait_quiet()
-    with _client.connect() as connection:
+    with client.connect() as connection:
         assert connection.status().cache_bytes <= 4 * MIB
 
 
-def test_where_nothing_is_mounted_it_is_ignored(
+def test_prefetch_without_a_mount_is_ignored(
     node: Node, bucket: Path, uri_of: UriOf, tmp_path: Path
 ) -> None:
     make(tmp_path, {"file": 5})

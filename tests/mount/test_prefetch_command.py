@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from conftest import Node, wait_until
 from mount.test_prefetch import MIB, cached, gets, make, quoted
-from s3server import S3Server
-from servers import Forwarder
+from support.s3server import S3Server
+from support.servers import Forwarder
 
 import ckptfs
-from ckptfs import _client
-from ckptfs._model.replies import AttachmentStatus
+from ckptfs._client import client
+from ckptfs._model.protocol.replies import AttachmentStatus
 
 pytestmark = pytest.mark.mount
 
@@ -28,6 +28,7 @@ def prefetch(node: Node, *arguments: str) -> dict[str, Any]:
     """The JSON that a prefetch prints which succeeds."""
     told = json.loads(node.here("prefetch", "--json", *arguments).stdout)
     assert told.pop("seconds") >= 0
+    assert told.pop("unmatched") == []
     return told
 
 
@@ -35,12 +36,14 @@ def refusal(node: Node, *arguments: str) -> str:
     """The one line of a prefetch that fails at once."""
     done = node.here("prefetch", *arguments, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("ckptfs: ")
+    assert done.stderr.startswith("ckptfs: error: ")
     assert done.stderr.count("\n") == 1
     return done.stderr
 
 
-def test_what_is_named_is_fetched(node: Node, s3: S3Server, bucket: Path, uri_of: UriOf) -> None:
+def test_prefetch_command_fetches_the_named_files(
+    node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+) -> None:
     node.configure(linger_s=0)
     files = {"a.json": 100, "b.bin": 9 * MIB, "d[1]/x.json": 7, "d[1]/e/y.bin": 20, "d[1]/z": 0}
     make(bucket / "ckpt", files | {"d1/x.json": 5})
@@ -58,9 +61,8 @@ def test_what_is_named_is_fetched(node: Node, s3: S3Server, bucket: Path, uri_of
         assert below == {"files": 3, "bytes": 27, "fetched": 20, "cached": 7, "errors": []}
         assert set(gets(s3)) == {"y.bin"}
         assert "b.bin is a file" in refusal(node, f"{path}/b.bin", "*")
-        assert "is not in a mounted checkpoint" in refusal(node, str(bucket))
         assert "No such file" in refusal(node, f"{path}/nothing")
-        assert "'50 apples' is no rate" in refusal(node, path, "--limit-rate", "50 apples")
+        assert "'50 apples' is not a rate" in refusal(node, path, "--limit-rate", "50 apples")
         none = node.here("prefetch", path, "*.pt", check=False)
         assert none.returncode == 1
         assert "matches *.pt" in none.stderr
@@ -73,7 +75,7 @@ def test_what_is_named_is_fetched(node: Node, s3: S3Server, bucket: Path, uri_of
         assert "0 B fetched" in said.stdout
 
 
-def test_what_cannot_be_fetched_is_said(
+def test_prefetch_command_names_files_that_it_cannot_fetch(
     node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
     node.configure(cache_bytes_max=6 * MIB, read_deadline_s=1.0)
@@ -90,12 +92,15 @@ def test_what_cannot_be_fetched_is_said(
             [error] = told["errors"]
             assert (error["path"], error["code"]) == ("b", "object-changed")
             assert done.stderr == (
-                f"ckptfs: 1 of 2 files could not be fetched: {error['message']}\n"
+                f"ckptfs: error: 1 of 2 files could not be fetched: {error['message']}\n"
             )
             full = node.here("prefetch", path, "[cd]", check=False)
             assert full.returncode == 1
             assert full.stderr.count("\n") == 1
-            assert "the cache holds 6.0 MiB: that is the first 1 of 2 files" in full.stderr
+            assert (
+                "the cache can hold 6.0 MiB, which is enough for the first 1 of 2 files"
+                in full.stderr
+            )
             assert cached(f"{path}/c") == 4 * MIB
             forwarder.cut()
             dark = node.here("prefetch", "--json", path, "[ef]", check=False)
@@ -106,13 +111,13 @@ def test_what_cannot_be_fetched_is_said(
             assert error["code"].startswith("store-")
 
 
-def test_it_ends_with_its_command(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_prefetch_ends_with_its_command(node: Node, bucket: Path, uri_of: UriOf) -> None:
     make(bucket / "ckpt", {"large": 60 * MIB})
     uri = uri_of(bucket / "ckpt")
     node.here("mount")
 
     def attachments() -> list[AttachmentStatus]:
-        with _client.connect() as connection:
+        with client.connect() as connection:
             return connection.status().attachments
 
     for how in (signal.SIGINT, signal.SIGKILL):
@@ -128,7 +133,7 @@ def test_it_ends_with_its_command(node: Node, bucket: Path, uri_of: UriOf) -> No
         output, errors = command.communicate(timeout=30)
         assert output == ""
         if how is signal.SIGINT:
-            assert (command.returncode, errors.strip()) == (130, "")
+            assert (command.returncode, errors.strip()) == (130, "ckptfs: interrupted")
         wait_until(lambda: not attachments())
     told = prefetch(node, uri)
     assert told["cached"] >= 2 * MIB  # what was fetched stayed

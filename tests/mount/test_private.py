@@ -1,6 +1,7 @@
 """Filesystems that cannot be described: a daemon of one's own, which leaves nothing, or a copy."""
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -160,8 +161,11 @@ def test_a_private_daemon_leaves_nothing(
             assert len(keepers()) == 1
             assert os.getxattr(path, "user.ckptfs.uri") == b"private://ckpt"
         assert not node.socket.exists()  # the node's own daemon was not asked
-    with all_gone(), checkpoint.as_directory(mode="mount") as path:
+    waiting = checkpoint.as_directory(prefetch="all", wait=True, mode="mount")
+    with all_gone(), waiting as path:
+        assert os.getxattr(path, "user.ckptfs.state") == b"cached"
         assert files_in(path) == files_in(top)
+        assert ckptfs.explain(path) is None
     del sys.modules["my_filesystems"]
 
 
@@ -180,7 +184,7 @@ def test_forked_children_share_it_and_a_killed_process_lets_go(
         holder.kill()
 
 
-def test_what_a_killed_keeper_leaves_is_removed_by_the_next(
+def test_private_keeper_removes_the_remains_of_a_killed_one(
     node: Node, modules: Path, top: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the temporary folder is reached through a symlink."""
@@ -212,7 +216,7 @@ def test_a_class_that_no_other_process_can_import_is_copied(node: Node, top: Pat
     with all_gone(), node.python(IN_MAIN, str(top)) as process:
         content, warning, refusal, end = process.communicate()[0].split("\n")
     assert content == "{}"
-    assert warning.startswith("ckptfs copies the checkpoint: cannot mount ")
+    assert re.match(r"ckptfs copies the checkpoint \(.*\) to /.*: cannot mount ", warning)
     for text in (warning, refusal):
         assert "cannot be unpickled in another process" in text
         assert "OfMain" in text
@@ -220,7 +224,7 @@ def test_a_class_that_no_other_process_can_import_is_copied(node: Node, top: Pat
     assert end == ""
 
 
-def test_what_cannot_be_pickled_is_copied(
+def test_filesystem_that_cannot_be_pickled_is_copied(
     node: Node, modules: Path, top: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(modules)
@@ -230,14 +234,15 @@ def test_what_cannot_be_pickled_is_copied(
     with (
         pytest.warns(
             UserWarning,
-            match=r"copies the checkpoint: a my_filesystems\.Unpicklable cannot be mounted .*"
-            r"nor can it be pickled \(cannot pickle a socket\)",
+            match=r"copies the checkpoint \(.*\) to /.*: a my_filesystems\.Unpicklable "
+            r"cannot be mounted .*"
+            r"and it cannot be pickled \(cannot pickle a socket\)",
         ),
         checkpoint.as_directory() as path,
     ):
         assert files_in(path) == files_in(top)
     with (
-        pytest.raises(ckptfs.LocationError, match="nor can it be pickled"),
+        pytest.raises(ckptfs.LocationError, match="and it cannot be pickled"),
         checkpoint.as_directory(mode="mount"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The README's transcript is what a shell really says."""
+"""The transcript of ATTRIBUTES.md is what a shell really prints."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from conftest import Node
 
 pytestmark = pytest.mark.mount
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "ckptfs" / "ATTRIBUTES.md"
 MARK = "-- next --"
 
 
 def transcript(heading: str) -> list[tuple[str, str]]:
     """Commands of the first console block below a heading, each with the output shown there."""
-    section = README.read_text().split(f"## {heading}\n")[1]
+    section = PAGE.read_text().split(f"# {heading}\n")[1]
     block = re.search(r"```console\n(.*?)```", section, re.DOTALL)
     assert block
     steps = re.split(r"^\$ ", block[1], flags=re.MULTILINE)[1:]

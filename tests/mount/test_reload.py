@@ -12,11 +12,13 @@ import pytest
 from conftest import Node, wait_until
 from mount.test_named_stores import configure, key_file, store_toml
 from mount.test_users import ALICE, as_user, let_others_in
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs import _client, _connection
+from ckptfs._client import client
+from ckptfs._client import connection as _connection
 from ckptfs._model.location import Location
+from ckptfs._model.protocol.requests import Reload
 
 pytestmark = [
     pytest.mark.mount,
@@ -46,7 +48,9 @@ def reload(node: Node) -> dict[str, Any]:
     return json.loads(node.here("reload", "--json").stdout)
 
 
-def test_what_can_change_does(node: Node, small: Path, uri_of: Callable[[Path], str]) -> None:
+def test_reload_applies_changeable_settings(
+    node: Node, small: Path, uri_of: Callable[[Path], str]
+) -> None:
     path = node.here("attach", uri_of(small)).stdout.strip()
     weights = Path(path, "layers/0/weights.bin")
     with weights.open("rb") as held:
@@ -93,12 +97,12 @@ def test_an_invalid_file_changes_nothing(node: Node) -> None:
     for text, error in (
         ("linger_s =", "not valid TOML"),
         (good + "lingers_s = 3\n", "did you mean 'linger_s'"),
-        (good.replace("linger_s = 0.2", 'linger_s = "x"'), "Expected `float`"),
+        (good.replace("linger_s = 0.2", 'linger_s = "x"'), "linger_s must be a number of seconds"),
         (good + '[store.prod]\nuri = "ftp://x"\n', r"store.prod.uri"),
     ):
         file.write_text(text)
         with pytest.raises(ckptfs.ConfigError, match=error), _connected(node) as connection:
-            connection.reload()
+            connection.ask(Reload())
     file.write_text(good + "connections_max = 3\n")
     assert reload(node)["changed"] == ["connections_max"]
 
@@ -107,13 +111,15 @@ def _connected(node: Node) -> _connection.Connection:
     return _connection.connect_to(str(node.socket), 10)
 
 
-def test_what_a_mount_keeps_is_said(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_names_the_settings_that_a_mount_keeps(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node.here("mount")
     node.configure(read_ahead_kb=512, allow_other=True, linger_s=0.3)
     node.expected_in_log += ["not reloaded, because a mount keeps them"]
     said = node.here("reload", check=False)
     assert said.stdout == "reloaded: linger_s\n"
-    assert "keeps its read_ahead_kb, allow_other; ckptfs umount" in said.stderr
+    assert "keeps its read_ahead_kb, allow_other; to change that, run ckptfs umount" in said.stderr
     assert said.returncode == 1
 
 
@@ -166,7 +172,7 @@ def test_flags_win_over_a_file_that_is_reloaded(node: Node) -> None:
     assert node.status()["cache_bytes_max"] == 5_000_000_000
 
 
-def test_who_may_use_a_store_no_more_loses_it(
+def test_reload_takes_a_store_from_users_who_lost_it(
     node: Node, s3: S3Server, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = small.parent.parent.name
@@ -181,7 +187,7 @@ def test_who_may_use_a_store_no_more_loses_it(
 
     def alice_attaches() -> None:
         monkeypatch.setenv("CKPTFS_CONFIG", str(theirs))
-        with _client.attached(Location("named", "checkpoint", {"store": "prod"}), pinned=True):
+        with client.attached(Location("named", "checkpoint", {"store": "prod"}), pinned=True):
             pass
 
     as_user(ALICE, alice_attaches)
@@ -230,6 +236,6 @@ def test_only_root_and_the_daemons_own_user_reload(node: Node) -> None:
 
     def alice_asks() -> None:
         with _connected(node) as connection, pytest.raises(ckptfs.AccessDenied):
-            connection.reload()
+            connection.ask(Reload())
 
     as_user(ALICE, alice_asks)

@@ -1,4 +1,4 @@
-"""Credentials are in the daemon's memory, and nowhere else that anybody can look at."""
+"""The daemon has credentials in its memory only, and in no place that a user can read."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
-from ckptfs import _client
+from ckptfs._client import client
 from ckptfs._model.location import Location
-from ckptfs._model.requests import Attach
-from ckptfs._model.wire import encode
+from ckptfs._model.protocol.requests import Attach
+from ckptfs._model.protocol.wire import encode
 from ckptfs._store.describe import describe
 from ckptfs._store.resolve import open_store
 
@@ -46,8 +46,8 @@ def test_secrets_stay_in_the_daemons_memory(
         location = describe(checkpoint.filesystem, checkpoint.path)
         keys = {**location.secrets, "secret_key": planted}
         wrong = Location("s3", location.path, location.options, keys)
-        with _client.connect() as connection, pytest.raises(ckptfs.AccessDenied) as denied:
-            connection.attach(wrong)
+        with client.connect() as connection, pytest.raises(ckptfs.AccessDenied) as denied:
+            connection.ask_once(Attach(location=wrong))
         said += [
             "".join(traceback.format_exception(denied.value)).encode(),
             repr(location).encode(),
@@ -72,7 +72,7 @@ def test_secrets_stay_in_the_daemons_memory(
 
 
 def scraped(path: Path) -> bytes:
-    """What the metrics say."""
+    """The answer of the metrics socket."""
     wait_until(path.exists)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))

@@ -14,7 +14,7 @@ import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from mount.test_lifecycle import attachments, daemons, has_ended, hear, is_mounted, tell
 from mount.test_restart import READER
-from servicemanager import ServiceManager, managing
+from support.servicemanager import ServiceManager, managing
 
 import ckptfs
 
@@ -124,7 +124,7 @@ def test_readers_do_not_notice_that_the_service_is_restarted_or_killed(
     digests.unlink()
 
 
-def test_it_asks_for_the_job_of_its_own_unit(node: Node, manager: ServiceManager) -> None:
+def test_service_asks_for_the_job_of_its_own_unit(node: Node, manager: ServiceManager) -> None:
     start(manager)
     assert manager.stop("restart") == 0
     unit = Path("/proc/self/cgroup").read_text().rstrip("\n").rpartition("/")[2]
@@ -167,7 +167,7 @@ def test_a_service_that_is_stopped_ends_its_readers(
 
 
 @pytest.mark.parametrize("lost", ["table", "held"])
-def test_without_all_that_was_kept_it_starts_anew(
+def test_service_without_a_kept_descriptor_starts_anew(
     node: Node, small: Path, uri_of: UriOf, manager: ServiceManager, lost: str
 ) -> None:
     start(manager)

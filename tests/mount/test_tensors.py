@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import write_checkpoint, write_torch_zip
 from conftest import Node
-from s3server import S3Server
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.archives import write_checkpoint, write_torch_zip
+from support.s3server import S3Server
 
 import ckptfs
 
@@ -35,7 +35,7 @@ def shard(bucket: Path) -> Path:
 
 
 def needed_bytes(file: Path, tensor: str) -> int:
-    """Header and tensor: nobody can do with less."""
+    """The bytes of header and tensor, which every reader needs."""
     with file.open("rb") as raw:
         header = int.from_bytes(raw.read(8), "little")
         start, stop = json.loads(raw.read(header))[tensor]["data_offsets"]
@@ -52,7 +52,7 @@ def test_one_tensor_fetches_little_more_than_its_bytes(
         s3.reset_traffic()
         with safe_open(f"{path}/model.safetensors", framework="np") as file:
             assert np.array_equal(file.get_tensor(tensor), expected)
-        # What was asked for ahead may still be on its way: it counts, too.
+        # The readahead may still be on its way, and its bytes count, too.
         node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     # A block each for the header, both edges and the kernel's own readahead behind the tensor; for
@@ -77,7 +77,7 @@ def test_a_whole_shard_is_fetched_once(
 
 
 BEGUN_BYTES = 6 * MIB
-"""What is read of a tensor: enough for the readahead to be sure that it is wanted."""
+"""Bytes that a test reads of a tensor, which are enough to start the readahead for it."""
 
 
 def begin_to_read(file: Path, start: int) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
 

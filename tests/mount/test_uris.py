@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Node
 from mount.test_named_stores import key_file, store_toml
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs
 from ckptfs import xattrs
@@ -59,7 +59,7 @@ def test_odd_names_are_attached_as_typed(
         assert "percent-encode it as %3F" in said
 
 
-def test_what_is_printed_leads_back(
+def test_printed_uri_attaches_the_same_checkpoint(
     node: Node, s3: S3Server, odd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)

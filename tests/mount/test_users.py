@@ -18,10 +18,12 @@ import pytest
 from conftest import Node
 
 import ckptfs
-from ckptfs import _client, xattrs
-from ckptfs._daemon import session
+from ckptfs import xattrs
+from ckptfs._client import client
 from ckptfs._model.location import Location
-from ckptfs._model.plan import Wanted
+from ckptfs._model.plans.plan import Wanted
+from ckptfs._model.protocol.requests import Attach, Detach, GetTrace, MetadataChanged
+from ckptfs._mount import session
 from ckptfs._store.describe import describe
 
 pytestmark = [
@@ -33,10 +35,10 @@ pytestmark = [
 ALICE, BOB = 65533, 65534
 
 
-def as_user(uid: int, action: Callable[[], None], *, for_good: bool = True) -> None:
+def as_user(uid: int, action: Callable[[], object], *, for_good: bool = True) -> None:
     """Run `action` in a child process of that user; a failure there fails here.
 
-    Not `for_good`: the process could become root, or somebody else, again.
+    Without `for_good`, the process could become root, or another user, again.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -126,23 +128,30 @@ def test_each_user_sees_own_attachments_only(
         for place in (path, f"{path}/config.json", *inherited):  # which the kernel allows
             with contextlib.suppress(PermissionError):
                 assert os.listxattr(place) == []
-        with _client.connect() as connection:
+        with client.connect() as connection:
             assert connection.status().attachments == []
             name = attachment["name"]
             for ask, refusal in (
-                (lambda: connection.detach(name, force=True), ckptfs.NotAttached),
-                (lambda: connection.detach("", location, force=True), ckptfs.NotAttached),
+                (lambda: connection.ask(Detach(name=name, force=True)), ckptfs.NotAttached),
+                (lambda: connection.ask(Detach(location=location, force=True)), ckptfs.NotAttached),
                 (lambda: connection.prefetch(name, Wanted(["*"]), print), ckptfs.NotAttached),
-                (lambda: connection.trace(name), ckptfs.NotAttached),
-                (lambda: connection.trace("", location), ckptfs.NotAttached),
+                (lambda: connection.ask(GetTrace(name=name)), ckptfs.NotAttached),
+                (lambda: connection.ask(GetTrace(location=location)), ckptfs.NotAttached),
                 (lambda: connection.stop(force=True), ckptfs.AccessDenied),
-                (lambda: connection.attach(Location("local", "/root")), ckptfs.AccessDenied),
-                (lambda: connection.attach(without_keys), ckptfs.AccessDenied),
-                (lambda: connection.attach(with_wrong_keys), ckptfs.AccessDenied),
+                (
+                    lambda: connection.ask_once(Attach(location=Location("local", "/root"))),
+                    ckptfs.AccessDenied,
+                ),
+                (lambda: connection.ask_once(Attach(location=without_keys)), ckptfs.AccessDenied),
+                (
+                    lambda: connection.ask_once(Attach(location=with_wrong_keys)),
+                    ckptfs.AccessDenied,
+                ),
             ):
                 with pytest.raises(refusal):
                     ask()
-            connection.metadata_changed(location)  # says nothing of who has attached it
+            # The reply does not tell whether another user has attached it.
+            connection.ask(MetadataChanged(location=location))
 
     location = describe(checkpoint.filesystem, checkpoint.path)
     without_keys = msgspec.structs.replace(location, secrets={})
@@ -159,7 +168,7 @@ def _denied() -> None:
     raise PermissionError
 
 
-def test_users_of_one_place_are_apart(
+def test_users_attaching_one_place_have_separate_attachments(
     shared_node: Node, small: Path, uri_of: Callable[[Path], str]
 ) -> None:
     checkpoint = ckptfs.Checkpoint(uri_of(small))
@@ -176,14 +185,14 @@ def test_users_of_one_place_are_apart(
     assert shared_node.status()["attachments"] == []
 
 
-def test_one_user_shuts_nobody_out(
+def test_connections_of_one_user_leave_room_for_others(
     shared_node: Node, small: Path, uri_of: Callable[[Path], str]
 ) -> None:
     def bob_takes_all_connections() -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(64):
-                stack.enter_context(_client.connect()).status()
-            one_more = stack.enter_context(_client.connect())
+                stack.enter_context(client.connect()).status()
+            one_more = stack.enter_context(client.connect())
             with pytest.raises(ckptfs.LimitExceeded, match="64 control connections"):
                 one_more.status()
             _say("full")
@@ -237,7 +246,7 @@ def test_daemon_of_one_user_refuses_others(node: Node) -> None:
     node.socket.chmod(0o666)  # as if the socket's mode did not keep them out already
 
     def bob_asks() -> None:
-        with _client.connect() as connection, pytest.raises(ckptfs.AccessDenied):
+        with client.connect() as connection, pytest.raises(ckptfs.AccessDenied):
             connection.status()
 
     as_user(BOB, bob_asks)
@@ -255,7 +264,7 @@ def test_client_refuses_a_socket_of_somebody_else(node: Node) -> None:
             os.seteuid(0)
             os.seteuid(BOB)
             with pytest.raises(ckptfs.DaemonError, match="neither you nor root"):
-                _client.connect()
+                client.connect()
 
     as_user(ALICE, alice_listens_and_bob_connects, for_good=False)
     node.socket.unlink()
@@ -275,7 +284,9 @@ def test_mounting_by_fusermount(node: Node, monkeypatch: pytest.MonkeyPatch) -> 
     assert session.device_of_mount(node.mount) is None
 
 
-def test_no_fusermount_is_said(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mount_without_fusermount_names_the_package(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(session.os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(node.folder))
     with pytest.raises(ckptfs.CannotMount, match="install the package fuse3"):

@@ -1,5 +1,8 @@
-"""The processes in which libraries of stores run, behind a real mount: whatever becomes of one, its
-readers get their bytes or an error in time, and nobody else notices."""
+"""The processes in which libraries of stores run, behind a real mount.
+
+Whatever becomes of one, its readers get their bytes or an error in time, and other readers do not
+notice.
+"""
 
 import contextlib
 import os
@@ -16,8 +19,9 @@ from mount.test_users import BOB, as_user, let_others_in
 from pyarrow import fs as pafs
 
 import ckptfs
-from ckptfs import _client
+from ckptfs._client import client
 from ckptfs._model.location import Location
+from ckptfs._model.protocol.requests import Attach
 
 pytestmark = [
     pytest.mark.mount,
@@ -32,7 +36,7 @@ SIZE = 20_000_000
 class Quiet(SimpleHTTPRequestHandler):
     """Files of a folder, by HTTP."""
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_: object, **__: object) -> None:
         """Say nothing."""
 
 
@@ -51,7 +55,7 @@ class LoginPage(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET = do_PUT = answer
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_: object, **__: object) -> None:
         """Say nothing."""
 
 
@@ -84,7 +88,7 @@ def top(tmp_path: Path) -> Path:
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ckptfs.Checkpoint:
     """A checkpoint whose library misbehaves by the names of its files: see `workerfaults`."""
     monkeypatch.syspath_prepend(TESTS)
-    from unit.workerfaults import Faulty
+    from support.workerfaults import Faulty
 
     top, seen = tmp_path / "faulty", tmp_path / "seen"
     (top / "run").mkdir(parents=True)
@@ -123,10 +127,10 @@ def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
     node.here("mount")
     with served(lambda *args: Quiet(*args, directory=str(top))) as port:
         place = Location("hdfs", "/box/x", {"host": "127.0.0.1", "port": 9})
-        with _client.connect() as connection, contextlib.suppress(ckptfs.CkptfsError):
-            connection.attach(place)
+        with client.connect() as connection, contextlib.suppress(ckptfs.CkptfsError):
+            connection.ask_once(Attach(location=place))
         for place in (local(top), Location("http", f"http://127.0.0.1:{port}")):
-            with _client.leased(place) as path:
+            with client.leased(place) as path:
                 assert "config.json" in os.listdir(path)
                 assert Path(path, "empty").read_bytes() == b""
         found = set[str]().union(*map(libraries_of, workers()))
@@ -144,7 +148,7 @@ def test_readers_do_not_notice_that_a_worker_is_gone(
 ) -> None:
     node.expected_in_log.append("(local) ended: ")
     content = (top / "weights").read_bytes()
-    with _client.leased(local(top)) as path:
+    with client.leased(local(top)) as path:
         pid = node.status()["pid"]
         with open(f"{path}/weights", "rb", buffering=0) as file:
             assert file.read(100) == content[:100]
@@ -158,7 +162,7 @@ def test_readers_do_not_notice_that_a_worker_is_gone(
 def test_workers_end_with_their_daemon_and_the_next_has_its_own(node: Node, top: Path) -> None:
     node.expected_in_log.append("was killed by signal 9")
     content = (top / "weights").read_bytes()
-    with _client.leased(local(top)) as path:
+    with client.leased(local(top)) as path:
         assert Path(path, "config.json").read_text() == "{}"
         before = workers()
         assert before
@@ -213,10 +217,10 @@ def test_another_user_cannot_end_the_daemon_by_a_library_that_aborts(node: Node,
 
     def attach_again_and_again() -> None:
         for _ in range(2):
-            with _client.connect() as connection, pytest.raises(ckptfs.CkptfsError):
-                connection.attach(azure_at(port))
+            with client.connect() as connection, pytest.raises(ckptfs.CkptfsError):
+                connection.ask_once(Attach(location=azure_at(port)))
 
-    with served(LoginPage) as port, _client.leased(local(top)) as path:
+    with served(LoginPage) as port, client.leased(local(top)) as path:
         as_user(BOB, attach_again_and_again)
         assert Path(path, "weights").read_bytes() == content
     assert node.status()["pid"] == pid

@@ -1,4 +1,5 @@
 """Fixtures: one Ray cluster for all tests, and jobs on it that live on the test's node."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import hashlib
@@ -15,9 +16,8 @@ from typing import Any
 import pytest
 from conftest import Node, daemons, wait_until
 from pyarrow.fs import FileSelector, S3FileSystem
-from s3server import S3Server
-
-from .members import Member, Members, members
+from support.raycluster import Member, Members, members
+from support.s3server import S3Server
 
 _spec = importlib.util.find_spec("ray")
 # Without Ray, this very folder is found under that name; it has no origin.
@@ -155,7 +155,8 @@ def connect(
 
     def workers() -> list[str]:
         commands = processes_with("CKPTFS_SOCKET", str(node.socket)).values()
-        return [command for command in commands if "ckptfs._daemon" not in command]
+        ours = "ckptfs._keeper", "ckptfs._daemon"
+        return [command for command in commands if not any(name in command for name in ours)]
 
     wait_until(lambda: not workers())
 

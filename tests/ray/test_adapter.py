@@ -1,4 +1,5 @@
 """The adapter, without a cluster: classes, places, pickles, metadata, install and uninstall."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
 import pickle
@@ -17,7 +18,7 @@ from pyarrow.fs import LocalFileSystem, S3FileSystem, SubTreeFileSystem, _MockFi
 from ray.train._internal.framework_checkpoint import FrameworkCheckpoint
 from ray.train.v2._internal.callbacks.env_callback import _initialize_env_callbacks
 from ray.train.v2.api.callback import RayTrainCallback
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs.ray
 
@@ -183,7 +184,7 @@ def test_installed_all_checkpoints_mount(kind: Any, node: Node, small: Path, uri
     checkpoint = kind(uri_of(small))  # also those that were made before
     ckptfs.ray.install()
     try:
-        with checkpoint.as_directory() as path:
+        with checkpoint.as_directory(prefetch="all", wait=True) as path:
             assert path.startswith(f"{node.mount}/checkpoint-")
             assert sorted(os.listdir(path)) == ["config.json", "empty", "layers"]
     finally:
@@ -194,8 +195,11 @@ def test_installed_all_checkpoints_mount(kind: Any, node: Node, small: Path, uri
 
 @pytest.mark.mount
 def test_mounts_with_nothing_installed(node: Node, small: Path, uri_of: UriOf) -> None:
-    with ckptfs.ray.Checkpoint(uri_of(small)).as_directory() as path:
+    checkpoint = ckptfs.ray.Checkpoint(uri_of(small))
+    with checkpoint.as_directory() as path:
         assert path.startswith(f"{node.mount}/checkpoint-")
+    with checkpoint.as_directory(prefetch="all", wait=True) as path:
+        assert os.getxattr(path, "user.ckptfs.state") == b"cached"
 
 
 def test_installed_copies_are_where_ray_looks_for_them(

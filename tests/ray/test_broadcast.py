@@ -1,4 +1,5 @@
 """A checkpoint comes to all nodes of a cluster, for one download, whatever happens meanwhile."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import errno
@@ -17,16 +18,15 @@ import ray.cloudpickle
 from conftest import wait_until
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from s3server import S3Server
+from support.raycluster import OBJECT_STORE_BYTES, Member, Members, on
+from support.s3server import S3Server
 
 import ckptfs
 import ckptfs.ray
 import ckptfs.ray._nodes as nodes_module
 from ckptfs import Checkpoint, CheckpointNotFound, LocationError
-from ckptfs._model.plan import Wanted
+from ckptfs._model.plans.plan import Wanted
 from ckptfs.ray._peer import Peer
-
-from .members import OBJECT_STORE_BYTES, Member, Members, on
 
 pytestmark = pytest.mark.mount
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
@@ -173,7 +173,7 @@ def test_a_node_that_dies_in_the_middle(
     assert report.nodes[fourth.id].error
     assert [report.nodes[member.id].left for member in nodes] == [0, 0, 0]
     assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
-    # What the dead one had read, and nobody had taken yet, was read again.
+    # The nodes read again the bytes that the dead one had read and no other node had taken yet.
     again = sum(fetched([*nodes, fourth])) - size_of(content)
     assert again <= report.nodes[fourth.id].read + OBJECT_STORE_BYTES // 4
 
@@ -214,7 +214,7 @@ def test_an_object_that_changes_in_the_middle(
 
 @pytest.fixture
 def peer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands on the nodes in the place of a `Peer`: the test's parameter."""
+    """The test's parameter replaces `Peer` on the nodes."""
     monkeypatch.setattr(nodes_module, "Peer", request.param)
 
 
@@ -240,7 +240,7 @@ def test_blocks_that_are_damaged_on_the_way_come_again(
     assert all("damaged" in part.error for part in report.nodes.values())
     assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
     assert sum(fetched(nodes)) == size_of(content)
-    assert all("damaged or of another version: refused" in m.node.log() for m in nodes)
+    assert all("damaged or of another version" in m.node.log() for m in nodes)
 
 
 class Broken(Peer):
@@ -286,7 +286,7 @@ def test_a_silent_node_is_given_up(
 class Refusing(Peer):
     """Its daemon does not exchange blocks with this user."""
 
-    def _ask(self, question: Any) -> Any:
+    def _ask(self, request: Any, memory: Any) -> Any:
         raise ckptfs.AccessDenied("refused, as the test wants it")
 
 
@@ -342,7 +342,7 @@ def test_mistakes_are_said(
         ckptfs.ray.broadcast(str(tmp_path))
     with pytest.raises(ValueError, match="no living node of the cluster has the id 1234"):
         ckptfs.ray.broadcast(checkpoint, ["1234"])
-    with pytest.raises(ValueError, match="to no node"):
+    with pytest.raises(ValueError, match="nodes is empty"):
         ckptfs.ray.broadcast(checkpoint, [])
     with pytest.raises(CheckpointNotFound, match="no node could attach"):
         ckptfs.ray.broadcast(checkpoint)

@@ -1,4 +1,5 @@
 """The examples on the page of `ray.tune.Checkpoint`, with each of the classes."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
 import shutil
@@ -9,7 +10,7 @@ import pyarrow.fs
 import pytest
 import ray.tune
 from conftest import Node
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs.ray
 

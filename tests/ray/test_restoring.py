@@ -1,4 +1,5 @@
 """Ray Train v2 on two nodes: what the workers go on from is read from the store once."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import sys
 import tempfile
@@ -12,13 +13,13 @@ import ray.train
 import ray.train.collective
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from s3server import S3Server
+from support.raycluster import Member
+from support.s3server import S3Server
 
 import ckptfs.ray
 from ckptfs import Checkpoint
 
 from .conftest import WEIGHTS_BYTES, make_directory, settle, weights
-from .members import Member
 
 pytestmark = [
     pytest.mark.mount,

@@ -1,4 +1,5 @@
 """Ray Train v2: a run that fails, and goes on from a checkpoint that its workers mount."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import hashlib
 import json
@@ -18,7 +19,7 @@ from conftest import Node
 from pyarrow.fs import S3FileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from s3server import S3Server
+from support.s3server import S3Server
 
 import ckptfs.ray
 
@@ -41,7 +42,7 @@ def digests(folder: "str | Path") -> dict[str, str]:
 
 
 def look_at(checkpoint: Any) -> dict[str, Any]:
-    """What one worker sees in the checkpoint, while the others have it open, too."""
+    """The contents that one worker sees in the checkpoint while the others have it open, too."""
     with checkpoint.as_directory() as path:
         seen = {
             "path": path,

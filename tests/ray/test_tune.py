@@ -1,4 +1,6 @@
 """Ray Tune and plain tasks: restored by mount in a trial, in the driver and in a task."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportFunctionMemberAccess=false
 
 import os
 import signal
@@ -14,7 +16,7 @@ import ray.tune
 from conftest import Node, wait_until
 from pyarrow.fs import S3FileSystem, SubTreeFileSystem
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
-from s3server import S3Server
+from support.s3server import S3Server
 
 from .conftest import WEIGHTS_BYTES, make_directory, settle, weights
 

@@ -1,4 +1,5 @@
 """Each node fetches from the store what its ranks will read, ahead of them."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
 import logging
@@ -10,16 +11,17 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle
-from archives import write_safetensors
 from conftest import wait_until
-from s3server import S3Server
+from support.archives import write_safetensors
+from support.raycluster import Member, on
+from support.s3server import S3Server
 
 import ckptfs.ray
-from ckptfs import Checkpoint, PlanError, _plans
+from ckptfs import Checkpoint, PlanError
+from ckptfs._client import plans
+from ckptfs._model.protocol.requests import Activity
 from ckptfs._store.describe import describe
 from ckptfs.ray._nodes import place_of
-
-from .members import Member, on
 
 pytestmark = pytest.mark.mount
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
@@ -55,11 +57,11 @@ def restore(
 
 
 def fetched_mib(member: Member) -> int:
-    """What its daemon has read from the store, in whole blocks, once it reads nothing more."""
+    """MiB that its daemon has read from the store, in whole blocks, once it reads nothing more."""
     with member.connection() as connection:
 
         def is_quiet() -> bool:
-            now = connection.activity()
+            now = connection.ask(Activity())
             return not now.in_flight_bytes and not any(now.queue.values())
 
         wait_until(is_quiet)
@@ -121,9 +123,9 @@ def test_a_plan_can_be_given_for_all_ranks(
     (kept,) = (nodes[0].node.folder / "xdg").rglob("*.json")
     second = checkpoint_of(job / "step2", s3)
     write_safetensors(job / "step2" / MODEL, dict(reversed(sizes.items())))
-    beside = json.dumps({_plans.METADATA_KEY: kept.read_text()})
+    beside = json.dumps({plans.METADATA_KEY: kept.read_text()})
     (job / "step1" / ".metadata.json").write_text(beside)
-    given = kept, _plans.read(kept), uri_of(job / "step1")
+    given = kept, plans.read(kept), uri_of(job / "step1")
     for plan, member in zip(given, nodes, strict=True):
         told = ckptfs.ray.warm(second, [member.id], plan=plan).wait()
         assert told.keys() == {member.id}
@@ -136,21 +138,23 @@ def test_without_a_plan_nothing_is_fetched_and_said(
     write_safetensors(job / "step1" / MODEL, {"a": MIB})
     checkpoint = checkpoint_of(job / "step1", s3)
     caplog.set_level(logging.WARNING, "ckptfs")
-    name = _plans.path_of(describe(*place_of(checkpoint))).name
+    name = plans.path_of(describe(*place_of(checkpoint))).name
     damaged = nodes[0].node.folder / "xdg" / "ckptfs" / "plans" / name
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{}")
     told = ckptfs.ray.warm(checkpoint, plan=True).wait()
     assert told == dict.fromkeys((member.id for member in nodes), 0)
     assert f"node {nodes[0].id} has no plan for" in caplog.text
-    assert "no node keeps a plan for" in caplog.text
+    assert "no node has a plan for" in caplog.text
 
 
 def test_mistakes_are_said(nodes: list[Member], s3: S3Server, job: Path) -> None:
     checkpoint = checkpoint_of(job, s3)
-    with pytest.raises(ValueError, match="leave files out"):
+    with pytest.raises(ValueError, match="files and plan exclude each other"):
         ckptfs.ray.warm(checkpoint, "all", ["*"], plan=True)
-    for needs, plan in (("a.bin", False), ([0], False), ([], False), (["a"], True), ([], True)):
+    mistakes: list[tuple[Any, bool]] = [("a.bin", False), ([0], False), ([], False)]
+    mistakes += [(["a"], True), ([], True)]
+    for needs, plan in mistakes:
         with pytest.raises(TypeError, match=f"node {nodes[0].id} must have a list of"):
             ckptfs.ray.warm(checkpoint, {nodes[0].id: needs}, plan=plan)
     with pytest.raises(PlanError, match="does not exist"):

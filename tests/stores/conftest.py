@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, mounts, temporary
-from serverbase import Missing
-
-from stores.adapters import FAST, STORES
-from stores.common import configure
-from stores.realstore import RealStore
+from support.serverbase import Missing
+from support.stores.adapters import FAST, STORES
+from support.stores.common import configure
+from support.stores.realstore import RealStore
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

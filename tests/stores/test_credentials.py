@@ -6,10 +6,10 @@ import random
 
 import pytest
 from conftest import Node
+from support.stores.common import MIB, configure, directory, fill, read_once
+from support.stores.realstore import RealStore
 
 import ckptfs
-from stores.common import MIB, configure, directory, fill, read_once
-from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 from conftest import Node
-from faultproxy import CONNECTIONS
-from serverbase import children
-from wronganswers import CHANGED, INSTEAD
+from support.faultproxy import CONNECTIONS
+from support.serverbase import children
+from support.stores.common import MIB, configure, directory, fill, read_once
+from support.stores.realstore import RealStore
+from support.wronganswers import CHANGED, INSTEAD
 
 import ckptfs
-from ckptfs import _client, xattrs
+from ckptfs import xattrs
+from ckptfs._client import client
 from ckptfs._model.location import Location
-from stores.common import MIB, configure, directory, fill, read_once
-from stores.realstore import RealStore
 
 pytestmark = [pytest.mark.mount, pytest.mark.all_servers]
 
@@ -60,7 +61,7 @@ def neighbour(node: Node, folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     (folder / "cached").write_bytes(bytes(MIB))
     with (
-        _client.leased(Location("local", str(folder))) as top,
+        client.leased(Location("local", str(folder))) as top,
         node.python(NEIGHBOUR, f"{top}/cached") as reader,
     ):
         assert reader.stdout
@@ -71,7 +72,7 @@ def neighbour(node: Node, folder: Path) -> Iterator[None]:
 
 
 class Outcome:
-    """What came of an operation: "right", or an error, and how long it took."""
+    """The outcome of an operation: "right", or an error, and how long it took."""
 
     def __init__(self, action: Callable[[], bool], errnos: Set[int]) -> None:
         began = time.monotonic()
@@ -98,7 +99,7 @@ def is_attached_right(store: RealStore, path: str) -> bool:
 
 
 def operations(store: RealStore, path: str, tops: dict[str, str]) -> dict[str, Callable[[], bool]]:
-    """What readers do that leads to each operation of the store."""
+    """The actions of readers that lead to each operation of the store."""
 
     def reads(top: str) -> bool:
         return read_once(f"{top}/weights", MIB + 1, MIB) == DATA[MIB + 1 : 2 * MIB + 1]
@@ -148,7 +149,7 @@ def test_each_fault_of_each_server_in_each_operation(
         ]
         store.break_down(*aimed)
         with ThreadPoolExecutor(len(OPERATIONS)) as pool:
-            # A file that nobody has touched is not stale, whatever else is wrong.
+            # A file that no program has touched is not stale, whatever else is wrong.
             errnos = ERRNOS | ({errno.ESTALE} if fault == "another version" else set[int]())
             outcomes = dict(
                 zip(actions, pool.map(lambda a: Outcome(a, errnos), actions.values()), strict=True)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-
-from stores.common import MIB, configure, directory, fill, read_once
-from stores.realstore import RealStore
+from support.stores.common import MIB, configure, directory, fill, read_once
+from support.stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

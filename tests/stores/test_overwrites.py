@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from conftest import Node
-
-from stores.common import MIB, configure, directory
-from stores.realstore import RealStore
+from support.stores.common import MIB, configure, directory
+from support.stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 

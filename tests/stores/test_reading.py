@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Node
+from support.stores.common import MIB, configure, data_requests, directory, fill
+from support.stores.realstore import RealStore
 
 import ckptfs
-from stores.common import MIB, configure, data_requests, directory, fill
-from stores.realstore import RealStore
 
 pytestmark = pytest.mark.mount
 
@@ -110,7 +110,9 @@ def test_a_copy_has_every_byte(store: RealStore, node: Node, path: str, tmp_path
         assert Path(copied, name).read_bytes() == data, name
 
 
-def test_what_is_not_there_is_said(store: RealStore, node: Node, path: str) -> None:
+def test_missing_checkpoint_on_real_store_is_an_error(
+    store: RealStore, node: Node, path: str
+) -> None:
     with pytest.raises(ckptfs.CheckpointNotFound):
         store.checkpoint(path).to_directory()
     if store.has_mount:
@@ -192,7 +194,7 @@ def test_the_second_attachment_comes_from_the_cache(
 def test_a_file_that_is_overwritten_or_deleted_is_stale(
     store: RealStore, node: Node, path: str
 ) -> None:
-    """What was not read before is ESTALE, and the next attachment shows what is there."""
+    """A file that was not read before is ESTALE, and the next attachment shows what is there."""
     if not store.has_mount:
         pytest.skip("a copy does not change")
     node.expected_in_log += ["changed at the store", "written", "deleted"]

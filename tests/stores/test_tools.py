@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Node
+from support.stores.common import MIB, credentials_in_environment, directory, fill
+from support.stores.realstore import RealStore
+from support.stores.s3stores import S3
 
 import ckptfs
 from ckptfs import xattrs
-from stores.common import MIB, credentials_in_environment, directory, fill
-from stores.realstore import RealStore
-from stores.s3stores import S3
 
 pytestmark = pytest.mark.mount
 
@@ -50,8 +50,9 @@ def test_metadata_by_api_and_attribute(store: RealStore, node: Node, readable: s
     assert checkpoint.get_metadata() == {"step": 8, "name": "x"}
 
 
-def test_find_names_what_can_be_attached(store: RealStore, node: Node, path: str) -> None:
-    """What `find` prints is attached as it is, and shows the metadata by which it was found."""
+def test_find_prints_uris_that_can_be_attached(store: RealStore, node: Node, path: str) -> None:
+    """A URI that `find` prints can be attached as it is, and shows the metadata by which it was
+    found."""
     if not store.has_address:
         pytest.skip("no command can name it")
     if store.hides_dots:
@@ -107,7 +108,7 @@ def test_a_named_store(store: RealStore, node: Node, readable: str, tmp_path: Pa
         ckptfs.Checkpoint(f"{name}-not").to_directory()
 
 
-def test_what_status_and_attributes_show_can_be_attached(
+def test_status_and_attributes_show_uris_that_can_be_attached(
     store: RealStore, node: Node, readable: str
 ) -> None:
     """It holds no secret; with the credentials of the environment it leads to the same place."""

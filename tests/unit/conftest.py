@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from unit.fakes import FakeStore
-from unit.rig import CONTENT, View, view_in
+from support.fakes import FakeStore
+from support.rig import CONTENT, View, view_in
 
 settings.register_profile("unit", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("unit")

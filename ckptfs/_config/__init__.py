@@ -1,0 +1,1 @@
+"""The effective configuration, and the paths that ckptfs chooses if none is configured."""

@@ -1,0 +1,1 @@
+"""An attached checkpoint: its snapshot, inodes, metadata, journal and prefetches."""

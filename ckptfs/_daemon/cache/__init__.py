@@ -1,0 +1,1 @@
+"""The cache of blocks on the node's disk."""

@@ -1,0 +1,107 @@
+"""Memory for spans: reused buffers, whose bytes stay readable until the room is needed.
+
+Each span is read from the store into a buffer of its own. Readers are served from there, so a byte
+that is fetched shortly before it is read never comes back from the disk, and writes to the disk go
+past the page cache (`object_dir.write`). Fresh memory costs a page fault for every 4 KiB, which
+took up to half of the throughput. So buffers are used again, the oldest first, whose bytes were
+most likely read already. Huge pages make that cheaper still: there are fewer page faults, and the
+disk gets few large segments instead of 4 KiB each. A cold read of 1 GiB on a virtual machine took
+1.6 to 2.0 s with them and 2.5 to 2.8 s without.
+
+A buffer is *busy* (being filled or written to the disk), *kept* (its blocks are readable, and it
+can be taken when there is no other room) or *free*. Sizes are powers of two, so that they fit
+again. All methods belong to the event loop.
+"""
+
+import contextlib
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from ckptfs._model.blocks import BLOCK_BYTES
+
+Owner = TypeVar("Owner")
+
+
+def capacity_of(length: int) -> int:
+    """Bytes of the buffer for a span of `length` bytes."""
+    return max(BLOCK_BYTES, 1 << (length - 1).bit_length())
+
+
+class Buffer(Generic[Owner]):
+    """One span's memory, page-aligned. `owner` and `blocks` say whose bytes are kept in it."""
+
+    def __init__(self, capacity: int) -> None:
+        # Private: what is shared is tmpfs to the kernel, mostly without huge pages.
+        memory = mmap.mmap(-1, capacity, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(memory)
+        self.owner: Owner | None = None
+        self.blocks = range(0)
+
+
+class Buffers(Generic[Owner]):
+    """All of them, at most `bytes_max` together, unless more than that is busy.
+
+    `forget` is called with a kept buffer before it is taken for something else.
+    """
+
+    def __init__(self, bytes_max: int, forget: Callable[[Buffer[Owner]], None]) -> None:
+        self._bytes_max = bytes_max
+        self._forget = forget
+        self._kept: OrderedDict[Buffer[Owner], None] = OrderedDict()  # oldest first
+        self._free: dict[int, list[Buffer[Owner]]] = {}
+        self.total_bytes = 0
+
+    def resize(self, bytes_max: int) -> None:
+        """Have at most so many bytes from now on; what is too much goes as it is needed again."""
+        self._bytes_max = bytes_max
+
+    def take(self, length: int) -> Buffer[Owner]:
+        """A busy buffer of at least `length` bytes."""
+        capacity = capacity_of(length)
+        while True:
+            if free := self._free.get(capacity):
+                return free.pop()
+            if self.total_bytes + capacity <= self._bytes_max or not self._make_room():
+                self.total_bytes += capacity
+                return Buffer(capacity)
+
+    def _make_room(self) -> bool:
+        """Drop a free buffer (of another size), or free a kept one; False: there is none."""
+        for free in self._free.values():
+            if free:
+                self.total_bytes -= len(free.pop().view)
+                return True
+        if not self._kept:
+            return False
+        buffer = next(iter(self._kept))
+        self._forget(buffer)
+        self.release(buffer)
+        return True
+
+    def keep(self, buffer: Buffer[Owner]) -> None:
+        """It is no longer busy, but its blocks stay readable."""
+        self._kept[buffer] = None
+
+    def release(self, buffer: Buffer[Owner]) -> None:
+        """Nothing in it is needed any more."""
+        self._kept.pop(buffer, None)
+        buffer.owner = None
+        self._free.setdefault(len(buffer.view), []).append(buffer)
+
+    def release_of(self, owner: Owner) -> None:
+        """The same, for all that are kept for `owner`."""
+        for buffer in [buffer for buffer in self._kept if buffer.owner is owner]:
+            self.release(buffer)
+
+    def abandon(self, buffer: Buffer[Owner]) -> None:
+        """Stop counting a buffer that an abandoned thread may still write into."""
+        self.total_bytes -= len(buffer.view)
+
+    def trim(self) -> None:
+        """Give the memory of free buffers back."""
+        self.total_bytes -= sum(size * len(free) for size, free in self._free.items())
+        self._free.clear()

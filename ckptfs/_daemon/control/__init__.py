@@ -1,0 +1,1 @@
+"""The control socket: its server, its commands, and the services behind them."""

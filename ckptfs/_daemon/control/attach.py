@@ -1,0 +1,213 @@
+"""Attaching: from a location to an attachment that shows it.
+
+An attach of a place that is attached and in use joins the snapshot of the other users. If the place
+is attached and not in use (lingering, or only pinned), the attach lists the store again, and shows
+the new version if there is one.
+
+`_locks` lets attaches of one place wait for each other. If the store is unavailable, the waiting
+attaches share the error of the first one, so they do not ask the store one after the other.
+"""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import trio
+
+from ckptfs._daemon.attachment.attachment import Attachment, new_attachment
+from ckptfs._daemon.attachment.journal import Made, recorder
+from ckptfs._daemon.attachment.metadata import MetadataKeeper
+from ckptfs._daemon.control.current_config import CurrentConfig
+from ckptfs._daemon.control.named_stores import OpenFor
+from ckptfs._daemon.control.permissions import StoreCalls, check_attached, check_files, check_rights
+from ckptfs._daemon.control.registry import Attachments, Key
+from ckptfs._daemon.quotas import cache_scope
+from ckptfs._model.location import Location
+from ckptfs._model.manifest import Manifest, build_manifest
+from ckptfs._mount.handoff import Handoff
+from ckptfs._store.base import Store, pin_of
+from ckptfs.errors import Busy, ObjectChanged, StoreTimeout, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_SKIPPED_IN_LOG = 100
+"""Skipped objects that the log names for each attachment."""
+
+
+@dataclass(eq=False)
+class Attaching:
+    """Makes attachments."""
+
+    current: CurrentConfig
+    attachments: Attachments
+    metadata: MetadataKeeper
+    store_calls: StoreCalls
+    open_store: OpenFor
+    handoff: Handoff
+    _locks: dict[Key, trio.Lock] = field(default_factory=dict[Key, trio.Lock], init=False)
+    _outages: dict[Key, tuple[Location, StoreUnavailable]] = field(
+        default_factory=dict[Key, "tuple[Location, StoreUnavailable]"], init=False
+    )
+
+    async def attach(self, location: Location, uid: int, gid: int, *, pinned: bool) -> Attachment:
+        """Attach `location` for a user. The attachment counts one control connection as its holder.
+
+        Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, LimitExceeded, and
+        StoreError and its kinds. StoreTimeout comes after `attach_deadline_s` at the latest.
+        """
+        config = self.current.config
+        check_rights(uid, location, config)
+        check_files(location)
+        key = (uid, location.identity)
+        lock = self._locks.setdefault(key, trio.Lock())
+        try:
+            with trio.fail_after(config.attach_deadline_s):
+                async with lock:
+                    failed, outage = self._outages.get(key, (None, None))
+                    if outage is not None and failed == location:
+                        raise type(outage)(*outage.args)
+                    attachment = await self._attach(key, location, uid, gid)
+                    self.attachments.hold(attachment)
+        except StoreUnavailable as error:
+            self._outages[key] = location, error
+            raise
+        except trio.TooSlowError:
+            raise StoreTimeout(
+                f"{location.uri}: the store gave no listing within "
+                f"{config.attach_deadline_s:g} s; check the endpoint, or raise "
+                "attach_deadline_s"
+            ) from None
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._locks.pop(key, None)
+                self._outages.pop(key, None)
+        if pinned:
+            attachment.pin(True)
+        return attachment
+
+    async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
+        while True:
+            known = self._reusable(key, location, uid)
+            if known is not None and known.leases.in_use:
+                attachment = await self._reuse(known, location, uid)
+            else:
+                attachment = await self._list(known, location, uid, gid)
+            if attachment is not None:
+                return attachment
+            # `known` has ended during a call to the store.
+
+    def _reusable(self, key: Key, location: Location, uid: int) -> Attachment | None:
+        """The attachment with that key. If its bytes come by another way, such as a proxy, this
+        ends it, because neither attachment may have the other's cached bytes. Raises Busy."""
+        known = self.attachments.get(key)
+        if known is None or known.cache_scope == cache_scope(uid, location):
+            return known
+        if known.leases.in_use:
+            raise Busy(
+                f"{known.location.uri} is in use by another way (proxy or certificates); end its "
+                "use, or give the same settings"
+            )
+        self.attachments.remove(known)
+        return None
+
+    async def _reuse(self, known: Attachment, location: Location, uid: int) -> Attachment | None:
+        """Join an attachment that is in use, after a proof that other credentials can read it.
+        Returns None if it has ended meanwhile."""
+        if location == self.attachments.opened_for(known):
+            return known
+        with ExitStack() as unused:
+            store = await self._open(location, uid, unused)
+            await self.store_calls.run(uid, _prove_access, store, known.manifest)
+            if self.attachments.get(known.key) is not known:
+                return None
+            unused.pop_all()
+        self.attachments.use_store(known, location, store)
+        return known
+
+    async def _list(
+        self, known: Attachment | None, location: Location, uid: int, gid: int
+    ) -> Attachment | None:
+        """List the store, and publish an attachment if there is a new version, or if none is known.
+        Returns None if the known version was detached meanwhile.
+
+        `unused` closes each store that no attachment owns in the end.
+        """
+        if known is None:
+            check_attached(uid, self.attachments, self.current.config)
+        reused = self._store_of(known, location)
+        shown = known.manifest.version if known is not None else ""
+        with ExitStack() as unused:
+            with self.attachments.holding(known):
+                store = reused or await self._open(location, uid, unused)
+                manifest, fresh = await self.store_calls.run(
+                    uid, self._build, self.handoff.next_ordinal(), location, store, uid, gid, shown
+                )
+                if reused is not None and fresh is not None:  # `reused` ends with `known`
+                    fresh.store = await self._open(location, uid, unused)
+            now = self.attachments.get((uid, location.identity))  # perhaps ended, or in use again
+            if now is not None and (now.leases.in_use or now.manifest.version == manifest.version):
+                if reused is None:
+                    unused.pop_all()
+                    self.attachments.use_store(now, location, store)
+                self.metadata.listed_again(now, manifest)
+                return now
+            if fresh is None:
+                return None
+            self._publish(fresh, location, now)
+            unused.pop_all()
+            return fresh
+
+    def _publish(self, fresh: Attachment, location: Location, known: Attachment | None) -> None:
+        """Show `fresh`, in place of `known`. Raises LimitExceeded."""
+        pinned = known is not None and known.leases.pinned
+        if known is not None:
+            self.attachments.remove(known)
+        manifest = fresh.manifest
+        # Other places may have been attached during the listing.
+        check_attached(fresh.uid, self.attachments, self.current.config, len(manifest.files))
+        fresh.record = recorder(self.handoff.journal, fresh.ordinal)
+        fresh.record(Made(location, manifest, fresh.uid, fresh.gid, fresh.attached_s))
+        fresh.pin(pinned)
+        self.attachments.add(fresh, location)
+        uri = fresh.location.uri
+        about = {"event": "attached", "checkpoint": uri, "uid": fresh.uid}
+        log.info("attached %s: %d files", uri, len(manifest.files), extra=about)
+        for skipped in manifest.skipped[:_SKIPPED_IN_LOG]:
+            left_out = {"event": "left-out", "checkpoint": uri, "file": skipped.name}
+            log.warning("%s: left out %s: %s", uri, skipped.name, skipped.reason, extra=left_out)
+
+    async def _open(self, location: Location, uid: int, unused: ExitStack) -> Store:
+        """Open a store in a thread, because that may read a file. `unused` closes it."""
+        timeout_s = self.current.config.store_timeout_s
+        store = await self.store_calls.run(uid, self.open_store, location, timeout_s, uid)
+        unused.callback(store.close)
+        return store
+
+    def _store_of(self, known: Attachment | None, location: Location) -> Store | None:
+        """The store of `known`, which has connections, if an attach of `location` would open the
+        same one. A store that finds its credentials by itself is opened again, so it finds new
+        ones."""
+        if known is None or not location.secrets:
+            return None
+        return known.store if location == self.attachments.opened_for(known) else None
+
+    def _build(
+        self, ordinal: int, location: Location, store: Store, uid: int, gid: int, shown: str
+    ) -> tuple[Manifest, Attachment | None]:
+        """List the store, and make an attachment unless the listing is the version `shown`.
+        Blocking."""
+        manifest = build_manifest(store.list(self.current.config.files_max))
+        if manifest.version == shown:
+            return manifest, None
+        return manifest, new_attachment(ordinal, location, store, manifest, uid, gid)
+
+
+def _prove_access(store: Store, manifest: Manifest) -> None:
+    """Raise AccessDenied if the store's credentials cannot read the checkpoint. Blocking."""
+    if not manifest.files:
+        return
+    first = manifest.files[0]
+    try:
+        store.confirm(pin_of(first))
+    except ObjectChanged:
+        return  # the credentials can read it, and readers get the error

@@ -1,0 +1,1 @@
+"""Fetching: from a read of absent blocks to verified bytes in the cache."""

@@ -1,0 +1,1 @@
+"""Counters and traces of what processes read, and what the daemon fetched for them."""

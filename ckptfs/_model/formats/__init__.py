@@ -1,0 +1,1 @@
+"""Formats of checkpoint files: safetensors, torch's zip files and distributed checkpoints."""

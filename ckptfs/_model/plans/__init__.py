@@ -1,0 +1,1 @@
+"""Plans (the byte ranges that a restore reads), and traces, from which ckptfs makes plans."""

@@ -1,0 +1,1 @@
+"""The control protocol: requests, replies and their encoding."""

@@ -1,0 +1,1 @@
+"""Helpers on the operating system: locks, scratch directories, mounts, peers and terminals."""

@@ -1,0 +1,1 @@
+"""HTTP(S) servers with index pages."""

@@ -1,0 +1,1 @@
+"""S3: the store, its HTTP client, signatures and listings."""

@@ -1,0 +1,1 @@
+"""Connections to servers: addresses, proxies, TLS, patience and errors."""
