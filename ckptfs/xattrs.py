@@ -14,7 +14,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
 from typing import Any, cast
 
 import msgspec
@@ -114,8 +114,9 @@ def metadata(path: "str | os.PathLike[str]") -> "Metadata":
 class Metadata(MutableMapping[str, Any]):
     """The metadata of a mounted checkpoint as a mapping. `metadata` makes it.
 
-    It has all of the metadata, also values that attributes cannot carry. Each access asks the
-    daemon. When a change returns, the store has it, and every reader sees it.
+    It has all of the metadata, also values that attributes cannot carry. Each access reads the
+    file, once: `keys`, `values` and `items` show it as it is at their call. When a change returns,
+    the store has it, and every reader sees it.
 
         >>> shown = xattrs.metadata(path)
         >>> shown["reviewed"] = True
@@ -155,6 +156,15 @@ class Metadata(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._stored())
+
+    def keys(self) -> KeysView[str]:
+        return self._stored().keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self._stored().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._stored().items()
 
     def __repr__(self) -> str:
         return f"Metadata({self._stored()!r})"

@@ -45,6 +45,12 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(tempfile.gettempdir())
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores, because many tests wait. At most four, because a test
+    starts several processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_FUSE:
         return
@@ -94,14 +100,11 @@ def daemons(
     found: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
+            with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes()
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            is_one = any(module in command for module in modules)
-            if is_one and argument in command and ours in environment:
-                found.add(int(entry.name))
+                is_one = argument in command and any(module in command for module in modules)
+                if is_one and ours in (entry / "environ").read_bytes():
+                    found.add(int(entry.name))
     return found
 
 
@@ -128,9 +131,10 @@ def temporary() -> set[str]:
 def _leaves_nothing() -> Iterator[None]:
     before = mounts(), daemons(), temporary()
     yield
-    with contextlib.suppress(TimeoutError):  # the kernel ends them a moment after their daemon
+    try:  # the kernel ends them a moment after their daemon
         wait_until(lambda: not workers_left(before[1]), timeout_s=5)
-    assert not workers_left(before[1]), "left behind: workers"
+    except TimeoutError:
+        pytest.fail("left behind: workers")
     after = mounts(), daemons(), temporary()
     left = [sorted(now - then) for now, then in zip(after, before, strict=True)]  # type: ignore[type-var]
     assert left == [[], [], []], f"left behind: mounts, processes, temporary files: {left}"

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
 import pytest
@@ -499,6 +500,21 @@ def test_all_keys_are_read_by_name_whatever_is_listed(node: Node, local: Path, c
         assert "user.ckptfs.metadata_keys" in os.listxattr(path)
         assert os.getxattr(path, "user.ckptfs.metadata_keys") == b"%d" % (count + 1)
         assert json.loads(node.here("meta", "list", path, "--json").stdout) == values
+
+
+def test_the_views_of_the_mapping_read_the_file_once(
+    node: Node, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {f"k{n}": n for n in range(50)}
+    (local / FILE).write_text(json.dumps(values))
+    with mounted(local) as path:
+        shown, loads = xattrs.metadata(path), mock.Mock(wraps=json.loads)
+        monkeypatch.setattr("ckptfs.xattrs.json.loads", loads)
+        assert [*shown.items()] == [*values.items()]
+        assert [*shown.keys()] == [*values]
+        assert [*shown.values()] == [*range(50)]
+        assert shown == values
+        assert loads.call_count == 4
 
 
 class Interposer(Forwarder):

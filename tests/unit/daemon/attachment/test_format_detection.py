@@ -302,7 +302,10 @@ async def test_format_detection_ends_with_its_attachment(
 # -- one file after the other
 
 
-async def test_format_detection_fetches_the_head_of_the_next_file(tmp_path: Path) -> None:
+async def test_format_detection_fetches_the_head_of_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(format_detection, "_HOLD_S", 0.01)
     names = ["m-1.x", "m-2.x", "m-3.x", "m-4.x", "m-3.json", "m-9.x/below"]
     store = FakeStore({name: pattern(12 * MIB, number) for number, name in enumerate(names)})
     async with view_in(tmp_path, window_bytes_max=8 * MIB) as view:
