@@ -45,6 +45,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(tempfile.gettempdir())
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores, because many tests wait. At most four, because a test
     starts several processes."""
