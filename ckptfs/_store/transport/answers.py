@@ -22,6 +22,11 @@ from ckptfs._store.transport.patience import Patience
 _PROGRESS_BYTES = 4 << 10
 """The fewest bytes in twice the longest silence (6 s) that count as progress. At a lower speed, all
 16 connections of the default together bring no block of 1 MiB within the default read deadline."""
+_RECORD_BYTES = 16 << 10
+"""The longest record of TLS (RFC 8446, section 5.1)."""
+_BURST_S = 0.02
+"""How long bytes that came may stay uncounted: shorter than any interval of those who look at the
+count."""
 
 
 class Silence(TimeoutError):
@@ -92,13 +97,12 @@ class Incoming(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         asked_s = time.monotonic()
         self._limit(asked_s)
-        try:
-            count: int = self._raw.readinto(buffer)
-        except TimeoutError:
-            raise self._silence(time.monotonic() - asked_s) from None
+        count, is_silent = self._receive(memoryview(buffer), asked_s)
         now_s = time.monotonic()
         self._total += count
         self._progress.came(count)
+        if is_silent:
+            raise self._silence(now_s - asked_s)
         self.has_ended = not count
         if not self._is_body:
             self._first_s = max(self._first_s, now_s - asked_s)
@@ -106,6 +110,25 @@ class Incoming(io.RawIOBase):
                 self._body_begins(now_s)
         self._check_progress(count, now_s)
         return count
+
+    def _receive(self, buffer: memoryview, asked_s: float) -> tuple[int, bool]:
+        """Receive bytes, and return their number, and whether the server has been silent since.
+
+        A call of `recv_into` with TLS brings one record, 16 KiB at most. So this method makes more
+        of them before it lets its callers count the bytes, which takes longer than such a call.
+        """
+        receive, done, end_s = self._sock.recv_into, 0, asked_s + _BURST_S
+        # A smaller buffer may be larger than what is left of the body (`io.BufferedReader`).
+        may_last = self._is_body and len(buffer) > _RECORD_BYTES
+        try:
+            while done < len(buffer):
+                count = receive(buffer[done:])
+                done += count
+                if not count or not may_last or time.monotonic() > end_s:
+                    break
+        except TimeoutError:
+            return done, True
+        return done, False
 
     def _limit(self, now_s: float) -> None:
         longest_s = self._longest_s
