@@ -196,7 +196,7 @@ def test_a_library_that_holds_the_lock_stops_nobody_else(
 def test_a_library_that_aborts_costs_an_error_and_no_daemon(
     node: Node, faulty: ckptfs.Checkpoint
 ) -> None:
-    node.configure(read_deadline_s=1.5, idle_exit_s=0.5)
+    node.configure(read_deadline_s=5.0, idle_exit_s=0.5)
     with faulty.as_directory(mode="mount") as path:
         assert Path(path, "once-abort").read_bytes() == b"once-abort" * 1000
         assert Path(path, "once-stop").read_bytes() == b"once-stop" * 1000
