@@ -4,6 +4,7 @@ ends."""
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 from support.fakes import pattern
@@ -28,7 +29,7 @@ class Pieces:
         self.calls += 1
         return self._sock.recv_into(buffer[:PIECE_BYTES])
 
-    def makefile(self, mode: str) -> object:
+    def makefile(self, mode: Literal["rb"]) -> object:
         return self._sock.makefile(mode)
 
     def settimeout(self, seconds: float) -> None:
