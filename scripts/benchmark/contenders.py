@@ -51,26 +51,28 @@ class Contender:
             cache.
         missing: The reason why it cannot run here, or "".
         version: Its version.
+        no_tls: The reason why it cannot read the stores with TLS of a run, or "".
     """
 
     name: str
     cold: Callable[[Store, Path], Any]
     missing: Callable[[], str] = lambda: ""
     version: Callable[[], str] = lambda: ""
+    no_tls: str = ""
 
 
 @contextmanager
 def direct(way: str, store: Store, temp: Path) -> Iterator[Ready]:
     """Nothing to prepare but an environment."""
     environment = store.environment() | {"RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"}
-    yield Ready({"way": way, "endpoint": store.endpoint, "temp": str(temp)}, environment)
+    yield Ready({"way": way, "temp": str(temp)} | store.job(), environment)
 
 
 @contextmanager
 def ckptfs_node(store: Store, temp: Path, **settings: Any) -> Iterator[Ready]:
     """A fresh node, its daemon running."""
     with running_node(temp, **settings) as node:
-        yield Ready({"way": "ckptfs", "endpoint": store.endpoint}, node.environment, node)
+        yield Ready({"way": "ckptfs"} | store.job(), node.environment, node)
 
 
 @contextmanager
@@ -92,13 +94,15 @@ def rclone_mount(mode: str, store: Store, temp: Path) -> Iterator[Ready]:
         "RCLONE_CONFIG_STORE_PROVIDER": "Rclone",
         "RCLONE_CONFIG_STORE_ACCESS_KEY_ID": store.access_key,
         "RCLONE_CONFIG_STORE_SECRET_ACCESS_KEY": store.secret_key,
-        "RCLONE_CONFIG_STORE_ENDPOINT": f"http://{store.endpoint}",
+        "RCLONE_CONFIG_STORE_ENDPOINT": store.url,
         "RCLONE_CONFIG_STORE_REGION": store.region,
     }
+    if store.ca_file:
+        environment["RCLONE_CA_CERT"] = store.ca_file
     command = [find_rclone(), "mount", f"store:{BUCKET}", folder / "mount", "--config", ""]
     command += ["--read-only", "--vfs-cache-mode", mode, "--cache-dir", folder / "cache"]
     with _mounted([*command, *RCLONE_FLAGS], folder, environment) as place:
-        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+        yield Ready({"way": "place", "place": place} | store.job())
 
 
 @contextmanager
@@ -108,11 +112,12 @@ def s3fs_mount(store: Store, temp: Path) -> Iterator[Ready]:
     password = folder / "password"
     password.touch(0o600)
     password.write_text(f"{store.access_key}:{store.secret_key}")
-    options = [*S3FS_OPTIONS, f"url=http://{store.endpoint}", f"passwd_file={password}"]
+    options = [*S3FS_OPTIONS, f"url={store.url}", f"passwd_file={password}"]
     options.append(f"tmpdir={folder}")
     command = ["s3fs", BUCKET, folder / "mount", "-f", "-o", ",".join(options)]
-    with _mounted(command, folder, {}) as place:
-        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+    environment = {"CURL_CA_BUNDLE": store.ca_file} if store.ca_file else {}
+    with _mounted(command, folder, environment) as place:
+        yield Ready({"way": "place", "place": place} | store.job())
 
 
 @contextmanager
@@ -183,11 +188,11 @@ def package_version(name: str) -> str:
 
 def _lacks_module(name: str, group: str) -> str:
     if importlib.util.find_spec(name) is None:
-        return _why_not_installed(group)
+        return why_not_installed(group)
     return ""
 
 
-def _why_not_installed(group: str) -> str:
+def why_not_installed(group: str) -> str:
     """pip's message if scripts/setup could not install the group."""
     failed = VENV / f"{group}.failed"
     lines = failed.read_text().strip().splitlines() if failed.exists() else []
@@ -203,9 +208,10 @@ def _no_fuse() -> str:
 
 
 def _direct(
-    name: str, way: str, package: str, missing: Callable[[], str] = lambda: ""
+    name: str, way: str, package: str, missing: Callable[[], str] = lambda: "", no_tls: str = ""
 ) -> Contender:
-    return Contender(name, partial(direct, way), missing, partial(package_version, package))
+    version_of = partial(package_version, package)
+    return Contender(name, partial(direct, way), missing, version_of, no_tls)
 
 
 def _rclone(mode: str) -> Contender:
@@ -228,13 +234,14 @@ S5CMD = _direct(
     "s5cmd",
     "s5cmd",
     "s5cmd",
-    lambda: "" if (VENV / "bin" / "s5cmd").exists() else _why_not_installed("s5cmd"),
+    lambda: "" if (VENV / "bin" / "s5cmd").exists() else why_not_installed("s5cmd"),
 )
 S3TORCH = _direct(
     "s3torchconnector",
     "s3torchconnector",
     "s3torchconnector",
     partial(_lacks_module, "s3torchconnector", "s3torchconnector"),
+    "it trusts the system's certificates only",
 )
 RUNAI = _direct(
     "runai streamer",

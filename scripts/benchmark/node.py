@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from benchmark import processes
 from ckptfs._client import client
 from ckptfs._client import connection as _connection
 from ckptfs._config.load import load_config
@@ -71,17 +72,31 @@ class Node:
             raise DaemonError(f"the daemon of {socket} has not ended")
 
     def cpu_s(self) -> float:
-        """CPU seconds of the daemon so far."""
-        fields = Path(f"/proc/{self.pid()}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU seconds of all processes of the daemon so far."""
+        return processes.tree_cpu_s(self.keeper_pid())
 
-    def resident_bytes(self, *, peak: bool = False) -> int:
-        """Resident memory of the daemon: now, or the most there has been."""
-        for line in Path(f"/proc/{self.pid()}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == ("VmHWM" if peak else "VmRSS"):
-                return int(value.split()[0]) << 10
-        raise RuntimeError(f"no memory figures for process {self.pid()}")
+    def memory_bytes(self) -> int:
+        """Memory of all processes of the daemon now."""
+        return processes.memory_bytes(self.keeper_pid())
+
+    def peak_bytes(self) -> int:
+        """At most the memory that all processes of the daemon had together."""
+        return processes.peak_bytes(self.keeper_pid())
+
+    def worker_count(self) -> int:
+        """Number of processes that the daemon has started, which read stores for it."""
+        return len(processes.tree(self.pid())) - 1
+
+    def roles(self) -> dict[int, str]:
+        """What each process of the daemon is."""
+        keeper, daemon = self.keeper_pid(), self.pid()
+        roles = dict.fromkeys(processes.tree(keeper), "spare daemon")
+        roles |= dict.fromkeys(processes.tree(daemon), "worker")
+        return roles | {keeper: "keeper", daemon: "daemon"}
+
+    def keeper_pid(self) -> int:
+        """The keeper, whose descendants are the daemon, a spare one, and their workers."""
+        return processes.parent_of(self.pid())
 
     def pid(self) -> int:
         return self.status()["pid"]

@@ -52,8 +52,12 @@ class Run:
         temp: Folder of nodes, copies and mounts, on the measured disk.
         objects: The content of the stores.
         store: The server itself.
-        capped: The same behind nginx; None if that does not run.
-        counted: The same behind the proxy that counts.
+        tls: The same behind nginx, which ends TLS; None if that does not run, or no case needs it.
+        capped: The same behind nginx with its limits, or None.
+        capped_tls: The same with TLS, or None.
+        link: The same over a slow link, or None.
+        seaweedfs: SeaweedFS with TLS and the large file, or None.
+        counted: The first one behind the proxy that counts.
         rounds: Number of measurements of each thing.
         budget_s: Time after which no further round of one measurement begins, so that a run ends
             soon on a busy machine.
@@ -64,12 +68,23 @@ class Run:
     temp: Path
     objects: Objects
     store: Store
+    tls: Store | None
     capped: Store | None
+    capped_tls: Store | None
+    link: Store | None
+    seaweedfs: Store | None
     counted: tuple[Store, CountingProxy]
     rounds: int
     budget_s: float
     raw_threads: dict[str, int]
     report: Report
+
+    def able(self, store: Store, *contenders: Contender) -> list[Contender]:
+        """The contenders that can read `store`. The report names the others, with the reason."""
+        if store.ca_file:
+            lacking = {f"{e.name} over TLS": e.no_tls for e in contenders if e.no_tls}
+            self.report.absent.update(lacking)
+        return [each for each in contenders if not (store.ca_file and each.no_tls)]
 
     def large(self) -> dict[str, Any]:
         """The part of a job that names the large file."""

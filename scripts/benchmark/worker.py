@@ -43,7 +43,7 @@ PAGE_BYTES = 4096
 @contextmanager
 def reach(job: Job, stack: ExitStack) -> Iterator[str]:
     """The directory with the objects of `job["name"]`; whatever that takes is timed."""
-    store, name = Store("", job["endpoint"]), job["name"]
+    store, name = Store.of(job), job["name"]
     match job["way"]:
         case "place":  # it is there, or mounted there
             yield f"{job['place']}/{name}"
@@ -65,7 +65,7 @@ def reach(job: Job, stack: ExitStack) -> Iterator[str]:
         case "s5cmd":
             temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
             s5cmd = Path(sys.executable).with_name("s5cmd")
-            command = [s5cmd, "--endpoint-url", f"http://{store.endpoint}", "--log", "error"]
+            command = [s5cmd, "--endpoint-url", store.url, "--log", "error"]
             source = [f"s3://{BUCKET}/{name}/*", f"{temp}/"]
             subprocess.run([*command, "cp", *source], check=True)
             yield temp
@@ -126,6 +126,14 @@ def shared(directory: str, job: Job) -> Result:
         for _ in pipes:
             os.wait()
     return {"check": sum(map(int, said))}
+
+
+def part(directory: str, job: Job) -> Result:
+    """Read one of the `parts` of one file, the one of the number `index`."""
+    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
+        blocks = -(-os.fstat(file.fileno()).st_size // READ_BYTES)
+        start, end = (blocks * index // job["parts"] for index in (job["index"], job["index"] + 1))
+        return {"check": read_at(file.fileno(), range(start * READ_BYTES, end * READ_BYTES, MIB))}
 
 
 def strided(directory: str, job: Job) -> Result:
@@ -227,7 +235,7 @@ def nothing(directory: str, job: Job) -> Result:
 TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
     for task in (
-        *(sequential, interleaved, shared, strided, whole, mapped, random),
+        *(sequential, interleaved, shared, part, strided, whole, mapped, random),
         *(load, tensor, restore, files, tree, nothing),
     )
 }
@@ -244,7 +252,7 @@ def prepare(job: Job) -> None:
         case "ckptfs":
             import ckptfs  # noqa: F401
         case "raw" | "ray":
-            Store("", job["endpoint"]).filesystem()  # starts the AWS SDK
+            Store.of(job).filesystem()  # starts the AWS SDK
 
 
 def main() -> None:
