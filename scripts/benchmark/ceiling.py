@@ -108,58 +108,54 @@ def _cold(run: Run, store: Store) -> Iterator[Ready]:
 def _busiest(run: Run, ready: Ready, readers: int) -> float:
     """CPU seconds per GiB of the daemon's busiest thread, while `readers` read the large file."""
     keeper = _node(ready).keeper_pid()
-    before: dict[processes.Thread, float] = {}
+    found: list[float] = []
 
-    def start() -> None:
-        before.update(processes.thread_cpu_s(keeper))
+    @contextmanager
+    def watch() -> Iterator[None]:
+        before = processes.thread_cpu_s(keeper)
+        yield
+        found.append(processes.busiest_s(before, processes.thread_cpu_s(keeper)))
 
-    def end() -> float:
-        return processes.busiest_s(before, processes.thread_cpu_s(keeper))
-
-    return _read(run, ready, readers, start, end) / (run.objects.large_bytes / GIB)
+    _read(run, ready, readers, watch())
+    return found[0] / (run.objects.large_bytes / GIB)
 
 
 def _note_lock(
     run: Run, ready: Ready, readers: int, name: str, locks: Series, by_process: Series
 ) -> None:
-    """Add the seconds per GiB for which the daemon's processes hold their locks."""
+    """Add the seconds per GiB for which the daemon's processes hold their locks; of several
+    workers the one that holds it most."""
     if LOCK_ABSENT in run.report.absent:
         return
-    node, size_gib = _node(ready), run.objects.large_bytes / GIB
-    roles = node.roles()
+    node, held = _node(ready), gil.Held()
     try:
-        with gil.sampling(node.keeper_pid(), run.temp) as held:
-            _read(run, ready, readers, lambda: None, lambda: 0.0)
-            roles |= node.roles()
+        _read(run, ready, readers, gil.sampling(node.keeper_pid(), run.temp, held))
     except FAILURES as error:
         run.report.absent[LOCK_ABSENT] = " ".join(str(error).split())
         return
-    by_pid = {pid: seconds / size_gib for pid, seconds in held.by_pid.items()}
-    locks[name] = [max(by_pid.values(), default=0.0)]
-    for pid, seconds in sorted(by_pid.items()):
-        by_process.setdefault(f"{name}: {roles.get(pid, 'other')}", []).append(seconds)
+    roles = node.roles()
+    size_gib = run.objects.large_bytes / GIB
+    by_role: dict[str, float] = {}
+    for pid, seconds in held.by_pid.items():
+        role = roles.get(pid, "other")
+        by_role[role] = max(by_role.get(role, 0.0), seconds / size_gib)
+    locks[name] = [max(by_role.values(), default=0.0)]
+    by_process.update({f"{name}: {role}": [each] for role, each in sorted(by_role.items())})
 
 
-def _read(
-    run: Run,
-    ready: Ready,
-    readers: int,
-    start: Callable[[], None],
-    end: Callable[[], float],
-) -> float:
-    """Have processes read the large file, each a part of it; the value of `end` after that."""
+def _read(run: Run, ready: Ready, readers: int, watched: AbstractContextManager[None]) -> None:
+    """Have processes read the large file, each a part of it, and watch from start to end."""
     with ExitStack() as stack:
         workers = [
             stack.enter_context(working(ready, _part(index, readers))) for index in range(readers)
         ]
-        start()
-        for worker in workers:
-            worker.start()
-        check = sum(worker.result()["check"] for worker in workers)
-        value = end()
+        _node(ready).wait_idle()
+        with watched:
+            for worker in workers:
+                worker.start()
+            check = sum(worker.result()["check"] for worker in workers)
     if check != run.objects.large_check:
         raise WorkError(f"the readers read {check}, and not {run.objects.large_check}")
-    return value
 
 
 def _part(index: int, parts: int) -> dict[str, Any]:

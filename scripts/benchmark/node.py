@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 CKPTFS = Path(sys.executable).with_name("ckptfs")
 COMMAND_TIMEOUT_S = 60.0
+IDLE_DEADLINE_S = 5.0
+IDLE_LOOK_S = 0.15
+IDLE_CPU_SHARE = 0.2
+"""Below this share of one CPU, the daemon counts as idle. The kernel counts in steps of 10 ms."""
 
 
 class Node:
@@ -74,6 +79,21 @@ class Node:
     def cpu_s(self) -> float:
         """CPU seconds of all processes of the daemon so far."""
         return processes.tree_cpu_s(self.keeper_pid())
+
+    def wait_idle(self) -> None:
+        """Wait until the daemon does nothing.
+
+        A daemon that has just begun starts a spare one, and no reader should pay for that.
+        """
+        keeper = self.keeper_pid()
+        deadline_s = time.monotonic() + IDLE_DEADLINE_S
+        before_s = processes.tree_cpu_s(keeper)
+        while time.monotonic() < deadline_s:
+            time.sleep(IDLE_LOOK_S)
+            now_s = processes.tree_cpu_s(keeper)
+            if now_s - before_s < IDLE_CPU_SHARE * IDLE_LOOK_S:
+                return
+            before_s = now_s
 
     def memory_bytes(self) -> int:
         """Memory of all processes of the daemon now."""

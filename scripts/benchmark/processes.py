@@ -15,10 +15,17 @@ UTIME, CUTIME = 11, 13
 
 
 class Thread(NamedTuple):
-    """One thread of a process; a process may reuse neither while it is measured."""
+    """One thread of a process, by the kernel's numbers."""
 
     pid: int
     tid: int
+
+
+class Schedule(NamedTuple):
+    """The seconds for which a thread ran, and waited for a CPU."""
+
+    ran_s: float
+    waited_s: float
 
 
 def fields_of(stat: str) -> list[str]:
@@ -64,6 +71,32 @@ def thread_cpu_s(pid: int) -> dict[Thread, float]:
                     stat = (task / "stat").read_text()
                     found[Thread(each, int(task.name))] = own_cpu_s(stat)
     return found
+
+
+def schedule_of(schedstat: str) -> Schedule:
+    """The seconds in the file schedstat of a thread."""
+    ran_ns, waited_ns, _ = schedstat.split()
+    return Schedule(int(ran_ns) / 1e9, int(waited_ns) / 1e9)
+
+
+def thread_schedules(pid: int) -> dict[Thread, Schedule]:
+    """For each thread of a process and its descendants, how long it has run and waited."""
+    found: dict[Thread, Schedule] = {}
+    for each in tree(pid):
+        with suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                with suppress(OSError):
+                    text = (task / "schedstat").read_text()
+                    found[Thread(each, int(task.name))] = schedule_of(text)
+    return found
+
+
+def schedule_between(
+    before: dict[Thread, Schedule], after: dict[Thread, Schedule], thread: Thread
+) -> Schedule:
+    """How long a thread ran and waited between two looks. It is 0 for a thread that has ended."""
+    old, new = before.get(thread, Schedule(0.0, 0.0)), after.get(thread)
+    return Schedule(new.ran_s - old.ran_s, new.waited_s - old.waited_s) if new else Schedule(0, 0)
 
 
 def busiest_s(before: dict[Thread, float], after: dict[Thread, float]) -> float:

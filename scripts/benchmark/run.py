@@ -125,6 +125,8 @@ class Run:
                 contender.cold(store, self.temp) as ready,
                 working(ready, {"task": task} | job) as worker,
             ):
+                if ready.node:
+                    ready.node.wait_idle()
                 before(ready)
                 seconds = worker.go(check)["seconds"]
                 after(ready)

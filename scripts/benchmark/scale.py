@@ -32,9 +32,9 @@ def scale(run: Run) -> None:
     case, cpus = "scale", len(os.sched_getaffinity(0))
     counts = readers_for(cpus)
     if counts != READERS:
-        more = ", ".join(map(str, READERS[:-1]))
+        few, many = (", ".join(map(str, each)) for each in (counts, READERS))
         run.report.note(
-            case, f"{cpus} CPUs: it runs small, and not with {more} and {READERS[-1]} readers"
+            case, f"{cpus} CPUs: the case runs small, with {few} readers instead of {many}"
         )
     size = _make_files(run, counts[-1])
     with _static(run) as endpoint:
@@ -49,6 +49,7 @@ def scale(run: Run) -> None:
                     stack.enter_context(working(ready, job | {"file": file_name(index)}))
                     for index in range(count)
                 ]
+                ready.node.wait_idle()
                 start_s = time.perf_counter()
                 for worker in workers:
                     worker.start()

@@ -37,6 +37,16 @@ def test_busiest_thread_is_the_one_that_took_most_between_two_looks() -> None:
     assert processes.busiest_s(before, {}) == 0.0
 
 
+def test_schedule_between_two_looks() -> None:
+    thread, new, ended = (processes.Thread(1, tid) for tid in (1, 2, 3))
+    before = {thread: processes.schedule_of("1000000000 500000000 9\n")}
+    after = {thread: processes.schedule_of("1500000000 2500000000 12\n")}
+    after |= {new: processes.Schedule(0.25, 0.0)}
+    assert processes.schedule_between(before, after, thread) == (0.5, 2.0)
+    assert processes.schedule_between(before, after, new) == (0.25, 0.0)
+    assert processes.schedule_between(before, after, ended) == (0.0, 0.0)
+
+
 def test_tree_of_processes_counts_children_that_have_ended() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     before = processes.tree_cpu_s(os.getpid())
@@ -59,14 +69,28 @@ def test_ended_process_has_no_memory() -> None:
     assert processes.thread_cpu_s(process.pid) == {}
 
 
-def test_samples_of_the_lock_count_for_the_innermost_process() -> None:
+def test_samples_of_the_lock_count_for_the_innermost_process_and_its_thread() -> None:
+    keeper, daemon = 'process 10:"python -m keeper"', 'process 11:"python -m app --fd 4"'
     raw = (
-        'process 10:"python -m keeper";run (keeper.py:5) 3\n'
-        'process 10:"python -m keeper";process 11:"python -m app --fd 4";main (app.py:1);<m> 40\n'
-        'process 10:"python -m keeper";process 11:"python -m app --fd 4";main (app.py:2) 2\n'
+        f"{keeper};thread (10): MainThread;run (keeper.py:5) 3\n"
+        f"{keeper};{daemon};thread (11): MainThread;main (app.py:1);<m> 40\n"
+        f"{keeper};{daemon};thread (15): a;b;main (app.py:2) 2\n"
+        f"{keeper};{daemon};thread (11): MainThread;main (app.py:3) 5\n"
         "\n"
     )
-    assert gil.parse_samples(raw) == {10: 3, 11: 42}
+    assert gil.parse_samples(raw) == {
+        processes.Thread(10, 10): 3,
+        processes.Thread(11, 11): 45,
+        processes.Thread(11, 15): 2,
+    }
+
+
+def test_time_without_a_cpu_is_not_time_of_the_lock() -> None:
+    assert gil.on_cpu_s(2.0, ran_s=1.0, waited_s=3.0) == 0.5
+    assert gil.on_cpu_s(2.0, ran_s=0.0, waited_s=0.0) == 2.0
+
+
+def test_last_message_of_py_spy_has_the_number_of_samples() -> None:
     assert gil.taken_samples("py-spy> Wrote raw data. Samples: 285 Errors: 1") == 285
     assert gil.taken_samples("py-spy> Permission denied") == 0
 
