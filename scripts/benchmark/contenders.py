@@ -32,13 +32,25 @@ S3FS_OPTIONS = ["ro", "use_path_request_style", "complement_stat"]
 S3FS_OPTIONS += ["parallel_count=16", "multipart_size=16"]
 
 
+TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
+REPLACE_TRUST = f'mount --bind "$0" {TRUSTED} && exec "$@"'
+
+
 @dataclass(frozen=True)
 class Ready:
-    """A contender that is ready to be timed: what a job needs to say, and where it runs."""
+    """A contender that is ready to be timed.
+
+    Attributes:
+        job: The contender's part of a job.
+        environment: Variables of the process that does the job.
+        node: The node of ckptfs that it reads through.
+        prefix: The beginning of that process's command line.
+    """
 
     job: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
     node: Node | None = None
+    prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,21 +63,40 @@ class Contender:
             cache.
         missing: The reason why it cannot run here, or "".
         version: Its version.
-        no_tls: The reason why it cannot read the stores with TLS of a run, or "".
+        no_tls: The reason why it cannot trust the authority of a run's stores with TLS, or "".
     """
 
     name: str
     cold: Callable[[Store, Path], Any]
     missing: Callable[[], str] = lambda: ""
     version: Callable[[], str] = lambda: ""
-    no_tls: str = ""
+    no_tls: Callable[[], str] = lambda: ""
 
 
 @contextmanager
-def direct(way: str, store: Store, temp: Path) -> Iterator[Ready]:
+def direct(way: str, store: Store, temp: Path, prefix: tuple[str, ...] = ()) -> Iterator[Ready]:
     """Nothing to prepare but an environment."""
     environment = store.environment() | {"RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"}
-    yield Ready({"way": way, "temp": str(temp)} | store.job(), environment)
+    yield Ready({"way": way, "temp": str(temp)} | store.job(), environment, prefix=prefix)
+
+
+@contextmanager
+def trusting(way: str, store: Store, temp: Path) -> Iterator[Ready]:
+    """The same for a program that trusts the certificates of the system only.
+
+    With TLS its process has a mount namespace of its own, where the file of these certificates is
+    the store's.
+    """
+    prefix = ("unshare", "--mount", "sh", "-c", REPLACE_TRUST, store.ca_file)
+    with direct(way, store, temp, prefix if store.ca_file else ()) as ready:
+        yield ready
+
+
+def why_not_trusting() -> str:
+    """The reason why `trusting` cannot work here, or ""."""
+    if os.geteuid() or not shutil.which("unshare") or not TRUSTED.exists():
+        return "it trusts the system's certificates only, which root alone can replace for one"
+    return ""
 
 
 @contextmanager
@@ -208,10 +239,14 @@ def _no_fuse() -> str:
 
 
 def _direct(
-    name: str, way: str, package: str, missing: Callable[[], str] = lambda: "", no_tls: str = ""
+    name: str, way: str, package: str, missing: Callable[[], str] = lambda: ""
 ) -> Contender:
-    version_of = partial(package_version, package)
-    return Contender(name, partial(direct, way), missing, version_of, no_tls)
+    return Contender(name, partial(direct, way), missing, partial(package_version, package))
+
+
+def _trusting(name: str, package: str, module: str, group: str) -> Contender:
+    missing, version_of = partial(_lacks_module, module, group), partial(package_version, package)
+    return Contender(name, partial(trusting, group), missing, version_of, why_not_trusting)
 
 
 def _rclone(mode: str) -> Contender:
@@ -236,19 +271,8 @@ S5CMD = _direct(
     "s5cmd",
     lambda: "" if (VENV / "bin" / "s5cmd").exists() else why_not_installed("s5cmd"),
 )
-S3TORCH = _direct(
-    "s3torchconnector",
-    "s3torchconnector",
-    "s3torchconnector",
-    partial(_lacks_module, "s3torchconnector", "s3torchconnector"),
-    "it trusts the system's certificates only",
-)
-RUNAI = _direct(
-    "runai streamer",
-    "runai",
-    "runai-model-streamer",
-    partial(_lacks_module, "runai_model_streamer", "runai"),
-)
+S3TORCH = _trusting("s3torchconnector", "s3torchconnector", "s3torchconnector", "s3torchconnector")
+RUNAI = _trusting("runai streamer", "runai-model-streamer", "runai_model_streamer", "runai")
 LOCAL = "local files"
 """The ceiling for what is cached: the same on this machine's disk."""
 

@@ -81,10 +81,12 @@ class Run:
 
     def able(self, store: Store, *contenders: Contender) -> list[Contender]:
         """The contenders that can read `store`. The report names the others, with the reason."""
-        if store.ca_file:
-            lacking = {f"{e.name} over TLS": e.no_tls for e in contenders if e.no_tls}
-            self.report.absent.update(lacking)
-        return [each for each in contenders if not (store.ca_file and each.no_tls)]
+        if not store.ca_file:
+            return list(contenders)
+        reasons = {each.name: each.no_tls() for each in contenders if not each.missing()}
+        lacking = {name: why for name, why in reasons.items() if why}
+        self.report.absent.update({f"{name} over TLS": why for name, why in lacking.items()})
+        return [each for each in contenders if each.name not in lacking]
 
     def large(self) -> dict[str, Any]:
         """The part of a job that names the large file."""
@@ -210,7 +212,7 @@ def working(ready: Ready, job: dict[str, Any]) -> Iterator[Worker]:
     """A process that has made itself ready for the job. At the end it lets go of all it holds."""
     job = ready.job | job
     process = subprocess.Popen(
-        [sys.executable, WORKER, json.dumps(job)],
+        [*ready.prefix, sys.executable, WORKER, json.dumps(job)],
         env=os.environ | ready.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
