@@ -53,7 +53,7 @@ CASES = {
 }
 RESULTS = ROOT / "scripts" / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
-BUDGET_S, QUICK_BUDGET_S = 45.0, 10.0
+BUDGET_S, QUICK_BUDGET_S = 40.0, 10.0
 LARGE_BYTES, QUICK_LARGE_BYTES = 1024 * MIB, 256 * MIB
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -128,7 +128,7 @@ def measure(names: list[str], *, quick: bool) -> results.Report:
         objects = make_objects(server.bucket_dir(BUCKET), size)
         store = Store("open", server.endpoint)
         warm_up(store)
-        others = start_others(stack, temp, server, objects, names, report)
+        others = start_others(stack, temp, server, names, report)
         threads = raw_threads(store, others)
         report.note("sequential", f"readers of raw, by store: {threads}")
         run = Run(
@@ -139,7 +139,6 @@ def measure(names: list[str], *, quick: bool) -> results.Report:
             capped=others.get("capped"),
             capped_tls=others.get("capped_tls"),
             link=others.get("link"),
-            seaweedfs=others.get("seaweedfs"),
             counted=stack.enter_context(counted(server)),
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             budget_s=QUICK_BUDGET_S if quick else BUDGET_S,

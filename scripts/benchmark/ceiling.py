@@ -7,19 +7,18 @@ one that takes most time per GiB is the ceiling.
 from __future__ import annotations
 
 import statistics
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from benchmark import gil, processes
 from benchmark.contenders import CKPTFS, Ready
 from benchmark.results import amount
-from benchmark.run import FAILURES, WorkError, working
+from benchmark.run import FAILURES, working
 from benchmark.warm import drop_mounted, filled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from typing import Any
 
     from benchmark.node import Node
     from benchmark.run import Run
@@ -145,21 +144,11 @@ def _note_lock(
 
 def _read(run: Run, ready: Ready, readers: int, watched: AbstractContextManager[None]) -> None:
     """Have processes read the large file, each a part of it, and watch from start to end."""
-    with ExitStack() as stack:
-        workers = [
-            stack.enter_context(working(ready, _part(index, readers))) for index in range(readers)
-        ]
+    job = {"file": "data.bin", "task": "parts", "processes": readers}
+    with working(ready, job) as worker:
         _node(ready).wait_idle()
         with watched:
-            for worker in workers:
-                worker.start()
-            check = sum(worker.result()["check"] for worker in workers)
-    if check != run.objects.large_check:
-        raise WorkError(f"the readers read {check}, and not {run.objects.large_check}")
-
-
-def _part(index: int, parts: int) -> dict[str, Any]:
-    return {"file": "data.bin", "task": "part", "index": index, "parts": parts}
+            worker.go(run.objects.large_check)
 
 
 def _node(ready: Ready) -> Node:

@@ -46,7 +46,11 @@ def sequential_tls(run: Run) -> None:
 
 
 def read_large(
-    run: Run, case: str, store: Store | None, contenders: tuple[Contender, ...]
+    run: Run,
+    case: str,
+    store: Store | None,
+    contenders: tuple[Contender, ...],
+    rounds: int | None = None,
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Measure one reader of the large file, cold; the seconds, and the daemon's CPU per GiB."""
     size = run.objects.large_bytes
@@ -74,7 +78,7 @@ def read_large(
         )
         for each in run.able(store, *contenders)
     }
-    taken = run.alternate(case, measures)
+    taken = run.alternate(case, measures, min(run.rounds, rounds or run.rounds))
     run.add_panel(case, f"read {size >> 20} MiB cold, one reader{store.suffix}", taken)
     return taken, cpu_s
 

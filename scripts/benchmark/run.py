@@ -56,7 +56,6 @@ class Run:
         capped: The same behind nginx with its limits, or None.
         capped_tls: The same with TLS, or None.
         link: The same over a slow link, or None.
-        seaweedfs: SeaweedFS with TLS and the large file, or None.
         counted: The first one behind the proxy that counts.
         rounds: Number of measurements of each thing.
         budget_s: Time after which no further round of one measurement begins, so that a run ends
@@ -72,7 +71,6 @@ class Run:
     capped: Store | None
     capped_tls: Store | None
     link: Store | None
-    seaweedfs: Store | None
     counted: tuple[Store, CountingProxy]
     rounds: int
     budget_s: float

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from support.serverbase import Authority
 
-from benchmark import link, weed
+from benchmark import link
 from benchmark.run import calibrate
 from benchmark.stores import Store, capped, encrypted
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from support.s3server import S3Server
 
     from benchmark import results
-    from benchmark.stores import Objects
 
 OPEN_THREADS = (2, 4, 8, 16)
 CAPPED_THREADS = (8, 16, 32)
@@ -27,7 +26,6 @@ RAW_THREADS = {
     "capped": CAPPED_THREADS,
     "capped_tls": CAPPED_THREADS,
     "link": (link.READERS_OF_RAW,),
-    "seaweedfs": OPEN_THREADS,
 }
 """Numbers of readers, the fastest of which is the limit, by the store's field of the run."""
 
@@ -36,7 +34,6 @@ USERS = {
     "capped": {"capped", "plan"},
     "capped_tls": {"capped-tls"},
     "link": {"link"},
-    "seaweedfs": {"seaweedfs"},
 }
 """The cases that need a store, by the store's field of the run."""
 
@@ -45,19 +42,16 @@ def start_others(
     stack: ExitStack,
     temp: Path,
     server: S3Server,
-    objects: Objects,
     names: list[str],
     report: results.Report,
 ) -> dict[str, Store]:
     """Start the stores that the cases need, by the field of the run; the report has the others."""
     authority = Authority(temp)
-    large = objects.folder / "large" / "data.bin"
     makers: dict[str, Callable[[], AbstractContextManager[Store]]] = {
         "tls": lambda: encrypted(server, temp / "nginx-tls", authority),
         "capped": lambda: capped(server, temp / "nginx"),
         "capped_tls": lambda: capped(server, temp / "nginx-capped", authority, "capped TLS"),
         "link": lambda: link.linked(server, temp / "nginx-link"),
-        "seaweedfs": lambda: weed.seaweedfs_store(large, authority),
     }
     stores: dict[str, Store] = {}
     for field, make in makers.items():

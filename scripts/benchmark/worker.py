@@ -110,30 +110,43 @@ def interleaved(directory: str, job: Job) -> Result:
 def shared(directory: str, job: Job) -> Result:
     """Read one file by `processes` that inherit a descriptor, each every so many-th MiB."""
     count = job["processes"]
-    with ExitStack() as stack:
-        file = stack.enter_context(open(f"{directory}/{job['file']}", "rb", buffering=0))
+    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
+
+        def work(index: int) -> int:
+            return read_at(file.fileno(), range(index * READ_BYTES, size, count * READ_BYTES))
+
+        return {"check": in_processes(count, work)}
+
+
+def parts(directory: str, job: Job) -> Result:
+    """Read one file by `processes`, each with a descriptor and a part of its own."""
+    count, path = job["processes"], f"{directory}/{job['file']}"
+    blocks = -(-os.stat(path).st_size // READ_BYTES)
+
+    def work(index: int) -> int:
+        start, end = (blocks * each // count * READ_BYTES for each in (index, index + 1))
+        with open(path, "rb", buffering=0) as file:
+            return read_at(file.fileno(), range(start, end, READ_BYTES))
+
+    return {"check": in_processes(count, work)}
+
+
+def in_processes(count: int, work: Callable[[int], int]) -> int:
+    """Do the work of each index in a process of its own; the sum of the results."""
+    with ExitStack() as stack:
         pipes = [os.pipe() for _ in range(count)]
         for index, (_, theirs) in enumerate(pipes):
             if not os.fork():
                 try:
-                    offsets = range(index * READ_BYTES, size, count * READ_BYTES)
-                    os.write(theirs, str(read_at(file.fileno(), offsets)).encode())
+                    os.write(theirs, str(work(index)).encode())
                 finally:
                     os._exit(0)  # nothing, or what it has read, is in the pipe
             os.close(theirs)
         said = [stack.enter_context(open(ours, "rb")).read() for ours, _ in pipes]
         for _ in pipes:
             os.wait()
-    return {"check": sum(map(int, said))}
-
-
-def part(directory: str, job: Job) -> Result:
-    """Read one of the `parts` of one file, the one of the number `index`."""
-    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
-        blocks = -(-os.fstat(file.fileno()).st_size // READ_BYTES)
-        start, end = (blocks * index // job["parts"] for index in (job["index"], job["index"] + 1))
-        return {"check": read_at(file.fileno(), range(start * READ_BYTES, end * READ_BYTES, MIB))}
+    return sum(map(int, said))
 
 
 def strided(directory: str, job: Job) -> Result:
@@ -235,7 +248,7 @@ def nothing(directory: str, job: Job) -> Result:
 TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
     for task in (
-        *(sequential, interleaved, shared, part, strided, whole, mapped, random),
+        *(sequential, interleaved, shared, parts, strided, whole, mapped, random),
         *(load, tensor, restore, files, tree, nothing),
     )
 }
