@@ -115,6 +115,7 @@ def test_site_with_tls_sends_full_records_from_large_buffers(tmp_path: Path) -> 
     assert "listen 127.0.0.1:1 ssl;" in text
     assert f"ssl_certificate {tmp_path}/pem;" in text
     assert "proxy_buffer_size 128k;" in text
+    assert "ssl_protocols TLSv1.2 TLSv1.3;" in text
     assert "upstream server { server 127.0.0.1:2; keepalive 64; }" in text
     assert "load_module" not in text
     assert "limit_rate" not in text
