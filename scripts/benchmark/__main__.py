@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,37 +14,47 @@ from pathlib import Path
 from rich.console import Console
 from support.s3server import S3Server
 
-from benchmark import attaching, cold, results, warm
+from benchmark import attaching, cold, link, loads, results, warm, weed
+from benchmark.ceiling import ceiling
 from benchmark.contenders import CKPTFS
 from benchmark.cursors import cursors
 from benchmark.host import ROOT, begin_report
 from benchmark.planned import plan
 from benchmark.report import show_case, update_pages
-from benchmark.run import FAILURES, Run, calibrate
-from benchmark.stores import BUCKET, MIB, Store, capped, counted, make_objects, warm_up
+from benchmark.run import FAILURES, Run
+from benchmark.scale import scale
+from benchmark.starting import raw_threads, start_others
+from benchmark.stores import BUCKET, MIB, Store, counted, make_objects, warm_up
 
 CASES = {
     "sequential": cold.sequential,
-    "load": cold.load,
+    "sequential-tls": cold.sequential_tls,
+    "load": loads.load,
+    "load-tls": loads.load_tls,
     "tensor": cold.tensor,
-    "capped": cold.capped,
+    "tensor-tls": cold.tensor_tls,
+    "capped": loads.capped,
+    "capped-tls": loads.capped_tls,
+    "link": link.link,
+    "seaweedfs": weed.seaweedfs,
     "eight": cold.eight,
     "cursors": cursors,
     "warm": warm.warm,
     "warm-plain": warm.warm_plain,
     "random": warm.random,
+    "ceiling": ceiling,
+    "scale": scale,
     "tree": attaching.tree,
     "attach": attaching.attach,
     "small": cold.small,
+    "small-tls": cold.small_tls,
     "prefetch": attaching.prefetch,
     "plan": plan,
 }
 RESULTS = ROOT / "scripts" / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
-BUDGET_S, QUICK_BUDGET_S = 45.0, 10.0
+BUDGET_S, QUICK_BUDGET_S = 40.0, 10.0
 LARGE_BYTES, QUICK_LARGE_BYTES = 1024 * MIB, 256 * MIB
-OPEN_THREADS = (2, 4, 8, 16)
-CAPPED_THREADS = (8, 16, 32)
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
@@ -70,8 +81,13 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        epilog=describe_cases(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="only these; without: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, objects of 256 MiB")
     parser.add_argument(
         "--reference",
@@ -89,6 +105,16 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def describe_cases() -> str:
+    """A line for each case: its name, and the beginning of its docstring."""
+    width = max(map(len, CASES))
+    lines = (
+        f"  {name:{width}}  {textwrap.shorten(case.__doc__ or '', 200)}"
+        for name, case in CASES.items()
+    )
+    return "\n".join(["cases:", *lines])
+
+
 def measure(names: list[str], *, quick: bool) -> results.Report:
     """Make the stores and their objects, and run the cases."""
     report = begin_report(quick=quick)
@@ -102,21 +128,17 @@ def measure(names: list[str], *, quick: bool) -> results.Report:
         objects = make_objects(server.bucket_dir(BUCKET), size)
         store = Store("open", server.endpoint)
         warm_up(store)
-        job = {"name": "large", "file": "data.bin"}
-        threads = {store.name: calibrate(store, job, OPEN_THREADS)}
-        limited = None
-        if not {"capped", "plan"}.isdisjoint(names):
-            try:
-                limited = stack.enter_context(capped(server, temp / "nginx"))
-                threads[limited.name] = calibrate(limited, job, CAPPED_THREADS)
-            except RuntimeError as error:
-                report.absent["the capped store"] = str(error)
+        others = start_others(stack, temp, server, names, report)
+        threads = raw_threads(store, others)
         report.note("sequential", f"readers of raw, by store: {threads}")
         run = Run(
             temp=temp,
             objects=objects,
             store=store,
-            capped=limited,
+            tls=others.get("tls"),
+            capped=others.get("capped"),
+            capped_tls=others.get("capped_tls"),
+            link=others.get("link"),
             counted=stack.enter_context(counted(server)),
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             budget_s=QUICK_BUDGET_S if quick else BUDGET_S,

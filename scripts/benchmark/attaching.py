@@ -38,7 +38,7 @@ def tree(run: Run) -> None:
 def attach(run: Run) -> None:
     """Until `as_directory()` returns."""
     case, times = "attach", 10
-    few = {"way": "attaching", "name": "few", "times": times, "endpoint": run.store.endpoint}
+    few = {"way": "attaching", "name": "few", "times": times} | run.store.job()
     many = few | {"name": "many", "times": 1}
     first: list[float] = []
 
@@ -98,7 +98,7 @@ def attach(run: Run) -> None:
     run.report.goals += [
         amount(case, "attached already", "ms", taken.get("attached already"), at_most=3),
         amount(case, "daemon runs: over a bare listing", "ms", over_listing, at_most=10),
-        amount(case, "no daemon", "ms", taken.get("no daemon"), at_most=800),
+        amount(case, "no daemon", "ms", taken.get("no daemon"), at_most=350),
     ]
 
 
@@ -143,5 +143,5 @@ def _wait_fetching(ready: Ready) -> None:
 
 
 def _own(run: Run, node: Node, name: str) -> Ready:
-    job = {"way": "ckptfs", "endpoint": run.store.endpoint, "name": name}
+    job = {"way": "ckptfs", "name": name} | run.store.job()
     return Ready(job, node.environment, node)

@@ -1,4 +1,4 @@
-"""The cases in which the bytes come from the store."""
+"""The cases in which bytes come from the store: one file, one tensor, many readers, small files."""
 
 from __future__ import annotations
 
@@ -7,35 +7,53 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from benchmark.contenders import (
-    CKPTFS,
-    RAW,
-    RAY,
-    RCLONE_FULL,
-    RCLONE_OFF,
-    RUNAI,
-    S3FS,
-    S3TORCH,
-    S5CMD,
-)
-from benchmark.results import amount, ratio
+from benchmark.contenders import CKPTFS, RAW, RAY, RCLONE_FULL, RCLONE_OFF, S3FS
+from benchmark.results import amount, best, ratio
 from benchmark.run import Run, WorkError, nothing, wait_quiet, working
 from benchmark.stores import MIB, SMALL_BYTES, SMALL_FILES
-from ckptfs._model.config import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from benchmark.contenders import Contender, Ready
     from benchmark.stores import Store
 
-MB, GB = 1e6, 1e9
+GIB = 1 << 30
 READERS = 8
+CPU_OF_DAEMON = "CPU of all processes of the daemon per GiB read cold"
 
 
 def sequential(run: Run) -> None:
     """Cold sequential read of one large file, one reader."""
-    case, size = "sequential", run.objects.large_bytes
+    case = "sequential"
+    taken, cpu_s = read_large(run, case, run.store, (RAW, CKPTFS, RCLONE_FULL, RCLONE_OFF, S3FS))
+    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
+    peers = best(taken, RCLONE_FULL.name, RCLONE_OFF.name, S3FS.name)
+    run.report.goals += [
+        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.6),
+        ratio(case, "speed of ckptfs / best of rclone mount, s3fs", peers, own, at_least=3),
+        amount(case, CPU_OF_DAEMON, "s", cpu_s, at_most=0.75),
+    ]
+
+
+def sequential_tls(run: Run) -> None:
+    """The same over HTTPS."""
+    case = "sequential-tls"
+    taken, cpu_s = read_large(run, case, run.tls, (RAW, CKPTFS, RCLONE_FULL, S3FS))
+    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
+    run.report.goals += [
+        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.8),
+        amount(case, CPU_OF_DAEMON, "s", cpu_s, at_most=1.1),
+    ]
+
+
+def read_large(
+    run: Run,
+    case: str,
+    store: Store | None,
+    contenders: tuple[Contender, ...],
+    rounds: int | None = None,
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Measure one reader of the large file, cold; the seconds, and the daemon's CPU per GiB."""
+    size = run.objects.large_bytes
     cpu_s: list[float] = []
 
     def before(ready: Ready) -> None:
@@ -44,104 +62,31 @@ def sequential(run: Run) -> None:
 
     def after(ready: Ready) -> None:
         assert ready.node
-        cpu_s[-1] = (cpu_s[-1] + ready.node.cpu_s()) / (size / GB)
+        cpu_s[-1] = (cpu_s[-1] + ready.node.cpu_s()) / (size / GIB)
 
-    contenders = (RAW, CKPTFS, RCLONE_FULL, RCLONE_OFF, S3FS)
+    if store is None:
+        return {}, []
     measures = {
         each.name: run.cold(
             each,
             "sequential",
             run.large(),
             run.objects.large_check,
+            store=store,
             before=before if each is CKPTFS else nothing,
             after=after if each is CKPTFS else nothing,
         )
-        for each in contenders
+        for each in run.able(store, *contenders)
     }
-    taken = run.alternate(case, measures)
-    run.add_panel(case, f"read {size >> 20} MiB cold, one reader", taken)
-    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
-    peers = best(taken, RCLONE_FULL, RCLONE_OFF, S3FS)
-    run.report.goals += [
-        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.6),
-        ratio(case, "speed of ckptfs / best of rclone mount, s3fs", peers, own, at_least=3),
-        amount(case, "CPU of the daemon per GB read cold", "s", cpu_s, at_most=1.0),
-    ]
-
-
-def load(run: Run) -> None:
-    """Cold load of all tensors of the model."""
-    case = "load"
-    memory: dict[str, list[float]] = {"idle": [], "loaded": []}
-    with CKPTFS.cold(run.store, run.temp) as ready:
-        memory["idle"].append(ready.node.resident_bytes() / MB)
-
-    def after(ready: Ready) -> None:
-        assert ready.node
-        memory["loaded"].append(ready.node.resident_bytes(peak=True) / MB)
-
-    taken = _loads(run, case, None, after)
-    own = taken.get(CKPTFS.name)
-    in_flight = Config(socket="/", mount="/", cache_dir="/").in_flight_bytes_max / MB
-    run.report.goals += [
-        ratio(case, "Ray's way / ckptfs", taken.get(RAY.name), own, at_least=2),
-        *(
-            ratio(case, f"{each.name} / ckptfs", taken.get(each.name), own, at_least=1)
-            for each in (S5CMD, S3TORCH, RUNAI)
-        ),
-        amount(case, "memory of the daemon, idle", "MB", memory["idle"], at_most=120),
-        amount(
-            case,
-            "most memory of the daemon, loaded",
-            "MB",
-            memory["loaded"],
-            at_most=round(120 + in_flight),
-        ),
-    ]
-
-
-def capped(run: Run) -> None:
-    """The same where each connection has a limit, and each request a latency."""
-    case = "capped"
-    taken = _loads(run, case, run.capped, nothing) if run.capped else {}
-    own = taken.get(CKPTFS.name)
-    run.report.goals += [
-        ratio(case, "Ray's way / ckptfs", taken.get(RAY.name), own, at_least=8),
-        ratio(case, "speed of ckptfs / raw", taken.get(RAW.name), own, at_least=0.8),
-    ]
-
-
-def _loads(
-    run: Run, case: str, store: Store | None, after: Callable[[Ready], None]
-) -> dict[str, list[float]]:
-    contenders = (RAW, CKPTFS, RAY, RCLONE_FULL, S3FS, S5CMD, S3TORCH, RUNAI)
-    measures = {
-        each.name: run.cold(
-            each,
-            "load",
-            run.model(),
-            run.objects.model_check,
-            store=store,
-            after=after if each is CKPTFS else nothing,
-        )
-        for each in contenders
-    }
-    taken = run.alternate(case, measures, min(run.rounds, 3) if store else None)
-    where = "capped store" if store else "open store"
-    run.add_panel(case, f"load {run.objects.large_bytes >> 20} MiB in 4 shards, {where}", taken)
-    return taken
+    taken = run.alternate(case, measures, min(run.rounds, rounds or run.rounds))
+    run.add_panel(case, f"read {size >> 20} MiB cold, one reader{store.suffix}", taken)
+    return taken, cpu_s
 
 
 def tensor(run: Run) -> None:
-    """One tensor of the model, cold, and what is served for it."""
+    """One tensor of the model, cold, and the bytes that the store serves for it."""
     case = "tensor"
-    contenders = (CKPTFS, RAY, RCLONE_FULL, S3FS)
-    measures = {
-        each.name: run.cold(each, "tensor", run.model(), run.objects.tensor_check)
-        for each in contenders
-    }
-    taken = run.alternate(case, measures)
-    run.add_panel(case, "load one tensor of 32 MiB", taken)
+    taken = _load_tensor(run, case, run.store)
 
     store, proxy = run.counted
     served: list[float] = []
@@ -162,9 +107,26 @@ def tensor(run: Run) -> None:
     own = taken.get(CKPTFS.name)
     run.report.note(case, f"the tensor and its file's header are {needed:.2f} MiB")
     run.report.goals += [
-        ratio(case, "Ray's way / ckptfs", taken.get(RAY.name), own, at_least=10),
+        ratio(case, "Ray's way / ckptfs", taken.get(RAY.name), own, at_least=12),
         amount(case, "served for it", "MiB", served, at_most=round(1.1 * needed + 1, 1)),
     ]
+
+
+def tensor_tls(run: Run) -> None:
+    """The same over HTTPS, without the count."""
+    if run.tls:
+        _load_tensor(run, "tensor-tls", run.tls)
+
+
+def _load_tensor(run: Run, case: str, store: Store) -> dict[str, list[float]]:
+    job, check = run.model(), run.objects.tensor_check
+    measures = {
+        each.name: run.cold(each, "tensor", job, check, store=store)
+        for each in run.able(store, CKPTFS, RAY, RCLONE_FULL, S3FS)
+    }
+    taken = run.alternate(case, measures)
+    run.add_panel(case, f"load one tensor of 32 MiB{store.suffix}", taken)
+    return taken
 
 
 def needed_bytes(run: Run) -> int:
@@ -213,25 +175,29 @@ def eight(run: Run) -> None:
 
 def small(run: Run) -> None:
     """Many small files, cold, one after the other."""
-    case, check = "small", SMALL_FILES * SMALL_BYTES
-    job = {"name": "small", "endpoint": run.store.endpoint}
+    _read_small(run, "small", run.store)
+
+
+def small_tls(run: Run) -> None:
+    """The same over HTTPS."""
+    if run.tls:
+        _read_small(run, "small-tls", run.tls)
+
+
+def _read_small(run: Run, case: str, store: Store) -> None:
+    check = SMALL_FILES * SMALL_BYTES
+    job = {"name": "small"} | store.job()
 
     def bare() -> float:
         with (
-            RAW.cold(run.store, run.temp) as ready,
+            RAW.cold(store, run.temp) as ready,
             working(ready, job | {"way": "bare_files"}) as worker,
         ):
             return worker.go(check)["seconds"]
 
-    contenders = (CKPTFS, RCLONE_FULL, S3FS)
     measures = {"pyarrow": bare} | {
-        each.name: run.cold(each, "files", job, check) for each in contenders
+        each.name: run.cold(each, "files", job, check, store=store)
+        for each in run.able(store, CKPTFS, RCLONE_FULL, S3FS)
     }
     taken = run.alternate(case, measures, max(1, run.rounds // 2))
-    run.add_panel(case, f"read {SMALL_FILES} files of 10 kB cold", taken)
-
-
-def best(taken: dict[str, list[float]], *contenders: Contender) -> list[float] | None:
-    """The series with the least median of these."""
-    found = [taken[each.name] for each in contenders if taken.get(each.name)]
-    return min(found, key=lambda series: sorted(series)[len(series) // 2]) if found else None
+    run.add_panel(case, f"read {SMALL_FILES} files of 10 kB cold{store.suffix}", taken)

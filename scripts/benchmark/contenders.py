@@ -32,13 +32,25 @@ S3FS_OPTIONS = ["ro", "use_path_request_style", "complement_stat"]
 S3FS_OPTIONS += ["parallel_count=16", "multipart_size=16"]
 
 
+TRUSTED = Path("/etc/ssl/certs/ca-certificates.crt")
+REPLACE_TRUST = f'mount --bind "$0" {TRUSTED} && exec "$@"'
+
+
 @dataclass(frozen=True)
 class Ready:
-    """A contender that is ready to be timed: what a job needs to say, and where it runs."""
+    """A contender that is ready to be timed.
+
+    Attributes:
+        job: The contender's part of a job.
+        environment: Variables of the process that does the job.
+        node: The node of ckptfs that it reads through.
+        prefix: The beginning of that process's command line.
+    """
 
     job: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
     node: Node | None = None
+    prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,26 +63,47 @@ class Contender:
             cache.
         missing: The reason why it cannot run here, or "".
         version: Its version.
+        no_tls: The reason why it cannot trust the authority of a run's stores with TLS, or "".
     """
 
     name: str
     cold: Callable[[Store, Path], Any]
     missing: Callable[[], str] = lambda: ""
     version: Callable[[], str] = lambda: ""
+    no_tls: Callable[[], str] = lambda: ""
 
 
 @contextmanager
-def direct(way: str, store: Store, temp: Path) -> Iterator[Ready]:
+def direct(way: str, store: Store, temp: Path, prefix: tuple[str, ...] = ()) -> Iterator[Ready]:
     """Nothing to prepare but an environment."""
     environment = store.environment() | {"RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"}
-    yield Ready({"way": way, "endpoint": store.endpoint, "temp": str(temp)}, environment)
+    yield Ready({"way": way, "temp": str(temp)} | store.job(), environment, prefix=prefix)
+
+
+@contextmanager
+def trusting(way: str, store: Store, temp: Path) -> Iterator[Ready]:
+    """The same for a program that trusts the certificates of the system only.
+
+    With TLS its process has a mount namespace of its own, where the file of these certificates is
+    the store's.
+    """
+    prefix = ("unshare", "--mount", "sh", "-c", REPLACE_TRUST, store.ca_file)
+    with direct(way, store, temp, prefix if store.ca_file else ()) as ready:
+        yield ready
+
+
+def why_not_trusting() -> str:
+    """The reason why `trusting` cannot work here, or ""."""
+    if os.geteuid() or not shutil.which("unshare") or not TRUSTED.exists():
+        return "it trusts the system's certificates only, which root alone can replace for one"
+    return ""
 
 
 @contextmanager
 def ckptfs_node(store: Store, temp: Path, **settings: Any) -> Iterator[Ready]:
     """A fresh node, its daemon running."""
     with running_node(temp, **settings) as node:
-        yield Ready({"way": "ckptfs", "endpoint": store.endpoint}, node.environment, node)
+        yield Ready({"way": "ckptfs"} | store.job(), node.environment, node)
 
 
 @contextmanager
@@ -92,13 +125,15 @@ def rclone_mount(mode: str, store: Store, temp: Path) -> Iterator[Ready]:
         "RCLONE_CONFIG_STORE_PROVIDER": "Rclone",
         "RCLONE_CONFIG_STORE_ACCESS_KEY_ID": store.access_key,
         "RCLONE_CONFIG_STORE_SECRET_ACCESS_KEY": store.secret_key,
-        "RCLONE_CONFIG_STORE_ENDPOINT": f"http://{store.endpoint}",
+        "RCLONE_CONFIG_STORE_ENDPOINT": store.url,
         "RCLONE_CONFIG_STORE_REGION": store.region,
     }
+    if store.ca_file:
+        environment["RCLONE_CA_CERT"] = store.ca_file
     command = [find_rclone(), "mount", f"store:{BUCKET}", folder / "mount", "--config", ""]
     command += ["--read-only", "--vfs-cache-mode", mode, "--cache-dir", folder / "cache"]
     with _mounted([*command, *RCLONE_FLAGS], folder, environment) as place:
-        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+        yield Ready({"way": "place", "place": place} | store.job())
 
 
 @contextmanager
@@ -108,11 +143,12 @@ def s3fs_mount(store: Store, temp: Path) -> Iterator[Ready]:
     password = folder / "password"
     password.touch(0o600)
     password.write_text(f"{store.access_key}:{store.secret_key}")
-    options = [*S3FS_OPTIONS, f"url=http://{store.endpoint}", f"passwd_file={password}"]
+    options = [*S3FS_OPTIONS, f"url={store.url}", f"passwd_file={password}"]
     options.append(f"tmpdir={folder}")
     command = ["s3fs", BUCKET, folder / "mount", "-f", "-o", ",".join(options)]
-    with _mounted(command, folder, {}) as place:
-        yield Ready({"way": "place", "endpoint": store.endpoint, "place": place})
+    environment = {"CURL_CA_BUNDLE": store.ca_file} if store.ca_file else {}
+    with _mounted(command, folder, environment) as place:
+        yield Ready({"way": "place", "place": place} | store.job())
 
 
 @contextmanager
@@ -183,11 +219,11 @@ def package_version(name: str) -> str:
 
 def _lacks_module(name: str, group: str) -> str:
     if importlib.util.find_spec(name) is None:
-        return _why_not_installed(group)
+        return why_not_installed(group)
     return ""
 
 
-def _why_not_installed(group: str) -> str:
+def why_not_installed(group: str) -> str:
     """pip's message if scripts/setup could not install the group."""
     failed = VENV / f"{group}.failed"
     lines = failed.read_text().strip().splitlines() if failed.exists() else []
@@ -206,6 +242,11 @@ def _direct(
     name: str, way: str, package: str, missing: Callable[[], str] = lambda: ""
 ) -> Contender:
     return Contender(name, partial(direct, way), missing, partial(package_version, package))
+
+
+def _trusting(name: str, package: str, module: str, group: str) -> Contender:
+    missing, version_of = partial(_lacks_module, module, group), partial(package_version, package)
+    return Contender(name, partial(trusting, group), missing, version_of, why_not_trusting)
 
 
 def _rclone(mode: str) -> Contender:
@@ -228,20 +269,10 @@ S5CMD = _direct(
     "s5cmd",
     "s5cmd",
     "s5cmd",
-    lambda: "" if (VENV / "bin" / "s5cmd").exists() else _why_not_installed("s5cmd"),
+    lambda: "" if (VENV / "bin" / "s5cmd").exists() else why_not_installed("s5cmd"),
 )
-S3TORCH = _direct(
-    "s3torchconnector",
-    "s3torchconnector",
-    "s3torchconnector",
-    partial(_lacks_module, "s3torchconnector", "s3torchconnector"),
-)
-RUNAI = _direct(
-    "runai streamer",
-    "runai",
-    "runai-model-streamer",
-    partial(_lacks_module, "runai_model_streamer", "runai"),
-)
+S3TORCH = _trusting("s3torchconnector", "s3torchconnector", "s3torchconnector", "s3torchconnector")
+RUNAI = _trusting("runai streamer", "runai-model-streamer", "runai_model_streamer", "runai")
 LOCAL = "local files"
 """The ceiling for what is cached: the same on this machine's disk."""
 

@@ -27,7 +27,7 @@ Job = dict[str, Any]
 
 def raw(job: Job) -> Result:
     """The limit: parallel range reads into one reused buffer per thread; nothing is stored."""
-    filesystem = Store("", job["endpoint"]).filesystem()
+    filesystem = Store.of(job).filesystem()
     names = [f"{BUCKET}/{job['name']}/{file}" for file in job.get("shards") or [job["file"]]]
     sizes = [filesystem.get_file_info(name).size for name in names]
     left = [deque(range(0, size, RAW_SPAN_BYTES)) for size in sizes]
@@ -59,7 +59,7 @@ def raw(job: Job) -> Result:
 
 def bare_files(job: Job) -> Result:
     """The small files through pyarrow, one after the other."""
-    filesystem = Store("", job["endpoint"]).filesystem()
+    filesystem = Store.of(job).filesystem()
     check = 0
     for index in range(SMALL_FILES):
         with filesystem.open_input_file(f"{BUCKET}/{job['name']}/{index}") as file:
@@ -69,7 +69,7 @@ def bare_files(job: Job) -> Result:
 
 def bare_ranges(job: Job) -> Result:
     """One request of 1 MiB for each offset, on an open connection."""
-    filesystem = Store("", job["endpoint"]).filesystem()
+    filesystem = Store.of(job).filesystem()
     buffer = memoryview(mmap.mmap(-1, MIB))
     check, us = 0, []
     with filesystem.open_input_file(f"{BUCKET}/{job['name']}/{job['file']}") as file:
@@ -89,7 +89,7 @@ def attaching(job: Job) -> Result:
     """`as_directory()` again and again, each beside a bare listing; `ms` and `bare_ms`."""
     from ckptfs import Checkpoint
 
-    store = Store("", job["endpoint"])
+    store = Store.of(job)
     checkpoint = Checkpoint(store.uri(f"{BUCKET}/{job['name']}"))
     filesystem = store.filesystem()
     selector = FileSelector(f"{BUCKET}/{job['name']}", recursive=True)
@@ -109,10 +109,10 @@ def s3torchconnector(job: Job) -> Result:
     from s3torchconnector import S3Checkpoint, S3ClientConfig
     from safetensors.torch import load as parse
 
-    store = Store("", job["endpoint"])
+    store = Store.of(job)
     checkpoint = S3Checkpoint(
         store.region,
-        endpoint=f"http://{store.endpoint}",
+        endpoint=store.url,
         s3client_config=S3ClientConfig(force_path_style=True),
     )
     check = 0

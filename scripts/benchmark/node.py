@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from benchmark import processes
 from ckptfs._client import client
 from ckptfs._client import connection as _connection
 from ckptfs._config.load import load_config
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 CKPTFS = Path(sys.executable).with_name("ckptfs")
 COMMAND_TIMEOUT_S = 60.0
+IDLE_DEADLINE_S = 5.0
+IDLE_LOOK_S = 0.15
+IDLE_CPU_SHARE = 0.2
+"""Below this share of one CPU, the daemon counts as idle. The kernel counts in steps of 10 ms."""
 
 
 class Node:
@@ -71,17 +77,46 @@ class Node:
             raise DaemonError(f"the daemon of {socket} has not ended")
 
     def cpu_s(self) -> float:
-        """CPU seconds of the daemon so far."""
-        fields = Path(f"/proc/{self.pid()}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU seconds of all processes of the daemon so far."""
+        return processes.tree_cpu_s(self.keeper_pid())
 
-    def resident_bytes(self, *, peak: bool = False) -> int:
-        """Resident memory of the daemon: now, or the most there has been."""
-        for line in Path(f"/proc/{self.pid()}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == ("VmHWM" if peak else "VmRSS"):
-                return int(value.split()[0]) << 10
-        raise RuntimeError(f"no memory figures for process {self.pid()}")
+    def wait_idle(self) -> None:
+        """Wait until the daemon does nothing.
+
+        A daemon that has just begun starts a spare one, and no reader should pay for that.
+        """
+        keeper = self.keeper_pid()
+        deadline_s = time.monotonic() + IDLE_DEADLINE_S
+        before_s = processes.tree_cpu_s(keeper)
+        while time.monotonic() < deadline_s:
+            time.sleep(IDLE_LOOK_S)
+            now_s = processes.tree_cpu_s(keeper)
+            if now_s - before_s < IDLE_CPU_SHARE * IDLE_LOOK_S:
+                return
+            before_s = now_s
+
+    def memory_bytes(self) -> int:
+        """Memory of all processes of the daemon now."""
+        return processes.memory_bytes(self.keeper_pid())
+
+    def peak_bytes(self) -> int:
+        """At most the memory that all processes of the daemon had together."""
+        return processes.peak_bytes(self.keeper_pid())
+
+    def worker_count(self) -> int:
+        """Number of processes that the daemon has started, which read stores for it."""
+        return len(processes.tree(self.pid())) - 1
+
+    def roles(self) -> dict[int, str]:
+        """What each process of the daemon is."""
+        keeper, daemon = self.keeper_pid(), self.pid()
+        roles = dict.fromkeys(processes.tree(keeper), "spare daemon")
+        roles |= dict.fromkeys(processes.tree(daemon), "worker")
+        return roles | {keeper: "keeper", daemon: "daemon"}
+
+    def keeper_pid(self) -> int:
+        """The keeper, whose descendants are the daemon, a spare one, and their workers."""
+        return processes.parent_of(self.pid())
 
     def pid(self) -> int:
         return self.status()["pid"]

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).with_name("RESULTS.md")
 BEGIN, END = "<!-- made by scripts/bench --tables -->\n", "<!-- end -->\n"
-COMPARED = ("sequential", "load", "capped", "tensor", "small")
-"""The cases of the first table of RESULTS.md."""
+COMPARED = (
+    ("sequential", "load", "capped", "tensor", "small"),
+    ("sequential-tls", "load-tls", "capped-tls", "tensor-tls", "small-tls", "link"),
+)
+"""The cases of the first tables of RESULTS.md: over HTTP, and over HTTPS or a slow link."""
+CEILING = "ceiling"
 HEADLINES = ("tensor", "capped", "sequential")
 """The cases of the README's table, a row each."""
 RIVALS = ("ckptfs", "rclone mount, full", "s3fs", "Ray's way")
@@ -83,16 +87,9 @@ def verdict(goal: Goal) -> str:
 
 def markdown(report: Report) -> str:
     """The tables of RESULTS.md."""
-    lines: list[str] = []
-    panels = {panel.case: panel for panel in report.panels if panel.case in COMPARED}
-    cases = [case for case in COMPARED if case in panels]
-    lines += ["| median seconds | " + " | ".join(panels[case].title for case in cases) + " |"]
-    lines += ["| --- " + "| ---: " * len(cases) + "|"]
-    for name in dict.fromkeys(name for case in cases for name in panels[case].series):
-        cells = [panels[case].series.get(name) for case in cases]
-        shown = [number(statistics.median(values)) if values else "" for values in cells]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    lines += ["", "| | goal | measured (single rounds) | |", "| --- | ---: | ---: | --- |"]
+    lines = [line for cases in COMPARED for line in _comparison(report, cases)]
+    lines += _series_table(report, CEILING)
+    lines += ["| | goal | measured (single rounds) | |", "| --- | ---: | ---: | --- |"]
     lines += [
         f"| `{goal.case}`: {goal.text} | {bound_of(goal)} | {value_of(goal)} | {verdict(goal)} |"
         for goal in report.goals
@@ -102,6 +99,37 @@ def markdown(report: Report) -> str:
     length = ", a quick run" if report.quick else ""
     lines += ["", f"Measured on {report.date[:10]} at {report.commit[:12]}{length}: {host}."]
     return "\n".join(lines) + "\n"
+
+
+def _comparison(report: Report, cases: tuple[str, ...]) -> list[str]:
+    """A table of the contenders in some cases. It ends with an empty line."""
+    panels = {panel.case: panel for panel in report.panels if panel.case in cases}
+    shown = [panels[case] for case in cases if case in panels]
+    if not shown:
+        return []
+    lines = ["| median seconds | " + " | ".join(panel.title for panel in shown) + " |"]
+    lines.append("| --- " + "| ---: " * len(shown) + "|")
+    for name in dict.fromkeys(name for panel in shown for name in panel.series):
+        cells = [panel.series.get(name) for panel in shown]
+        medians = [number(statistics.median(values)) if values else "" for values in cells]
+        lines.append(f"| {name} | " + " | ".join(medians) + " |")
+    return [*lines, ""]
+
+
+def _series_table(report: Report, case: str) -> list[str]:
+    """A table of all series of one case, a column for each panel with the same names."""
+    panels = [panel for panel in report.panels if panel.case == case and panel.series]
+    if not panels:
+        return []
+    names = list(panels[0].series)
+    shown = [panel for panel in panels if set(panel.series) <= set(names)]
+    titles = (f"{panel.title} ({panel.unit})" for panel in shown)
+    lines = [f"| `{case}` | " + " | ".join(titles) + " |", "| --- " + "| ---: " * len(shown) + "|"]
+    for name in names:
+        cells = [panel.series.get(name) for panel in shown]
+        medians = [number(statistics.median(values)) if values else "" for values in cells]
+        lines.append(f"| {name} | " + " | ".join(medians) + " |")
+    return [*lines, ""]
 
 
 def headlines(report: Report) -> str:

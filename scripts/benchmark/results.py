@@ -125,6 +125,12 @@ def amount(
     return goal
 
 
+def best(taken: dict[str, list[float]], *names: str) -> list[float] | None:
+    """The series with the least median of these."""
+    found = [taken[name] for name in names if taken.get(name)]
+    return min(found, key=statistics.median) if found else None
+
+
 def read(path: Path) -> Report:
     return msgspec.json.decode(path.read_bytes(), type=Report)
 

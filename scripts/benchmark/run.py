@@ -52,8 +52,11 @@ class Run:
         temp: Folder of nodes, copies and mounts, on the measured disk.
         objects: The content of the stores.
         store: The server itself.
-        capped: The same behind nginx; None if that does not run.
-        counted: The same behind the proxy that counts.
+        tls: The same behind nginx, which ends TLS; None if that does not run, or no case needs it.
+        capped: The same behind nginx with its limits, or None.
+        capped_tls: The same with TLS, or None.
+        link: The same over a slow link, or None.
+        counted: The first one behind the proxy that counts.
         rounds: Number of measurements of each thing.
         budget_s: Time after which no further round of one measurement begins, so that a run ends
             soon on a busy machine.
@@ -64,12 +67,24 @@ class Run:
     temp: Path
     objects: Objects
     store: Store
+    tls: Store | None
     capped: Store | None
+    capped_tls: Store | None
+    link: Store | None
     counted: tuple[Store, CountingProxy]
     rounds: int
     budget_s: float
     raw_threads: dict[str, int]
     report: Report
+
+    def able(self, store: Store, *contenders: Contender) -> list[Contender]:
+        """The contenders that can read `store`. The report names the others, with the reason."""
+        if not store.ca_file:
+            return list(contenders)
+        reasons = {each.name: each.no_tls() for each in contenders if not each.missing()}
+        lacking = {name: why for name, why in reasons.items() if why}
+        self.report.absent.update({f"{name} over TLS": why for name, why in lacking.items()})
+        return [each for each in contenders if each.name not in lacking]
 
     def large(self) -> dict[str, Any]:
         """The part of a job that names the large file."""
@@ -110,6 +125,8 @@ class Run:
                 contender.cold(store, self.temp) as ready,
                 working(ready, {"task": task} | job) as worker,
             ):
+                if ready.node:
+                    ready.node.wait_idle()
                 before(ready)
                 seconds = worker.go(check)["seconds"]
                 after(ready)
@@ -193,7 +210,7 @@ def working(ready: Ready, job: dict[str, Any]) -> Iterator[Worker]:
     """A process that has made itself ready for the job. At the end it lets go of all it holds."""
     job = ready.job | job
     process = subprocess.Popen(
-        [sys.executable, WORKER, json.dumps(job)],
+        [*ready.prefix, sys.executable, WORKER, json.dumps(job)],
         env=os.environ | ready.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,28 +1,37 @@
 """The stores of one run: an S3 server, open and with the limits of a real one, and its objects.
 
-`rclone serve s3` serves a folder. It is reached bare ("open"), through nginx, which gives each
-connection so much a second and lets each request wait ("capped"), and through the proxy that counts
-("counted"). All three show the same objects.
+`rclone serve s3` serves a folder. Its clients reach it
+
+- bare ("open"),
+- through nginx, which ends TLS ("TLS"),
+- through nginx, which gives each connection so much a second and lets each request wait ("capped"),
+- through the proxy that counts ("counted").
+
+All of these show the same objects.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from safetensors.numpy import save_file
 from support.s3server import CountingProxy, S3Server
+from support.serverbase import free_port
+
+from benchmark.nginx import Site, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    import pyarrow.fs
+    from support.serverbase import Authority
 
 MIB = 1 << 20
 BUCKET = "bench"
@@ -44,61 +53,58 @@ CAPPED_RATE = "90m"
 CAPPED_LATENCY_S = 0.02
 """Until a request is passed on: near S3's time to the first byte within a region."""
 
-START_DEADLINE_S = 10.0
-
-# echo_sleep waits in nginx's event loop: no process, and no second copy of the bytes, is needed for
-# the latency. The client's Host header is part of what it signed.
-NGINX_CONFIG = """\
-daemon off;
-worker_processes 1;
-pid {folder}/pid;
-error_log {folder}/error.log;
-load_module /usr/lib/nginx/modules/ngx_http_echo_module.so;
-events {{ worker_connections 1024; }}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
-  keepalive_requests 1000000;
-  proxy_max_temp_file_size 0;
-  proxy_buffers 16 128k;
-  proxy_buffer_size 128k;
-  upstream server {{ server {upstream}; keepalive 64; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{ echo_sleep {latency_s}; echo_exec @server; }}
-    location @server {{
-      proxy_pass http://server;
-      proxy_http_version 1.1;
-      proxy_set_header Connection "";
-      proxy_set_header Host $http_host;
-      limit_rate {rate};
-    }}
-  }}
-}}
-"""
-
 
 class Store(S3Server):
-    """The server as seen through one address ("host:port"); it is not started from here."""
+    """The server as seen through one address ("host:port"); it is not started from here.
 
-    def __init__(self, name: str, endpoint: str) -> None:
+    With `ca_file` the address speaks HTTPS, and that file has the authority of its certificate.
+    """
+
+    def __init__(self, name: str, endpoint: str, ca_file: str = "") -> None:
         self.name = name
         self.endpoint = endpoint
+        self.ca_file = ca_file
+
+    @classmethod
+    def of(cls, job: dict[str, Any]) -> Store:
+        """The store that `job` names in a worker."""
+        return cls("", job["endpoint"], job.get("ca_file", ""))
+
+    def job(self) -> dict[str, Any]:
+        """The part of a job from which `of` makes the store again."""
+        return {"endpoint": self.endpoint, "ca_file": self.ca_file}
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.ca_file else 'http'}://{self.endpoint}"
+
+    @property
+    def suffix(self) -> str:
+        """The end of a title that tells figures of this store from those over HTTP."""
+        return ", HTTPS" if self.ca_file else ""
+
+    def filesystem(self, **overrides: Any) -> pyarrow.fs.S3FileSystem:
+        tls = {"scheme": "https", "tls_ca_file_path": self.ca_file} if self.ca_file else {}
+        return super().filesystem(**(tls | overrides))
+
+    def uri(self, path: str) -> str:
+        uri = super().uri(path)
+        if self.ca_file:
+            uri = uri.replace("&scheme=http&", "&scheme=https&")
+            uri += f"&tls_ca_file_path={quote(self.ca_file, safe='')}"
+        return uri
 
     def environment(self) -> dict[str, str]:
-        """The variables with which programs that use an AWS SDK find the store."""
+        """The variables with which programs that use an AWS SDK find the store and trust it."""
+        trust = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE") if self.ca_file else ()
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,
-            "AWS_ENDPOINT_URL": f"http://{self.endpoint}",
+            "AWS_ENDPOINT_URL": self.url,
             "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        } | dict.fromkeys(trust, self.ca_file)
 
 
 @dataclass(frozen=True)
@@ -190,35 +196,49 @@ def warm_up(store: Store) -> None:
 
 
 @contextmanager
-def capped(server: S3Server, folder: Path) -> Iterator[Store]:
-    """`server` behind nginx, which keeps its files in `folder`.
+def capped(
+    server: S3Server, folder: Path, authority: Authority | None = None, name: str = "capped"
+) -> Iterator[Store]:
+    """`server` behind nginx, which keeps its files in `folder`; with `authority` by HTTPS.
 
     Raises:
         RuntimeError: nginx or its module is not installed, or does not start.
     """
-    nginx = Path("/usr/sbin/nginx")
-    if not nginx.exists():
-        raise RuntimeError("nginx is not installed (Debian: nginx, libnginx-mod-http-echo)")
-    folder.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    (folder / "nginx.conf").write_text(
-        NGINX_CONFIG.format(
-            folder=folder,
-            upstream=server.endpoint,
-            port=port,
-            latency_s=CAPPED_LATENCY_S,
-            rate=CAPPED_RATE,
-        )
+    site = Site(
+        f"127.0.0.1:{free_port()}",
+        upstream=server.endpoint,
+        latency_s=CAPPED_LATENCY_S,
+        rate=CAPPED_RATE,
+        pem=certificate(authority, folder),
     )
-    command = [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_listening(process, port, folder / "error.log")
-        yield Store("capped", f"127.0.0.1:{port}")
-    finally:
-        process.terminate()
-        process.wait()
+    with serving(site, folder):
+        yield Store(name, site.endpoint, str(authority.ca_file) if authority else "")
+
+
+@contextmanager
+def encrypted(server: S3Server, folder: Path, authority: Authority) -> Iterator[Store]:
+    """`server` behind nginx, which ends TLS and keeps its files in `folder`.
+
+    Raises:
+        RuntimeError: nginx is not installed, or does not start.
+    """
+    site = Site(
+        f"127.0.0.1:{free_port()}",
+        upstream=server.endpoint,
+        pem=certificate(authority, folder),
+        workers="auto",
+    )
+    with serving(site, folder):
+        yield Store("TLS", site.endpoint, str(authority.ca_file))
+
+
+def certificate(authority: Authority | None, folder: Path) -> Path | None:
+    """A new certificate with its key, in a folder beside `folder`."""
+    if authority is None:
+        return None
+    beside = folder.with_name(f"{folder.name}-tls")
+    beside.mkdir()
+    return authority.certify(beside)
 
 
 @contextmanager
@@ -226,17 +246,3 @@ def counted(server: S3Server) -> Iterator[tuple[Store, CountingProxy]]:
     """`server` behind the proxy that counts what passes."""
     with CountingProxy(server.endpoint) as proxy:
         yield Store("counted", proxy.endpoint), proxy
-
-
-def _wait_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline_s = time.monotonic() + START_DEADLINE_S
-    while process.poll() is None and time.monotonic() < deadline_s:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            time.sleep(0.02)
-        else:
-            return
-    process.terminate()
-    said = log.read_text().strip().splitlines() if log.exists() else []
-    raise RuntimeError(f"nginx does not start: {said[-1] if said else 'it said nothing'}")

@@ -43,7 +43,7 @@ PAGE_BYTES = 4096
 @contextmanager
 def reach(job: Job, stack: ExitStack) -> Iterator[str]:
     """The directory with the objects of `job["name"]`; whatever that takes is timed."""
-    store, name = Store("", job["endpoint"]), job["name"]
+    store, name = Store.of(job), job["name"]
     match job["way"]:
         case "place":  # it is there, or mounted there
             yield f"{job['place']}/{name}"
@@ -65,7 +65,7 @@ def reach(job: Job, stack: ExitStack) -> Iterator[str]:
         case "s5cmd":
             temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
             s5cmd = Path(sys.executable).with_name("s5cmd")
-            command = [s5cmd, "--endpoint-url", f"http://{store.endpoint}", "--log", "error"]
+            command = [s5cmd, "--endpoint-url", store.url, "--log", "error"]
             source = [f"s3://{BUCKET}/{name}/*", f"{temp}/"]
             subprocess.run([*command, "cp", *source], check=True)
             yield temp
@@ -110,22 +110,43 @@ def interleaved(directory: str, job: Job) -> Result:
 def shared(directory: str, job: Job) -> Result:
     """Read one file by `processes` that inherit a descriptor, each every so many-th MiB."""
     count = job["processes"]
-    with ExitStack() as stack:
-        file = stack.enter_context(open(f"{directory}/{job['file']}", "rb", buffering=0))
+    with open(f"{directory}/{job['file']}", "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
+
+        def work(index: int) -> int:
+            return read_at(file.fileno(), range(index * READ_BYTES, size, count * READ_BYTES))
+
+        return {"check": in_processes(count, work)}
+
+
+def parts(directory: str, job: Job) -> Result:
+    """Read one file by `processes`, each with a descriptor and a part of its own."""
+    count, path = job["processes"], f"{directory}/{job['file']}"
+    blocks = -(-os.stat(path).st_size // READ_BYTES)
+
+    def work(index: int) -> int:
+        start, end = (blocks * each // count * READ_BYTES for each in (index, index + 1))
+        with open(path, "rb", buffering=0) as file:
+            return read_at(file.fileno(), range(start, end, READ_BYTES))
+
+    return {"check": in_processes(count, work)}
+
+
+def in_processes(count: int, work: Callable[[int], int]) -> int:
+    """Do the work of each index in a process of its own; the sum of the results."""
+    with ExitStack() as stack:
         pipes = [os.pipe() for _ in range(count)]
         for index, (_, theirs) in enumerate(pipes):
             if not os.fork():
                 try:
-                    offsets = range(index * READ_BYTES, size, count * READ_BYTES)
-                    os.write(theirs, str(read_at(file.fileno(), offsets)).encode())
+                    os.write(theirs, str(work(index)).encode())
                 finally:
                     os._exit(0)  # nothing, or what it has read, is in the pipe
             os.close(theirs)
         said = [stack.enter_context(open(ours, "rb")).read() for ours, _ in pipes]
         for _ in pipes:
             os.wait()
-    return {"check": sum(map(int, said))}
+    return sum(map(int, said))
 
 
 def strided(directory: str, job: Job) -> Result:
@@ -227,7 +248,7 @@ def nothing(directory: str, job: Job) -> Result:
 TASKS: dict[str, Callable[[str, Job], Result]] = {
     task.__name__: task
     for task in (
-        *(sequential, interleaved, shared, strided, whole, mapped, random),
+        *(sequential, interleaved, shared, parts, strided, whole, mapped, random),
         *(load, tensor, restore, files, tree, nothing),
     )
 }
@@ -244,7 +265,7 @@ def prepare(job: Job) -> None:
         case "ckptfs":
             import ckptfs  # noqa: F401
         case "raw" | "ray":
-            Store("", job["endpoint"]).filesystem()  # starts the AWS SDK
+            Store.of(job).filesystem()  # starts the AWS SDK
 
 
 def main() -> None:

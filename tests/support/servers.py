@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -227,7 +228,7 @@ class SeaweedFS(S3Program):
     def command(self, program: str) -> list[str]:
         roles = ("master", "volume", "filer", "s3")
         ports = {role: self.port if role == "s3" else str(free_port()) for role in roles}
-        return [
+        self._arguments = [
             *(program, "server", "-ip=127.0.0.1", f"-dir={self.folder}/data", "-filer", "-s3"),
             *(f"-{role}.port={port}" for role, port in ports.items()),
             # By default these are the ports + 10000, which need not be free.
@@ -244,11 +245,14 @@ class SeaweedFS(S3Program):
             "-volume.max=100",
             "-volume.preStopSeconds=0",
         ]
+        return self._arguments
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """It takes 5 s to end in order, and its folder goes anyway."""
+        """It takes 5 s to end in order, and its folder goes anyway, but not its sockets in /tmp."""
         process.kill()
         process.wait()
+        for role, port in re.findall(r"-(\w+)\.port\.grpc=(\d+)", " ".join(self._arguments)):
+            Path(f"/tmp/seaweedfs-{role}-grpc-{port}.sock").unlink(missing_ok=True)
 
     def is_ready(self) -> bool:
         """It answers long before it has a volume that takes an object."""

@@ -1,0 +1,68 @@
+"""The case of a store that ends TLS itself: SeaweedFS."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from support.serverbase import Authority, Missing
+from support.servers import SeaweedFS
+
+from benchmark.cold import CPU_OF_DAEMON, read_large
+from benchmark.contenders import CKPTFS, RAW, S3FS, why_not_installed
+from benchmark.results import amount, ratio
+from benchmark.run import calibrate
+from benchmark.starting import OPEN_THREADS
+from benchmark.stores import BUCKET, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmark.run import Run
+
+
+def seaweedfs(run: Run) -> None:
+    """Cold sequential read of one large file from SeaweedFS, over its own TLS."""
+    case = "seaweedfs"
+    taken: dict[str, list[float]] = {}
+    cpu_s: list[float] = []
+    try:
+        # It runs for this case only, because it takes CPU time even without requests.
+        with seaweedfs_store(run) as store:
+            run.raw_threads[store.name] = calibrate(store, run.large(), OPEN_THREADS)
+            taken, cpu_s = read_large(run, case, store, (RAW, CKPTFS, S3FS), 3)
+    except MissingStore as missing:
+        run.report.absent[f"the store of {case}"] = str(missing)
+    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
+    run.report.goals += [
+        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.8),
+        amount(case, CPU_OF_DAEMON, "s", cpu_s, at_most=1.1),
+    ]
+
+
+class MissingStore(Exception):
+    """SeaweedFS is not installed, or does not start."""
+
+
+@contextmanager
+def seaweedfs_store(run: Run) -> Iterator[Store]:
+    """SeaweedFS with the run's large file.
+
+    Raises:
+        MissingStore: It is not installed, or does not start.
+    """
+    folder = run.temp / "seaweedfs"
+    folder.mkdir()
+    authority = Authority(folder)
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(SeaweedFS(authority))
+        except Missing as missing:
+            raise MissingStore(f"SeaweedFS is {why_not_installed('seaweedfs')}") from missing
+        except RuntimeError as error:
+            raise MissingStore(" ".join(str(error).split())) from error
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+        large = run.objects.folder / "large" / "data.bin"
+        client.upload_file(str(large), BUCKET, "large/data.bin")
+        yield Store("SeaweedFS", server.tls_endpoint, str(authority.ca_file))
