@@ -47,9 +47,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, because many tests wait. At most four, because a test
+    """More processes than there are cores, because many tests wait. At most four, because a test
     starts several processes."""
-    return min(len(os.sched_getaffinity(0)) + 1, 4)
+    return min(2 + len(os.sched_getaffinity(0)), 4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
