@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from benchmark.contenders import CKPTFS, RAW, RAY, RCLONE_FULL, RCLONE_OFF, S3FS
 from benchmark.results import amount, best, ratio
-from benchmark.run import Run, WorkError, nothing, wait_quiet, working
+from benchmark.run import Run, WorkError, wait_quiet, working
 from benchmark.stores import MIB, SMALL_BYTES, SMALL_FILES
 
 if TYPE_CHECKING:
     from benchmark.contenders import Contender, Ready
+    from benchmark.results import Goal
     from benchmark.stores import Store
 
 GIB = 1 << 30
@@ -38,9 +39,15 @@ def sequential_tls(run: Run) -> None:
     """The same over HTTPS."""
     case = "sequential-tls"
     taken, cpu_s = read_large(run, case, run.tls, (RAW, CKPTFS, RCLONE_FULL, S3FS))
-    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
-    run.report.goals += [
-        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.8),
+    run.report.goals += tls_goals(case, taken, cpu_s)
+
+
+def tls_goals(case: str, taken: dict[str, list[float]], cpu_s: list[float]) -> list[Goal]:
+    """The goals for one reader of the large file over HTTPS, from the results of `read_large`."""
+    return [
+        ratio(
+            case, "speed of ckptfs / raw", taken.get(RAW.name), taken.get(CKPTFS.name), at_least=0.8
+        ),
         amount(case, CPU_OF_DAEMON, "s", cpu_s, at_most=1.1),
     ]
 
@@ -66,18 +73,10 @@ def read_large(
 
     if store is None:
         return {}, []
-    measures = {
-        each.name: run.cold(
-            each,
-            "sequential",
-            run.large(),
-            run.objects.large_check,
-            store=store,
-            before=before if each is CKPTFS else nothing,
-            after=after if each is CKPTFS else nothing,
-        )
-        for each in run.able(store, *contenders)
-    }
+    check = run.objects.large_check
+    measures = run.cold_each(
+        contenders, "sequential", run.large(), check, store, before=before, after=after
+    )
     taken = run.alternate(case, measures, min(run.rounds, rounds or run.rounds))
     run.add_panel(case, f"read {size >> 20} MiB cold, one reader{store.suffix}", taken)
     return taken, cpu_s
@@ -119,11 +118,8 @@ def tensor_tls(run: Run) -> None:
 
 
 def _load_tensor(run: Run, case: str, store: Store) -> dict[str, list[float]]:
-    job, check = run.model(), run.objects.tensor_check
-    measures = {
-        each.name: run.cold(each, "tensor", job, check, store=store)
-        for each in run.able(store, CKPTFS, RAY, RCLONE_FULL, S3FS)
-    }
+    contenders, check = (CKPTFS, RAY, RCLONE_FULL, S3FS), run.objects.tensor_check
+    measures = run.cold_each(contenders, "tensor", run.model(), check, store)
     taken = run.alternate(case, measures)
     run.add_panel(case, f"load one tensor of 32 MiB{store.suffix}", taken)
     return taken
@@ -195,9 +191,7 @@ def _read_small(run: Run, case: str, store: Store) -> None:
         ):
             return worker.go(check)["seconds"]
 
-    measures = {"pyarrow": bare} | {
-        each.name: run.cold(each, "files", job, check, store=store)
-        for each in run.able(store, CKPTFS, RCLONE_FULL, S3FS)
-    }
+    others = run.cold_each((CKPTFS, RCLONE_FULL, S3FS), "files", job, check, store)
+    measures = {"pyarrow": bare} | others
     taken = run.alternate(case, measures, max(1, run.rounds // 2))
     run.add_panel(case, f"read {SMALL_FILES} files of 10 kB cold{store.suffix}", taken)

@@ -102,17 +102,8 @@ def measure_loads(
     """The seconds of a cold load by each contender; none if the store does not run."""
     if store is None:
         return {}
-    measures = {
-        each.name: run.cold(
-            each,
-            "load",
-            run.model(),
-            run.objects.model_check,
-            store=store,
-            after=after if each is CKPTFS else nothing,
-        )
-        for each in run.able(store, *contenders)
-    }
+    check = run.objects.model_check
+    measures = run.cold_each(contenders, "load", run.model(), check, store, after=after)
     taken = run.alternate(case, measures, min(run.rounds, rounds))
     mib = run.objects.large_bytes >> 20
     run.add_panel(case, f"load {mib} MiB in 4 shards, {store.name} store", taken)

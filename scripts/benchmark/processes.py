@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from support.serverbase import children
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 UTIME, CUTIME = 11, 13
@@ -63,14 +68,7 @@ def tree_cpu_s(pid: int) -> float:
 
 def thread_cpu_s(pid: int) -> dict[Thread, float]:
     """CPU seconds of each thread of a process and its descendants."""
-    found: dict[Thread, float] = {}
-    for each in tree(pid):
-        with suppress(OSError):
-            for task in Path(f"/proc/{each}/task").iterdir():
-                with suppress(OSError):
-                    stat = (task / "stat").read_text()
-                    found[Thread(each, int(task.name))] = own_cpu_s(stat)
-    return found
+    return _of_threads(pid, "stat", own_cpu_s)
 
 
 def schedule_of(schedstat: str) -> Schedule:
@@ -81,13 +79,17 @@ def schedule_of(schedstat: str) -> Schedule:
 
 def thread_schedules(pid: int) -> dict[Thread, Schedule]:
     """For each thread of a process and its descendants, how long it has run and waited."""
-    found: dict[Thread, Schedule] = {}
+    return _of_threads(pid, "schedstat", schedule_of)
+
+
+def _of_threads(pid: int, file: str, parse: Callable[[str], T]) -> dict[Thread, T]:
+    """The parsed file of each thread of a process and its descendants."""
+    found: dict[Thread, T] = {}
     for each in tree(pid):
-        with suppress(OSError):
+        with suppress(OSError):  # the process, or a thread below, has just ended
             for task in Path(f"/proc/{each}/task").iterdir():
                 with suppress(OSError):
-                    text = (task / "schedstat").read_text()
-                    found[Thread(each, int(task.name))] = schedule_of(text)
+                    found[Thread(each, int(task.name))] = parse((task / file).read_text())
     return found
 
 

@@ -109,8 +109,8 @@ class Run:
     ) -> Callable[[], float]:
         """A function that measures `contender` with an empty cache, in seconds for the task.
 
-        It calls `before` and `after` with the contender around the work, while its process still
-        holds everything.
+        If the contender has a node of ckptfs, the function calls `before` and `after` around the
+        work, while its process still holds everything.
         """
         store = store or self.store
         if contender is RAW:
@@ -127,12 +127,30 @@ class Run:
             ):
                 if ready.node:
                     ready.node.wait_idle()
-                before(ready)
+                    before(ready)
                 seconds = worker.go(check)["seconds"]
-                after(ready)
+                if ready.node:
+                    after(ready)
                 return seconds
 
         return measure
+
+    def cold_each(
+        self,
+        contenders: Sequence[Contender],
+        task: str,
+        job: dict[str, Any],
+        check: int,
+        store: Store,
+        *,
+        before: Callable[[Ready], None] = nothing,
+        after: Callable[[Ready], None] = nothing,
+    ) -> dict[str, Callable[[], float]]:
+        """The functions of `cold` for those contenders that can read `store`, by name."""
+        return {
+            each.name: self.cold(each, task, job, check, store=store, before=before, after=after)
+            for each in self.able(store, *contenders)
+        }
 
     def add_panel(
         self, case: str, title: str, series: dict[str, list[float]], unit: str = "s"

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from support.serverbase import Authority, Missing
 from support.servers import SeaweedFS
 
-from benchmark.cold import CPU_OF_DAEMON, read_large
+from benchmark.cold import read_large, tls_goals
 from benchmark.contenders import CKPTFS, RAW, S3FS, why_not_installed
-from benchmark.results import amount, ratio
 from benchmark.run import calibrate
 from benchmark.starting import OPEN_THREADS
 from benchmark.stores import BUCKET, Store
@@ -33,11 +32,7 @@ def seaweedfs(run: Run) -> None:
             taken, cpu_s = read_large(run, case, store, (RAW, CKPTFS, S3FS), 3)
     except MissingStore as missing:
         run.report.absent[f"the store of {case}"] = str(missing)
-    raw, own = taken.get(RAW.name), taken.get(CKPTFS.name)
-    run.report.goals += [
-        ratio(case, "speed of ckptfs / raw", raw, own, at_least=0.8),
-        amount(case, CPU_OF_DAEMON, "s", cpu_s, at_most=1.1),
-    ]
+    run.report.goals += tls_goals(case, taken, cpu_s)
 
 
 class MissingStore(Exception):

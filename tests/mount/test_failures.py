@@ -362,7 +362,7 @@ def test_waited_prefetch_is_kept_by_the_next_daemon(impatient: Node, server: Fau
         for _ in range(3):  # also by the one after it
             with pytest.raises(OSError, check=lambda error: error.errno == errno.EBUSY):
                 os.setxattr(f"{path}/other.bin", "user.ckptfs.evict", b"1")
-            assert b"program that has waited for it" in os.getxattr(path, "user.ckptfs.error")
+            assert b"is kept until the program ends" in os.getxattr(path, "user.ckptfs.error")
             assert os.getxattr(f"{path}/other.bin", "user.ckptfs.cached") == b"%d" % len(DATA)
             pid = impatient.status()["pid"]
             impatient.cli("restart")

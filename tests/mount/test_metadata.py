@@ -24,6 +24,7 @@ import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.errnos import code_of
 from support.s3server import S3Server
 from support.servers import Forwarder
 
@@ -98,15 +99,6 @@ def attributes(path: str) -> dict[str, Any]:
 
 def file_of(path: "str | Path") -> Any:
     return json.loads(Path(path, FILE).read_bytes())
-
-
-def code_of(action: Callable[[], object]) -> str:
-    """The name of the errno that it fails with; "" if it does not."""
-    try:
-        action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return ""
 
 
 def gate(values: dict[str, Any]) -> dict[str, Any]:

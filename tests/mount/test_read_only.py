@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Node
 from mount.test_users import ALICE, BOB, as_user, let_others_in, shared_node
+from support.errnos import code_of
 
 import ckptfs
 from ckptfs._client import client
@@ -54,15 +55,6 @@ def mounted(node: Node, source: Path) -> Iterator[str]:
     """Its path in a mount that only its user can enter."""
     with client.leased(Location("local", str(source))) as path:
         yield path
-
-
-def code_of(action: Callable[[], object]) -> str:
-    """The name of the errno that it fails with; "" if it does not."""
-    try:
-        action()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return ""
 
 
 def writes(path: str) -> "dict[str, Callable[[], object]]":

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from support.httpwire import Answer, Head, has_hung_up, read_body, read_head
+from support.serverbase import accepted
 from support.wronganswers import ANSWERS, CHANGED, INSTEAD, REFUSALS
 
 if TYPE_CHECKING:
@@ -241,11 +242,7 @@ class Server:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
+        for client in accepted(listener):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 

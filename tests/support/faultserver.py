@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from support.serverbase import accepted
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -179,11 +181,7 @@ class FaultServer:
         thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
+        for connection in accepted(listener):
             with self._lock:
                 self._open.add(connection)
             self._start(self._serve, connection)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
+from support.serverbase import accepted
+
 if TYPE_CHECKING:
     import ssl
 
@@ -67,11 +69,7 @@ class ProxyServer:
         thread.start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                client = self._listener.accept()[0]
-            except OSError:
-                return
+        for client in accepted(self._listener):
             self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:

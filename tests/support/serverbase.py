@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from typing_extensions import Self
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
 PORTS = 15_000, 32_000
 _given: set[int] = set()
+
+
+def accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections that come in, until the listener is closed."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        yield connection
 
 
 class Missing(Exception):

@@ -27,6 +27,7 @@ from support.serverbase import (
     Authority,
     Missing,
     Server,
+    accepted,
     beside,
     free_port,
 )
@@ -105,11 +106,7 @@ class Forwarder:
         thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
+        for client in accepted(listener):
             self._start(self._connection, client)
 
     def _connection(self, client: socket.socket) -> None:

@@ -290,11 +290,15 @@ class Xattrs:
         for index in _files_below(node):
             digest = attachment.snapshot.digest(index)
             path = printable(attachment.snapshot.listed[index].path)
+            entry = self.cache.opened.get(digest)
+            if entry is not None and entry.kept:
+                error = Busy(
+                    f"{path} is kept until the program ends that has waited for it (wait=True)"
+                )
+                attachment.note(error)
+                raise error
             if not await self._is_closed(attachment, index):
-                why = "is open or being fetched; close it to drop it from the cache"
-                if self._is_kept(digest):
-                    why = "is kept for a program that has waited for it (wait=True), until it ends"
-                error = Busy(f"{path} {why}")
+                error = Busy(f"{path} is open or being fetched; close it to drop it from the cache")
                 attachment.note(error)
                 raise error
             try:
@@ -309,16 +313,11 @@ class Xattrs:
             if folder is not None:
                 await self.cache.index.delete(self.offload.disk, [folder])
 
-    def _is_kept(self, digest: str) -> bool:
-        entry = self.cache.opened.get(digest)
-        return entry is not None and entry.kept > 0
-
     async def _is_closed(self, attachment: Attachment, index: int) -> bool:
         """Whether the file is closed. Waits a moment for fetches that its last reader has begun."""
         with trio.move_on_after(_CLOSE_WAIT_S):
-            digest = attachment.snapshot.digest(index)
-            while digest in self.cache.opened:
-                if attachment.peek(index).opened.count or self._is_kept(digest):
+            while attachment.snapshot.digest(index) in self.cache.opened:
+                if attachment.peek(index).opened.count:
                     return False
                 await trio.sleep(0.01)
             return True

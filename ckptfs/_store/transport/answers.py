@@ -71,8 +71,8 @@ class Answer(http.client.HTTPResponse):
 
 
 class Incoming(io.RawIOBase):
-    """The bytes of one answer as they come from the server. `raw` reads them from `sock`, whose
-    timeout limits the silence."""
+    """The bytes of one answer as they come from the server by `sock`, whose timeout limits the
+    silence. `raw` keeps `sock` open until the end of the answer."""
 
     def __init__(self, raw: Any, sock: socket.socket, limits: Limits) -> None:
         self._raw = raw

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
+from support.serverbase import accepted
 
 from ckptfs._store.s3.client import Asked, S3Client
 from ckptfs._store.s3.keys import fixed_keys
@@ -52,11 +53,7 @@ class Server:
                 thread.join()
 
     def _serve(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock = listener.accept()[0]
-            except OSError:
-                return
+        for sock in accepted(listener):
             with sock, suppress(OSError):
                 if self.tls is None:
                     sock.recv(1 << 16)
