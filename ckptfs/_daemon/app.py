@@ -41,6 +41,7 @@ from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fuse import operations as fuse
 from ckptfs._daemon.fuse import passthrough
 from ckptfs._daemon.fuse.relay import Relay
+from ckptfs._daemon.fuse.reply_threads import ReplyThreads, threads_for
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.quotas import limit_for
 from ckptfs._model.config import Config
@@ -156,20 +157,29 @@ async def _run(
             handoff=inherited.handoff,
             passthrough=why_passthrough,
         )
-        relay = await _connect_libfuse(service, inherited.fuse_fd, cache)
+        threads = ReplyThreads(inherited.fuse_fd, _reply_threads(config), cache.buffers)
+        relay = await _connect_libfuse(service, inherited.fuse_fd, cache, threads)
         if inherited.follows_another:
             inherited.handoff.restarted()
             await restore(service)
             relay.take_over()
             service.attachments.release_all()
-        await _start(nursery, service, stores, relay, inherited, limiter)
+        await _start(nursery, service, stores, relay, threads, inherited, limiter)
         await service.lifetime.stopped.wait()
         log.info("ending")
         nursery.cancel_scope.cancel()
     return RESTART_STATUS if service.lifetime.restarts else 0
 
 
-async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Relay:
+def _reply_threads(config: Config) -> int:
+    if config.reply_threads is not None:
+        return config.reply_threads
+    return threads_for(len(os.sched_getaffinity(0)))
+
+
+async def _connect_libfuse(
+    service: Service, fuse_fd: int, cache: Cache, reply_threads: ReplyThreads
+) -> Relay:
     """Start libfuse on one end of a socket pair, and return the relay for the other end."""
     operations = fuse.Operations(service.vfs, service.xattrs, service.metadata)
     is_on = service.reporter.passthrough == passthrough.ON
@@ -180,6 +190,7 @@ async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Rela
         passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
         service.handoff.handles,
         fuse.errno_of,
+        reply_threads,
     )
     operations.before_reply = relay.deliver
     return relay
@@ -190,6 +201,7 @@ async def _start(
     service: Service,
     stores: Stores,
     relay: Relay,
+    threads: ReplyThreads,
     inherited: _Inherited,
     limiter: logs.Limiter,
 ) -> None:
@@ -212,7 +224,8 @@ async def _start(
     nursery.start_soon(_serve_fuse, service.lifetime, relay)
     if config.metrics:
         nursery.start_soon(_serve_metrics, config, service)
-    nursery.start_soon(_beat, inherited.handoff.beat, limiter.flush, service.reporter.sample)
+    calls = (inherited.handoff.beat, limiter.flush, service.reporter.sample, threads.take_back)
+    nursery.start_soon(_beat, *calls)
     os.write(inherited.ready_fd, b"{}\n")
     log.info("serving on %s", config.mount)
 

@@ -100,6 +100,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         _fixed("""The kernel's own readahead for the mount, in KiB (needs root). In measurements,
         reads were 1.5 times as fast with 1024 as with the kernel's default of 128."""),
     ] = 1024
+    reply_threads: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=64)] | None,
+        _fixed("""Number of threads that copy the bytes of long reads to the kernel. With 0, the
+        daemon's main thread copies them. By default, nodes with fewer than 4 cores have none, and
+        larger ones have 1 and one more for each 8 cores, up to 4."""),
+    ] = None
     passthrough: Annotated[
         bool,
         _fixed("""Let the kernel itself read files that are complete in the cache (needs Linux ≥ 6.9

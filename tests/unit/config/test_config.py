@@ -273,6 +273,7 @@ def test_each_setting_says_what_it_is_and_when_it_changes() -> None:
         "mount",
         "cache_dir",
         "read_ahead_kb",
+        "reply_threads",
         "passthrough",
         "allow_other",
         "leave_job",
