@@ -13,6 +13,7 @@ long as the event loop turns.
 import argparse
 import contextlib
 import functools
+import gc
 import logging
 import os
 import resource
@@ -44,7 +45,7 @@ from ckptfs._daemon.fuse.relay import Relay
 from ckptfs._daemon.fuse.reply_threads import ReplyThreads, threads_for
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.quotas import limit_for
-from ckptfs._model.config import Config
+from ckptfs._model.config import NODE_IDLE_MEMORY_BYTES, Config
 from ckptfs._model.wording import INSTALL_DAEMON
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
@@ -109,6 +110,7 @@ def main() -> None:
             config.cache_free_share_min,
             config.in_flight_bytes_max,
             required=not args.after_another,  # readers are more important than a cache
+            idle_memory_bytes_max=_idle_memory_bytes(config),
         )
     except CkptfsError as error:
         os.write(
@@ -119,6 +121,7 @@ def main() -> None:
     why_passthrough = passthrough.why_not(
         args.fuse_fd, config.passthrough, bool(args.passthrough), cache.index.root.lock_fd
     )
+    gc.freeze()  # the modules stay, so no collection looks at them again
     status = 1
     try:
         status = trio.run(_run, config, cache, stores, inherited, why_passthrough, limiter)
@@ -169,6 +172,12 @@ async def _run(
         log.info("ending")
         nursery.cancel_scope.cancel()
     return RESTART_STATUS if service.lifetime.restarts else 0
+
+
+def _idle_memory_bytes(config: Config) -> int:
+    if config.idle_memory_bytes is not None:
+        return config.idle_memory_bytes
+    return NODE_IDLE_MEMORY_BYTES if config.allow_other else 0
 
 
 def _reply_threads(config: Config) -> int:

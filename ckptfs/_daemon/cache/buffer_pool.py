@@ -52,11 +52,15 @@ class Buffer(Generic[Owner]):
 class Buffers(Generic[Owner]):
     """All of them, at most `bytes_max` together, unless more than that is busy.
 
-    `forget` is called with a kept buffer before it is taken for something else.
+    `forget` is called with a kept buffer before it is taken for something else. `trim` leaves
+    `idle_bytes_max` of free buffers.
     """
 
-    def __init__(self, bytes_max: int, forget: Callable[[Buffer[Owner]], None]) -> None:
+    def __init__(
+        self, bytes_max: int, forget: Callable[[Buffer[Owner]], None], idle_bytes_max: int = 0
+    ) -> None:
         self._bytes_max = bytes_max
+        self._idle_bytes_max = idle_bytes_max
         self._forget = forget
         self._kept: OrderedDict[Buffer[Owner], None] = OrderedDict()  # oldest first
         self._free: dict[int, list[Buffer[Owner]]] = {}
@@ -80,15 +84,21 @@ class Buffers(Generic[Owner]):
 
     def _make_room(self) -> bool:
         """Drop a free buffer (of another size), or free a kept one; False: there is none."""
-        for free in self._free.values():
-            if free:
-                self.total_bytes -= len(free.pop().view)
-                return True
+        if self._drop_free():
+            return True
         buffer = next((b for b in self._kept if b.memory not in self._loans), None)
         if buffer is None:
             return False
         self._forget(buffer)
         self.release(buffer)
+        return True
+
+    def _drop_free(self) -> bool:
+        """Give the memory of one free buffer back; False: there is none."""
+        free = next((free for free in self._free.values() if free), None)
+        if free is None:
+            return False
+        self.total_bytes -= len(free.pop().view)
         return True
 
     def keep(self, buffer: Buffer[Owner]) -> None:
@@ -114,11 +124,11 @@ class Buffers(Generic[Owner]):
         self.total_bytes -= len(buffer.view)
 
     def trim(self) -> None:
-        """Give the memory of free buffers back."""
-        self.total_bytes -= sum(size * len(free) for size, free in self._free.items())
+        """Give the memory of free buffers back, but for `idle_bytes_max`."""
         self.total_bytes -= sum(len(buffer.view) for buffer in self._freed_later.values())
-        self._free.clear()
         self._freed_later.clear()
+        while self.total_bytes > self._idle_bytes_max and self._drop_free():
+            pass
 
     # -- memory that a thread copies from
 

@@ -95,6 +95,7 @@ class Cache:
         free_share_min: Share of the disk to leave free.
         memory_bytes_max: Most bytes of the buffers for spans.
         required: Whether the directory has to be usable now. If not, reads do without until it is.
+        idle_memory_bytes_max: Most bytes of these buffers that stay while no object is open.
 
     Attributes:
         opened: The open objects, by digest.
@@ -114,10 +115,13 @@ class Cache:
         memory_bytes_max: int,
         *,
         required: bool = True,
+        idle_memory_bytes_max: int = 0,
     ) -> None:
         self.directory = directory
         self.opened: dict[str, CachedObject] = {}
-        self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
+        self.buffers: Buffers[CachedObject] = Buffers(
+            memory_bytes_max, self._forget_buffer, idle_memory_bytes_max
+        )
         self._pages = [mmap.mmap(-1, _READ_BYTES_MAX)]
         self._nowait = os.RWF_NOWAIT
         self.index = Index(

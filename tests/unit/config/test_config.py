@@ -272,6 +272,7 @@ def test_each_setting_says_what_it_is_and_when_it_changes() -> None:
         "node_socket",
         "mount",
         "cache_dir",
+        "idle_memory_bytes",
         "read_ahead_kb",
         "reply_threads",
         "passthrough",

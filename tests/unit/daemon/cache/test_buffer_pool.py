@@ -51,6 +51,14 @@ def test_trim_forgets_a_buffer_that_is_still_lent() -> None:
     assert buffers.total_bytes == MIB
 
 
+def test_trim_leaves_what_may_stay_while_nothing_is_read() -> None:
+    buffers: Buffers[str] = Buffers(8 * MIB, lambda _: None, idle_bytes_max=3 * MIB)
+    for buffer in [buffers.take(length) for length in (MIB, MIB, 2 * MIB, MIB)]:
+        buffers.release(buffer)
+    buffers.trim()
+    assert 0 < buffers.total_bytes <= 3 * MIB
+
+
 class Model(RuleBasedStateMachine):
     """Every buffer is filled with a number of its own when it is taken, which poisons what was in
     it. The bytes of a loan must stay what they were."""
