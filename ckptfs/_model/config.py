@@ -17,7 +17,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
 NODE_IDLE_MEMORY_BYTES = 64 * MIB
-"""Default of `Config.idle_memory_bytes` with `allow_other`. An idle daemon takes some 110 MB then."""
+"""Default of `Config.idle_memory_bytes` with `allow_other`. An idle daemon then takes 110 MB."""
 STORE_TIMEOUT_S = 3.0
 """Default of `Config.store_timeout_s`."""
 
