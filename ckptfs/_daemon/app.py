@@ -160,7 +160,7 @@ async def _run(
             handoff=inherited.handoff,
             passthrough=why_passthrough,
         )
-        threads = ReplyThreads(inherited.fuse_fd, _reply_threads(config), cache.buffers)
+        threads = ReplyThreads(inherited.fuse_fd, threads_for(config.reply_threads), cache.buffers)
         relay = await _connect_libfuse(service, inherited.fuse_fd, cache, threads)
         if inherited.follows_another:
             inherited.handoff.restarted()
@@ -175,15 +175,9 @@ async def _run(
 
 
 def _idle_memory_bytes(config: Config) -> int:
-    if config.idle_memory_bytes is not None:
+    if config.idle_memory_bytes != "auto":
         return config.idle_memory_bytes
     return NODE_IDLE_MEMORY_BYTES if config.allow_other else 0
-
-
-def _reply_threads(config: Config) -> int:
-    if config.reply_threads is not None:
-        return config.reply_threads
-    return threads_for(len(os.sched_getaffinity(0)))
 
 
 async def _connect_libfuse(

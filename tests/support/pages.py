@@ -64,8 +64,6 @@ def _default_of(field: inspect.Field) -> str:
     if field.default is NODEFAULT:
         return "has to be given"
     name, value = field.name, field.default
-    if value is None:
-        return "by the node"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, str):

@@ -18,7 +18,7 @@ import os
 import threading
 from collections import deque
 from queue import SimpleQueue
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from ckptfs._daemon.cache.buffer_pool import Buffers, Lent, Owner
 
@@ -35,8 +35,11 @@ _WAITING_MAX: Final = 4
 so the memory that is lent stays bounded."""
 
 
-def threads_for(cores: int) -> int:
-    """The number of threads on a machine with so many cores."""
+def threads_for(setting: int | Literal["auto"]) -> int:
+    """The number of threads that the setting `reply_threads` stands for on this machine."""
+    if setting != "auto":
+        return setting
+    cores = len(os.sched_getaffinity(0))
     return 0 if cores < _CORES_MIN else min(_THREADS_MAX, 1 + cores // _CORES_PER_THREAD)
 
 

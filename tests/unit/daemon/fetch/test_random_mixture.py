@@ -120,9 +120,7 @@ class Machine(InlineOffload):
 class Run:
     """One plan that is carried out."""
 
-    def __init__(
-        self, view: View, store: FakeStore, plan: Plan, nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, view: View, store: FakeStore, plan: Plan, nursery: trio.Nursery) -> None:
         self.view = view
         self.nursery = nursery
         self.copying_bytes_max = 0
