@@ -13,6 +13,7 @@ long as the event loop turns.
 import argparse
 import contextlib
 import functools
+import gc
 import logging
 import os
 import resource
@@ -41,9 +42,10 @@ from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fuse import operations as fuse
 from ckptfs._daemon.fuse import passthrough
 from ckptfs._daemon.fuse.relay import Relay
+from ckptfs._daemon.fuse.reply_threads import ReplyThreads, threads_for
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.quotas import limit_for
-from ckptfs._model.config import Config
+from ckptfs._model.config import NODE_IDLE_MEMORY_BYTES, Config
 from ckptfs._model.wording import INSTALL_DAEMON
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
@@ -108,6 +110,7 @@ def main() -> None:
             config.cache_free_share_min,
             config.in_flight_bytes_max,
             required=not args.after_another,  # readers are more important than a cache
+            idle_memory_bytes_max=_idle_memory_bytes(config),
         )
     except CkptfsError as error:
         os.write(
@@ -118,6 +121,7 @@ def main() -> None:
     why_passthrough = passthrough.why_not(
         args.fuse_fd, config.passthrough, bool(args.passthrough), cache.index.root.lock_fd
     )
+    gc.freeze()  # the modules stay, so no collection looks at them again
     status = 1
     try:
         status = trio.run(_run, config, cache, stores, inherited, why_passthrough, limiter)
@@ -156,20 +160,29 @@ async def _run(
             handoff=inherited.handoff,
             passthrough=why_passthrough,
         )
-        relay = await _connect_libfuse(service, inherited.fuse_fd, cache)
+        threads = ReplyThreads(inherited.fuse_fd, threads_for(config.reply_threads), cache.buffers)
+        relay = await _connect_libfuse(service, inherited.fuse_fd, cache, threads)
         if inherited.follows_another:
             inherited.handoff.restarted()
             await restore(service)
             relay.take_over()
             service.attachments.release_all()
-        await _start(nursery, service, stores, relay, inherited, limiter)
+        await _start(nursery, service, stores, relay, threads, inherited, limiter)
         await service.lifetime.stopped.wait()
         log.info("ending")
         nursery.cancel_scope.cancel()
     return RESTART_STATUS if service.lifetime.restarts else 0
 
 
-async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Relay:
+def _idle_memory_bytes(config: Config) -> int:
+    if config.idle_memory_bytes != "auto":
+        return config.idle_memory_bytes
+    return NODE_IDLE_MEMORY_BYTES if config.allow_other else 0
+
+
+async def _connect_libfuse(
+    service: Service, fuse_fd: int, cache: Cache, reply_threads: ReplyThreads
+) -> Relay:
     """Start libfuse on one end of a socket pair, and return the relay for the other end."""
     operations = fuse.Operations(service.vfs, service.xattrs, service.metadata)
     is_on = service.reporter.passthrough == passthrough.ON
@@ -180,6 +193,7 @@ async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Rela
         passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
         service.handoff.handles,
         fuse.errno_of,
+        reply_threads,
     )
     operations.before_reply = relay.deliver
     return relay
@@ -190,6 +204,7 @@ async def _start(
     service: Service,
     stores: Stores,
     relay: Relay,
+    threads: ReplyThreads,
     inherited: _Inherited,
     limiter: logs.Limiter,
 ) -> None:
@@ -212,7 +227,8 @@ async def _start(
     nursery.start_soon(_serve_fuse, service.lifetime, relay)
     if config.metrics:
         nursery.start_soon(_serve_metrics, config, service)
-    nursery.start_soon(_beat, inherited.handoff.beat, limiter.flush, service.reporter.sample)
+    calls = (inherited.handoff.beat, limiter.flush, service.reporter.sample, threads.take_back)
+    nursery.start_soon(_beat, *calls)
     os.write(inherited.ready_fd, b"{}\n")
     log.info("serving on %s", config.mount)
 

@@ -10,18 +10,24 @@ disk gets few large segments instead of 4 KiB each. A cold read of 1 GiB on a vi
 
 A buffer is *busy* (being filled or written to the disk), *kept* (its blocks are readable, and it
 can be taken when there is no other room) or *free*. Sizes are powers of two, so that they fit
-again. All methods belong to the event loop.
+again.
+
+The memory of a reply is *lent* while a thread copies it to the kernel (``fuse.reply_threads``). A
+lent buffer may be kept or busy, but it is neither taken nor freed before it is taken back. All
+methods belong to the event loop.
 """
 
 import contextlib
 import mmap
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeAlias, TypeVar
 
 from ckptfs._model.blocks import BLOCK_BYTES
 
 Owner = TypeVar("Owner")
+Lent: TypeAlias = list[mmap.mmap]
+"""Memory that is lent, as `Buffers.take_back` needs it."""
 
 
 def capacity_of(length: int) -> int:
@@ -37,6 +43,7 @@ class Buffer(Generic[Owner]):
         memory = mmap.mmap(-1, capacity, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = memory
         self.view = memoryview(memory)
         self.owner: Owner | None = None
         self.blocks = range(0)
@@ -45,14 +52,20 @@ class Buffer(Generic[Owner]):
 class Buffers(Generic[Owner]):
     """All of them, at most `bytes_max` together, unless more than that is busy.
 
-    `forget` is called with a kept buffer before it is taken for something else.
+    `forget` is called with a kept buffer before it is taken for something else. `trim` leaves
+    `idle_bytes_max` of free buffers.
     """
 
-    def __init__(self, bytes_max: int, forget: Callable[[Buffer[Owner]], None]) -> None:
+    def __init__(
+        self, bytes_max: int, forget: Callable[[Buffer[Owner]], None], idle_bytes_max: int = 0
+    ) -> None:
         self._bytes_max = bytes_max
+        self._idle_bytes_max = idle_bytes_max
         self._forget = forget
         self._kept: OrderedDict[Buffer[Owner], None] = OrderedDict()  # oldest first
         self._free: dict[int, list[Buffer[Owner]]] = {}
+        self._loans: Counter[mmap.mmap] = Counter()
+        self._freed_later: dict[mmap.mmap, Buffer[Owner]] = {}  # when they are taken back
         self.total_bytes = 0
 
     def resize(self, bytes_max: int) -> None:
@@ -71,15 +84,21 @@ class Buffers(Generic[Owner]):
 
     def _make_room(self) -> bool:
         """Drop a free buffer (of another size), or free a kept one; False: there is none."""
-        for free in self._free.values():
-            if free:
-                self.total_bytes -= len(free.pop().view)
-                return True
-        if not self._kept:
+        if self._drop_free():
+            return True
+        buffer = next((b for b in self._kept if b.memory not in self._loans), None)
+        if buffer is None:
             return False
-        buffer = next(iter(self._kept))
         self._forget(buffer)
         self.release(buffer)
+        return True
+
+    def _drop_free(self) -> bool:
+        """Give the memory of one free buffer back; False: there is none."""
+        free = next((free for free in self._free.values() if free), None)
+        if free is None:
+            return False
+        self.total_bytes -= len(free.pop().view)
         return True
 
     def keep(self, buffer: Buffer[Owner]) -> None:
@@ -90,7 +109,10 @@ class Buffers(Generic[Owner]):
         """Nothing in it is needed any more."""
         self._kept.pop(buffer, None)
         buffer.owner = None
-        self._free.setdefault(len(buffer.view), []).append(buffer)
+        if buffer.memory in self._loans:
+            self._freed_later[buffer.memory] = buffer
+        else:
+            self._free.setdefault(len(buffer.view), []).append(buffer)
 
     def release_of(self, owner: Owner) -> None:
         """The same, for all that are kept for `owner`."""
@@ -102,6 +124,34 @@ class Buffers(Generic[Owner]):
         self.total_bytes -= len(buffer.view)
 
     def trim(self) -> None:
-        """Give the memory of free buffers back."""
-        self.total_bytes -= sum(size * len(free) for size, free in self._free.items())
-        self._free.clear()
+        """Give the memory of free buffers back, but for `idle_bytes_max`."""
+        self.total_bytes -= sum(len(buffer.view) for buffer in self._freed_later.values())
+        self._freed_later.clear()
+        while self.total_bytes > self._idle_bytes_max and self._drop_free():
+            pass
+
+    # -- memory that a thread copies from
+
+    def lend(self, parts: "Iterable[bytes | memoryview]") -> Lent:
+        """Keep the memory of `parts` as it is until it is taken back. It may be a buffer's, or any
+        other mapping."""
+        lent = [
+            memory
+            for part in parts
+            if isinstance(part, memoryview) and isinstance(memory := part.obj, mmap.mmap)
+        ]
+        self._loans.update(lent)
+        return lent
+
+    def take_back(self, lent: Lent) -> None:
+        """End a loan."""
+        for memory in lent:
+            self._loans[memory] -= 1
+            if not self._loans[memory]:
+                del self._loans[memory]
+                if buffer := self._freed_later.pop(memory, None):
+                    self.release(buffer)
+
+    def is_lent(self, memory: mmap.mmap) -> bool:
+        """Whether a thread may still copy from `memory`."""
+        return memory in self._loans

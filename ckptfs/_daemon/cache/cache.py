@@ -81,7 +81,7 @@ SETTLED_S = 900
 object may be written again under the same mtime; 15 minutes is also the largest difference between
 clocks that S3 accepts (its error RequestTimeTooSkewed)."""
 _READ_BYTES_MAX = 2 << 20
-"""Size of the reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
+"""Size of a reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
 Views = list[memoryview]
 """Consecutive bytes, in parts."""
 
@@ -95,6 +95,7 @@ class Cache:
         free_share_min: Share of the disk to leave free.
         memory_bytes_max: Most bytes of the buffers for spans.
         required: Whether the directory has to be usable now. If not, reads do without until it is.
+        idle_memory_bytes_max: Most bytes of these buffers that stay while no object is open.
 
     Attributes:
         opened: The open objects, by digest.
@@ -114,11 +115,14 @@ class Cache:
         memory_bytes_max: int,
         *,
         required: bool = True,
+        idle_memory_bytes_max: int = 0,
     ) -> None:
         self.directory = directory
         self.opened: dict[str, CachedObject] = {}
-        self.buffers: Buffers[CachedObject] = Buffers(memory_bytes_max, self._forget_buffer)
-        self._buffer = memoryview(mmap.mmap(-1, _READ_BYTES_MAX))
+        self.buffers: Buffers[CachedObject] = Buffers(
+            memory_bytes_max, self._forget_buffer, idle_memory_bytes_max
+        )
+        self._pages = [mmap.mmap(-1, _READ_BYTES_MAX)]
         self._nowait = os.RWF_NOWAIT
         self.index = Index(
             directory,
@@ -258,14 +262,16 @@ class Cache:
     # -- reading
 
     def read_now(self, entry: CachedObject, offset: int, length: int) -> Views | None:
-        """Bytes that are in memory, valid until the next call; None if some are not in memory.
+        """Bytes that are in memory; None if some are not in memory. They are valid until the next
+        call, or as long as they are lent (`Buffers.lend`).
 
         All blocks must be `readable`. This never waits for the disk.
         """
         if length > _READ_BYTES_MAX:
             return None
+        buffer = self._unlent_pages()
         if not entry.memory:
-            view = self._buffer[:length]
+            view = buffer[:length]
             return [view] if self._read_pages(entry, offset, view) else None
         views: Views = []
         for index in blocks_of(offset, length):
@@ -275,14 +281,23 @@ class Cache:
             if view is not None:
                 views.append(view[start - base : stop - base])
                 continue
-            view = self._buffer[start - offset : stop - offset]
+            view = buffer[start - offset : stop - offset]
             if not self._read_pages(entry, start, view):
                 return None
             views.append(view)
         return views
 
+    def _unlent_pages(self) -> memoryview:
+        """A buffer for bytes of the page cache, which no thread copies from."""
+        memory = next((m for m in self._pages if not self.buffers.is_lent(m)), None)
+        if memory is None:
+            memory = mmap.mmap(-1, _READ_BYTES_MAX)
+            self._pages.append(memory)
+        return memoryview(memory)
+
     def in_memory(self, entry: CachedObject, index: int) -> memoryview | None:
-        """The bytes of a block that are in a buffer, valid until a buffer is taken."""
+        """The bytes of a block that are in a buffer, valid until a buffer is taken, unless they are
+        lent."""
         buffer = entry.memory.get(index)
         if buffer is None:
             return None

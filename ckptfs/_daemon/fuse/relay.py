@@ -13,7 +13,8 @@ reasons:
 - The relay reads /dev/fuse without blocking. libfuse would block in read(2) if a request were
   aborted after the poll.
 
-All of it runs in the event loop, in one thread. So a reply of libfuse must never wait for room in
+All of it runs in the event loop, in one thread, except the copying of long replies where the node
+has cores for that (`reply_threads`). So a reply of libfuse must never wait for room in
 the socket, because no other thread would make room. Therefore `deliver` empties the socket before
 each reply (`fuse.Operations` calls it). Only listings could be larger than a socket's buffer, so
 the relay asks for shorter ones, and the kernel asks for the rest.
@@ -35,6 +36,7 @@ programs, and each further one is a sleeping thread. If the kernel rejects a rep
 request was aborted, which is no error.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -50,6 +52,7 @@ from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
 from ckptfs._daemon.cache.cache import Views
 from ckptfs._daemon.fs.vfs import Overshoot, Vfs
 from ckptfs._daemon.fuse.passthrough import Passthrough
+from ckptfs._daemon.fuse.reply_threads import Parts, ReplyThreads, write_message
 from ckptfs._mount import fuse_abi, session
 from ckptfs._mount.fuse_abi import IN_HEADER, OPEN_OUT, OUT_HEADER, READ, READ_REQUEST
 from ckptfs._mount.handoff import Handles, Slot
@@ -70,7 +73,7 @@ _TRIES = 8
 that reads on asks again at once, and a wakeup by the event loop would cost more than the answer.
 After a miss or a request for libfuse the relay looks once, because other tasks have work then."""
 _SMALL_BYTES = 128 << 10
-"""Copying a longer reply takes longer than all `_TRIES`."""
+"""Copying a longer reply takes longer than all `_TRIES`, and than waking up a thread for it."""
 
 
 class _Read(NamedTuple):
@@ -99,6 +102,7 @@ class Relay:
         passthrough: Passthrough,
         handles: Handles,
         errno_of: Callable[[Exception], int],
+        reply_threads: ReplyThreads,
     ) -> None:
         self._fd = fuse_fd
         self._libfuse = libfuse
@@ -106,6 +110,7 @@ class Relay:
         self._passthrough = passthrough
         self._handles = handles
         self._errno_of = errno_of
+        self._reply_threads = reply_threads
         self._opening: dict[int, tuple[int, int]] = {}  # opcode and inode, by request
         self._removing: set[int] = set()  # repeated requests that may have been carried out already
         self._doubtful: dict[int, tuple[int, Slot]] = {}  # of an earlier daemon, by request
@@ -113,7 +118,7 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until the mount is gone."""
-        with self._libfuse:
+        with self._libfuse, contextlib.closing(self._reply_threads):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._replies)
                 if self._doubtful:
@@ -347,21 +352,17 @@ class Relay:
     def _answer(self, unique: int, views: Views) -> int:
         """Send a reply with these bytes, and return their number."""
         length = sum(map(len, views))
-        self._write([OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique), *views])
+        parts = [OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique), *views]
+        if length <= _SMALL_BYTES or not self._reply_threads.send(parts):
+            self._write(parts)
         return length
 
     def _fail(self, unique: int, code: int) -> None:
         self._write([OUT_HEADER.pack(OUT_HEADER.size, -code, unique)])
 
-    def _write(self, parts: "list[bytes | memoryview]") -> bool:
+    def _write(self, parts: Parts) -> bool:
         """Write a message. Returns whether the kernel has taken it."""
-        try:
-            os.writev(self._fd, parts)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                log.error("the daemon cannot answer a FUSE request: %s", error)
-            return False
-        return True
+        return write_message(self._fd, parts)
 
     def forget_name(self, parent: int, name: bytes) -> None:
         """Make the kernel forget the entry `name` of a directory.

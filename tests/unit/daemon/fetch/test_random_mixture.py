@@ -1,7 +1,8 @@
 """Readers, prefetches, hedges, passthrough, evictions and faults at random: each byte is right.
 
 The reference model is the content itself: a read gives exactly its bytes, or an error that one of
-the planned faults explains.
+the planned faults explains. A thread may copy the bytes later, while everything else goes on.
+Buffers are poisoned when they are given back, so bytes out of a buffer that was reused are wrong.
 """
 
 import contextlib
@@ -19,7 +20,9 @@ from support.rig import View, bytes_on_disk, rig_in
 from trio.testing import MockClock
 
 from ckptfs._daemon.cache import object_dir
+from ckptfs._daemon.cache.buffer_pool import Buffer, Buffers, Lent
 from ckptfs._daemon.cache.cache_dir import remove
+from ckptfs._daemon.cache.cached_object import CachedObject
 from ckptfs._daemon.cache.object_dir import Files
 from ckptfs._daemon.fetch import hedging
 from ckptfs.errors import StoreError, StoreUnavailable
@@ -30,11 +33,13 @@ DEADLINE_S = 5.0
 
 
 class Read(NamedTuple):
-    """Read from a share of the file on. `length` may go beyond its end."""
+    """Read from a share of the file on. `length` may go beyond its end. A thread copies the bytes
+    `copied_s` later."""
 
     start: float
     length: int
     pause_s: float
+    copied_s: float
 
 
 class Lend(NamedTuple):
@@ -69,7 +74,9 @@ class Plan(NamedTuple):
 
 
 _pauses = st.sampled_from([0.0, 0.0, 0.01, 0.3, 2.0])
-_reads = st.builds(Read, st.floats(0, 1), st.sampled_from([1, 4096, 128 << 10, MIB]), _pauses)
+_reads = st.builds(
+    Read, st.floats(0, 1), st.sampled_from([1, 4096, 128 << 10, MIB]), _pauses, _pauses
+)
 _steps = st.one_of(
     _reads,
     _reads,
@@ -113,8 +120,10 @@ class Machine(InlineOffload):
 class Run:
     """One plan that is carried out."""
 
-    def __init__(self, view: View, store: FakeStore, plan: Plan) -> None:
+    def __init__(self, view: View, store: FakeStore, plan: Plan, nursery: trio.Nursery) -> None:
         self.view = view
+        self.nursery = nursery
+        self.copying_bytes_max = 0
         self.plan = plan
         self.attachment = view.attach(store)
         self.lent: set[int] = set()  # inodes that the kernel reads by itself
@@ -145,10 +154,27 @@ class Run:
 
     async def _read(self, handle: int, content: bytes, step: Read) -> None:
         offset = int(step.start * len(content))
+        expected = content[offset : offset + step.length]
         with self._planned_faults():
-            data = await self.view.read(handle, offset, step.length)
-            assert data == content[offset : offset + step.length]
+            vfs = self.view.vfs
+            views = vfs.read_now(handle, offset, step.length)
+            if views is None:
+                views = await vfs.read(handle, offset, step.length)
+            if step.copied_s:
+                lent = self.view.rig.cache.buffers.lend(views)
+                self.copying_bytes_max += sum(map(len, lent))
+                self.nursery.start_soon(self._copy_later, views, lent, expected, step.copied_s)
+            else:
+                assert b"".join(views) == expected
         await trio.sleep(step.pause_s)
+
+    async def _copy_later(
+        self, views: list[memoryview], lent: Lent, expected: bytes, copied_s: float
+    ) -> None:
+        await trio.sleep(copied_s)
+        assert b"".join(views) == expected
+        self.copying_bytes_max -= sum(map(len, lent))
+        self.view.rig.cache.buffers.take_back(lent)
 
     async def _lend(self, inode: int, content: bytes, step: Lend) -> None:
         entry = None
@@ -188,12 +214,19 @@ class Run:
         assert on_disk <= cache.index.used_bytes
         assert on_disk <= limit or not limit
         # One span may always run, even a larger one than all of the memory.
-        assert cache.buffers.total_bytes <= max(
+        assert cache.buffers.total_bytes <= self.copying_bytes_max + max(
             self.plan.in_flight_bytes_max, self.plan.span_bytes_max
         )
 
 
 _serial = itertools.count()
+_release = Buffers.release
+
+
+def release_poisoned(buffers: Buffers[CachedObject], buffer: Buffer[CachedObject]) -> None:
+    _release(buffers, buffer)
+    if not buffers.is_lent(buffer.memory):
+        buffer.view[:] = b"\xdb" * len(buffer.view)
 
 
 @given(_plans)
@@ -224,9 +257,9 @@ def test_random_mixture_gives_only_right_bytes(
         }
         async with rig_in(directory, Machine(plan.latencies_s), **settings) as rig:
             view = View(rig)
-            run = Run(view, store, plan)
             with trio.fail_after(len(plan.actors) * 8 * 3 * DEADLINE_S):
                 async with trio.open_nursery() as nursery:
+                    run = Run(view, store, plan, nursery)
                     for path, steps in plan.actors:
                         nursery.start_soon(run.act, path, steps)
                 await view.quiet()
@@ -238,6 +271,7 @@ def test_random_mixture_gives_only_right_bytes(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(object_dir, "write", write_or_fail)
+        patch.setattr(Buffers, "release", release_poisoned)
         if plan.hedges:
             patch.setattr(hedging, "_KNOWN_MIN", 1)
             patch.setattr(hedging, "_SHARE", 1.0)

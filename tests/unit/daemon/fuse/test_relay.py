@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ from support.fakes import MIB, FakeStore, pattern
 from support.rig import View, view_in
 
 from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
-from ckptfs._daemon.fuse import passthrough
+from ckptfs._daemon.fuse import passthrough, reply_threads
 from ckptfs._daemon.fuse.operations import errno_of
 from ckptfs._daemon.fuse.passthrough import Passthrough
 from ckptfs._daemon.fuse.relay import Relay
+from ckptfs._daemon.fuse.reply_threads import ReplyThreads, threads_for
 from ckptfs.errors import AccessDenied
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 3, 14, 15, 18, 25, 27
@@ -52,7 +54,7 @@ def open_out(handle: int, flags: int = 0, backing_id: int = 0) -> bytes:
 class Ends:
     """The kernel's end and libfuse's end of a relay."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, reply_threads: int = 0) -> None:
         self.view = view
         self.kernel_handles: list[int] = []
         self._kernel, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -63,9 +65,9 @@ class Ends:
             end.settimeout(0)
         self.passthrough = Passthrough(self._session.fileno(), view.vfs, view.rig.cache, on=True)
         handles = view.handoff.handles
-        self.relay = Relay(
-            self._session.fileno(), ours, view.vfs, self.passthrough, handles, errno_of
-        )
+        fd, buffers = self._session.fileno(), view.rig.cache.buffers
+        self.threads = ReplyThreads(fd, reply_threads, buffers)
+        self.relay = Relay(fd, ours, view.vfs, self.passthrough, handles, errno_of, self.threads)
 
     def ask(self, message: bytes) -> None:
         """Send a message as the kernel."""
@@ -107,10 +109,12 @@ def _has_message(end: socket.socket) -> bool:
 
 
 @asynccontextmanager
-async def relay_in(directory: Path, store: FakeStore, **settings: Any) -> AsyncIterator[Ends]:
+async def relay_in(
+    directory: Path, store: FakeStore, reply_threads: int = 0, **settings: Any
+) -> AsyncIterator[Ends]:
     async with view_in(directory, **settings) as view, trio.open_nursery() as nursery:
         view.attach(store)
-        ends = Ends(view)
+        ends = Ends(view, reply_threads)
         nursery.start_soon(ends.relay.run)
         yield ends
         nursery.cancel_scope.cancel()
@@ -216,6 +220,105 @@ async def test_relay_lets_the_kernel_cache_constant_listings(ends: Ends) -> None
         await ends.asked()
         ends.say(reply(unique, open_out(99)))
         assert await ends.answer() == reply(unique, open_out(99, flags))
+
+
+# -- replies by threads
+
+LONG = 150 << 10
+"""A reply that a thread copies, and that fits the socket."""
+
+
+class Gate:
+    """Holds the threads that write long replies."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held = 0
+        self._let_go = threading.Semaphore(0)
+        self._write = reply_threads.write_message
+        monkeypatch.setattr(reply_threads, "write_message", self._write_later)
+
+    def _write_later(self, fuse_fd: int, parts: reply_threads.Parts) -> bool:
+        self.held += 1
+        assert self._let_go.acquire(timeout=20)
+        return self._write(fuse_fd, parts)
+
+    async def holds(self, count: int) -> None:
+        """Wait until so many replies are held."""
+        with trio.fail_after(20):
+            while self.held < count:  # noqa: ASYNC110 - threads change it
+                await trio.sleep(0.002)
+
+    def let_go(self) -> None:
+        """Let a thread write one reply. The socket has no room for two."""
+        self._let_go.release()
+
+
+async def test_relay_lends_the_buffer_of_a_long_reply_until_it_is_written(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    async with relay_in(tmp_path, store, 1, in_flight_bytes_max=MIB, window_bytes_max=0) as ends:
+        handle = _open(ends)
+        ends.ask(read_request(1, handle, 0, LONG))
+        await gate.holds(1)
+        for unique, offset in enumerate((MIB, 2 * MIB), 2):  # there is memory for one block
+            ends.ask(read_request(unique, handle, offset, 10))
+            assert await ends.answer() == reply(unique, CONTENT[offset : offset + 10])
+        gate.let_go()
+        assert await ends.answer() == reply(1, CONTENT[:LONG])
+        ends.ask(read_request(4, handle, MIB, LONG))
+        gate.let_go()
+        assert await ends.answer() == reply(4, CONTENT[MIB : MIB + LONG])
+
+
+async def test_relay_lends_what_it_has_read_from_the_page_cache(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with relay_in(tmp_path, store, 1) as ends:
+        await _read_blocks(ends, _open(ends))
+        await ends.view.rig.quiet()
+    gate = Gate(monkeypatch)
+    async with relay_in(tmp_path, store, 1) as ends:
+        handle = _open(ends)
+        await _read_blocks(ends, handle)
+        offsets = [0, MIB, MIB + LONG, 2 * MIB - LONG]
+        for unique, offset in enumerate(offsets, 1):
+            ends.ask(read_request(unique, handle, offset, LONG))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        ends.ask(read_request(9, handle, 0, LONG))  # the relay's own, because the thread is busy
+        assert await ends.answer() == reply(9, CONTENT[:LONG])
+        for unique, offset in enumerate(offsets, 1):
+            gate.let_go()
+            assert await ends.answer() == reply(unique, CONTENT[offset : offset + LONG])
+
+
+async def _read_blocks(ends: Ends, handle: int) -> None:
+    for offset in range(0, SIZE, MIB):
+        ends.ask(read_request(1, handle, offset, 10))
+        await ends.answer()
+
+
+async def test_relay_writes_what_its_threads_have_before_it_ends(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    async with relay_in(tmp_path, store, 2) as ends:
+        ends.ask(read_request(1, _open(ends), 0, LONG))
+        await gate.holds(1)
+        gate.let_go()
+        ends.threads.close()
+        assert await ends.answer() == reply(1, CONTENT[:LONG])
+        names = {thread.name for thread in threading.enumerate()}
+        assert "ckptfs-reply" not in names
+
+
+def test_small_nodes_have_no_threads_for_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[int, int] = {}
+    for cores in (1, 2, 3, 4, 8, 16, 24, 200):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        found[cores] = threads_for("auto")
+    assert found == {1: 0, 2: 0, 3: 0, 4: 1, 8: 2, 16: 3, 24: 4, 200: 4}
+    assert threads_for(7) == 7
 
 
 class Ioctl:
