@@ -74,7 +74,7 @@ def is_file_in(folder: str, name: str, info: os.stat_result) -> bool:
     return stat.S_ISREG(info.st_mode) and (folder == "." or name.startswith(f"{folder}/"))
 
 
-def forget_unused_inodes(mount: str) -> None:
+def forget_unused_inodes(mount: Path) -> None:
     """Have the kernel ask for the inodes of this mount again that no process has open.
 
     A remount with unchanged flags does that (`reconfigure_super` in fs/super.c). The file
