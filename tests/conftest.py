@@ -133,7 +133,7 @@ def _leaves_nothing() -> Iterator[None]:
     before = mounts(), daemons(), temporary()
     yield
     try:  # the kernel ends them a moment after their daemon
-        wait_until(lambda: not workers_left(before[1]), timeout_s=5)
+        wait_until(lambda: not workers_left(before[1]))
     except TimeoutError:
         pytest.fail("left behind: workers")
     after = mounts(), daemons(), temporary()

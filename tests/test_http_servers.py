@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import trustme
 from conftest import wait_until
+from support.serverbase import free_port
 
 from ckptfs import Checkpoint
 from ckptfs._model.location import Location
@@ -55,12 +56,6 @@ class Served(NamedTuple):
     url: str
     tls_url: str = ""
     ca_file: str = ""
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def answers(port: int) -> bool:

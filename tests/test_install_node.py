@@ -218,6 +218,27 @@ def test_an_existing_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "what", ["/nonexistent", "./none.whl", "ckptfs-1-py3-none-any.whl[daemon]"]
+)
+def test_a_source_that_does_not_exist_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/true")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(node, "_require_roots", lambda _: None)
+    prefix = tmp_path / "prefix"
+    for dry_run in (True, False):
+        with pytest.raises(InstallError, match=r"does not exist; name a wheel of ckptfs"):
+            node.install(prefix, what, sys.executable, dry_run)
+    assert not prefix.exists()
+
+
+def test_other_requirements_of_pip_are_no_paths() -> None:
+    for what in ("", "ckptfs", "ckptfs[daemon]==0.1.0", "ckptfs @ file:///x/ckptfs-1.whl"):
+        program.check_source(what)
+
+
 def _give_away(prefix: Path) -> None:
     os.chown(prefix, OTHER, OTHER)
 

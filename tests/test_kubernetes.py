@@ -6,7 +6,6 @@ The tests in ``mount/test_namespaces.py`` show that mounts reach containers as t
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import threading
 from http.client import HTTPConnection
@@ -19,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import wait_until
+from support.serverbase import free_port
 
 from ckptfs._config.load import load_config
 from ckptfs._model.named_store import CredentialSource
@@ -189,9 +189,7 @@ class _Upstream(BaseHTTPRequestHandler):
 def test_the_proxy_shows_the_metrics_and_nothing_else(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Upstream)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = NODE["ConfigMap"]["data"]["nginx.conf"]
     text = text.replace("127.0.0.1:9467", f"127.0.0.1:{server.server_address[1]}")
     text = text.replace("listen 9468", f"listen 127.0.0.1:{port}").replace("/tmp/", f"{tmp_path}/")

@@ -40,6 +40,7 @@ def install(prefix: Path, what: str, python: str, dry_run: bool) -> None:
         InstallError: A step failed.
     """
     _check(prefix, dry_run)
+    program.check_source(what)
     record = Record(prefix, dry_run)
     if prefix.exists() and not record.exists() and not dry_run:
         raise InstallError(

@@ -66,6 +66,16 @@ def install(record: Record, what: str, python: str) -> None:
             shutil.copy(wheel, wheels / wheel.name)
 
 
+def check_source(what: str) -> None:
+    """Raise InstallError if `what` is the path of a wheel or a folder, and nothing is there."""
+    path = what.partition("[")[0]  # extras may follow
+    is_path = path.startswith(("/", ".")) or (path.endswith(".whl") and "://" not in path)
+    if is_path and not Path(path).exists():
+        raise InstallError(
+            f"{path} does not exist; name a wheel of ckptfs, or the folder with its source"
+        )
+
+
 def _only_wheel(folder: Path) -> Path:
     found = list(folder.glob("ckptfs-*.whl"))
     if len(found) != 1:

@@ -52,8 +52,8 @@ def clear_mount_point(config: Config) -> bool:
             break
         _refuse_served(mount, config)
         session.unmount(mount)
-    is_new = not mount.exists()
     try:
+        is_new = not mount.exists()
         mount.mkdir(mode=0o700, exist_ok=True)
         occupied = any(mount.iterdir())
     except OSError as error:

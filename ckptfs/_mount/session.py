@@ -69,6 +69,9 @@ _OF_FUSERMOUNT = {
     ),
 }
 """Messages of fusermount3 (its fusermount.c), and a remedy for each."""
+_MTAB = "/etc/mtab"
+"""fusermount3 unmounts for users other than root only what this file names (may_unmount in its
+fusermount.c). Small containers and chroots lack the file."""
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -118,6 +121,11 @@ def _for(allow_other: bool) -> str:
 
 
 def _mount_by_fusermount(mountpoint: Path, allow_other: bool) -> int:
+    if not os.path.exists(_MTAB):
+        raise CannotMount(
+            f"cannot mount on {mountpoint}: {_MTAB} is missing, and fusermount3 could not unmount "
+            f"without it; ln -s /proc/self/mounts {_MTAB}, as root"
+        )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     options = "nosuid,nodev,fsname=ckptfs,subtype=ckptfs" + _for(allow_other)
     with ours, theirs:

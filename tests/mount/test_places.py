@@ -161,6 +161,24 @@ def test_any_user_mounts_or_copies(
         assert re.search(rf"^failed +{'mount' if device else 'device'} ", output, re.MULTILINE)
 
 
+def test_without_mtab_a_user_copies_and_root_mounts(node: Node, small: Path, uri_of: UriOf) -> None:
+    """Without it, fusermount3 would mount and then refuse to unmount."""
+    hide = "cp -a /etc /tmp/etc; rm /tmp/etc/mtab; mount --bind /tmp/etc /etc"
+    machine = Machine(node, before=hide)
+    script = (
+        f'{as_user("python")} -c "$1" "$2"; python -c "$1" "$2"; ckptfs umount --force\n'
+        f"{as_user('ckptfs doctor')} || true; grep ' fuse.ckptfs ' /proc/self/mountinfo || true"
+    )
+    output = machine.run(script, READ, uri_of(small))
+    [path, text, [warning]], [roots, same, nothing] = json_lines(output)
+    assert path.startswith("/tmp/ckptfs-cop")
+    assert (roots.partition("/mnt/")[0], nothing) == ("/run/ckptfs", [])
+    assert text == same == '{"layers": 1}'
+    assert warning.endswith("ln -s /proc/self/mounts /etc/mtab, as root")
+    assert re.search(r"^failed +mount +.*/etc/mtab is missing", output, re.MULTILINE)
+    assert " fuse.ckptfs " not in output
+
+
 def test_where_only_the_temporary_folder_can_be_written(
     node: Node, small: Path, uri_of: UriOf
 ) -> None:

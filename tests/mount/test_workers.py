@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -93,7 +92,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ckptfs.Checkpoint
     top, seen = tmp_path / "faulty", tmp_path / "seen"
     (top / "run").mkdir(parents=True)
     seen.mkdir()
-    for name in ("plain", "hold-2", "once-abort", "abort", "once-stop", "hang"):
+    for name in ("plain", "once-hold-gate", "once-abort", "abort", "once-stop", "hang"):
         (top / "run" / name).write_bytes(name.encode() * 1000)
     return ckptfs.Checkpoint("run", pafs.PyFileSystem(Faulty(str(top), str(seen))))
 
@@ -173,22 +172,23 @@ def test_workers_end_with_their_daemon_and_the_next_has_its_own(node: Node, top:
 
 
 def test_a_library_that_holds_the_lock_stops_nobody_else(
-    node: Node, faulty: ckptfs.Checkpoint
+    node: Node, faulty: ckptfs.Checkpoint, tmp_path: Path
 ) -> None:
     node.configure(idle_exit_s=0.5)
+    gate = tmp_path / "seen" / "gate"
+    os.mkfifo(gate)
     with faulty.as_directory(mode="mount") as path:
         assert Path(path, "plain").read_bytes() == b"plain" * 1000
-        held = threading.Thread(target=Path(path, "hold-2").read_bytes)
+        held = threading.Thread(target=Path(path, "once-hold-gate").read_bytes)
         held.start()
-        looks = 0
-        while held.is_alive():
+        wait_until((gate.parent / "once-hold-gate").exists)
+        for _ in range(6):
             with open(f"{path}/plain", "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 assert file.read() == b"plain" * 1000
             os.stat(f"{path}/hang")
-            looks += 1
-            time.sleep(0.05)
-        assert looks > 5
+        assert held.is_alive()
+        gate.open("wb").close()
         held.join()
     wait_until(lambda: not workers())
 

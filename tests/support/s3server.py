@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import pyarrow.fs
 
-START_DEADLINE_S = 15.0
+START_DEADLINE_S = 30.0
 """rclone is up in 0.2 s; the rest is for a machine that is busy with other tests."""
 
 STOP_DEADLINE_S = 5.0
@@ -79,6 +79,9 @@ class S3Server:
 
     endpoint: str
     """"127.0.0.1:port"."""
+
+    pid: int
+    """The process of rclone."""
 
     def __init__(
         self, root: Path | None = None, *, counted: bool = False, connection_rate: int = 0
@@ -143,6 +146,7 @@ class S3Server:
                 start_new_session=True,  # Ctrl-C ends the tests first, then they end the server
             )
         stack.callback(_stop, process)
+        self.pid = process.pid
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline:
             # Written when the socket listens; the port is the kernel's choice.

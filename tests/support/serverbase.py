@@ -22,6 +22,8 @@ START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
 PORTS = 15_000, 32_000
 _given: set[int] = set()
+_chance = random.SystemRandom()
+"""hypothesis seeds the other one, so that processes of pytest would try the same ports."""
 
 
 def accepted(listener: socket.socket) -> Iterator[socket.socket]:
@@ -149,7 +151,7 @@ class Authority:
 def free_port() -> int:
     """A port that is free at this moment, and below those that the kernel gives to connections."""
     while True:
-        port = random.randrange(*PORTS)
+        port = _chance.randrange(*PORTS)
         if port not in _given:
             with socket.socket() as bound, suppress(OSError):
                 bound.bind(("127.0.0.1", port))

@@ -1,9 +1,10 @@
 """A filesystem whose files make their library hang, hold the lock, or end the process.
 
 The name of a file says which fault its opening causes: `hang`, `hold-0.5` (seconds, with the lock
-of the interpreter), `sleep-0.5`, `gate` (waits for the file `open` in `seen`), `abort`, `exit-7`,
-`stop`, `deny`, `odd`; with `once-` before it, only the first time. A directory with such a name
-does so when it is listed. Other files are ordinary.
+of the interpreter), `hold-gate` (with the lock, until a process opens the FIFO `gate` in `seen` to
+write), `sleep-0.5`, `gate` (waits for the file `open` in `seen`), `abort`, `exit-7`, `stop`,
+`deny`, `odd`; with `once-` before it, only the first time. A directory with such a name does so
+when it is listed. Other files are ordinary.
 """
 
 import ctypes
@@ -55,7 +56,10 @@ class Faulty(fs.FileSystemHandler):
             name = name[len("once-") :]
         while name == "gate" and not (Path(self.seen) / "open").exists():
             time.sleep(0.01)
-        misbehave(name)
+        if name == "hold-gate":
+            ctypes.PyDLL(None).open(os.fsencode(Path(self.seen) / "gate"), os.O_RDONLY)
+        else:
+            misbehave(name)
 
     def get_type_name(self) -> str:
         return "faulty"
