@@ -108,7 +108,9 @@ def _serve_channel(
             call = messages.decode_call(text)
             request_id.set(call.request)
             progress.begin()
-            sock.send(_outcome(call, progress, memory, directories))
+            answer = _outcome(call, progress, memory, directories)
+            directories.leave(call)
+            sock.send(answer)
 
 
 def _outcome(
@@ -201,7 +203,8 @@ class Directories:
     def __init__(self, setup: messages.Setup) -> None:
         self._setup = setup
         self._open = _opener(setup)
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the rest
+        self._closed: set[int] = set()
         self._opening: dict[int, threading.Lock] = {}  # held while that one is opened
         self._stores: dict[int, Store] = {}
 
@@ -222,10 +225,18 @@ class Directories:
     def close(self, number: int) -> None:
         """Forget a directory that is no longer used."""
         with self._lock:
+            self._closed.add(number)
             self._opening.pop(number, None)
             store = self._stores.pop(number, None)
         if store is not None:
             store.close()
+
+    def leave(self, call: messages.Call) -> None:
+        """Forget the directory of an ended call again if the call came when it was closed."""
+        with self._lock:
+            is_closed = call.store in self._closed
+        if is_closed:
+            self.close(call.store)
 
 
 def _opener(setup: messages.Setup) -> "OpenStore":
