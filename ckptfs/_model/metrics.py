@@ -130,8 +130,8 @@ NODE = (
     _gauge("in_flight_bytes", "Bytes that are in flight or not yet on the disk."),
     _counter(
         "store_requests",
-        "Requests to stores, including repeated ones. For S3, HTTP requests; for other stores, "
-        "calls of their library.",
+        "Requests to stores, including repeated ones. For S3, Google and Azure, HTTP requests; a "
+        "read in another process counts as one. For other stores, calls of their library.",
         _requests,
         "kind",
         "outcome",

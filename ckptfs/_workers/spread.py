@@ -27,8 +27,8 @@ _FEW = 3
 """The long reads at once that are a load. A reader of small tensors has one or two."""
 _SUSTAINED_S = 0.3
 """The time after which a load counts as sustained: twice that of a worker's start."""
-_GAP_S = 0.1
-"""A shorter gap does not end a load: fast stores answer all reads before the next ones begin."""
+_GAP_S = 0.5
+"""A shorter gap does not end a load, because readers pause between two files or tensors."""
 _CORES_MIN = 4
 _CORES_PER_PROCESS = 4
 _PROCESSES_MAX = 8
