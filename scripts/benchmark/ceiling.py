@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from benchmark import gil, processes
-from benchmark.contenders import CKPTFS, Ready
+from benchmark.contenders import Ready, ckptfs_node
 from benchmark.results import amount
 from benchmark.run import FAILURES, working
 from benchmark.warm import drop_mounted, filled
@@ -105,7 +105,7 @@ def name_of(way: str, readers: int) -> str:
 @contextmanager
 def _cold(run: Run, store: Store, fetch_processes: int) -> Iterator[Ready]:
     """A node that jobs read the large file through, with an empty cache."""
-    with CKPTFS.cold(store, run.temp, fetch_processes=fetch_processes) as ready:
+    with ckptfs_node(store, run.temp, fetch_processes=fetch_processes) as ready:
         yield Ready(ready.job | {"name": "large"}, ready.environment, ready.node)
 
 
