@@ -30,12 +30,14 @@ from ckptfs._workers.counts import COUNTS
 from ckptfs._workers.pool import Pool
 from ckptfs._workers.process import BUSY_CALLS
 from ckptfs._workers.spread import Load, SpreadStore, processes_for
+from ckptfs._workers.store import WorkerStore
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreTimeout, StoreUnavailable
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
+    from ckptfs._model.kinds import Kind
     from ckptfs._model.named_store import Credentials
     from ckptfs._workers.process import Group, Worker
 
@@ -509,3 +511,24 @@ def test_a_worker_that_dies_again_and_again_is_left_alone_for_a_while(
         assert bench.ends() == {"died": bench.group.deaths}
         monkeypatch.undo()
         wait_until(lambda: bench.read() == DATA and bench.group.deaths == 0)
+
+
+# -- stores that only workers read
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "most"), [("http", 0, 1), ("http", 1, 2), ("hdfs", 1, 1)]
+)
+def test_own_clients_that_need_a_worker_may_have_more(kind: Kind, extra: int, most: int) -> None:
+    pool = Pool(limit_for, b"", lambda: extra)
+    try:
+        store = WorkerStore(pool, ME, Location(kind, "http://127.0.0.1:9/run"), 3.0)
+        group = store._group
+        with ends_in(LEFT_S):
+            seats = [pool.take(group, "x", waits=True) for _ in range(BUSY_CALLS + 1)]
+            wait_until(lambda: not group.is_starting)
+            assert len(group.workers) == most
+            for seat in seats:
+                pool.give_back(group, *seat)
+    finally:
+        pool.shut()
