@@ -52,6 +52,7 @@ from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
 from ckptfs._os.write_all import write_all
 from ckptfs._workers.lifeline import end_with
 from ckptfs._workers.pool import Pool
+from ckptfs._workers.spread import processes_for
 from ckptfs.errors import CkptfsError
 
 log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
@@ -90,11 +91,13 @@ def main() -> None:
     if not end:
         sys.exit(1)  # the keeper is dead, so it needs no spare daemon any more
     config = msgspec.json.decode(settings, type=Config)
+    current = CurrentConfig(config)
     limiter = logs.configure(config)
     _raise_descriptor_limit()
     table, *journal = args.handoff_fds
     try:
-        open_with = opening_with(Pool(limit_for, pickled), is_private=bool(pickled))
+        pool = Pool(limit_for, pickled, lambda: processes_for(current.config.fetch_processes))
+        open_with = opening_with(pool, is_private=bool(pickled))
         stores = Stores({} if pickled else known_stores(config.store), open_with)
         inherited = _Inherited(
             fuse_fd=args.fuse_fd,
@@ -124,7 +127,7 @@ def main() -> None:
     gc.freeze()  # the modules stay, so no collection looks at them again
     status = 1
     try:
-        status = trio.run(_run, config, cache, stores, inherited, why_passthrough, limiter)
+        status = trio.run(_run, current, cache, stores, inherited, why_passthrough, limiter)
         cache.shut()
     except BaseException:
         log.critical("the daemon cannot go on", exc_info=True)
@@ -134,7 +137,7 @@ def main() -> None:
 
 
 async def _run(
-    config: Config,
+    current: CurrentConfig,
     cache: Cache,
     stores: Stores,
     inherited: _Inherited,
@@ -143,16 +146,16 @@ async def _run(
 ) -> int:
     """Serve, and return the exit status."""
     async with trio.open_nursery() as nursery:
-        offload = Offload(config.connections_max)
+        offload = Offload(current.config.connections_max)
 
         def forget_name(name: str) -> None:
             forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
             nursery.start_soon(offload.control, forget)
 
         service = Service(
-            current=CurrentConfig(config),
+            current=current,
             cache=cache,
-            fetcher=Fetcher(config, cache, offload, nursery),
+            fetcher=Fetcher(current.config, cache, offload, nursery),
             offload=offload,
             nursery=nursery,
             forget_name=forget_name,

@@ -14,6 +14,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Threads = Annotated[int, msgspec.Meta(ge=0, le=64)] | Literal["auto"]
+Processes = Annotated[int, msgspec.Meta(ge=0, le=32)] | Literal["auto"]
 Share = Annotated[float, msgspec.Meta(ge=0, le=0.95)]
 
 MIB = 1 << 20
@@ -83,6 +84,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         below 10 s."""),
     ] = STORE_TIMEOUT_S
     connections_max: Annotated[Count, _live("Maximum number of concurrent requests for data.")] = 16
+    fetch_processes: Annotated[
+        Processes,
+        _live("""Maximum number of processes that read stores beside the daemon under a sustained
+        load, because one process receives some 2 GB/s over HTTPS at most. Each takes about 35 MB
+        of memory, and together they hold the bytes in flight a second time. With `"auto"`, one for
+        each 4 cores, 8 at most."""),
+    ] = "auto"
     in_flight_bytes_max: Annotated[
         Bytes, _live("Maximum number of bytes in flight, in all requests together.")
     ] = 128 * MIB

@@ -130,8 +130,8 @@ NODE = (
     _gauge("in_flight_bytes", "Bytes that are in flight or not yet on the disk."),
     _counter(
         "store_requests",
-        "Requests to stores, including repeated ones. For S3, HTTP requests; for other stores, "
-        "calls of their library.",
+        "Requests to stores, including repeated ones. For S3, Google and Azure, HTTP requests; a "
+        "read in another process counts as one. For other stores, calls of their library.",
         _requests,
         "kind",
         "outcome",
@@ -148,7 +148,7 @@ NODE = (
     _counter("evicted_bytes", "Bytes that the cache evicted to make space."),
     _counter("evicted_objects", "Files that the cache evicted completely."),
     _gauge("threads", "Threads of the daemon that run or wait for other threads."),
-    _gauge("workers", "Worker processes, which run the libraries of stores."),
+    _gauge("workers", "Worker processes, which read stores."),
     _gauge("worker_memory_bytes", "Memory of the worker processes."),
     _counter("worker_starts", "Started worker processes."),
     _counter("worker_ends", "Ended worker processes.", "worker_ends", "reason"),

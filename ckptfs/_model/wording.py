@@ -15,6 +15,7 @@ _NOT_SHOWN = ("credentials", "uri", "endpoint")
 """Keys whose values can contain a secret by mistake."""
 _SPECIAL = {
     "metrics": 'an address such as "127.0.0.1:9467" or "unix:/run/ckptfs/metrics.sock"',
+    "fetch_processes": 'a whole number from 0 to 32, or "auto"',
     "users": 'a list of names or numbers, or "*"',
     "groups": 'a list of names or numbers, or "*"',
     "credentials": '"default", "anonymous", or a table such as { file = "/etc/ckptfs/keys" }',

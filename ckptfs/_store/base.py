@@ -23,7 +23,7 @@ equal versions before and after the read mean that the bytes are of that version
 store refuses a read before that, the object need not have changed (see `repinned`).
 """
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -112,6 +112,16 @@ class Store(Protocol):
     def close(self) -> None:
         """Close open handles. Calls that are still running may fail."""
         ...
+
+
+@runtime_checkable
+class HasWholeAnswers(Protocol):
+    """A Store that learns whether all bytes of an answer of its server are of one version.
+
+    Another object for the same directory may be told so by setting the attribute to True.
+    """
+
+    answers_are_whole: bool
 
 
 def repinned(store: Store, pin: Pin) -> Pin:

@@ -1,7 +1,6 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Filesystems of pyarrow and fsspec that are built from a Location, and the stores on them."""
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -13,8 +12,7 @@ from ckptfs._store.arrow import ArrowStore, advice_for
 from ckptfs._store.base import Store
 from ckptfs._store.environment.resolve import connected
 from ckptfs._store.fsspec import FsspecStore
-from ckptfs._store.http.client import HttpOptions
-from ckptfs._store.http.store import HttpStore
+from ckptfs._store.http.resolve import open_directory
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.local import LocalStore
 from ckptfs._store.wrappers import BoundedStore
@@ -27,20 +25,8 @@ TIMEOUT_S = 3.0
 
 
 def open_on_filesystem(location: Location, timeout_s: float) -> Store:
-    """The store at a location that a library or our HTTP client reads. Raises LocationError."""
-    if location.kind == "http":
-        return _http_store(location, {**location.options, **location.secrets}, timeout_s)
+    """The store at a location that a library reads. Raises LocationError."""
     return plain_store(filesystem_for(location, timeout_s), location.path, location.uri)
-
-
-def _http_store(location: Location, options: Mapping[str, Any], timeout_s: float) -> Store:
-    known = {name: options[name] for name in HttpOptions.__struct_fields__ if name in options}
-    try:
-        return HttpStore(location.path, location.uri, HttpOptions(**known), timeout_s)
-    except (OSError, ValueError) as error:
-        if isinstance(error, LocationError):
-            raise
-        raise LocationError(f"{location.uri}: {error}; check the options") from None
 
 
 def filesystem_for(location: Location, timeout_s: float = TIMEOUT_S) -> FileSystem:
@@ -70,7 +56,7 @@ def plain_store(filesystem: FileSystem, path: str, name: str) -> Store:
     if (headers := fsspec.http_headers_of(inner)) is not None:
         place = connected(Location("http", path))
         options = {**place.options, **place.secrets, "headers": headers}
-        return _http_store(place, options, TIMEOUT_S)
+        return open_directory(place, options, TIMEOUT_S)
     return BoundedStore(FsspecStore(inner, path, name))
 
 

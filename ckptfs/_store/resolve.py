@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from ckptfs._model.kinds import Kind
 from ckptfs._model.location import Location
 from ckptfs._model.named_store import Credentials
 from ckptfs._store.base import Store
@@ -15,6 +16,7 @@ from ckptfs._store.builders import NAMESPACE
 from ckptfs._store.cloud import resolve
 from ckptfs._store.credentials import SecretFile, environment_secrets
 from ckptfs._store.environment.resolve import connected
+from ckptfs._store.http.resolve import open_directory
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.s3.address import split_path
 from ckptfs._store.s3.client import S3Client
@@ -26,10 +28,14 @@ from ckptfs.errors import AccessDenied, LocationError
 
 OpenStore: TypeAlias = Callable[[Location, float], Store]
 """A function that opens a location which brings its credentials or needs none."""
+IN_PROCESS: frozenset[Kind] = frozenset(["s3", *resolve.KINDS])
+"""The kinds that `open_store` does not leave to `open_other`."""
 
 
 def open_here(location: Location, timeout_s: float) -> Store:
-    """The store at a location that is not S3, in this process. Raises LocationError."""
+    """The store at a location of another kind than `IN_PROCESS`. Raises LocationError."""
+    if location.kind == "http":
+        return open_directory(location, {**location.options, **location.secrets}, timeout_s)
     from ckptfs._store.build import open_on_filesystem  # start-up time
 
     return open_on_filesystem(location, timeout_s)

@@ -1,11 +1,12 @@
-"""Processes for the libraries of stores, so that no library runs in the daemon.
+"""Processes for the libraries of stores, so that no library runs in the daemon, and for long reads.
 
 pyarrow, fsspec and their packages may misbehave. One holds the interpreter's lock while it waits
 for its server, another ends the process when an answer is odd, and a third waits for ever. In a
 process of its own, each of these costs that process and one error.
 
 The daemon uses `store.WorkerStore` as the Store. `pool.Pool` has the processes, and each runs
-``python -m ckptfs._workers``.
+``python -m ckptfs._workers``. Workers with our own clients share the reads of a busy daemon (see
+`spread`).
 
 **A worker** belongs to one store of one user. It gets options and credentials once, when it starts,
 and opens only directories of that store. Attachments of that store share it. It inherits only its
@@ -33,6 +34,9 @@ Messages are typed msgpack. The pool kills a worker that sends anything else.
 - The deadline of the caller is over, and the call fails with `StoreTimeout`. The channel is then
   left behind with the call in it. It is free again when the worker answers after all.
 - The caller gives the call up (``_store.request_context``). The channel is left behind as well.
+
+A channel to one of our own clients is closed instead of left behind. The worker's main thread
+notices that, and gives the request up.
 
 **The pool kills a worker** in one of these cases:
 

@@ -6,9 +6,10 @@ import msgspec
 
 from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.manifest import ListedFile, Skipped
+from ckptfs._model.named_store import Credentials
 from ckptfs._store.base import Method, Pin
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of the messages; change it with any message. A worker may be of another version if
 the package on the disk was replaced since the daemon began."""
 OTHER_PROTOCOL_STATUS = 3
@@ -37,12 +38,14 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
         location: The store, with an empty path.
         timeout_s: See ``resolve.open_store``.
         pickled: The filesystem of a private daemon, or nothing.
+        credentials: See ``resolve.open_store``.
     """
 
     protocol: int
     location: Location
     timeout_s: float
     pickled: bytes = b""
+    credentials: Credentials = "default"
 
     def __repr__(self) -> str:
         return f"Setup({self.location!r})"
@@ -59,6 +62,8 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
         left_s: The seconds until the caller's deadline.
         pin, offset, length, files_max, name: The arguments. The data of a `put` are the first
             `length` bytes of the memory.
+        request: The id of the request to the daemon, see ``_model.request_id``.
+        answers_are_whole: What the daemon's own store has learned, see `HasWholeAnswers`.
     """
 
     method: Method | Literal["close"]
@@ -71,10 +76,12 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
     length: int = 0
     files_max: int = 0
     name: str = ""
+    request: str = ""
+    answers_are_whole: bool = False
 
 
 class Came(msgspec.Struct, frozen=True, array_like=True, tag="came"):
-    """More bytes of a read came: `count` of them."""
+    """More bytes of a read's body came: `count` of them."""
 
     count: int
 

@@ -1,19 +1,23 @@
 """The workers of this process: which worker serves a call, and when workers start and end.
 
 **A group** is one store of one user: the same kind, options and credentials. One worker serves the
-calls of a group. A retired worker gets no more calls, and ends when its calls have ended. A new
-worker may serve the group meanwhile.
+calls of a library. Several may serve those of our own clients, because each process has an
+interpreter's lock of its own. A call goes to the ready worker with the fewest calls. When all are
+busy, another one starts in the background. A retired worker gets no more calls, and ends when its
+calls have ended. A new worker may serve the group meanwhile.
 
-**Limits.** At most `PROCESSES_MAX` workers run, and another user than the daemon's has a share of
-them. If the limit is reached, the pool ends the worker without calls that was used longest ago. If
-all have calls, the call waits until its deadline. A user may start as many workers at once as the
-user may have, and then one sixteenth of that each second, so that a library that dies again and
-again does not become a fork bomb.
+**Limits.** At most `PROCESSES_MAX` workers run that calls need, and `extra_max()` others.
+Another user than the daemon's has a share of both. If the first limit is reached, the pool ends the
+worker without calls that was used longest ago. If all have calls, the call waits until its
+deadline. A user may start as many workers of each sort at once as the first limit allows, and then
+one sixteenth of that each second, so that a library that dies again and again does not become a
+fork bomb.
 
 **Deaths in a row.** The pool replaces a dead worker at once. After each further death without an
 answer in between, the next start waits 0.2 s, and twice as long each time, up to 10 s. From `_ROW`
 deaths on, reads and checks do not wait for it, because they would occupy threads that others need.
-They fail until then, and ``_daemon.fetch.retry`` repeats them.
+They fail until then, and ``_daemon.fetch.retry`` repeats them. Calls that the daemon can make
+itself never wait for a worker.
 
 One thread, the supervisor, starts all workers and never ends, because the kernel ends a worker with
 the thread that has started it. It also removes dead workers, and checks the calls that were left
@@ -35,6 +39,8 @@ import msgspec
 from ckptfs._model.backoff import Backoff
 from ckptfs._model.kinds import Kind
 from ckptfs._model.location import Location
+from ckptfs._model.named_store import Credentials
+from ckptfs._store.kinds import KINDS
 from ckptfs._store.request_context import deadline_s
 from ckptfs._workers.channel import Channel, Nonsense
 from ckptfs._workers.counts import COUNTS
@@ -45,7 +51,7 @@ from ckptfs.errors import StoreTimeout, StoreUnavailable
 log = logging.getLogger(__name__)
 
 PROCESSES_MAX = 32
-"""The most workers of all users. A worker with pyarrow takes some 70 MB."""
+"""The most workers of all users that calls need. A worker with pyarrow takes some 70 MB."""
 _BURST_S = 16.0
 """The seconds after which a user may start all the user's workers again."""
 _ROW = 3
@@ -73,16 +79,27 @@ class Died(Exception):
 
 
 class Pool:
-    """All workers. `limit_for` returns the share of a limit that a user may have, and `pickled` is
-    the filesystem of a private daemon."""
+    """All workers.
 
-    def __init__(self, limit_for: Callable[[int, int], int], pickled: bytes = b"") -> None:
+    Args:
+        limit_for: Returns the share of a limit that a user may have.
+        pickled: The filesystem of a private daemon.
+        extra_max: Returns the most workers that may run now besides those that calls need.
+    """
+
+    def __init__(
+        self,
+        limit_for: Callable[[int, int], int],
+        pickled: bytes = b"",
+        extra_max: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._limit_for = limit_for
+        self._extra_max = extra_max
         self._pickled = pickled
         self._changed = threading.Condition()
         self._groups: dict[Hashable, Group] = {}  # by store, user and credentials
         self._all: set[Group] = set()  # also groups whose store is closed
-        self._starts: dict[int, _Starts] = {}
+        self._starts: dict[tuple[int, bool], _Starts] = {}  # by user, and whether extra
         self._numbers = itertools.count()
         self._asked: SimpleQueue[Group | None] = SimpleQueue()
         self._released: deque[tuple[Group, int]] = deque()
@@ -97,9 +114,17 @@ class Pool:
     # -- directories
 
     def enter(
-        self, owner: object, location: Location, timeout_s: float, uid: int
+        self,
+        owner: object,
+        location: Location,
+        timeout_s: float,
+        uid: int,
+        credentials: Credentials = "default",
+        *,
+        is_needed: bool = True,
     ) -> tuple[Group, int, Callable[[], object]]:
-        """Register a directory that `owner` uses from now on.
+        """Register a directory that `owner` uses from now on. `is_needed` says whether it cannot do
+        without a worker.
 
         Returns its group, its number, and a function to call when it is no longer used. The
         function runs at the latest when `owner` is collected.
@@ -108,13 +133,16 @@ class Pool:
         secrets = tuple(sorted(place.secrets.items()))
         options = tuple(sorted((name, repr(value)) for name, value in place.options.items()))
         server = location.path.split("/")[:3] if location.kind == "http" else []
-        key = (uid, place.kind, *server, options, secrets, timeout_s)
+        key = (uid, place.kind, *server, options, secrets, timeout_s, repr(credentials), is_needed)
         with self._changed:
             self._forget_released()
             group = self._groups.get(key)
             if group is None:
-                setup = Setup(PROTOCOL, place, timeout_s, self._pickled)
-                group = self._groups[key] = Group(key, uid, setup)
+                setup = Setup(PROTOCOL, place, timeout_s, self._pickled, credentials)
+                row = None if self._pickled else KINDS.get(place.kind)
+                has_own_client = row is not None and row.has_own_client
+                group = Group(key, uid, setup, has_own_client, int(is_needed))
+                self._groups[key] = group
             number = next(self._numbers)
             group.stores.add(number)
         leave = weakref.finalize(owner, self._release, group, number)
@@ -157,10 +185,10 @@ class Pool:
         with self._changed:
             self._all.add(group)
             while True:
-                worker = group.serving
+                worker = group.least_busy(self._extra_max())
+                self._want(group)
                 if worker is not None:
                     break
-                self._want(group)
                 if not waits:
                     self._check_row(group, name)
                 left_s = deadline_s() - time.monotonic()
@@ -173,19 +201,42 @@ class Pool:
             if worker.idle:
                 return worker, worker.idle.pop()
         try:
-            return worker, worker.new_channel()
+            return worker, self._new_channel(group, worker)
         except OSError as error:
-            with self._changed:
-                worker.calls -= 1
-                self._close_if_buried(group, worker)
-            if isinstance(error, BlockingIOError):
-                worker.kill("still")
             if worker.is_retired or isinstance(error, ConnectionError):
                 raise self.died(group, worker, name) from None
             raise StoreUnavailable(
                 f"{name}: cannot open a channel to the store's library: {error.strerror}; raise "
                 "the limit of open files"
             ) from None
+
+    def take_ready(self, group: Group) -> tuple[Worker, Channel] | None:
+        """As `take`, but at once; None if no worker is ready."""
+        with self._changed:
+            self._all.add(group)
+            worker = group.least_busy(self._extra_max())
+            self._want(group)
+            if worker is None or not worker.is_ready:
+                return None
+            worker.calls += 1
+            if worker.idle:
+                return worker, worker.idle.pop()
+        try:
+            return worker, self._new_channel(group, worker)
+        except OSError:  # the supervisor notices if the worker has died
+            return None
+
+    def _new_channel(self, group: Group, worker: Worker) -> Channel:
+        """A channel for a call that is counted already. Raises OSError."""
+        try:
+            return worker.new_channel()
+        except OSError as error:
+            with self._changed:
+                worker.calls -= 1
+                self._close_if_buried(group, worker)
+            if isinstance(error, BlockingIOError):
+                worker.kill("still")
+            raise
 
     def give_back(self, group: Group, worker: Worker, channel: Channel) -> None:
         """Take back the channel of a call that was answered."""
@@ -201,7 +252,12 @@ class Pool:
             self._close_if_buried(group, worker)
 
     def leave_behind(self, group: Group, worker: Worker, channel: Channel) -> None:
-        """Leave a channel to its worker, which still runs the call. Its caller has gone."""
+        """Leave a channel to its worker, which still runs the call. Its caller has gone.
+
+        Our own clients end the call, so the channel is closed."""
+        if group.has_own_client:
+            self.drop(group, worker, channel)
+            return
         with self._changed:
             channel.deadline_s = max(time.monotonic(), deadline_s())
             worker.left.append(channel)
@@ -243,10 +299,14 @@ class Pool:
         """Let the supervisor start a worker for `group` if it may have one."""
         if not group.may_start or self._is_shut or group.not_before_s > time.monotonic():
             return
+        is_extra = group.has_own_client and len(group.serving) >= group.needed
+        has_place = self._has_place_for_extra if is_extra else self._make_place
+        if not has_place(group.uid):
+            return
         starts = self._starts.setdefault(
-            group.uid, _Starts(self._limit_for(group.uid, PROCESSES_MAX))
+            (group.uid, is_extra), _Starts(self._limit_for(group.uid, PROCESSES_MAX))
         )
-        if not self._make_place(group.uid) or not starts.take():
+        if not starts.take():
             return
         group.is_starting = True
         if self._supervisor is None:
@@ -256,21 +316,34 @@ class Pool:
             self._supervisor.start()
         self._asked.put(group)
 
+    def _has_place_for_extra(self, uid: int) -> bool:
+        own = sum(group.extra for group in self._all if group.uid == uid)
+        every = sum(group.extra for group in self._all)
+        most = self._extra_max()
+        return every < most and own < self._limit_for(uid, most)
+
     def _has_place(self, uid: int) -> bool:
         limit = self._limit_for(uid, PROCESSES_MAX)
         own = [group for group in self._all if group.uid == uid]
-        if sum(group.size for group in own) >= limit or sum(len(g.dying) for g in own) >= limit:
+        size = sum(group.size - group.extra for group in own)
+        if size >= limit or sum(len(group.dying) for group in own) >= limit:
             return False
-        return sum(group.size for group in self._all) < PROCESSES_MAX
+        return sum(group.size - group.extra for group in self._all) < PROCESSES_MAX
 
     def _make_place(self, uid: int) -> bool:
         """Whether the user may have one more worker, perhaps after an idle one has ended."""
         if self._has_place(uid):
             return True
         own = [group for group in self._all if group.uid == uid]
-        is_full = sum(group.size for group in own) >= self._limit_for(uid, PROCESSES_MAX)
-        candidates = own if is_full else self._all
-        idle = [(group, w) for group in candidates for w in group.workers if not w.calls]
+        size = sum(group.size - group.extra for group in own)
+        candidates = own if size >= self._limit_for(uid, PROCESSES_MAX) else self._all
+        idle = [
+            (group, w)
+            for group in candidates
+            if not group.extra
+            for w in group.workers
+            if not w.calls
+        ]
         if not idle:
             return False
         group, worker = min(idle, key=lambda each: each[1].used_s)
@@ -290,7 +363,8 @@ class Pool:
         group.workers.remove(worker)
         group.dying.append(worker)
         COUNTS.ends[worker.reason] += 1
-        if worker.reason in ("died", "nonsense"):
+        # Reads that do not need a worker gain nothing from a new one on a machine that starves it.
+        if worker.reason in ("died", "nonsense") or not (group.needed or worker.reason == "idle"):
             self._note_death(group, how)
         if worker.reason != "idle":
             why = _WHY.get(worker.reason, how)

@@ -25,6 +25,9 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _REAP_S = 1.0
 """The longest wait for a killed process, which ends at once unless it waits for a disk in the
 kernel."""
+BUSY_CALLS = 4
+"""The calls at which a worker is busy. More threads that receive TLS only wait for one lock: 4 and
+16 threads of one process took a GiB in the same time."""
 _DYING_MAX = 4
 """The most killed workers of one group that still exist, because they wait in the kernel for a
 network file system."""
@@ -57,10 +60,10 @@ class Worker:
         self.left: list[Channel] = []
         self.is_retired = False
         self.reason: Reason = "died"
-        self.used_s = time.monotonic()
+        self.used_s = self._begun_s = time.monotonic()
         try:
             with theirs:
-                os.pwrite(self._beat, struct.pack("d", time.monotonic()), 0)
+                os.pwrite(self._beat, struct.pack("d", self._begun_s), 0)
                 self._tell(setup)
                 fd = theirs.fileno()
                 self._process = subprocess.Popen(
@@ -109,9 +112,17 @@ class Worker:
 
     def still_s(self) -> float:
         """The seconds since the last beat."""
+        return time.monotonic() - self._last_beat_s()
+
+    def _last_beat_s(self) -> float:
         raw = os.pread(self._beat, BEAT_BYTES, 0)
-        beat_s = struct.unpack("d", raw)[0] if len(raw) == BEAT_BYTES else 0.0
-        return time.monotonic() - beat_s
+        return struct.unpack("d", raw)[0] if len(raw) == BEAT_BYTES else 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has begun to serve, and beats."""
+        beat_s = self._last_beat_s()
+        return beat_s != self._begun_s and time.monotonic() - beat_s < STOPPED_S
 
     def is_stopped(self) -> bool:
         """Whether it does not beat, and the kernel reports it as stopped."""
@@ -178,6 +189,10 @@ class Group:
         key: The key that distinguishes groups.
         uid: The user.
         setup: The first message to its workers.
+        has_own_client: Whether a client of ckptfs reads the store. Then several workers may serve,
+            and a call ends when its channel is closed.
+        needed: The number of workers without which there are no calls: 0 if the daemon can make
+            them itself, or 1. The others are extra ones.
         stores: The numbers of the directories that are in use.
         workers: The workers that are alive.
         dying: The workers that were killed and still exist.
@@ -190,6 +205,8 @@ class Group:
     key: Hashable
     uid: int
     setup: Setup
+    has_own_client: bool = False
+    needed: int = 1
     stores: set[int] = field(default_factory=set[int])
     workers: list[Worker] = field(default_factory=list[Worker])
     dying: list[Worker] = field(default_factory=list[Worker])
@@ -199,9 +216,15 @@ class Group:
     not_before_s: float = 0.0
 
     @property
-    def serving(self) -> Worker | None:
-        """The worker that gets the calls; None if there is none now."""
-        return next((worker for worker in self.workers if not worker.is_retired), None)
+    def serving(self) -> list[Worker]:
+        """The workers that get calls."""
+        return [worker for worker in self.workers if not worker.is_retired]
+
+    def least_busy(self, extra_max: int) -> Worker | None:
+        """The worker that gets the next call if there may be `extra_max` extra ones; None if there
+        is none now."""
+        serving = self.serving[: self.needed + extra_max]
+        return min(serving, key=lambda worker: (not worker.is_ready, worker.calls), default=None)
 
     @property
     def size(self) -> int:
@@ -209,6 +232,17 @@ class Group:
         return len(self.workers) + self.is_starting
 
     @property
+    def extra(self) -> int:
+        """The number of workers that serve or start beyond those that are needed."""
+        if not self.has_own_client:
+            return 0
+        return max(0, len(self.serving) + self.is_starting - self.needed)
+
+    @property
     def may_start(self) -> bool:
-        """Whether the group has no serving worker and may start one."""
-        return self.serving is None and not self.is_starting and len(self.dying) < _DYING_MAX
+        """Whether the group has no serving worker, or only busy ones, and may start one."""
+        if self.is_starting or len(self.dying) >= _DYING_MAX:
+            return False
+        if self.has_own_client:
+            return all(worker.calls >= BUSY_CALLS for worker in self.serving)
+        return not self.serving

@@ -4,16 +4,21 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Listing, printable
+from ckptfs._model.named_store import Credentials
+from ckptfs._model.request_id import request_id
 from ckptfs._store.base import Method, Pin, check_count
 from ckptfs._store.request_context import deadline_s
-from ckptfs._store.request_metrics import KIND_OF, counted
+from ckptfs._store.request_metrics import KIND_OF, Outcome, counted, outcome_of
 from ckptfs._workers.channel import Channel, LeftBehind, Nonsense
 from ckptfs._workers.messages import OBJECT_BYTES_MAX, Call, Done, Failed, encode
 from ckptfs._workers.pool import Died, Pool
+from ckptfs._workers.process import Worker
 from ckptfs.errors import BY_CODE, CkptfsError, StoreError, StoreTimeout, StoreUnavailable
 
 T = TypeVar("T")
@@ -22,6 +27,9 @@ STILL_S = 5.0
 PATIENCE = 0.75
 """The part of a call's time for which a library may hold the lock, because it may still get its
 answer. The rest is enough for another try at a store that answers as usual."""
+_STILL_AT_READ_S = 2.0
+"""The same in seconds for a read that the daemon can make itself: our own clients hold the lock for
+milliseconds, so the process does not run."""
 _TRIES = 2
 _TRIES_OF_OTHERS = 4
 """The tries of a call whose worker died. ``_daemon.fetch.retry`` repeats reads and checks after
@@ -29,6 +37,15 @@ that, but no caller repeats a listing. `put` is tried once."""
 
 _IS_TRIED_ON = frozenset[Method](["confirm", "read_into"])
 """The calls that ``_daemon.fetch.retry`` makes again after `StoreUnavailable`."""
+
+
+def _fill(buffer: memoryview, done: Done, channel: Channel) -> bool:
+    channel.read_into(buffer)
+    return done.is_true
+
+
+def _outcome_of(error: BaseException) -> Outcome:
+    return "unavailable" if isinstance(error, Died) else outcome_of(error)
 
 
 def _error_of(failed: Failed) -> CkptfsError:
@@ -41,14 +58,27 @@ def _error_of(failed: Failed) -> CkptfsError:
 class WorkerStore:
     """The directory at `location`, which workers of `pool` read for the user `uid`.
 
-    The first call opens the store, so it raises the error of wrong options.
+    `credentials` are those of a named store. `is_needed` says whether the caller cannot do without
+    a worker, as it can with `read_if_ready`. The first call opens the store, so it raises the error
+    of wrong options.
     """
 
-    def __init__(self, pool: Pool, uid: int, location: Location, timeout_s: float) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        uid: int,
+        location: Location,
+        timeout_s: float,
+        credentials: Credentials = "default",
+        *,
+        is_needed: bool = True,
+    ) -> None:
         self.name = location.uri
         self._path, self._named = location.path, location.store
         self._pool = pool
-        self._group, self._number, self._leave = pool.enter(self, location, timeout_s, uid)
+        self._group, self._number, self._leave = pool.enter(
+            self, location, timeout_s, uid, credentials, is_needed=is_needed
+        )
 
     def list(self, files_max: int) -> Listing:
         """See Store.list."""
@@ -76,12 +106,29 @@ class WorkerStore:
 
     def read_into(self, pin: Pin, offset: int, buffer: memoryview) -> bool:
         """See Store.read_into."""
-
-        def fill(done: Done, channel: Channel) -> bool:
-            channel.read_into(buffer)
-            return done.is_true
-
+        fill = partial(_fill, buffer)
         return self._call("read_into", fill, pin=pin, offset=offset, length=len(buffer))
+
+    def read_if_ready(
+        self, pin: Pin, offset: int, buffer: memoryview, *, answers_are_whole: bool
+    ) -> bool | None:
+        """As `read_into`, by a worker that is ready now; None if none is, or if it dies.
+
+        `answers_are_whole` is what the caller knows of the server, see `HasWholeAnswers`.
+        """
+        seat = self._pool.take_ready(self._group)
+        if seat is None:
+            return None
+        call = self._made(
+            "read_into",
+            pin=pin,
+            offset=offset,
+            length=len(buffer),
+            answers_are_whole=answers_are_whole,
+        )
+        with suppress(Died), counted("read", _outcome_of):
+            return self._ask(*seat, call, b"", _STILL_AT_READ_S, partial(_fill, buffer))
+        return None
 
     def get(self, path: str) -> bytes | None:
         """See Store.get."""
@@ -113,43 +160,44 @@ class WorkerStore:
         result: Callable[[Done, Channel], T],
         *,
         data: bytes = b"",
-        pin: Pin | None = None,
-        offset: int = 0,
-        length: int = 0,
-        files_max: int = 0,
-        name: str = "",
+        **arguments: Any,
     ) -> T:
         """The result of a call that sends `data`: `result` of its answer."""
-        left_s = deadline_s() - time.monotonic()
-        call = Call(
-            method=method,
-            store=self._number,
-            path=self._path,
-            named=self._named,
-            left_s=left_s,
-            pin=pin,
-            offset=offset,
-            length=length,
-            files_max=files_max,
-            name=name,
-        )
+        call = self._made(method, **arguments)
         is_tried_on = method in _IS_TRIED_ON
-        patience_s = max(STILL_S, PATIENCE * left_s) if is_tried_on else math.inf
+        patience_s = max(STILL_S, PATIENCE * call.left_s) if is_tried_on else math.inf
         tries = 1 if method == "put" else _TRIES if is_tried_on else _TRIES_OF_OTHERS
         with counted(KIND_OF[method]):
             for tried in itertools.count(1):
                 try:
-                    return self._once(call, data, patience_s, result)
+                    seat = self._pool.take(self._group, self.name, waits=not is_tried_on)
+                    return self._ask(*seat, call, data, patience_s, result)
                 except Died as death:
                     if tried >= tries:
                         raise StoreUnavailable(str(death)) from None
         raise AssertionError("unreachable")
 
-    def _once(
-        self, call: Call, data: bytes, patience_s: float, result: Callable[[Done, Channel], T]
+    def _made(self, method: Method, **arguments: Any) -> Call:
+        return Call(
+            method=method,
+            store=self._number,
+            path=self._path,
+            named=self._named,
+            left_s=deadline_s() - time.monotonic(),
+            request=request_id.get(),
+            **arguments,
+        )
+
+    def _ask(
+        self,
+        worker: Worker,
+        channel: Channel,
+        call: Call,
+        data: bytes,
+        patience_s: float,
+        result: Callable[[Done, Channel], T],
     ) -> T:
-        waits = call.method not in _IS_TRIED_ON
-        worker, channel = self._pool.take(self._group, self.name, waits=waits)
+        """The result of one try. Raises Died if the worker has died."""
 
         def look() -> None:
             if worker.is_stopped():

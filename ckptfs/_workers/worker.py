@@ -1,7 +1,9 @@
 """The program of a worker; see the package's docstring.
 
-The main thread reads the control socket and beats, and each channel has a thread. The standard
-streams are /dev/null, because the last words of a library can contain URLs and tokens.
+The main thread reads the control socket and beats, and each channel has a thread. If the daemon
+closes a channel, the main thread gives the channel's call up: our own clients then end their
+request at once. The standard streams are /dev/null, because the last words of a library can contain
+URLs and tokens.
 """
 
 import contextlib
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ckptfs._model.manifest import Listing
+from ckptfs._model.request_id import request_id
 from ckptfs._os.write_all import pwrite_all
-from ckptfs._store.base import Pin, Store
+from ckptfs._store.base import HasWholeAnswers, Pin, Store
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._workers import messages
 from ckptfs._workers.lifeline import end_with
@@ -59,21 +62,31 @@ def main() -> None:
 
 
 def serve(control: socket.socket, setup: messages.Setup, beat: mmap.mmap) -> None:
-    """Serve the channels that arrive on `control`, and beat."""
+    """Serve the channels that arrive on `control`, and beat. The first beat says that it serves."""
     directories = Directories(setup)
+    channels: dict[int, tuple[socket.socket, Progress]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         beat[:] = struct.pack("d", time.monotonic())
-        if not poll.poll(1000 * messages.BEAT_S):
+        ready = [fd for fd, _ in poll.poll(1000 * messages.BEAT_S)]
+        for fd in channels.keys() & ready:
+            poll.unregister(fd)
+            sock, progress = channels.pop(fd)
+            sock.close()
+            progress.give_up()
+        if control.fileno() not in ready:
             continue
         text, fds = _received(control)
         if text == _CLOSED:
             return
         if fds:
             sock, memory = socket.socket(fileno=fds[0]), Memory(fds[1])
+            watched, progress = sock.dup(), _Telling(sock)
+            channels[watched.fileno()] = watched, progress
+            poll.register(watched, 0)  # its end
             threading.Thread(
-                target=_serve_channel, args=(sock, memory, directories), daemon=True
+                target=_serve_channel, args=(sock, memory, directories, progress), daemon=True
             ).start()
         else:
             call = messages.decode_call(text)
@@ -87,21 +100,28 @@ def _received(control: socket.socket) -> tuple[bytes, list[int]]:
     return text, fds
 
 
-def _serve_channel(sock: socket.socket, memory: "Memory", directories: "Directories") -> None:
+def _serve_channel(
+    sock: socket.socket, memory: "Memory", directories: "Directories", progress: "_Telling"
+) -> None:
     with sock, contextlib.closing(memory), contextlib.suppress(ConnectionError):
         while (text := sock.recv(messages.MESSAGE_BYTES_MAX)) != _CLOSED:
-            sock.send(_outcome(messages.decode_call(text), sock, memory, directories))
+            call = messages.decode_call(text)
+            request_id.set(call.request)
+            progress.begin()
+            answer = _outcome(call, progress, memory, directories)
+            directories.leave(call)
+            sock.send(answer)
 
 
 def _outcome(
-    call: messages.Call, sock: socket.socket, memory: "Memory", directories: "Directories"
+    call: messages.Call, progress: Progress, memory: "Memory", directories: "Directories"
 ) -> bytes:
     """The answer to a call. It names only the type and place of a library's unexpected exception,
     because its text may contain secrets."""
     try:
         with ends_in(call.left_s):
             store = directories.store(call)
-            answer = messages.encode(_Telling(sock).run(lambda: carry_out(call, store, memory)))
+            answer = messages.encode(progress.run(lambda: carry_out(call, store, memory)))
         if len(answer) > messages.MESSAGE_BYTES_MAX:
             raise StoreError(f"{store.name}: the store's answer has {len(answer)} bytes of names")
     except CkptfsError as error:
@@ -123,6 +143,8 @@ def carry_out(call: messages.Call, store: Store, memory: "Memory") -> messages.D
     if call.method == "confirm":
         return messages.Done(pin=store.confirm(_pin_of(call)))
     if call.method == "read_into":
+        if call.answers_are_whole and isinstance(store, HasWholeAnswers):
+            store.answers_are_whole = True
         with memory.view(call.length) as buffer:
             is_confirmed = store.read_into(_pin_of(call), call.offset, buffer)
         return messages.Done(is_true=is_confirmed, size=call.length)
@@ -150,7 +172,7 @@ def _pin_of(call: messages.Call) -> Pin:
 
 
 class _Telling(Progress):
-    """The progress of a read, which the worker reports to the daemon."""
+    """The progress of a channel's calls, which the worker reports to the daemon."""
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -158,13 +180,21 @@ class _Telling(Progress):
         self._told = 0
         self._told_s = 0.0
 
+    def begin(self) -> None:
+        """Begin a call. Its first bytes are reported at once."""
+        self._told, self._told_s = self.body_count, 0.0
+        self.is_in_head = False
+
     def came(self, count: int) -> None:
         """See Progress.came."""
         super().came(count)
         now_s = time.monotonic()
-        if now_s - self._told_s >= messages.PROGRESS_S:
-            self._channel.send(messages.encode(messages.Came(self.count - self._told)))
-            self._told, self._told_s = self.count, now_s
+        if self.body_count > self._told and now_s - self._told_s >= messages.PROGRESS_S:
+            try:
+                self._channel.send(messages.encode(messages.Came(self.body_count - self._told)))
+            except ConnectionError:
+                self.give_up()  # the daemon has closed the channel
+            self._told, self._told_s = self.body_count, now_s
 
 
 class Directories:
@@ -172,7 +202,9 @@ class Directories:
 
     def __init__(self, setup: messages.Setup) -> None:
         self._setup = setup
-        self._lock = threading.Lock()  # guards the two below
+        self._open = _opener(setup)
+        self._lock = threading.Lock()  # guards the rest
+        self._closed: set[int] = set()
         self._opening: dict[int, threading.Lock] = {}  # held while that one is opened
         self._stores: dict[int, Store] = {}
 
@@ -186,27 +218,41 @@ class Directories:
                 location = msgspec.structs.replace(
                     self._setup.location, path=call.path, store=call.named
                 )
-                found = self._opener(location, self._setup.timeout_s)
+                found = self._open(location, self._setup.timeout_s)
                 self._stores[call.store] = found
             return found
 
     def close(self, number: int) -> None:
         """Forget a directory that is no longer used."""
         with self._lock:
+            self._closed.add(number)
             self._opening.pop(number, None)
             store = self._stores.pop(number, None)
         if store is not None:
             store.close()
 
-    @functools.cached_property
-    def _opener(self) -> "OpenStore":
-        if self._setup.pickled:
+    def leave(self, call: messages.Call) -> None:
+        """Forget the directory of an ended call again if the call came when it was closed."""
+        with self._lock:
+            is_closed = call.store in self._closed
+        if is_closed:
+            self.close(call.store)
+
+
+def _opener(setup: messages.Setup) -> "OpenStore":
+    """The function that opens the directories of a worker. Calls of it may raise LocationError."""
+    if setup.pickled:
+
+        @functools.cache
+        def unpickled() -> "OpenStore":
             from ckptfs._store import private
 
-            return private.opener(self._setup.pickled)
-        from ckptfs._store.resolve import open_store
+            return private.opener(setup.pickled)
 
-        return open_store
+        return lambda location, timeout_s: unpickled()(location, timeout_s)
+    from ckptfs._store.resolve import open_store
+
+    return functools.partial(open_store, credentials=setup.credentials)
 
 
 class Memory:

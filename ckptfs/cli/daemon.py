@@ -153,7 +153,10 @@ def _facts(reply: StatusReply) -> Iterator[tuple[str, str]]:
     if reply.workers:
         memory = output.size(reply.worker_bytes)
         processes = counted(reply.workers, "process")
-        yield "workers", f"{processes} with libraries of stores, {memory} of memory"
+        yield (
+            "workers",
+            f"{processes} that read{'s' if reply.workers == 1 else ''} stores, {memory} of memory",
+        )
     yield "passthrough", reply.passthrough
     yield "log", reply.log
 

@@ -165,6 +165,20 @@ def stop_worker(chaos: Chaos, chance: random.Random) -> None:
                 os.kill(pid, signal.SIGCONT)
 
 
+def starve_worker(chaos: Chaos, chance: random.Random) -> None:
+    """The workers run for a quarter of the time, as under a limit of the CPU."""
+    end_s = time.monotonic() + chance.uniform(0.5, 2.0)
+    while time.monotonic() < end_s:
+        pids = chaos.kill(WORKER, signal.SIGSTOP)
+        try:
+            chaos.wait(0.15)
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        chaos.wait(0.05)
+
+
 def kill_reader(chaos: Chaos, chance: random.Random) -> None:
     """A job is killed, with all that it holds."""
     chaos.kill_reader(chance)
@@ -374,6 +388,7 @@ NODE: dict[str, tuple[int, Action]] = {
     "kill keeper": (1, kill_keeper),
     "kill worker": (4, kill_worker),
     "stop worker": (2, stop_worker),
+    "starve worker": (2, starve_worker),
     "kill reader": (4, kill_reader),
     "pin": (3, pin),
     "detach by force": (3, detach_by_force),

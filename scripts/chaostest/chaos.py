@@ -88,6 +88,9 @@ class Chaos:
             "restarts_max": 100_000,
         }
         self._tls = chance.random() < 0.3 if tls is None else tls
+        settings["fetch_processes"] = chance.choice((0, 1, 2, 2))
+        if settings["fetch_processes"]:  # only many reads at once are a load
+            settings |= {"connections_max": 16, "span_bytes_max": MIB, "window_bytes_max": 32 * MIB}
         self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)

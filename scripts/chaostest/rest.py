@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chaostest.content import MIB
-from chaostest.node import Sample
+from chaostest.node import DAEMON, Sample
 from ckptfs import Checkpoint
 from ckptfs.errors import CkptfsError
 
@@ -60,6 +60,7 @@ def judge(chaos: Chaos) -> None:
             chaos.breach("rest", f"still attached {REST_WAIT_S:g} s after all ended: {left}")
     except (CkptfsError, OSError) as error:
         chaos.breach("rest", f"no daemon answers at the end: {error}")
+    _wait_for_idle_channels(chaos)
     chaos.sample("last")
     _judge_growth(chaos)
     _judge_log(chaos)
@@ -81,6 +82,17 @@ def _judge_cache(chaos: Chaos) -> None:
         said = dict(words_of_cache(chaos.node.log()))
         text = done.stdout.strip() or done.stderr.strip().splitlines()[-1:]
         chaos.breach("cache", f"{file.name} is not stored, at rest: {text}; the log: {said}")
+
+
+def _wait_for_idle_channels(chaos: Chaos) -> None:
+    """Wait until the daemon has closed its channels to workers, which it does after 10 s."""
+    first = chaos.outcome.samples.get("daemon", {}).get("first")
+    deadline_s = time.monotonic() + REST_WAIT_S
+    while first and time.monotonic() < deadline_s:
+        sample = chaos.node.sample(DAEMON)
+        if sample is not None and sample.descriptors - first[1] <= DESCRIPTORS_GROWTH_MAX:
+            return
+        time.sleep(0.2)
 
 
 def _judge_growth(chaos: Chaos) -> None:

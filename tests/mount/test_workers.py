@@ -137,7 +137,7 @@ def test_no_library_of_a_store_is_in_the_daemon(node: Node, top: Path) -> None:
         status = node.status()
         assert status["workers"] == len(workers()) > 0
         assert status["worker_bytes"] > 1_000_000
-        assert "processes with libraries of stores" in node.here("status").stdout
+        assert "processes that read stores" in node.here("status").stdout
         assert libraries_of(status["pid"]) == set()
 
 

@@ -160,11 +160,14 @@ def free_port() -> int:
 
 
 def children(pid: int) -> list[int]:
-    """All descendants of a process."""
+    """All descendants of a process. Each thread has children of its own."""
+    found: list[int] = []
     with suppress(OSError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [each for child in map(int, text.split()) for each in (child, *children(child))]
-    return []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                own = map(int, (task / "children").read_text().split())
+                found += [each for child in own for each in (child, *children(child))]
+    return found
 
 
 def beside(name: str, package: str) -> str:

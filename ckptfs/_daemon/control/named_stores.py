@@ -7,8 +7,9 @@ may use the store. They never get its credentials, and they reach only paths bel
 `find` notes its answer in `Location.store`. The control socket rejects requests with that field,
 because the field stands for the permission.
 
-The daemon reads S3 with its own client, in threads that end by themselves. All other stores need a
-library, so a worker reads them (``ckptfs._workers``). A worker also reads local files, because a
+The daemon reads S3, Google and Azure with its own client, in threads that end by themselves. Under
+a sustained load, it reads them in workers as well (``ckptfs._workers.spread``). Workers read all
+other stores (``ckptfs._workers``), which need a library. A worker also reads local files, because a
 network file system may not answer. A thread that waits for it would keep a killed daemon alive, and
 the next daemon could not begin.
 """
@@ -25,8 +26,9 @@ from ckptfs._daemon.quotas import is_ours
 from ckptfs._model.location import Location
 from ckptfs._model.named_store import Credentials, StoreTable, Who
 from ckptfs._store.base import Store
-from ckptfs._store.resolve import open_store
+from ckptfs._store.resolve import IN_PROCESS, open_store
 from ckptfs._workers.pool import Pool
+from ckptfs._workers.spread import Load, SpreadStore
 from ckptfs._workers.store import WorkerStore
 from ckptfs.errors import CkptfsError, LocationError, ProtocolError, StoreNotAllowed, UnknownStore
 
@@ -96,6 +98,7 @@ def _numbers(store: str, who: Who, number_of: Callable[[str], int]) -> frozenset
 def opening_with(pool: Pool, *, is_private: bool) -> OpenWith:
     """The function that opens all stores of a daemon, with workers of `pool`. A private daemon has
     one filesystem, which its workers know."""
+    load = Load()
 
     def open_with(
         location: Location, timeout_s: float, uid: int, credentials: Credentials
@@ -103,7 +106,11 @@ def opening_with(pool: Pool, *, is_private: bool) -> OpenWith:
         in_worker = functools.partial(WorkerStore, pool, uid)
         if is_private:
             return in_worker(location, timeout_s)
-        return open_store(location, timeout_s, credentials, in_worker)
+        store = open_store(location, timeout_s, credentials, in_worker)
+        if location.kind not in IN_PROCESS:
+            return store
+        in_workers = in_worker(location, timeout_s, credentials, is_needed=False)
+        return SpreadStore(store, in_workers, load)
 
     return open_with
 

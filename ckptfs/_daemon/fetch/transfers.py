@@ -206,9 +206,11 @@ class Transfers:
             await trio.sleep(_PROGRESS_S)
             for transfer in list(self._under_way):
                 progress = transfer.progress
-                if progress.body_count > transfer.counted:
+                # A read that was made again (`_workers.spread`) has brought some bytes twice.
+                count = min(progress.body_count, transfer.length)
+                if count > transfer.counted:
                     ago_s = time.monotonic() - progress.last_s
-                    self._came(transfer, progress.body_count, trio.current_time() - ago_s)
+                    self._came(transfer, count, trio.current_time() - ago_s)
         self._counts_progress = False
 
     def _came(self, transfer: _Transfer, count: int, at_s: float) -> None:

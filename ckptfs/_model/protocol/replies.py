@@ -328,7 +328,7 @@ class DaemonReply(Reply, frozen=True, kw_only=True):
         cache_bytes_max: Limit of the cache; 0 for none.
         fetched_bytes: Bytes that came from stores.
         fetched_spans: Number of spans that brought them.
-        workers: Number of processes that run libraries of stores for the daemon.
+        workers: Number of processes that read stores for the daemon.
     """
 
     version: str
@@ -353,7 +353,7 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
         taken_bytes: Bytes that came from other nodes.
         given_bytes: Bytes that went to other nodes.
         log: Where the daemon's log is: a file, a command, or a description.
-        worker_bytes: Memory of the processes that run libraries.
+        worker_bytes: Memory of these processes.
     """
 
     cache_dir: str
@@ -422,7 +422,7 @@ class ActivityReply(DaemonReply, frozen=True, tag="activity-reply"):
         checkpoints_left_out: Number of further checkpoints.
         attachments: Number of attached checkpoints, of all users.
         threads: Threads of the daemon that work or wait for others.
-        worker_memory_bytes: Memory of the processes that run libraries.
+        worker_memory_bytes: Memory of these processes.
         worker_starts: Number of such processes that the daemon has started.
         worker_ends: Number of such processes that have ended, by reason.
         retries, failures: As in `counts`, for clients of the previous release.

@@ -72,13 +72,17 @@ T = TypeVar("T")
 
 
 class S3Store:
-    """The directory `prefix` of a bucket. `name` is the checkpoint's URI, for messages."""
+    """The directory `prefix` of a bucket. `name` is the checkpoint's URI, for messages.
+
+    Attributes:
+        answers_are_whole: Whether all bytes of an answer are known to be of one version.
+    """
 
     def __init__(self, client: S3Client, prefix: str, name: str) -> None:
         self._client = client
         self._prefix = f"{prefix}/" if prefix else ""
         self.name = name
-        self._answers_are_whole = client.answers_are_whole
+        self.answers_are_whole = client.answers_are_whole
         self._knows_conditions = True
 
     # -- listing
@@ -140,7 +144,7 @@ class S3Store:
         condition = {"if-none-match": pin.etag} if is_strong(pin.etag) else {}
         seen = self._of_object(pin, lambda: self._head(self._key(pin.path), condition))
         if seen is None:
-            self._answers_are_whole = True
+            self.answers_are_whole = True
             return _proven(pin), None
         is_same_time = is_same_second(pin.mtime_ns, seen.mtime_ns)
         if seen.size not in (-1, pin.size):
@@ -275,7 +279,7 @@ class S3Store:
             has_length = response.length is not None or "content-range" in response.headers
             if not has_length and response.read(1):
                 raise changed(self.name, pin, f"{pin.size} bytes became more")
-        return is_conditional and etag == pin.etag and self._answers_are_whole
+        return is_conditional and etag == pin.etag and self.answers_are_whole
 
     def _check_range(self, pin: Pin, offset: int, length: int, response: "HTTPResponse") -> None:
         """Raise StoreError or ObjectChanged unless the body of the answer is the requested

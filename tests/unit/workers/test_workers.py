@@ -623,9 +623,12 @@ class serving:
     def __enter__(self) -> Channel:
         self._channel = Channel()
         sock, memory = self._channel._theirs, worker.Memory(os.dup(self._channel._memory))
-        directories: Any = type("", (), {"store": lambda _, __: self._store})()
+        directories: Any = type(
+            "", (), {"store": lambda _, __: self._store, "leave": lambda _, __: None}
+        )()
         self._thread = threading.Thread(
-            target=worker._serve_channel, args=(sock, memory, directories)
+            target=worker._serve_channel,
+            args=(sock, memory, directories, worker._Telling(sock)),
         )
         self._thread.start()
         return self._channel
