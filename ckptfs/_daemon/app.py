@@ -163,14 +163,13 @@ async def _run(
             handoff=inherited.handoff,
             passthrough=why_passthrough,
         )
-        threads = ReplyThreads(inherited.fuse_fd, threads_for(config.reply_threads), cache.buffers)
-        relay = await _connect_libfuse(service, inherited.fuse_fd, cache, threads)
+        relay = await _connect_libfuse(service, inherited.fuse_fd, cache)
         if inherited.follows_another:
             inherited.handoff.restarted()
             await restore(service)
             relay.take_over()
             service.attachments.release_all()
-        await _start(nursery, service, stores, relay, threads, inherited, limiter)
+        await _start(nursery, service, stores, relay, inherited, limiter)
         await service.lifetime.stopped.wait()
         log.info("ending")
         nursery.cancel_scope.cancel()
@@ -183,12 +182,11 @@ def _idle_memory_bytes(config: Config) -> int:
     return NODE_IDLE_MEMORY_BYTES if config.allow_other else 0
 
 
-async def _connect_libfuse(
-    service: Service, fuse_fd: int, cache: Cache, reply_threads: ReplyThreads
-) -> Relay:
+async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Relay:
     """Start libfuse on one end of a socket pair, and return the relay for the other end."""
     operations = fuse.Operations(service.vfs, service.xattrs, service.metadata)
     is_on = service.reporter.passthrough == passthrough.ON
+    threads = threads_for(service.current.config.reply_threads)
     relay = Relay(
         fuse_fd,
         await fuse.take_session(operations),
@@ -196,7 +194,7 @@ async def _connect_libfuse(
         passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
         service.handoff.handles,
         fuse.errno_of,
-        reply_threads,
+        ReplyThreads(fuse_fd, threads, cache.buffers),
     )
     operations.before_reply = relay.deliver
     return relay
@@ -207,7 +205,6 @@ async def _start(
     service: Service,
     stores: Stores,
     relay: Relay,
-    threads: ReplyThreads,
     inherited: _Inherited,
     limiter: logs.Limiter,
 ) -> None:
@@ -230,8 +227,10 @@ async def _start(
     nursery.start_soon(_serve_fuse, service.lifetime, relay)
     if config.metrics:
         nursery.start_soon(_serve_metrics, config, service)
-    calls = (inherited.handoff.beat, limiter.flush, service.reporter.sample, threads.take_back)
-    nursery.start_soon(_beat, *calls)
+    take_back = relay.reply_threads.take_back
+    nursery.start_soon(
+        _beat, inherited.handoff.beat, limiter.flush, service.reporter.sample, take_back
+    )
     os.write(inherited.ready_fd, b"{}\n")
     log.info("serving on %s", config.mount)
 

@@ -92,6 +92,7 @@ class Relay:
 
     `fuse_fd` is an initialised session, and `libfuse` the end of a socket pair whose other end
     libfuse serves. Neither blocks. `errno_of` returns the errno for an exception of `vfs`.
+    `reply_threads` write to the same session, and end with it.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Relay:
         self._passthrough = passthrough
         self._handles = handles
         self._errno_of = errno_of
-        self._reply_threads = reply_threads
+        self.reply_threads = reply_threads
         self._opening: dict[int, tuple[int, int]] = {}  # opcode and inode, by request
         self._removing: set[int] = set()  # repeated requests that may have been carried out already
         self._doubtful: dict[int, tuple[int, Slot]] = {}  # of an earlier daemon, by request
@@ -118,7 +119,7 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until the mount is gone."""
-        with self._libfuse, contextlib.closing(self._reply_threads):
+        with self._libfuse, contextlib.closing(self.reply_threads):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._replies)
                 if self._doubtful:
@@ -353,7 +354,7 @@ class Relay:
         """Send a reply with these bytes, and return their number."""
         length = sum(map(len, views))
         parts = [OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique), *views]
-        if length <= _SMALL_BYTES or not self._reply_threads.send(parts):
+        if length <= _SMALL_BYTES or not self.reply_threads.send(parts):
             self._write(parts)
         return length
 
