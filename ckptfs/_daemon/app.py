@@ -52,7 +52,7 @@ from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
 from ckptfs._os.write_all import write_all
 from ckptfs._workers.lifeline import end_with
 from ckptfs._workers.pool import Pool
-from ckptfs._workers.spread import processes_for
+from ckptfs._workers.spread import load_for, processes_for
 from ckptfs.errors import CkptfsError
 
 log = logging.getLogger("ckptfs._daemon.app")  # this module is __main__
@@ -97,7 +97,8 @@ def main() -> None:
     table, *journal = args.handoff_fds
     try:
         pool = Pool(limit_for, pickled, lambda: processes_for(current.config.fetch_processes))
-        open_with = opening_with(pool, is_private=bool(pickled))
+        load = load_for(lambda: current.config.fetch_processes)
+        open_with = opening_with(pool, load, is_private=bool(pickled))
         stores = Stores({} if pickled else known_stores(config.store), open_with)
         inherited = _Inherited(
             fuse_fd=args.fuse_fd,

@@ -89,7 +89,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         _live("""Maximum number of processes that read stores beside the daemon under a sustained
         load, because one process receives some 2 GB/s over HTTPS at most. Each takes about 35 MB
         of memory, and together they hold the bytes in flight a second time. With `"auto"`, one for
-        each 4 cores, 8 at most."""),
+        each 4 cores, 8 at most, and none while less than 400 MB/s come."""),
     ] = "auto"
     in_flight_bytes_max: Annotated[
         Bytes, _live("Maximum number of bytes in flight, in all requests together.")

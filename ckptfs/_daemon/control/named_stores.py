@@ -95,10 +95,9 @@ def _numbers(store: str, who: Who, number_of: Callable[[str], int]) -> frozenset
     return frozenset(found)
 
 
-def opening_with(pool: Pool, *, is_private: bool) -> OpenWith:
-    """The function that opens all stores of a daemon, with workers of `pool`. A private daemon has
-    one filesystem, which its workers know."""
-    load = Load()
+def opening_with(pool: Pool, load: Load, *, is_private: bool) -> OpenWith:
+    """The function that opens all stores of a daemon, with workers of `pool`, and counts their long
+    reads in `load`. A private daemon has one filesystem, which its workers know."""
 
     def open_with(
         location: Location, timeout_s: float, uid: int, credentials: Credentials

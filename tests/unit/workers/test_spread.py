@@ -8,8 +8,9 @@ import select
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from conftest import wait_until
@@ -29,7 +30,7 @@ from ckptfs._workers import process, spread
 from ckptfs._workers.counts import COUNTS
 from ckptfs._workers.pool import Pool
 from ckptfs._workers.process import BUSY_CALLS
-from ckptfs._workers.spread import Load, SpreadStore, processes_for
+from ckptfs._workers.spread import Load, SpreadStore, load_for, processes_for
 from ckptfs._workers.store import WorkerStore
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreTimeout, StoreUnavailable
 
@@ -61,6 +62,18 @@ def test_a_load_is_sustained_after_a_while_and_survives_pauses() -> None:
     load.ended(2.0)
     assert not load.began(2.0 + long_s)
     assert load.began(3.0 + long_s)
+
+
+def test_a_slow_link_is_no_load_where_the_node_decides() -> None:
+    slow = int(spread._FAST_BYTES_PER_S * spread._SUSTAINED_S / 2)
+    cases: list[tuple[int | Literal["auto"], int, bool]]
+    cases = [("auto", slow, False), ("auto", 3 * slow, True), (2, 0, True)]
+    for setting, length, is_load in cases:
+        load = load_for(partial(lambda setting: setting, setting))
+        for _ in range(spread._FEW):
+            load.began(0.0)
+        load.ended(0.1, length)
+        assert load.began(spread._SUSTAINED_S) is is_load
 
 
 def test_short_reads_are_no_load(server: Recording) -> None:
@@ -165,7 +178,7 @@ class Bench:
         if credentials != "default":
             secrets = {}
         place = Location("s3", "bucket/run", options, secrets)
-        self.store = opening_with(self.pool, is_private=False)(place, 3.0, ME, credentials)
+        self.store = opening_with(self.pool, Load(), is_private=False)(place, 3.0, ME, credentials)
         assert isinstance(self.store, SpreadStore)
         self.store._load = Always()
         with ends_in(LEFT_S):
