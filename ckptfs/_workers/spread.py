@@ -13,12 +13,12 @@ If a worker dies or stands still in a read, the read is made again in this proce
 counts name the death, and the pool starts another worker (see `pool`).
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+from ckptfs._os.cores import usable_cores
 from ckptfs._store.base import HasWholeAnswers, Method, Pin, Store
 from ckptfs._store.wrappers import StoreWrapper
 from ckptfs._workers.store import WorkerStore
@@ -49,7 +49,7 @@ def processes_for(setting: int | Literal["auto"]) -> int:
     """
     if setting != "auto":
         return setting
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return 0 if cores < _CORES_MIN else min(_PROCESSES_MAX, cores // _CORES_PER_PROCESS)
 
 

@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Final, Literal, TypeAlias
 
 from ckptfs._daemon.cache.buffer_pool import Buffers, Lent, Owner
+from ckptfs._os.cores import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def threads_for(setting: int | Literal["auto"]) -> int:
     """The number of threads that the setting `reply_threads` stands for on this machine."""
     if setting != "auto":
         return setting
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return 0 if cores < _CORES_MIN else min(_THREADS_MAX, 1 + cores // _CORES_PER_THREAD)
 
 

@@ -89,7 +89,7 @@ def test_short_reads_are_no_load(server: Recording) -> None:
 def test_the_machine_decides_how_many_processes_there_are(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(spread, "usable_cores", lambda: cores)
     assert processes_for("auto") == processes
     assert [processes_for(0), processes_for(5)] == [0, 5]
 

@@ -315,7 +315,7 @@ async def test_relay_writes_what_its_threads_have_before_it_ends(
 def test_small_nodes_have_no_threads_for_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[int, int] = {}
     for cores in (1, 2, 3, 4, 8, 16, 24, 200):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        monkeypatch.setattr(reply_threads, "usable_cores", lambda cores=cores: cores)
         found[cores] = threads_for("auto")
     assert found == {1: 0, 2: 0, 3: 0, 4: 1, 8: 2, 16: 3, 24: 4, 200: 4}
     assert threads_for(7) == 7
