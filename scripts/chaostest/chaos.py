@@ -91,6 +91,7 @@ class Chaos:
         settings["fetch_processes"] = chance.choice((0, 1, 2, 2))
         if settings["fetch_processes"]:  # only many reads at once are a load
             settings |= {"connections_max": 16, "span_bytes_max": MIB, "window_bytes_max": 32 * MIB}
+        settings["reply_threads"] = chance.choice((0, 1, 2))
         self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)
