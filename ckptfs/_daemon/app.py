@@ -49,6 +49,7 @@ from ckptfs._model.config import NODE_IDLE_MEMORY_BYTES, Config
 from ckptfs._model.wording import INSTALL_DAEMON
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
+from ckptfs._os.cores import usable_cores
 from ckptfs._os.write_all import write_all
 from ckptfs._workers.lifeline import end_with
 from ckptfs._workers.pool import Pool
@@ -96,7 +97,10 @@ def main() -> None:
     _raise_descriptor_limit()
     table, *journal = args.handoff_fds
     try:
-        pool = Pool(limit_for, pickled, lambda: processes_for(current.config.fetch_processes))
+        cores = usable_cores()  # reads files, and each long read asks for the processes
+        pool = Pool(
+            limit_for, pickled, lambda: processes_for(current.config.fetch_processes, cores)
+        )
         load = load_for(lambda: current.config.fetch_processes)
         open_with = opening_with(pool, load, is_private=bool(pickled))
         stores = Stores({} if pickled else known_stores(config.store), open_with)
@@ -187,7 +191,7 @@ async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Rela
     """Start libfuse on one end of a socket pair, and return the relay for the other end."""
     operations = fuse.Operations(service.vfs, service.xattrs, service.metadata)
     is_on = service.reporter.passthrough == passthrough.ON
-    threads = threads_for(service.current.config.reply_threads)
+    threads = threads_for(service.current.config.reply_threads, usable_cores())
     relay = Relay(
         fuse_fd,
         await fuse.take_session(operations),

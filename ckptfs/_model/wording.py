@@ -15,7 +15,6 @@ _NOT_SHOWN = ("credentials", "uri", "endpoint")
 """Keys whose values can contain a secret by mistake."""
 _SPECIAL = {
     "metrics": 'an address such as "127.0.0.1:9467" or "unix:/run/ckptfs/metrics.sock"',
-    "fetch_processes": 'a whole number from 0 to 32, or "auto"',
     "users": 'a list of names or numbers, or "*"',
     "groups": 'a list of names or numbers, or "*"',
     "credentials": '"default", "anonymous", or a table such as { file = "/etc/ckptfs/keys" }',
@@ -53,6 +52,8 @@ def _wanted(name: str, kind: inspect.Type) -> str:
             return f'a number of seconds {_range_of(kind)}, or text such as "30s" or "5min"'
         case inspect.FloatType():
             return f"a number {_range_of(kind)}"
+        case inspect.UnionType(types=(inspect.IntType() as number, inspect.LiteralType() as word)):
+            return f"{_wanted(name, number)}, or {_wanted(name, word).removeprefix('one of ')}"
         case _:
             return "text in quotes"
 

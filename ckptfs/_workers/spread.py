@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from ckptfs._os.cores import usable_cores
 from ckptfs._store.base import HasWholeAnswers, Method, Pin, Store
 from ckptfs._store.wrappers import StoreWrapper
 from ckptfs._workers.store import WorkerStore
@@ -40,8 +39,8 @@ _CORES_PER_PROCESS = 4
 _PROCESSES_MAX = 8
 
 
-def processes_for(setting: int | Literal["auto"]) -> int:
-    """The number of processes that the setting `fetch_processes` stands for on this machine.
+def processes_for(setting: int | Literal["auto"], cores: int) -> int:
+    """The number of processes that the setting `fetch_processes` stands for with so many cores.
 
     A process that receives TLS keeps a core busy. The server's bytes also cost the daemon, the
     kernel and their readers, so "auto" is a quarter of the cores. Eight processes bring more than
@@ -49,7 +48,6 @@ def processes_for(setting: int | Literal["auto"]) -> int:
     """
     if setting != "auto":
         return setting
-    cores = usable_cores()
     return 0 if cores < _CORES_MIN else min(_PROCESSES_MAX, cores // _CORES_PER_PROCESS)
 
 

@@ -156,9 +156,13 @@ def kill_worker(chaos: Chaos, chance: random.Random) -> None:
 
 def stop_worker(chaos: Chaos, chance: random.Random) -> None:
     """SIGSTOP; the daemon gives it up if a call waits for it. Otherwise it goes on."""
+    _stop_workers(chaos, chance.uniform(0.1, 3.0))
+
+
+def _stop_workers(chaos: Chaos, seconds: float) -> None:
     pids = chaos.kill(WORKER, signal.SIGSTOP)
     try:
-        chaos.wait(chance.uniform(0.1, 3.0))
+        chaos.wait(seconds)
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -169,13 +173,7 @@ def starve_worker(chaos: Chaos, chance: random.Random) -> None:
     """The workers run for a quarter of the time, as under a limit of the CPU."""
     end_s = time.monotonic() + chance.uniform(0.5, 2.0)
     while time.monotonic() < end_s:
-        pids = chaos.kill(WORKER, signal.SIGSTOP)
-        try:
-            chaos.wait(0.15)
-        finally:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+        _stop_workers(chaos, 0.15)
         chaos.wait(0.05)
 
 

@@ -21,7 +21,6 @@ from queue import SimpleQueue
 from typing import Final, Literal, TypeAlias
 
 from ckptfs._daemon.cache.buffer_pool import Buffers, Lent, Owner
-from ckptfs._os.cores import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +35,10 @@ _WAITING_MAX: Final = 4
 so the memory that is lent stays bounded."""
 
 
-def threads_for(setting: int | Literal["auto"]) -> int:
-    """The number of threads that the setting `reply_threads` stands for on this machine."""
+def threads_for(setting: int | Literal["auto"], cores: int) -> int:
+    """The number of threads that the setting `reply_threads` stands for with so many cores."""
     if setting != "auto":
         return setting
-    cores = usable_cores()
     return 0 if cores < _CORES_MIN else min(_THREADS_MAX, 1 + cores // _CORES_PER_THREAD)
 
 

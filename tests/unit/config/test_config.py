@@ -183,6 +183,8 @@ def test_each_error_has_a_line_and_says_what_is_wanted(file: Path, name: str) ->
         ),
         ("connections_max = 2.5", "connections_max must be a whole number from 1 to 100,000"),
         ("connections_max = true", "not true"),
+        ("reply_threads = 65", 'reply_threads must be a whole number from 0 to 64, or "auto"'),
+        ('idle_memory_bytes = "much"', 'or text such as "500G" or "64MiB", or "auto", not "much"'),
         ("fetch_processes = 33", 'fetch_processes must be a whole number from 0 to 32, or "auto"'),
         ("cache_free_share_min = 2", "cache_free_share_min must be a number from 0 to 0.95, not 2"),
         ("allow_other = 1", "allow_other must be true or false, not 1"),

@@ -86,12 +86,9 @@ def test_short_reads_are_no_load(server: Recording) -> None:
 @pytest.mark.parametrize(
     ("cores", "processes"), [(1, 0), (3, 0), (4, 1), (15, 3), (16, 4), (32, 8), (256, 8)]
 )
-def test_the_machine_decides_how_many_processes_there_are(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int
-) -> None:
-    monkeypatch.setattr(spread, "usable_cores", lambda: cores)
-    assert processes_for("auto") == processes
-    assert [processes_for(0), processes_for(5)] == [0, 5]
+def test_the_machine_decides_how_many_processes_there_are(cores: int, processes: int) -> None:
+    assert processes_for("auto", cores) == processes
+    assert [processes_for(0, cores), processes_for(5, cores)] == [0, 5]
 
 
 # -- a server, and a store whose every long read may go to a worker

@@ -312,13 +312,10 @@ async def test_relay_writes_what_its_threads_have_before_it_ends(
         assert "ckptfs-reply" not in names
 
 
-def test_small_nodes_have_no_threads_for_replies(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[int, int] = {}
-    for cores in (1, 2, 3, 4, 8, 16, 24, 200):
-        monkeypatch.setattr(reply_threads, "usable_cores", lambda cores=cores: cores)
-        found[cores] = threads_for("auto")
+def test_small_nodes_have_no_threads_for_replies() -> None:
+    found = {cores: threads_for("auto", cores) for cores in (1, 2, 3, 4, 8, 16, 24, 200)}
     assert found == {1: 0, 2: 0, 3: 0, 4: 1, 8: 2, 16: 3, 24: 4, 200: 4}
-    assert threads_for(7) == 7
+    assert threads_for(7, 1) == 7
 
 
 class Ioctl:
