@@ -237,6 +237,11 @@ class Node:
 
         wait_until(is_quiet)
 
+    def wait_detached(self) -> None:
+        """Wait until nothing is attached: the daemon hears of the end of a command a moment after
+        it."""
+        wait_until(lambda: self.status()["attachments"] == [])
+
     def log(self) -> str:
         """The text that keeper and daemon have logged."""
         path = self.cache_dir / "daemon.log"

@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from support.worlds import OWN_MOUNTS
 
 from ckptfs._install import InstallError, node, program
 from ckptfs._install.record import Record
@@ -75,7 +76,7 @@ def on_a_node(tmp_path: Path, prefix: Path) -> list[str]:
     (tmp_path / "work").mkdir()
     folders = *NODE_FOLDERS, str(prefix.parent).strip("/")
     script = IN_A_NODE_OF_ITS_OWN.format(folders=" ".join(folders))
-    command = ["unshare", "--mount", "--propagation", "private", "env"]
+    command = [*OWN_MOUNTS, "env"]
     command += [f"PATH={programs}:{os.environ['PATH']}", "sh", "-euc", script, "sh"]
     return [*command, str(tmp_path / "work"), "sh", "-euc"]
 

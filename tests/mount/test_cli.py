@@ -136,7 +136,7 @@ def test_ls_of_a_uri_does_not_keep_it(node: Node, small: Path, uri_of: UriOf) ->
     node.configure(linger_s=0)
     node.here("mount")
     assert "config.json" in node.here("ls", uri_of(small)).stdout
-    assert node.status()["attachments"] == []
+    node.wait_detached()
 
 
 def test_json_has_the_documented_fields(node: Node, small: Path, uri_of: UriOf) -> None:

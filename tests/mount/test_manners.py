@@ -319,7 +319,7 @@ def test_detach_takes_what_attach_took(
         assert node.here("prefetch", text).stdout
         assert node.here("cache", "ls", text).stderr == ""
     node.here("detach", text)
-    assert node.status()["attachments"] == []
+    node.wait_detached()
 
 
 @pytest.mark.parametrize("how", ["absolute", "relative", "dot", "home", "uri", "link"])
@@ -344,13 +344,13 @@ def test_local_directories(
     assert "a.json" in node.run(COMMAND, "ls", text, cwd=where).stdout
     assert "1 file" in node.run(COMMAND, "prefetch", text, cwd=where).stdout
     node.run(COMMAND, "detach", text, cwd=where)
-    assert node.status()["attachments"] == []
+    node.wait_detached()
     # Also when the directory itself has gone.
     node.run(COMMAND, "attach", str(folder))
     (folder / "a.json").unlink()
     folder.rmdir()
     node.run(COMMAND, "detach", str(folder))
-    assert node.status()["attachments"] == []
+    node.wait_detached()
 
 
 def test_a_uri_without_its_beginning(node: Node) -> None:

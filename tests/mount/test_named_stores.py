@@ -86,7 +86,7 @@ def test_a_checkpoint_by_name(node: Node, prod: str, small: Path) -> None:
     assert Path(path, ".metadata.json").read_text() == '{"step": 7}'
     assert node.here("find", "prod:").stdout == "prod:checkpoint\n"
     node.here("detach", "prod:checkpoint")
-    assert node.status()["attachments"] == []
+    node.wait_detached()
 
 
 def test_a_name_in_python(node: Node, prod: str, s3: S3Server, tmp_path: Path) -> None:

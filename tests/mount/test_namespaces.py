@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node
+from support.worlds import FORGET_MOUNTS, OWN_MOUNTS
 
 from ckptfs._os import peercred
 
@@ -50,12 +51,10 @@ class Containers:
         for name in ("host", "daemon/run", "client/vol", "empty"):
             (folder / name).mkdir(parents=True)
         node = self._start(
-            ["unshare", "--mount", "--propagation", "private"],
-            # Copies of mounts that others have would keep those alive.
-            "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | "
-            "xargs -r umount -l || true; "
-            f"mount -t tmpfs tmpfs {folder}/host; mount --make-shared {folder}/host; "
-            f"mkdir {folder}/host/run; echo ready; exec sleep infinity",
+            list(OWN_MOUNTS),
+            f"{FORGET_MOUNTS}mount -t tmpfs tmpfs {folder}/host; "
+            f"mount --make-shared {folder}/host; mkdir {folder}/host/run; "
+            "echo ready; exec sleep infinity",
         )
         assert line_of(node) == "ready"
         self._enter = ["nsenter", "--target", str(node.pid), "--mount"]

@@ -50,7 +50,7 @@ def test_prefetch_command_fetches_the_named_files(
     uri = uri_of(bucket / "ckpt")
     first = prefetch(node, uri, "*.json")
     assert first == {"files": 3, "bytes": 112, "fetched": 112, "cached": 0, "errors": []}
-    assert node.status()["attachments"] == []  # it held it only while it ran
+    node.wait_detached()  # it held it only while it ran
     s3.reset_traffic()
     with ckptfs.Checkpoint(uri).as_directory() as path:
         assert cached(path) == 112

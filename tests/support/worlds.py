@@ -7,6 +7,16 @@ from pathlib import Path
 
 import pytest
 
+OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""Gives a command a mount namespace of its own."""
+
+FORGET_MOUNTS = (
+    "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | "
+    "xargs -r umount --lazy --no-canonicalize || true; "
+)
+"""For a script in `OWN_MOUNTS`, before it mounts something: the namespace has copies of the mounts
+of tests that run beside it, and those would live as long as it."""
+
 READ_ONLY_ROOT = "mount -o remount,bind,ro /; "
 """For `script` of `in_world`. Mounts that come behind it can be written."""
 
@@ -50,10 +60,9 @@ def in_world(
         "import ckptfs._store.s3.store, ckptfs._store.resolve, ckptfs._store.local\n"
         f"os.setgroups([]); os.setresgid({uid}, {uid}, {uid}); os.setresuid({uid}, {uid}, {uid})\n"
     )
-    unshare = ("unshare", "--mount", "--propagation", "private")
     shell = ("sh", "-ec", script + '\nexec "$@"', "sh")
     done = subprocess.run(
-        [*unshare, *shell, sys.executable, "-c", (become if uid else "") + code, *arguments],
+        [*OWN_MOUNTS, *shell, sys.executable, "-c", (become if uid else "") + code, *arguments],
         env={k: v for k, v in {**os.environ, **environment}.items() if k not in without},
         cwd="/",
         capture_output=True,
