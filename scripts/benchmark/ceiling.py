@@ -2,12 +2,16 @@
 
 Two things of a daemon cannot be divided among cores: a thread, and the lock of an interpreter. The
 one that takes most time per GiB is the ceiling.
+
+The daemon has the settings of a node with `CORES` cores. Before the large file it reads the model,
+because processes that fetch start under a sustained load, and the first bytes come without them.
 """
 
 from __future__ import annotations
 
 import statistics
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmark import gil, processes
@@ -15,6 +19,8 @@ from benchmark.contenders import Ready, ckptfs_node
 from benchmark.results import amount
 from benchmark.run import FAILURES, working
 from benchmark.warm import drop_mounted, filled
+from ckptfs._daemon.fuse.reply_threads import threads_for
+from ckptfs._workers.spread import processes_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,16 +28,13 @@ if TYPE_CHECKING:
 
     from benchmark.node import Node
     from benchmark.run import Run
-    from benchmark.stores import Store
 
 GIB, GB = 1 << 30, 1e9
 READERS = (1, 8)
 ROUNDS = 3
-FETCH_PROCESSES = 4
+CORES = 16
 COLD_HTTPS, COLD_HTTP, WARM = "cold, HTTPS", "cold, HTTP", "warm"
-SPREAD = f"{FETCH_PROCESSES} fetch processes"
-SPREAD_HTTPS, SPREAD_HTTP = f"{COLD_HTTPS}, {SPREAD}", f"{COLD_HTTP}, {SPREAD}"
-GOALS_GB_PER_S = {SPREAD_HTTPS: 6, COLD_HTTP: 10, WARM: 15}
+GOALS_GB_PER_S = {COLD_HTTPS: 6, COLD_HTTP: 10, WARM: 15}
 LOCK_ABSENT = "the interpreter's lock in ceiling"
 
 Series = dict[str, list[float]]
@@ -50,29 +53,27 @@ def ceiling(run: Run) -> None:
     threads: Series = {}
     locks: Series = {}
     by_process: Series = {}
-    ways: dict[str, Callable[[], AbstractContextManager[Ready]]] = {}
-    if run.tls:
-        tls = run.tls
-        ways[COLD_HTTPS] = lambda: _cold(run, tls, 0)
-        ways[SPREAD_HTTPS] = lambda: _cold(run, tls, FETCH_PROCESSES)
-    ways[COLD_HTTP] = lambda: _cold(run, run.store, 0)
-    ways[SPREAD_HTTP] = lambda: _cold(run, run.store, FETCH_PROCESSES)
-    for way, make in ways.items():
-        for readers in READERS:
+    stores = {COLD_HTTPS: run.tls, COLD_HTTP: run.store}
+    for way, store in stores.items():
+        for readers in READERS if store else ():
             name = name_of(way, readers)
-            for _ in range(min(run.rounds, ROUNDS)):
-                with make() as ready:
-                    threads.setdefault(name, []).append(_busiest(run, ready, readers))
-            with make() as ready:
-                _note_lock(run, ready, readers, name, locks, by_process)
-    with filled(run, plain=True) as ready:
+            for turn in range(min(run.rounds, ROUNDS) + 1):
+                with ckptfs_node(store, run.temp, **settings_of_a_large_node()) as ready:
+                    read = _Reading(run, ready, readers, reads_model=True)
+                    if turn:
+                        threads.setdefault(name, []).append(_busiest(read))
+                    else:
+                        _note_lock(read, name, locks, by_process)
+    with filled(run, passthrough=False, **settings_of_a_large_node()) as ready:
         for readers in READERS:
             name = name_of(WARM, readers)
-            for _ in range(min(run.rounds, ROUNDS)):
+            read = _Reading(run, ready, readers, reads_model=False)
+            for turn in range(min(run.rounds, ROUNDS) + 1):
                 drop_mounted(ready)
-                threads.setdefault(name, []).append(_busiest(run, ready, readers))
-            drop_mounted(ready)
-            _note_lock(run, ready, readers, name, locks, by_process)
+                if turn:
+                    threads.setdefault(name, []).append(_busiest(read))
+                else:
+                    _note_lock(read, name, locks, by_process)
 
     run.add_panel(case, "CPU of the busiest thread per GiB", threads)
     run.add_panel(case, "interpreter's lock held per GiB, the process that holds it most", locks)
@@ -102,16 +103,51 @@ def name_of(way: str, readers: int) -> str:
     return f"{way}, {readers} reader{'s' if readers > 1 else ''}"
 
 
-@contextmanager
-def _cold(run: Run, store: Store, fetch_processes: int) -> Iterator[Ready]:
-    """A node that jobs read the large file through, with an empty cache."""
-    with ckptfs_node(store, run.temp, fetch_processes=fetch_processes) as ready:
-        yield Ready(ready.job | {"name": "large"}, ready.environment, ready.node)
+def settings_of_a_large_node() -> dict[str, int]:
+    return {
+        "fetch_processes": processes_for("auto", CORES),
+        "reply_threads": threads_for("auto", CORES),
+    }
 
 
-def _busiest(run: Run, ready: Ready, readers: int) -> float:
-    """CPU seconds per GiB of the daemon's busiest thread, while `readers` read the large file."""
-    keeper = _node(ready).keeper_pid()
+@dataclass(frozen=True)
+class _Reading:
+    """What `readers` processes read of a node; before the large file the model if `reads_model`."""
+
+    run: Run
+    ready: Ready
+    readers: int
+    reads_model: bool
+
+    @property
+    def node(self) -> Node:
+        assert self.ready.node
+        return self.ready.node
+
+    def watched(self, watch: Callable[[], AbstractContextManager[None]]) -> float:
+        """Read all of it, with `watch` around the reads. Returns the GiB."""
+        task = {"task": "parts", "processes": self.readers}
+        objects = self.run.objects
+        model = {"name": "model", "files": objects.shards()} | task
+        # The place of a node that is filled has a name of its own.
+        large = {"name": "large", "files": ["data.bin"]} | self.ready.job | task
+        size = objects.large_bytes * (2 if self.reads_model else 1)
+        with ExitStack() as stack:
+            first = None
+            if self.reads_model:
+                first = stack.enter_context(working(self.ready, model))
+            second = stack.enter_context(working(self.ready, large))
+            self.node.wait_idle()
+            with watch():
+                if first:
+                    first.go()
+                second.go(objects.large_check)
+        return size / GIB
+
+
+def _busiest(read: _Reading) -> float:
+    """CPU seconds per GiB of the daemon's busiest thread."""
+    keeper = read.node.keeper_pid()
     found: list[float] = []
 
     @contextmanager
@@ -120,42 +156,26 @@ def _busiest(run: Run, ready: Ready, readers: int) -> float:
         yield
         found.append(processes.busiest_s(before, processes.thread_cpu_s(keeper)))
 
-    _read(run, ready, readers, watch())
-    return found[0] / (run.objects.large_bytes / GIB)
+    size_gib = read.watched(watch)
+    return found[0] / size_gib
 
 
-def _note_lock(
-    run: Run, ready: Ready, readers: int, name: str, locks: Series, by_process: Series
-) -> None:
+def _note_lock(read: _Reading, name: str, locks: Series, by_process: Series) -> None:
     """Add the seconds per GiB for which the daemon's processes hold their locks; of several
     workers the one that holds it most."""
-    if LOCK_ABSENT in run.report.absent:
+    report = read.run.report
+    if LOCK_ABSENT in report.absent:
         return
-    node, held = _node(ready), gil.Held()
+    held = gil.Held()
     try:
-        _read(run, ready, readers, gil.sampling(node.keeper_pid(), run.temp, held))
+        size_gib = read.watched(lambda: gil.sampling(read.node.keeper_pid(), read.run.temp, held))
     except FAILURES as error:
-        run.report.absent[LOCK_ABSENT] = " ".join(str(error).split())
+        report.absent[LOCK_ABSENT] = " ".join(str(error).split())
         return
-    roles = node.roles()
-    size_gib = run.objects.large_bytes / GIB
+    roles = read.node.roles()
     by_role: dict[str, float] = {}
     for pid, seconds in held.by_pid.items():
         role = roles.get(pid, "other")
         by_role[role] = max(by_role.get(role, 0.0), seconds / size_gib)
     locks[name] = [max(by_role.values(), default=0.0)]
     by_process.update({f"{name}: {role}": [each] for role, each in sorted(by_role.items())})
-
-
-def _read(run: Run, ready: Ready, readers: int, watched: AbstractContextManager[None]) -> None:
-    """Have processes read the large file, each a part of it, and watch from start to end."""
-    job = {"file": "data.bin", "task": "parts", "processes": readers}
-    with working(ready, job) as worker:
-        _node(ready).wait_idle()
-        with watched:
-            worker.go(run.objects.large_check)
-
-
-def _node(ready: Ready) -> Node:
-    assert ready.node
-    return ready.node

@@ -7,7 +7,7 @@ import random as random_numbers
 import statistics
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmark.contenders import CKPTFS, LOCAL, RCLONE_FULL, Ready, local_directory, pinned
 from benchmark.results import amount, ratio
@@ -56,7 +56,7 @@ def warm(run: Run) -> None:
 def warm_plain(run: Run) -> None:
     """The same without passthrough, and without what the kernel keeps of the mount."""
     case = "warm-plain"
-    with filled(run, plain=True) as ready, RCLONE_FULL.cold(run.store, run.temp) as mounted:
+    with filled(run, passthrough=False) as ready, RCLONE_FULL.cold(run.store, run.temp) as mounted:
         rclone = Ready(mounted.job | {"name": "large"})
         _gb_per_s(run, rclone, "sequential")  # fills its cache
         contenders = {CKPTFS.name: ready, LOCAL: _local(run), RCLONE_FULL.name: rclone}
@@ -101,7 +101,7 @@ def random(run: Run) -> None:
     run.add_panel(case, "random 4 KiB, cold, median", taken, "ms")
     own, base = taken.get(CKPTFS.name), taken.get(bare_name)
     run.report.goals.append(ratio(case, "cold: ckptfs / request of 1 MiB", own, base, at_most=1.4))
-    with filled(run, plain=True) as ready:
+    with filled(run, passthrough=False) as ready:
 
         def again() -> float:
             drop_mounted(ready)
@@ -117,16 +117,16 @@ def random(run: Run) -> None:
 
 
 @contextmanager
-def filled(run: Run, *, plain: bool = False) -> Iterator[Ready]:
-    """A node with the large file complete in its cache and in memory; `plain`: no passthrough."""
-    settings = {"passthrough": False} if plain else {}
+def filled(run: Run, *, passthrough: bool = True, **settings: Any) -> Iterator[Ready]:
+    """A node with the large file complete in its cache and in memory."""
+    settings["passthrough"] = passthrough
     with pinned(run.store, run.temp, "large", **settings) as ready:
         _gb_per_s(run, ready, "sequential")
         wait_quiet(ready)
         assert ready.node
         for data in ready.node.data_files():
             flush(data)  # what is not written yet cannot be dropped, and is written as we measure
-        if not plain:  # as the next job on the node finds it: attached anew, and then in memory
+        if passthrough:  # as the next job on the node finds it: attached anew, and then in memory
             uri = run.store.uri(f"{BUCKET}/large")
             ready.node.cli("detach", uri)
             ready.node.cli("attach", uri)

@@ -120,14 +120,17 @@ def shared(directory: str, job: Job) -> Result:
 
 
 def parts(directory: str, job: Job) -> Result:
-    """Read one file by `processes`, each with a descriptor and a part of its own."""
-    count, path = job["processes"], f"{directory}/{job['file']}"
-    blocks = -(-os.stat(path).st_size // READ_BYTES)
+    """Read the files by `processes`, each with a descriptor and a part of its own of each file."""
+    count = job["processes"]
 
     def work(index: int) -> int:
-        start, end = (blocks * each // count * READ_BYTES for each in (index, index + 1))
-        with open(path, "rb", buffering=0) as file:
-            return read_at(file.fileno(), range(start, end, READ_BYTES))
+        check = 0
+        for name in job["files"]:
+            with open(f"{directory}/{name}", "rb", buffering=0) as file:
+                blocks = -(-os.fstat(file.fileno()).st_size // READ_BYTES)
+                start, end = (blocks * each // count * READ_BYTES for each in (index, index + 1))
+                check += read_at(file.fileno(), range(start, end, READ_BYTES))
+        return check
 
     return {"check": in_processes(count, work)}
 
