@@ -199,7 +199,7 @@ async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Rela
         passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
         service.handoff.handles,
         fuse.errno_of,
-        ReplyThreads(fuse_fd, threads, cache.buffers),
+        ReplyThreads(fuse_fd, threads, cache),
     )
     operations.before_reply = relay.deliver
     return relay

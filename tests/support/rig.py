@@ -158,8 +158,8 @@ async def rig_in(
 
 async def read_of(vfs: Vfs, handle: int, offset: int, length: int) -> bytes:
     """Bytes of an open file, as the kernel gets them."""
-    views = vfs.read_now(handle, offset, length)
-    return b"".join(await vfs.read(handle, offset, length) if views is None else views)
+    found = vfs.read_now(handle, offset, length)
+    return b"".join(await vfs.read(handle, offset, length) if found is None else found.views)
 
 
 class View:

@@ -7,6 +7,7 @@ The parts of the package:
 - `index`: the closed objects, and the count of all bytes;
 - `eviction`: room for new bytes;
 - `buffer_pool`: the memory for spans, and `writer`: from there to the disk;
+- `page_copies`: copies out of the page cache;
 - `block_io`: the IO of blocks, and `disk_ops`: all that touches the disk;
 - `maintenance`: the `ckptfs cache` commands.
 
@@ -65,6 +66,7 @@ from ckptfs._daemon.cache.cached_object import (
 from ckptfs._daemon.cache.eviction import Room
 from ckptfs._daemon.cache.index import Index
 from ckptfs._daemon.cache.object_dir import NO_FILES, UNKNOWN, About, ObjectKey, Origin, Stored
+from ckptfs._daemon.cache.page_copies import Found, Loan, PageCopy, Views
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
@@ -82,8 +84,6 @@ object may be written again under the same mtime; 15 minutes is also the largest
 clocks that S3 accepts (its error RequestTimeTooSkewed)."""
 _READ_BYTES_MAX = 2 << 20
 """Size of a reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
-Views = list[memoryview]
-"""Consecutive bytes, in parts."""
 
 
 class Cache:
@@ -196,6 +196,7 @@ class Cache:
         self._drop_memory(entry)
         if not self.opened:
             self.buffers.trim()
+            del self._pages[1:]
         for files, size, path in entry.retired:
             files.close()
             self.index.used_bytes -= size
@@ -263,29 +264,61 @@ class Cache:
 
     def read_now(self, entry: CachedObject, offset: int, length: int) -> Views | None:
         """Bytes that are in memory; None if some are not in memory. They are valid until the next
-        call, or as long as they are lent (`Buffers.lend`).
+        call, or as long as they are lent.
 
         All blocks must be `readable`. This never waits for the disk.
         """
+        found = self.find_now(entry, offset, length)
+        if found is None:
+            return None
+        for copy in found.copies:
+            if not copy.run():
+                self.not_copied(copy)
+                return None
+        return found.views
+
+    def find_now(self, entry: CachedObject, offset: int, length: int) -> Found | None:
+        """As `read_now`, but the copies out of the page cache have still to run. If one of them
+        fails, `not_copied` has to follow."""
         if length > _READ_BYTES_MAX:
             return None
-        buffer = self._unlent_pages()
-        if not entry.memory:
-            view = buffer[:length]
-            return [view] if self._read_pages(entry, offset, view) else None
         views: Views = []
-        for index in blocks_of(offset, length):
-            base = index * BLOCK_BYTES
-            start, stop = max(offset, base), min(offset + length, base + BLOCK_BYTES)
+        copies: list[PageCopy] = []
+        pages = self._unlent_pages()
+        start, end = offset, offset + length
+        while start < end:
+            index, inside = divmod(start, BLOCK_BYTES)
+            stop = min(end, (index + 1) * BLOCK_BYTES) if entry.memory else end
             view = self.in_memory(entry, index)
             if view is not None:
-                views.append(view[start - base : stop - base])
-                continue
-            view = buffer[start - offset : stop - offset]
-            if not self._read_pages(entry, start, view):
+                view = view[inside : inside + stop - start]
+            elif not self._nowait:
                 return None
+            else:
+                view = pages[start - offset : stop - offset]
+                copies.append(PageCopy(entry, start, view, self._nowait))
             views.append(view)
-        return views
+            start = stop
+        return Found(views, copies)
+
+    def not_copied(self, copy: PageCopy) -> None:
+        """Take in that a copy has failed."""
+        if copy.error is not None and copy.error.errno == errno.EOPNOTSUPP:
+            self._nowait = 0  # a file system without it: every read takes a thread
+        copy.entry.doubt(blocks_of(copy.offset, len(copy.view)))
+
+    def lend(self, found: Found) -> Loan:
+        """Keep what was found as it is until it is taken back, for a thread that copies it."""
+        entries = [copy.entry for copy in found.copies]
+        for entry in entries:
+            entry.users += 1
+        return Loan(self.buffers.lend(found.views), entries)
+
+    def take_back(self, loan: Loan) -> None:
+        """End a loan."""
+        self.buffers.take_back(loan.memory)
+        for entry in loan.entries:
+            self.close(entry)
 
     def _unlent_pages(self) -> memoryview:
         """A buffer for bytes of the page cache, which no thread copies from."""
@@ -303,21 +336,6 @@ class Cache:
             return None
         start = (index - buffer.blocks.start) * BLOCK_BYTES
         return buffer.view[start : start + block_length(index, entry.size)]
-
-    def _read_pages(self, entry: CachedObject, offset: int, view: memoryview) -> bool:
-        """Fill `view` from the page cache. Returns whether it has all of the bytes."""
-        if not self._nowait:
-            return False
-        try:
-            # A short read is not the end of the file (see RWF_NOWAIT, preadv(2)): the kernel may
-            # have begun to read the rest, which is not checked then.
-            if disk_ops.read_cached(entry.files.data, view, offset, self._nowait) == len(view):
-                return True
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                self._nowait = 0  # a file system without it: every read takes a thread
-        entry.doubt(blocks_of(offset, len(view)))
-        return False
 
     def cold(self, entry: CachedObject, blocks: range) -> list[range]:
         """Those of `blocks` that are only on the disk, in runs. They are DOUBTED from now on,
@@ -418,6 +436,7 @@ class Cache:
         """Start again with new files, while the kernel reads the old ones."""
         on_disk = entry.disk_bytes()
         entry.oldest.clear()
+        entry.generation += 1
         for index in range(len(entry.state)):
             entry.state[index] = ABSENT
             entry.sums[index] = 0
@@ -485,6 +504,7 @@ class Cache:
         if entry.passthroughs:
             self._retire(entry)
             return
+        entry.generation += 1
         entry.state[index] = ABSENT
         entry.sums[index] = 0
         freed = block_io.take_out(entry, range(index, index + 1))

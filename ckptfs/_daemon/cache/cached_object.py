@@ -33,6 +33,8 @@ class CachedObject:
         sums: Checksums of the blocks that are on disk, else 0.
         oldest: Stored blocks, oldest first.
         memory: Blocks whose bytes are in a buffer.
+        generation: A number that is new whenever blocks that were readable on the disk are dropped
+            or doubted (see ``page_copies``).
         kept: How many attachments have waited for it, so that it stays (`kept`).
         passthroughs: Number of inodes whose data file the kernel reads by itself.
         retired: Replaced files that the kernel still reads by passthrough, the bytes that they
@@ -52,6 +54,7 @@ class CachedObject:
         self.state = bytearray(STORED if s else ABSENT for s in sums)
         self.oldest = deque(i for i, s in enumerate(sums) if s)
         self.memory: dict[int, Buffer[CachedObject]] = {}
+        self.generation = 0
         self.users = 0
         self.passthroughs = 0
         self.kept = 0
@@ -95,6 +98,7 @@ class CachedObject:
     def doubt(self, blocks: range) -> None:
         """Have VERIFIED blocks checked before the next read, because their pages have left
         memory."""
+        self.generation += 1
         for index in blocks:
             if self.state[index] == VERIFIED:
                 self.state[index] = DOUBTED

@@ -158,23 +158,24 @@ def _check(result: int) -> None:
 
 
 def is_cached(fd: int, offset: int, length: int) -> bool:
-    """Whether the kernel has all pages of a range in memory; True if it cannot say."""
+    """Whether the kernel has all pages of a range in memory; True if it cannot say. Several threads
+    may ask at once."""
     global _cachestat
     if not _cachestat:
         return True
     first, stop = offset // _PAGE_BYTES, -(-(offset + length) // _PAGE_BYTES)
-    _range[0], _range[1] = offset, length
-    if _libc.syscall(_cachestat, fd, ctypes.byref(_range), ctypes.byref(_counts), 0):
+    counts = _Counts()
+    if _libc.syscall(_cachestat, fd, ctypes.byref(_Range(offset, length)), ctypes.byref(counts), 0):
         if ctypes.get_errno() == errno.ENOSYS:  # Linux < 6.5
             _cachestat = 0
         return True
-    return _counts[0] >= stop - first
+    return counts[0] >= stop - first
 
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _cachestat = 451  # cachestat(2) has this number on all processors
-_range = (ctypes.c_uint64 * 2)()  # struct cachestat_range
-_counts = (ctypes.c_uint64 * 5)()  # struct cachestat, which begins with the pages in memory
+_Range = ctypes.c_uint64 * 2  # struct cachestat_range
+_Counts = ctypes.c_uint64 * 5  # struct cachestat, which begins with the pages in memory
 
 
 def taken_bytes(info: os.stat_result) -> int:

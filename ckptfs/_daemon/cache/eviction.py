@@ -86,6 +86,7 @@ class Room:
         while missing_bytes > 0 and (victim := self._fullest_open()) is not None:
             index = victim.oldest.popleft()
             if victim.state[index] in ON_DISK:
+                victim.generation += 1
                 victim.state[index] = DYING
                 victim.memory.pop(index, None)
                 chosen.append((victim, index))

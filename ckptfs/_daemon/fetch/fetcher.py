@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ckptfs._daemon.cache import block_io
-from ckptfs._daemon.cache.cache import Cache, Views
+from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.cache.cached_object import (
     DOUBTED,
     DYING,
@@ -35,6 +35,7 @@ from ckptfs._daemon.cache.cached_object import (
     VERIFIED,
     CachedObject,
 )
+from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fetch.readahead import Readahead
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.scheduler import Priority
@@ -180,12 +181,22 @@ class Fetcher:
 
         `entry` is the file's, for a caller that holds it while the file may be closed.
         """
-        entry, version = entry or file.entry, file.version
-        if not version.trusted or version.pin.etag != entry.about.etag:
-            return None
-        if not entry.readable(blocks_of(offset, length)):
+        entry = entry or file.entry
+        if not self._is_readable(file, entry, offset, length):
             return None
         return self._cache.read_now(entry, offset, length)
+
+    def find_now(self, file: RemoteFile, offset: int, length: int) -> Found | None:
+        """As `read_now`, but the copies out of the page cache have still to run."""
+        if not self._is_readable(file, file.entry, offset, length):
+            return None
+        return self._cache.find_now(file.entry, offset, length)
+
+    @staticmethod
+    def _is_readable(file: RemoteFile, entry: CachedObject, offset: int, length: int) -> bool:
+        version = file.version
+        is_right = version.trusted and version.pin.etag == entry.about.etag
+        return is_right and entry.readable(blocks_of(offset, length))
 
     async def read(self, file: RemoteFile, offset: int, length: int) -> Views:
         """The bytes [offset, offset + length), which must lie within the file; `length` >= 1.

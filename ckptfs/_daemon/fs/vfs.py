@@ -31,7 +31,7 @@ from ckptfs._daemon.attachment.inodes import (
     is_metadata,
     ordinal_of,
 )
-from ckptfs._daemon.cache.cache import Views
+from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fetch.fetcher import Fetcher, RemoteFile
 from ckptfs._daemon.usage.counters import Usage, count_failed_read
 from ckptfs._model.blocks import blocks_of
@@ -295,14 +295,21 @@ class Vfs:
     # -- reading
 
     def read_now(
-        self, handle: int, offset: int, length: int, *, is_exact: bool = True
-    ) -> Views | None:
+        self,
+        handle: int,
+        offset: int,
+        length: int,
+        *,
+        is_exact: bool = True,
+        may_copy_later: bool = False,
+    ) -> Found | None:
         """Begin a read of an open file, and return its bytes if they are there without waiting.
         They are fewer than `length` only at the file's end, and valid until the next read. After
         None, `read` has to follow.
 
         `is_exact` says that no part of the request is the kernel's readahead, so the kernel does
-        not ask again by itself. Raises StaleInode, Overshoot, and the StoreTimeout of a read of the
+        not ask again by itself. `may_copy_later` says that the caller runs the copies of what was
+        found. Raises StaleInode, Overshoot, and the StoreTimeout of a read of the
         same bytes that has just failed.
         """
         opened = self._open.get(handle)
@@ -311,7 +318,7 @@ class Vfs:
         file = opened.file
         length = min(length, file.size - offset)
         if length <= 0:
-            return []
+            return Found([])
         if not is_exact and file.is_planned and self._fetcher.overshoots(file, offset, length):
             raise Overshoot
         if file.failed_reads and not is_exact:
@@ -327,7 +334,10 @@ class Vfs:
             if not file.is_planned:
                 attachment, node = self.find(opened.inode)
                 self._formats.fetch_next_head(attachment, node)
-        return self._fetcher.read_now(file, offset, length)
+        if may_copy_later:
+            return self._fetcher.find_now(file, offset, length)
+        views = self._fetcher.read_now(file, offset, length)
+        return None if views is None else Found(views)
 
     async def read(self, handle: int, offset: int, length: int) -> Views:
         """The bytes of a read that `read_now` has begun. Raises StaleInode, and what `Fetcher.read`

@@ -44,12 +44,13 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import trio
 
 from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
-from ckptfs._daemon.cache.cache import Views
+from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fs.vfs import Overshoot, Vfs
 from ckptfs._daemon.fuse.passthrough import Passthrough
 from ckptfs._daemon.fuse.reply_threads import Parts, ReplyThreads, write_message
@@ -116,6 +117,7 @@ class Relay:
         self._removing: set[int] = set()  # repeated requests that may have been carried out already
         self._doubtful: dict[int, tuple[int, Slot]] = {}  # of an earlier daemon, by request
         self._reply = bytearray(_LISTING_BYTES_MAX + 4096)
+        self._has_ended = False
 
     async def run(self) -> None:
         """Serve until the mount is gone."""
@@ -124,7 +126,10 @@ class Relay:
                 nursery.start_soon(self._replies)
                 if self._doubtful:
                     nursery.start_soon(self._forget_doubtful)
-                await self._requests(nursery)
+                try:
+                    await self._requests(nursery)
+                finally:
+                    self._has_ended = True
                 nursery.cancel_scope.cancel()
 
     # -- after another daemon
@@ -236,6 +241,7 @@ class Relay:
                 await trio.lowlevel.wait_writable(self._libfuse)
 
     def _release(self, inode: int, handle: int) -> None:
+        self.reply_threads.take_back()
         if self._vfs.release(handle):
             # Last, because a daemon that dies in between must not leave a handle without its
             # backing id. A backing id without a handle does no harm.
@@ -256,20 +262,33 @@ class Relay:
         The arguments stay single, because a tuple for them would cost each hit a tenth of its time.
         """
         began_ns = time.perf_counter_ns()
+        goes_to_thread = length > _SMALL_BYTES and self.reply_threads.has_time
         try:
-            views = self._vfs.read_now(handle, offset, length, is_exact=is_direct)
+            found = self._vfs.read_now(
+                handle, offset, length, is_exact=is_direct, may_copy_later=goes_to_thread
+            )
         except Overshoot:
             self._fail(unique, errno.EAGAIN)
             return True
         except Exception as error:
             self._fail_read(_Read(unique, thread, handle, offset, length, began_ns), error)
             return True
-        if views is None:
+        if found is None:
             read = _Read(unique, thread, handle, offset, length, began_ns)
             nursery.start_soon(self._read_later, read)
             return False
-        self._vfs.note_read(handle, offset, self._answer(unique, views), began_ns)
+        if goes_to_thread:
+            read = _Read(unique, thread, handle, offset, length, began_ns)
+            count = self._send(unique, found, partial(self._read_again, read, nursery))
+        else:
+            count = self._answer(unique, found.views)
+        self._vfs.note_read(handle, offset, count, began_ns)
         return True
+
+    def _read_again(self, read: _Read, nursery: trio.Nursery) -> None:
+        """Begin a read again that is counted already, because its bytes went meanwhile."""
+        if not self._has_ended:
+            nursery.start_soon(partial(self._read_later, read, is_counted=True))
 
     def _attributes_of_root(self) -> memoryview:
         """The root's attributes, valid for this one request. Attachments come and go, and the mount
@@ -285,13 +304,17 @@ class Relay:
         )
         return memoryview(reply)
 
-    async def _read_later(self, read: _Read) -> None:
+    async def _read_later(self, read: _Read, *, is_counted: bool = False) -> None:
         try:
             views = await self._vfs.read(read.handle, read.offset, read.length)
         except Exception as error:
             self._fail_read(read, error)
+            return
+        if read.length > _SMALL_BYTES and self.reply_threads.has_time:
+            length = self._send(read.unique, Found(views), _nothing)
         else:
             length = self._answer(read.unique, views)
+        if not is_counted:
             self._vfs.note_read(read.handle, read.offset, length, read.began_ns, waited=True)
 
     def _fail_read(self, read: _Read, error: Exception) -> None:
@@ -351,11 +374,16 @@ class Relay:
     # -- to the kernel
 
     def _answer(self, unique: int, views: Views) -> int:
-        """Send a reply with these bytes, and return their number."""
+        """Write a reply with these bytes, and return their number."""
         length = sum(map(len, views))
-        parts = [OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique), *views]
-        if length <= _SMALL_BYTES or not self.reply_threads.send(parts):
-            self._write(parts)
+        self._write([OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique), *views])
+        return length
+
+    def _send(self, unique: int, found: Found, read_again: Callable[[], None]) -> int:
+        """Have a thread reply with the bytes, and return their number."""
+        length = sum(map(len, found.views))
+        header = OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique)
+        self.reply_threads.send(header, found, read_again)
         return length
 
     def _fail(self, unique: int, code: int) -> None:
@@ -374,6 +402,10 @@ class Relay:
         body = fuse_abi.NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), 0) + name + b"\0"
         length = OUT_HEADER.size + len(body)
         self._write([OUT_HEADER.pack(length, fuse_abi.NOTIFY_INVAL_ENTRY, 0), body])
+
+
+def _nothing() -> None:
+    """For replies without copies, which cannot fail."""
 
 
 def _exists(pid: int) -> bool:

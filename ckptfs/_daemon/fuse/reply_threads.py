@@ -1,26 +1,33 @@
 """Threads that copy long replies to the kernel.
 
 A reply to a read is one writev(2), in which the kernel copies the bytes into the page cache of the
-mount. That takes 0.25 s per GiB, two thirds of the event loop's work for a cold read. The call does
-not need the interpreter's lock, so on a node with enough cores threads make it.
+mount. That takes 0.25 s per GiB, two thirds of the event loop's work for a cold read. Bytes of the
+cache's disk are copied once more before, out of the page cache. These calls do not need the
+interpreter's lock, so on a node with enough cores threads make them.
 
 Only the bytes leave the event loop: it has decided the reply and counted it. It lends the memory of
-the reply to a thread (`Buffers.lend`), and takes it back after the call, so no span and no other
-reply uses that memory meanwhile.
+the reply to a thread (`Cache.lend`), and takes it back after the call, so no span and no other
+reply uses that memory meanwhile. If a copy out of the page cache fails (``cache.page_copies``), the
+thread does not reply, and the event loop begins the read again.
 
 A thread costs a switch for each reply. On two cores a cold read then takes 7 % longer, so there are
 no threads below `_CORES_MIN` cores.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
-from ckptfs._daemon.cache.buffer_pool import Buffers, Lent, Owner
+import trio
+
+from ckptfs._daemon.cache.cache import Cache
+from ckptfs._daemon.cache.page_copies import Found, Loan
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +37,7 @@ _CORES_MIN: Final = 4
 _CORES_PER_THREAD: Final = 8
 _THREADS_MAX: Final = 4
 """Four threads copy 16 GB/s, more than the interpreter's lock permits the daemon to decide on."""
-_WAITING_MAX: Final = 4
+_WAITING_MAX: Final = 8
 """The replies that wait or are copied, for each thread. The event loop sends further ones itself,
 so the memory that is lent stays bounded."""
 
@@ -53,38 +60,65 @@ def write_message(fuse_fd: int, parts: Parts) -> bool:
     return True
 
 
-class ReplyThreads:
-    """`count` threads that write messages to `fuse_fd`. The methods belong to the event loop.
+class _Reply(NamedTuple):
+    """A reply of a thread: the header, what comes behind it, and its memory.
 
-    The threads start with the first message.
+    Attributes:
+        read_again: A function for the event loop that begins the read again.
     """
 
-    def __init__(self, fuse_fd: int, count: int, buffers: Buffers[Owner]) -> None:
+    header: bytes
+    found: Found
+    loan: Loan
+    read_again: Callable[[], None]
+
+
+class ReplyThreads:
+    """`count` threads that write replies to `fuse_fd`. The methods belong to the event loop.
+
+    The threads start with the first reply.
+    """
+
+    def __init__(self, fuse_fd: int, count: int, cache: Cache) -> None:
         self._fd = fuse_fd
         self._count = count
-        self._buffers = buffers
+        self._cache = cache
         self._threads: list[threading.Thread] = []
-        self._queue: SimpleQueue[tuple[Parts, Lent] | None] = SimpleQueue()
-        self._written: deque[Lent] = deque()  # by the threads, to be taken back
+        self._queue: SimpleQueue[_Reply | None] = SimpleQueue()
+        # Loans to be taken back: of files whose copies have run, and of memory that was written.
+        self._copied: deque[Loan] = deque()
+        self._written: deque[Loan] = deque()
         self._under_way = 0
 
-    def send(self, parts: Parts) -> bool:
-        """Have a thread write a message. Returns False if no thread has time for it."""
+    @property
+    def has_time(self) -> bool:
+        """Whether a thread has time for one more reply."""
         self.take_back()
-        if self._under_way >= self._count * _WAITING_MAX:
-            return False
-        while len(self._threads) < self._count:
-            thread = threading.Thread(target=self._write, name="ckptfs-reply", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        return self._under_way < self._count * _WAITING_MAX
+
+    def send(self, header: bytes, found: Found, read_again: Callable[[], None]) -> None:
+        """Have a thread run the copies of a reply, and write it.
+
+        If a copy fails, the event loop calls `read_again` instead.
+        """
+        if not self._threads:
+            token = trio.lowlevel.current_trio_token()
+            for _ in range(self._count):
+                thread = threading.Thread(
+                    target=self._run, args=(token,), name="ckptfs-reply", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
         self._under_way += 1
-        self._queue.put((parts, self._buffers.lend(parts)))
-        return True
+        self._queue.put(_Reply(header, found, self._cache.lend(found), read_again))
 
     def take_back(self) -> None:
-        """Let the memory of written messages be used again."""
+        """Take back what the threads need no more. A program that has a reply may close its file at
+        once, and then no copy of this reply keeps the object open."""
+        while self._copied:
+            self._cache.take_back(self._copied.popleft())
         while self._written:
-            self._buffers.take_back(self._written.popleft())
+            self._cache.take_back(self._written.popleft())
             self._under_way -= 1
 
     def close(self) -> None:
@@ -96,9 +130,21 @@ class ReplyThreads:
         self._threads.clear()
         self.take_back()
 
-    def _write(self) -> None:
-        while (message := self._queue.get()) is not None:
-            parts, lent = message
-            write_message(self._fd, parts)
-            self._written.append(lent)
-            del message, parts, lent  # a thread that waits must not keep the memory
+    def _run(self, token: trio.lowlevel.TrioToken) -> None:
+        while (reply := self._queue.get()) is not None:
+            loan = reply.loan
+            if all(copy.run() for copy in reply.found.copies):
+                self._copied.append(Loan([], loan.entries))
+                write_message(self._fd, [reply.header, *reply.found.views])
+                self._written.append(Loan(loan.memory, []))
+            else:
+                with contextlib.suppress(trio.RunFinishedError):  # nobody waits for it any more
+                    token.run_sync_soon(self._not_copied, reply)
+            del reply, loan  # a thread that waits must not keep the memory
+
+    def _not_copied(self, reply: _Reply) -> None:
+        for copy in reply.found.copies:
+            self._cache.not_copied(copy)
+        self._written.append(reply.loan)
+        self.take_back()
+        reply.read_again()

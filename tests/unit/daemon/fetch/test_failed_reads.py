@@ -43,8 +43,8 @@ async def file_in(
 
 async def ask(view: View, handle: int, offset: int, length: int) -> bytes:
     """Read as the kernel does for a file that was not opened with O_DIRECT."""
-    views = view.vfs.read_now(handle, offset, length, is_exact=False)
-    return b"".join(await view.vfs.read(handle, offset, length) if views is None else views)
+    found = view.vfs.read_now(handle, offset, length, is_exact=False)
+    return b"".join(await view.vfs.read(handle, offset, length) if found is None else found.views)
 
 
 async def waited_s(view: View, handle: int, offset: int, length: int) -> float:

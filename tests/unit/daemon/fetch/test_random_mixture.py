@@ -20,10 +20,11 @@ from support.rig import View, bytes_on_disk, rig_in
 from trio.testing import MockClock
 
 from ckptfs._daemon.cache import object_dir
-from ckptfs._daemon.cache.buffer_pool import Buffer, Buffers, Lent
+from ckptfs._daemon.cache.buffer_pool import Buffer, Buffers
 from ckptfs._daemon.cache.cache_dir import remove
 from ckptfs._daemon.cache.cached_object import CachedObject
 from ckptfs._daemon.cache.object_dir import Files
+from ckptfs._daemon.cache.page_copies import Found, Loan
 from ckptfs._daemon.fetch import hedging
 from ckptfs.errors import StoreError, StoreUnavailable
 
@@ -157,24 +158,27 @@ class Run:
         expected = content[offset : offset + step.length]
         with self._planned_faults():
             vfs = self.view.vfs
-            views = vfs.read_now(handle, offset, step.length)
-            if views is None:
-                views = await vfs.read(handle, offset, step.length)
-            if step.copied_s:
-                lent = self.view.rig.cache.buffers.lend(views)
-                self.copying_bytes_max += sum(map(len, lent))
-                self.nursery.start_soon(self._copy_later, views, lent, expected, step.copied_s)
+            is_later = step.copied_s > 0
+            found = vfs.read_now(handle, offset, step.length, may_copy_later=is_later)
+            if found is None:
+                found = Found(await vfs.read(handle, offset, step.length))
+            if is_later:
+                loan = self.view.rig.cache.lend(found)
+                self.copying_bytes_max += sum(map(len, loan.memory))
+                self.nursery.start_soon(self._copy_later, found, loan, expected, step.copied_s)
             else:
-                assert b"".join(views) == expected
+                assert b"".join(found.views) == expected
         await trio.sleep(step.pause_s)
 
-    async def _copy_later(
-        self, views: list[memoryview], lent: Lent, expected: bytes, copied_s: float
-    ) -> None:
+    async def _copy_later(self, found: Found, loan: Loan, expected: bytes, copied_s: float) -> None:
         await trio.sleep(copied_s)
-        assert b"".join(views) == expected
-        self.copying_bytes_max -= sum(map(len, lent))
-        self.view.rig.cache.buffers.take_back(lent)
+        if all(copy.run() for copy in found.copies):
+            assert b"".join(found.views) == expected
+        else:
+            for copy in found.copies:
+                self.view.rig.cache.not_copied(copy)
+        self.copying_bytes_max -= sum(map(len, loan.memory))
+        self.view.rig.cache.take_back(loan)
 
     async def _lend(self, inode: int, content: bytes, step: Lend) -> None:
         entry = None

@@ -19,6 +19,7 @@ from support.fakes import MIB, FakeStore, pattern
 from support.rig import View, view_in
 
 from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
+from ckptfs._daemon.cache.page_copies import PageCopy
 from ckptfs._daemon.fuse import passthrough, reply_threads
 from ckptfs._daemon.fuse.operations import errno_of
 from ckptfs._daemon.fuse.passthrough import Passthrough
@@ -65,8 +66,8 @@ class Ends:
             end.settimeout(0)
         self.passthrough = Passthrough(self._session.fileno(), view.vfs, view.rig.cache, on=True)
         handles = view.handoff.handles
-        fd, buffers = self._session.fileno(), view.rig.cache.buffers
-        self.threads = ReplyThreads(fd, reply_threads, buffers)
+        fd = self._session.fileno()
+        self.threads = ReplyThreads(fd, reply_threads, view.rig.cache)
         self.relay = Relay(fd, ours, view.vfs, self.passthrough, handles, errno_of, self.threads)
 
     def ask(self, message: bytes) -> None:
@@ -290,6 +291,26 @@ async def test_relay_lends_what_it_has_read_from_the_page_cache(
         for unique, offset in enumerate(offsets, 1):
             gate.let_go()
             assert await ends.answer() == reply(unique, CONTENT[offset : offset + LONG])
+
+
+async def test_relay_reads_again_what_a_thread_could_not_copy(
+    tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with relay_in(tmp_path, store, 1) as ends:
+        await _read_blocks(ends, _open(ends))
+        await ends.view.rig.quiet()
+    async with relay_in(tmp_path, store, 1) as ends:
+        handle = _open(ends)
+        await _read_blocks(ends, handle)
+        usage = ends.view.vfs._open[handle].usage
+        before = usage.read_bytes
+        run, here = PageCopy.run, threading.current_thread()
+        monkeypatch.setattr(
+            PageCopy, "run", lambda copy: threading.current_thread() is here and run(copy)
+        )
+        ends.ask(read_request(1, handle, MIB, LONG))
+        assert await ends.answer() == reply(1, CONTENT[MIB : MIB + LONG])
+        assert usage.read_bytes == before + LONG
 
 
 async def _read_blocks(ends: Ends, handle: int) -> None:
