@@ -44,6 +44,9 @@ _READ_BYTES = 64 << 20
 _SPAN_BYTES = 8 << 20
 _READ_S = 2.0
 """Longest time for reading. The last span can exceed it."""
+_RATE_BYTES_MIN = 1 << 20
+"""Fewer bytes take hardly longer than the request itself, so their rate says nothing about the
+connection."""
 _PROXY_PORTS = {"http": 80, "https": 443}
 _HDFS_PORT = 8020
 _CLOCK_REMEDY = "set the clock: enable an NTP service (timedatectl set-ntp true)"
@@ -254,7 +257,8 @@ class Remote:
         return ok(f"{counted(len(found.files), 'file')}, {size_text(size)}, {_ms(begun_s)}")
 
     def reading(self) -> Outcome:
-        """Measure the time to the first byte of the largest file, and the speed of the others."""
+        """Measure the time to the first byte of the largest file, and the rate of the file's bytes
+        if they are enough for one."""
         if self._largest is None or not self._largest.size:
             return skipped("the checkpoint has no file with content")
         pin = pin_of(self._largest)
@@ -268,8 +272,11 @@ class Remote:
                 count = min(len(buffer), pin.size - done)
                 self._store.read_into(pin, done, buffer[:count])
                 done += count
-        speed = done / (time.monotonic() - begun_s) / 1e6
-        return ok(f"{first} to the first byte, {speed:,.0f} MB/s on one connection")
+        passed_s = time.monotonic() - begun_s
+        if done < _RATE_BYTES_MIN:
+            return ok(f"{first} to the first byte")
+        rate = done / passed_s / 1e6
+        return ok(f"{first} to the first byte, {rate:,.0f} MB/s on one connection")
 
 
 def endpoint_of(location: Location) -> Endpoint | None:

@@ -183,12 +183,7 @@ class Pool:
             Died: The worker does not take the channel.
         """
         with self._changed:
-            self._all.add(group)
-            while True:
-                worker = group.least_busy(self._extra_max())
-                self._want(group)
-                if worker is not None:
-                    break
+            while (worker := self._least_busy(group)) is None:
                 if not waits:
                     self._check_row(group, name)
                 left_s = deadline_s() - time.monotonic()
@@ -213,9 +208,7 @@ class Pool:
     def take_ready(self, group: Group) -> tuple[Worker, Channel] | None:
         """As `take`, but at once; None if no worker is ready."""
         with self._changed:
-            self._all.add(group)
-            worker = group.least_busy(self._extra_max())
-            self._want(group)
+            worker = self._least_busy(group)
             if worker is None or not worker.is_ready:
                 return None
             worker.calls += 1
@@ -225,6 +218,14 @@ class Pool:
             return worker, self._new_channel(group, worker)
         except OSError:  # the supervisor notices if the worker has died
             return None
+
+    def _least_busy(self, group: Group) -> Worker | None:
+        """The worker for the next call, if there is one now. If it is busy, another one may start.
+        `_changed` is held."""
+        self._all.add(group)
+        worker = group.least_busy(self._extra_max())
+        self._want(group)
+        return worker
 
     def _new_channel(self, group: Group, worker: Worker) -> Channel:
         """A channel for a call that is counted already. Raises OSError."""

@@ -40,6 +40,10 @@ _OOM_SCORE = "500"
 the pool replaces workers."""
 _MESSAGE_CHARACTERS_MAX = 4_000
 _CLOSED = b""
+_CLOSED_MAX = 1000
+"""The closed directories that a worker remembers. A call can arrive after the close of its
+directory, because the channels and the control socket have no common order, and because a detach
+does not wait for reads that begin. So the last ones suffice."""
 
 
 def main() -> None:
@@ -204,7 +208,7 @@ class Directories:
         self._setup = setup
         self._open = _opener(setup)
         self._lock = threading.Lock()  # guards the rest
-        self._closed: set[int] = set()
+        self._closed: dict[int, None] = {}  # the last one at the end
         self._opening: dict[int, threading.Lock] = {}  # held while that one is opened
         self._stores: dict[int, Store] = {}
 
@@ -225,7 +229,9 @@ class Directories:
     def close(self, number: int) -> None:
         """Forget a directory that is no longer used."""
         with self._lock:
-            self._closed.add(number)
+            self._closed[number] = None
+            if len(self._closed) > _CLOSED_MAX:
+                del self._closed[next(iter(self._closed))]
             self._opening.pop(number, None)
             store = self._stores.pop(number, None)
         if store is not None:

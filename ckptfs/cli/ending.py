@@ -45,11 +45,26 @@ def _text_of(error: OSError) -> str:
 def _of_usage(error: typer.TyperException) -> str:
     """The mistake in a command line, and the usage of the command."""
     context: Any = getattr(error, "ctx", None)
-    message = error.format_message()
-    if context is None:
-        return f"ckptfs: error: {message}"
-    if message == context.get_help():  # a group without a command
-        return message
+    if context is not None and error.format_message() == context.get_help():
+        return error.format_message()  # a group without a command
+    message = _mistake_in(error)
     text = f"ckptfs: error: {message[:1].lower()}{message[1:].rstrip('.')}"
+    if context is None:
+        return text
     usage = context.get_usage().strip()
     return f"{text}\n{usage}\nTry '{context.command_path} --help' for help."
+
+
+def _mistake_in(error: typer.TyperException) -> str:
+    """The mistake in a command line, in one line."""
+    if not (isinstance(error, typer.BadParameter) and isinstance(error.__cause__, ValueError)):
+        return error.format_message().replace("\n\t", " ")  # typer lists choices in lines
+    # The text is that of pydantic, which is for programmers.
+    fault: Any = error.__cause__
+    parameter: Any = error.param
+    value: str = fault.errors()[0]["input"]
+    choices = parameter.type_descriptor.choices
+    wanted = (
+        f"one of {', '.join(choices)}" if choices else f"a whole number of {parameter.min} or more"
+    )
+    return f"invalid value for {parameter.get_error_hint()}: {value!r} is not {wanted}"

@@ -41,6 +41,14 @@ def commands(group: Any = None, *before: str) -> Iterator[tuple[str, ...]]:
 ALL = [(), *commands()]
 
 
+def command_of(words: tuple[str, ...]) -> Any:
+    """The command or the group with that name."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    return command
+
+
 @pytest.fixture
 def attached(node: Node, small: Path, uri_of: UriOf) -> dict[str, str]:
     """A checkpoint with metadata that was read of, and the words that name it and its like."""
@@ -125,9 +133,7 @@ def test_each_command_has_help(node: Node, words: tuple[str, ...], monkeypatch: 
     assert "..." not in text.replace("]...", "").replace("...\n", "")
     assert not re.search(r"<\w+>|\[default|\[required|x>=", text)
     assert "install-completion" not in text
-    command = typer.main.get_command(app)
-    for word in words:
-        command = command.commands[word]  # type: ignore[attr-defined]
+    command = command_of(words)
     assert command.help
     if not hasattr(command, "commands"):
         assert f"ckptfs {' '.join(words)}" in (command.epilog or ""), "it has no example"
@@ -155,9 +161,19 @@ def test_version(node: Node, option: str) -> None:
         ("status --jsno", "no such option: --jsno"),
         ("attach", "missing argument 'URI'"),
         ("meta set x", "missing argument 'KEY'"),
-        ("top --sort age", "invalid value for '--sort'"),
+        ("completion", "missing argument 'SHELL'. Choose from: bash, zsh, fish"),
+        ("completion tcsh", "invalid value for 'SHELL': 'tcsh' is not one of bash, zsh, fish"),
+        ("top --sort age", "invalid value for '--sort': 'age' is not one of read, store, reads, "),
         ("top --interval 5m", "invalid value for '--interval': 5m is not from 200ms to 1min"),
         ("top --interval much", "invalid value for '--interval': 'much' is not a duration"),
+        (
+            "find /run --limit 0",
+            "invalid value for '--limit': '0' is not a whole number of 1 or more",
+        ),
+        (
+            "plan apply /run --rank last",
+            "invalid value for '--rank': 'last' is not a whole number of -1 or more",
+        ),
         (
             "help cache nonsense",
             "invalid value: no command or topic 'cache nonsense'; there are ls",
@@ -172,6 +188,16 @@ def test_a_wrong_command_line(node: Node, words: str, said: str) -> None:
     assert first.removeprefix("ckptfs: error: ").startswith(said)
     assert usage.startswith("Usage: ckptfs ")
     assert re.fullmatch(r"Try 'ckptfs.* --help' for help\.", hint)
+
+
+def test_parameters_have_types_whose_mistakes_ckptfs_explains() -> None:
+    texts = str, list[str], bool, Path, None  # any text is one, and a flag takes no value
+    for words in ALL:
+        for parameter in command_of(words).params:
+            kind = parameter.type_descriptor
+            is_number = kind and kind.annotation is int and parameter.max is None
+            is_explained = is_number or (kind and kind.choices)
+            assert is_explained or getattr(kind, "annotation", None) in texts, parameter.name
 
 
 # -- outputs that cannot be written

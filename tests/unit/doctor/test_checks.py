@@ -1,5 +1,6 @@
 """How checks are run, and what each says where the machine cannot be made that bad: by fakes."""
 
+import contextlib
 import errno
 import itertools
 import os
@@ -18,6 +19,8 @@ from ckptfs._model.location import Location
 from ckptfs._mount import session
 from ckptfs._os import mountinfo
 from ckptfs.errors import StoreError
+
+MIB = 1 << 20
 
 # -- running
 
@@ -445,6 +448,20 @@ def test_endpoints(location: Location, host: str, port: int, is_secured: bool) -
 
 def test_local_files_have_no_endpoint() -> None:
     assert store.endpoint_of(Location("local", "/run")) is None
+
+
+@pytest.mark.parametrize(("size", "has_rate"), [(3, False), (MIB - 1, False), (MIB, True)])
+def test_reading_of_a_small_file_says_no_rate(
+    machine: node.Node, tmp_path: Path, size: int, has_rate: bool
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").write_bytes(bytes(size))
+    with contextlib.closing(store.Remote(str(tmp_path / "run"), machine)) as remote:
+        assert_says(remote.location(), "ok")
+        assert_says(remote.listing(), "ok", "1 file")
+        outcome = remote.reading()
+    assert_says(outcome, "ok", "to the first byte")
+    assert ("MB/s" in outcome.message) == has_rate
 
 
 # -- mounts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -10,10 +11,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import pytest
 from conftest import wait_until
+from support.cloudservers import ACCOUNT, ACCOUNT_KEY, CloudProxy, Seen, cloud_server, sas_token
 from support.fakes import pattern
 from support.faultserver import ANSWERS, Answer, FaultServer, Object
 
@@ -127,6 +131,30 @@ class Recording(FaultServer):
         return [each for each in ours if not is_ended(each)]
 
 
+class IdentityServer(Recording):
+    """A server that also lends keys to a web identity, as Amazon's token service does.
+
+    Attributes:
+        tokens: The tokens of the identities so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[str] = []
+
+    def _answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        if method != "POST":
+            return super()._answer(method, target, headers, body)
+        self.tokens += parse_qs(body.decode())["WebIdentityToken"]
+        lent = (
+            b"<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+            b"<AccessKeyId>LENT</AccessKeyId><SecretAccessKey>s</SecretAccessKey>"
+            b"<SessionToken>session</SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
+            b"</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        )
+        return Answer(200, {"Content-Length": str(len(lent))}, lent, True)
+
+
 def is_ended(sock: socket.socket) -> bool:
     poll = select.poll()
     with contextlib.suppress(ValueError):  # closed here, too
@@ -160,21 +188,16 @@ class Always(Load):
 
 
 class Bench:
-    """A store of `server`, with its pool.
+    """The store at `place`, with its pool.
 
     Attributes:
         store: The store, as a daemon opens it.
         pin: The object's version, as a check has found it.
     """
 
-    def __init__(self, server: Recording, processes: int, credentials: Credentials) -> None:
+    def __init__(self, place: Location, processes: int, credentials: Credentials) -> None:
         self.pool = Pool(limit_for, b"", lambda: self.processes)
         self.processes = processes
-        options = {"endpoint_override": server.endpoint, "scheme": "http", "region": "us-east-1"}
-        secrets = {"access_key": "key", "secret_key": "secret"}
-        if credentials != "default":
-            secrets = {}
-        place = Location("s3", "bucket/run", options, secrets)
         self.store = opening_with(self.pool, Load(), is_private=False)(place, 3.0, ME, credentials)
         assert isinstance(self.store, SpreadStore)
         self.store._load = Always()
@@ -188,6 +211,21 @@ class Bench:
         buffer = bytearray(length)
         with ends_in(left_s):
             assert self.store.read_into(self.pin, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_in_worker(self) -> bytes:
+        """The bytes of a read by the first worker, which starts if there is none."""
+        buffer = bytearray(SIZE)
+        store: WorkerStore = self.store._in_workers  # type: ignore[attr-defined]
+
+        def is_read() -> bool:
+            with ends_in(LEFT_S):
+                found = store.read_if_ready(
+                    self.pin, 0, memoryview(buffer), answers_are_whole=False
+                )
+            return found is not None
+
+        wait_until(is_read)
         return bytes(buffer)
 
     @property
@@ -221,7 +259,21 @@ def server() -> Iterator[Recording]:
 def opened(
     server: Recording, processes: int = 1, credentials: Credentials = "default"
 ) -> Iterator[Bench]:
-    bench = Bench(server, processes, credentials)
+    secrets = {"access_key": "key", "secret_key": "secret"} if credentials == "default" else {}
+    with opened_at(s3_at(server, secrets), credentials, processes) as bench:
+        yield bench
+
+
+def s3_at(server: Recording, secrets: dict[str, str], **more: str) -> Location:
+    options = {"endpoint_override": server.endpoint, "scheme": "http", "region": "us-east-1"}
+    return Location("s3", "bucket/run", {**options, **more}, secrets)
+
+
+@contextlib.contextmanager
+def opened_at(
+    place: Location, credentials: Credentials = "default", processes: int = 1
+) -> Iterator[Bench]:
+    bench = Bench(place, processes, credentials)
     try:
         yield bench
     finally:
@@ -428,6 +480,40 @@ def test_a_worker_reads_new_credentials_from_their_file(server: Recording, tmp_p
         assert bench.starts() == 1
 
 
+@pytest.mark.parametrize("is_in_location", [False, True])
+def test_a_worker_has_the_keys_of_a_profile(
+    server: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_in_location: bool
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("[run]\naws_access_key_id = RUN\naws_secret_access_key = s\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    place = s3_at(server, {}, **({"profile": "run"} if is_in_location else {}))
+    with opened_at(
+        place, "default" if is_in_location else CredentialSource(profile="run")
+    ) as bench:
+        assert bench.read_in_worker() == DATA
+    assert all("Credential=RUN/" in headers["authorization"] for _, headers in server.requests)
+
+
+def test_a_worker_asks_for_keys_by_its_web_identity(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("identity")
+    with IdentityServer() as server:
+        place = s3_at(
+            server,
+            {},
+            role_arn="arn:aws:iam::123456789012:role/reader",
+            web_identity_token_file=str(tmp_path / "token"),
+            sts_endpoint_url=f"http://{server.endpoint}",
+        )
+        with opened_at(place) as bench:
+            assert bench.read_in_worker() == DATA
+            assert server.tokens == ["identity"] * 2  # of this process and the worker
+            reads = [headers for method, headers in server.requests if method == "GET"]
+            assert all("Credential=LENT/" in headers["authorization"] for headers in reads)
+            assert all(headers["x-amz-security-token"] == "session" for headers in reads)
+
+
 def test_progress_of_a_worker_reaches_the_daemon(server: Recording) -> None:
     gate = Gate(server)
     gate.open.set()
@@ -440,6 +526,81 @@ def test_progress_of_a_worker_reaches_the_daemon(server: Recording) -> None:
         assert progress.body_count <= SIZE // 2
         gate.open.set()
         assert read.result() == DATA
+
+
+# -- other clouds
+
+
+@pytest.fixture(scope="module", params=["gcs", "azure"])
+def cloud(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with cloud_server(request.param) as server:
+        server.put("run/a", DATA)
+        yield server
+
+
+@pytest.fixture
+def proxy(cloud: Any) -> Iterator[CloudProxy]:
+    with CloudProxy(cloud.endpoint) as proxy:
+        yield proxy
+
+
+def secrets_of(cloud: Any, number: int = 0) -> dict[str, str]:
+    """Credentials that the server takes; another `number`, other ones."""
+    if cloud.kind == "gcs":
+        return {"access_token": f"ya29.{number}"}
+    return {"sas_token": sas_token(1 + number)}
+
+
+def is_authorized(seen: Seen, secrets: dict[str, str]) -> bool:
+    """Whether a request has these credentials."""
+    if token := secrets.get("access_token"):
+        return seen.headers["authorization"] == f"Bearer {token}"
+    if sas := secrets.get("sas_token"):
+        return parse_qs(sas)["sig"] == parse_qs(urlsplit(seen.target).query)["sig"]
+    return seen.headers["authorization"].startswith(f"SharedKey {ACCOUNT}:")
+
+
+def test_a_worker_reads_a_cloud_with_the_credentials_of_its_location(
+    cloud: Any, proxy: CloudProxy
+) -> None:
+    used = [secrets_of(cloud), *([{"account_key": ACCOUNT_KEY}] if cloud.kind == "azure" else [])]
+    for secrets in used:
+        with opened_at(cloud.location("run", proxy.endpoint, **secrets)) as bench:
+            worker = bench.start()
+            proxy.seen.clear()
+            assert bench.read_in_worker() == DATA
+            assert proxy.seen
+            assert all(is_authorized(seen, secrets) for seen in proxy.seen)
+            assert "pyarrow" not in Path(f"/proc/{worker.pid}/maps").read_text()
+
+
+def test_a_worker_of_a_cloud_reads_new_credentials_from_their_file(
+    cloud: Any, proxy: CloudProxy, tmp_path: Path
+) -> None:
+    file = tmp_path / "credentials"
+    file.touch(0o600)
+    first, second = secrets_of(cloud), secrets_of(cloud, 1)
+    file.write_text(json.dumps(first))
+    place = msgspec.structs.replace(cloud.location("run", proxy.endpoint, **first), secrets={})
+    with opened_at(place, CredentialSource(file=str(file))) as bench:
+        assert bench.read_in_worker() == DATA
+        assert all(is_authorized(seen, first) for seen in proxy.seen)
+        file.write_text(json.dumps(second))
+        proxy.seen.clear()
+        assert bench.read_in_worker() == DATA
+        assert proxy.seen
+        assert all(is_authorized(seen, second) for seen in proxy.seen)
+        assert bench.starts() == 1
+
+
+def test_a_worker_of_a_cloud_refuses_the_bytes_of_another_version(cloud: Any) -> None:
+    cloud.put("changing/a", DATA)
+    with opened_at(cloud.location("changing", **secrets_of(cloud))) as bench:
+        assert bench.read_in_worker() == DATA
+        cloud.put("changing/a", DATA[::-1])
+        with pytest.raises(ObjectChanged):
+            bench.read_in_worker()
+        assert bench.ends() == {}
 
 
 # -- ends

@@ -565,6 +565,30 @@ def test_a_closed_store_can_still_be_used_and_leaves_nothing(
     wait_until(lambda: not bench.pids() and not bench.pool._all and not bench.pool._groups)
 
 
+def test_directories_forget_old_closes_and_leave_no_store_of_a_late_call_open() -> None:
+    directories = worker.Directories(messages.Setup(messages.PROTOCOL, Location("s3", ""), 3.0))
+    directories._open = lambda *_: FakeStore({})
+
+    def call_of(number: int) -> messages.Call:
+        call = messages.Call("find", number, "run", None, 20.0)
+        directories.store(call)
+        directories.leave(call)
+        return call
+
+    kept = call_of(0)
+    store = directories.store(kept)
+    for number in range(1, 2 * worker._CLOSED_MAX):
+        call_of(number)
+        directories.close(number)
+        call_of(number)  # as one that was sent before the close
+        assert list(directories._stores) == [0]
+    assert len(directories._closed) == worker._CLOSED_MAX
+    assert directories.store(kept) is store
+    directories.close(0)  # the oldest directory is the last one to be closed
+    call_of(0)
+    assert directories._stores == {}
+
+
 def test_secrets_and_descriptors_do_not_reach_the_outside(bench: Bench, tmp_path: Path) -> None:
     options = {"endpoint_override": "127.0.0.1:9", "scheme": "http"}
     place = Location("gcs", "b/x", options, {"access_token": "S3CR3T"})
