@@ -83,7 +83,7 @@ class Disk:
             return skipped(f"{directory} is full")
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             write, read = _measure(file.fileno())
-        facts = f"writes {write / 1e6:,.0f} MB/s, reads {read / 1e6:,.0f} MB/s"
+        facts = f"writes {size_text(round(write))}/s, reads {size_text(round(read))}/s"
         if min(write, read) < SPEED_MIN:
             return warning(
                 f"{facts}, which is slower than a network of 1 Gbit/s",

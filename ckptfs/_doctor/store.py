@@ -275,8 +275,8 @@ class Remote:
         passed_s = time.monotonic() - begun_s
         if done < _RATE_BYTES_MIN:
             return ok(f"{first} to the first byte")
-        rate = done / passed_s / 1e6
-        return ok(f"{first} to the first byte, {rate:,.0f} MB/s on one connection")
+        rate = size_text(round(done / passed_s))
+        return ok(f"{first} to the first byte, {rate}/s on one connection")
 
 
 def endpoint_of(location: Location) -> Endpoint | None:

@@ -112,7 +112,7 @@ def settings_of_a_large_node() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What `readers` processes read of a node; before the large file the model if `reads_model`."""
+    """The reads of `readers` processes from one node; the model comes first if `reads_model`."""
 
     run: Run
     ready: Ready

@@ -108,7 +108,7 @@ class Node:
         return len(processes.tree(self.pid())) - 1
 
     def roles(self) -> dict[int, str]:
-        """What each process of the daemon is."""
+        """The role of each process of the daemon, by its number."""
         keeper, daemon = self.keeper_pid(), self.pid()
         roles = dict.fromkeys(processes.tree(keeper), "spare daemon")
         roles |= dict.fromkeys(processes.tree(daemon), "worker")

@@ -108,7 +108,7 @@ def test_a_machine_in_order(
     report.line("store-tls", "skipped", "plain")
     report.line("clock", "ok", "equal to the store's")
     report.line("store-list", "ok", "3 files, 2.9 MiB")
-    report.line("store-read", "ok", "to the first byte", "MB/s")
+    report.line("store-read", "ok", "to the first byte", "B/s on one")
     assert s3.secret_key not in json.dumps(report)
     assert os.listdir(node.folder) == ["ckptfs.toml"]
     with ckptfs.Checkpoint(uri).as_directory():
