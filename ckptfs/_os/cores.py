@@ -31,13 +31,13 @@ def _quotas(cgroups: Path, top: Path) -> Iterator[float]:
     """The limits of the cgroups and of all above them, in cores."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
-        lines = cgroups.read_text().splitlines()
+        lines = cgroups.read_text(errors="surrogateescape").splitlines()
     for line in lines:
         _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
         if controllers and "cpu" not in names:
             continue
-        mount = top / controllers if controllers else top
+        mount = top / "cpu" if controllers else top  # version 1: usually a link to cpu,cpuacct
         # A container may see its own cgroup as the top of the mount, whatever its path is.
         for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
             place = mount / folder.relative_to("/")

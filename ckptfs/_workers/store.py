@@ -39,6 +39,10 @@ _IS_TRIED_ON = frozenset[Method](["confirm", "read_into"])
 """The calls that ``_daemon.fetch.retry`` makes again after `StoreUnavailable`."""
 
 
+class _NotSent(StoreUnavailable):
+    """This process had no descriptor for the call, so no worker has it."""
+
+
 def _fill(buffer: memoryview, done: Done, channel: Channel) -> bool:
     channel.read_into(buffer)
     return done.is_true
@@ -112,7 +116,8 @@ class WorkerStore:
     def read_if_ready(
         self, pin: Pin, offset: int, buffer: memoryview, *, answers_are_whole: bool
     ) -> bool | None:
-        """As `read_into`, by a worker that is ready now; None if none is, or if it dies.
+        """As `read_into`, by a worker that is ready now; None if none is, or if it dies, or if this
+        process has no descriptor for the call.
 
         `answers_are_whole` is what the caller knows of the server, see `HasWholeAnswers`.
         """
@@ -126,7 +131,7 @@ class WorkerStore:
             length=len(buffer),
             answers_are_whole=answers_are_whole,
         )
-        with suppress(Died), counted("read", _outcome_of):
+        with suppress(Died, _NotSent), counted("read", _outcome_of):
             return self._ask(*seat, call, b"", _STILL_AT_READ_S, partial(_fill, buffer))
         return None
 
@@ -223,7 +228,7 @@ class WorkerStore:
             raise
         except OSError as error:  # before it was sent
             self._pool.give_back(self._group, worker, channel)
-            raise StoreUnavailable(
+            raise _NotSent(
                 f"{self.name}: cannot open a channel to the store's library: {error.strerror}; "
                 "raise the limit of open files"
             ) from None

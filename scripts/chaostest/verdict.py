@@ -212,7 +212,7 @@ class Verdict:
             if any(window.kind in (KILLED, STOPPED, ENDED) for window in now):
                 allowed |= {"daemon"}  # it may be killed again and again while it is asked
             if any(window.kind == ENDED for window in now) and self._has_bad_disk(begin_s, end_s):
-                allowed |= {"config"}  # no first daemon begins on such a disk
+                allowed |= {"place"}  # no first daemon begins on such a disk
         elif operation == "evict" and self._has_bad_disk(begin_s, end_s):
             allowed.add("EIO")
         return allowed

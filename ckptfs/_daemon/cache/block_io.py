@@ -13,7 +13,7 @@ from pathlib import Path
 from ckptfs._daemon.cache import disk_ops, object_dir
 from ckptfs._daemon.cache.cache_dir import warn
 from ckptfs._daemon.cache.cached_object import CachedObject
-from ckptfs._daemon.cache.object_dir import PAGE_BYTES, About, pages
+from ckptfs._daemon.cache.object_dir import PAGE_BYTES, About, Files, pages
 from ckptfs._model.blocks import BLOCK_BYTES, block_length, blocks_length, runs
 
 CHECK_BLOCKS = 8
@@ -45,7 +45,7 @@ def check(entry: CachedObject, blocks: range, checksums: "array[int]") -> list[b
     ]
 
 
-def write(entry: CachedObject, about: About, first: int, data: memoryview) -> "array[int] | None":
+def write(files: Files, about: About, first: int, data: memoryview) -> "array[int] | None":
     """Write consecutive blocks from `first` on, and then their checksums to the map.
 
     `about` names their version. Returns the checksums; None if the disk refuses. Blocks that will
@@ -53,32 +53,32 @@ def write(entry: CachedObject, about: About, first: int, data: memoryview) -> "a
     """
     sums = object_dir.checksums(about, first, data)
     try:
-        object_dir.write(entry.files, first * BLOCK_BYTES, data)
+        object_dir.write(files, first * BLOCK_BYTES, data)
     except OSError as error:
         warn("write; reading without storing", error)
         return None
-    _record(entry, first, sums)
+    _record(files, about, first, sums)
     return sums
 
 
-def take_out(entry: CachedObject, blocks: range) -> bool:
+def take_out(files: Files, about: About, blocks: range) -> bool:
     """Remove blocks from map and disk. Returns whether the disk has freed their space."""
-    _record(entry, blocks.start, array("Q", bytes(8 * len(blocks))))
-    length = blocks_length(blocks, entry.size)
+    _record(files, about, blocks.start, array("Q", bytes(8 * len(blocks))))
+    length = blocks_length(blocks, about.key.size)
     try:
-        disk_ops.punch(entry.files.data, blocks.start * BLOCK_BYTES, length)
+        disk_ops.punch(files.data, blocks.start * BLOCK_BYTES, length)
     except OSError as error:
-        warn(f"free a block of {entry.about.key.path}", error)
+        warn(f"free a block of {about.key.path}", error)
         return False
     return True
 
 
-def _record(entry: CachedObject, first: int, sums: "array[int]") -> None:
+def _record(files: Files, about: About, first: int, sums: "array[int]") -> None:
     """Put checksums into the map, so that the blocks survive a restart."""
     try:
-        object_dir.write_sums(entry.files, first, sums)
+        object_dir.write_sums(files, first, sums)
     except OSError as error:  # they are fetched again after a restart
-        warn(f"write the map of {entry.about.key.path}", error)
+        warn(f"write the map of {about.key.path}", error)
 
 
 def free_unrecorded(entry: CachedObject, on_disk: int) -> None:

@@ -13,8 +13,9 @@ can be taken when there is no other room) or *free*. Sizes are powers of two, so
 again.
 
 The memory of a reply is *lent* while a thread copies it to the kernel (``fuse.reply_threads``). A
-lent buffer may be kept or busy, but it is neither taken nor freed before it is taken back. All
-methods belong to the event loop.
+lent buffer may be busy, kept or free: a reply may be decided just when the last file is closed that
+keeps its buffer. No span gets a lent buffer before it is taken back. All methods belong to the
+event loop.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class Buffer(Generic[Owner]):
 
 
 class Buffers(Generic[Owner]):
-    """All of them, at most `bytes_max` together, unless more than that is busy.
+    """All buffers, at most `bytes_max` together, unless more than that is busy or lent.
 
     `forget` is called with a kept buffer before it is taken for something else. `trim` leaves
     `idle_bytes_max` of free buffers.
@@ -65,7 +66,6 @@ class Buffers(Generic[Owner]):
         self._kept: OrderedDict[Buffer[Owner], None] = OrderedDict()  # oldest first
         self._free: dict[int, list[Buffer[Owner]]] = {}
         self._loans: Counter[mmap.mmap] = Counter()
-        self._freed_later: dict[mmap.mmap, Buffer[Owner]] = {}  # when they are taken back
         self.total_bytes = 0
 
     def resize(self, bytes_max: int) -> None:
@@ -76,46 +76,53 @@ class Buffers(Generic[Owner]):
         """A busy buffer of at least `length` bytes."""
         capacity = capacity_of(length)
         while True:
-            if free := self._free.get(capacity):
-                return free.pop()
+            free = self._free.get(capacity, [])
+            if buffer := next(filter(self._is_available, reversed(free)), None):
+                free.remove(buffer)
+                return buffer
             if self.total_bytes + capacity <= self._bytes_max or not self._make_room():
                 self.total_bytes += capacity
                 return Buffer(capacity)
 
     def _make_room(self) -> bool:
         """Drop a free buffer (of another size), or free a kept one; False: there is none."""
-        if self._drop_free():
+        if self._drop_free(self._is_available):
             return True
-        buffer = next((b for b in self._kept if b.memory not in self._loans), None)
+        buffer = next(filter(self._is_available, self._kept), None)
         if buffer is None:
             return False
         self._forget(buffer)
         self.release(buffer)
         return True
 
-    def _drop_free(self) -> bool:
-        """Give the memory of one free buffer back; False: there is none."""
-        free = next((free for free in self._free.values() if free), None)
-        if free is None:
-            return False
-        self.total_bytes -= len(free.pop().view)
-        return True
+    def _is_available(self, buffer: Buffer[Owner]) -> bool:
+        return buffer.memory not in self._loans
+
+    def _drop_free(self, may_drop: "Callable[[Buffer[Owner]], bool]" = lambda _: True) -> bool:
+        """Drop one free buffer; False: there is none. The memory of a lent one stays until it is
+        taken back."""
+        for free in self._free.values():
+            for buffer in filter(may_drop, free):
+                free.remove(buffer)
+                self.total_bytes -= len(buffer.view)
+                return True
+        return False
 
     def keep(self, buffer: Buffer[Owner]) -> None:
-        """It is no longer busy, but its blocks stay readable."""
+        """Have a busy buffer kept: its blocks stay readable."""
         self._kept[buffer] = None
 
     def release(self, buffer: Buffer[Owner]) -> None:
-        """Nothing in it is needed any more."""
+        """Free a buffer whose bytes are no longer needed, or drop it if there are too many."""
         self._kept.pop(buffer, None)
         buffer.owner = None
-        if buffer.memory in self._loans:
-            self._freed_later[buffer.memory] = buffer
+        if self.total_bytes > self._bytes_max:
+            self.total_bytes -= len(buffer.view)
         else:
             self._free.setdefault(len(buffer.view), []).append(buffer)
 
     def release_of(self, owner: Owner) -> None:
-        """The same, for all that are kept for `owner`."""
+        """Free all buffers that are kept for `owner`."""
         for buffer in [buffer for buffer in self._kept if buffer.owner is owner]:
             self.release(buffer)
 
@@ -125,8 +132,6 @@ class Buffers(Generic[Owner]):
 
     def trim(self) -> None:
         """Give the memory of free buffers back, but for `idle_bytes_max`."""
-        self.total_bytes -= sum(len(buffer.view) for buffer in self._freed_later.values())
-        self._freed_later.clear()
         while self.total_bytes > self._idle_bytes_max and self._drop_free():
             pass
 
@@ -149,8 +154,6 @@ class Buffers(Generic[Owner]):
             self._loans[memory] -= 1
             if not self._loans[memory]:
                 del self._loans[memory]
-                if buffer := self._freed_later.pop(memory, None):
-                    self.release(buffer)
 
     def is_lent(self, memory: mmap.mmap) -> bool:
         """Whether a thread may still copy from `memory`."""

@@ -15,7 +15,8 @@ The parts of the package:
 (`CachedObject.state`, the index, the byte counts), between two awaits. The functions that say
 "blocking" run in a worker thread. They take all that they need as arguments, or from fields that do
 not change while the object is open. A caller that hands an object to a worker thread keeps the
-object open.
+object open. A copy out of the page cache (`page_copies`) is the exception: its thread reads
+`files` and `generations` at any time.
 
 **The life of a block.**
 
@@ -72,7 +73,6 @@ from ckptfs._model.blocks import (
     block_count,
     block_length,
     blocks_length,
-    blocks_of,
     runs,
 )
 
@@ -158,20 +158,20 @@ class Cache:
         return stored.data_bytes if stored else 0
 
     def open(
-        self, key: ObjectKey, origin: Origin = UNKNOWN, *, is_lent: bool = False
+        self, key: ObjectKey, origin: Origin = UNKNOWN, *, is_passed_through: bool = False
     ) -> CachedObject:
         """The object of `key`. Each call needs a `close`.
 
         `origin` describes the checkpoint of a new object, which gets its folder with its first
-        block. An object that is on the disk costs a little synchronous IO. `is_lent` says whether
-        the kernel reads it now.
+        block. An object that is on the disk costs a little synchronous IO. `is_passed_through` says
+        whether the kernel reads it now.
         """
         digest = key.digest()
         entry = self.opened.get(digest)
         if entry is None:
             on_disk = self.index.take(digest)
             entry = self.opened[digest] = self._open_folder(digest, key, origin, on_disk)
-            if on_disk and entry.files is not NO_FILES and not is_lent:
+            if on_disk and entry.files is not NO_FILES and not is_passed_through:
                 block_io.free_unrecorded(entry, on_disk)
             self.index.used_bytes += entry.disk_bytes()
         entry.users += 1
@@ -268,18 +268,31 @@ class Cache:
 
         All blocks must be `readable`. This never waits for the disk.
         """
-        found = self.find_now(entry, offset, length)
-        if found is None:
-            return None
-        for copy in found.copies:
-            if not copy.run():
-                self.not_copied(copy)
-                return None
-        return found.views
+        found = self._find(entry, offset, length)
+        return found.views if found is not None and self._copied(found) else None
 
     def find_now(self, entry: CachedObject, offset: int, length: int) -> Found | None:
-        """As `read_now`, but the copies out of the page cache have still to run. If one of them
-        fails, `not_copied` has to follow."""
+        """As `read_now`, but the copies out of the page cache may have still to run. If one of them
+        fails, `note_failed_copy` has to follow.
+
+        Without the kernel's word on what is in memory, they have run already. Any of them may then
+        begin to read the disk, and the next one of that block must know of it.
+        """
+        found = self._find(entry, offset, length)
+        if found is None or not found.copies or disk_ops.knows_cached():
+            return found
+        return Found(found.views) if self._copied(found) else None
+
+    def _copied(self, found: Found) -> bool:
+        """Run the copies. Returns whether all of them have succeeded."""
+        for copy in found.copies:
+            if not copy.run():
+                self.note_failed_copy(copy)
+                return False
+        return True
+
+    def _find(self, entry: CachedObject, offset: int, length: int) -> Found | None:
+        """Where the bytes are; None if a copy out of the page cache is not possible."""
         if length > _READ_BYTES_MAX:
             return None
         views: Views = []
@@ -301,11 +314,12 @@ class Cache:
             start = stop
         return Found(views, copies)
 
-    def not_copied(self, copy: PageCopy) -> None:
-        """Take in that a copy has failed."""
+    def note_failed_copy(self, copy: PageCopy) -> None:
+        """Have the blocks checked again whose pages a copy has not found in memory."""
         if copy.error is not None and copy.error.errno == errno.EOPNOTSUPP:
             self._nowait = 0  # a file system without it: every read takes a thread
-        copy.entry.doubt(blocks_of(copy.offset, len(copy.view)))
+        if copy.is_short:
+            copy.entry.doubt(copy.blocks)
 
     def lend(self, found: Found) -> Loan:
         """Keep what was found as it is until it is taken back, for a thread that copies it."""
@@ -421,7 +435,7 @@ class Cache:
                 key = object_dir.read_about(self._root.folder(digest)).key
             except (OSError, ValueError):
                 return None
-            entry = self.open(key, is_lent=True)
+            entry = self.open(key, is_passed_through=True)
         else:
             entry.users += 1
         entry.passthroughs += 1
@@ -436,8 +450,8 @@ class Cache:
         """Start again with new files, while the kernel reads the old ones."""
         on_disk = entry.disk_bytes()
         entry.oldest.clear()
-        entry.generation += 1
         for index in range(len(entry.state)):
+            entry.renew(index)
             entry.state[index] = ABSENT
             entry.sums[index] = 0
         self._drop_memory(entry)
@@ -504,10 +518,10 @@ class Cache:
         if entry.passthroughs:
             self._retire(entry)
             return
-        entry.generation += 1
+        entry.renew(index)
         entry.state[index] = ABSENT
         entry.sums[index] = 0
-        freed = block_io.take_out(entry, range(index, index + 1))
+        freed = block_io.take_out(entry.files, entry.about, range(index, index + 1))
         self.room.give_back(entry, block_length(index, entry.size), freed)
 
 

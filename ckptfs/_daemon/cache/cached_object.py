@@ -3,6 +3,7 @@
 ``cache`` explains the states of a block, and the threads that may change them.
 """
 
+from array import array
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,6 @@ from ckptfs._daemon.cache.object_dir import NO_FILES, About, Files, folder_bytes
 from ckptfs._model.blocks import BLOCK_BYTES, block_length
 
 if TYPE_CHECKING:
-    from array import array
     from pathlib import Path
 
     from ckptfs._daemon.cache.buffer_pool import Buffer
@@ -33,8 +33,7 @@ class CachedObject:
         sums: Checksums of the blocks that are on disk, else 0.
         oldest: Stored blocks, oldest first.
         memory: Blocks whose bytes are in a buffer.
-        generation: A number that is new whenever blocks that were readable on the disk are dropped
-            or doubted (see ``page_copies``).
+        generations: A number for each block, which `renew` changes (see ``page_copies``).
         kept: How many attachments have waited for it, so that it stays (`kept`).
         passthroughs: Number of inodes whose data file the kernel reads by itself.
         retired: Replaced files that the kernel still reads by passthrough, the bytes that they
@@ -54,7 +53,7 @@ class CachedObject:
         self.state = bytearray(STORED if s else ABSENT for s in sums)
         self.oldest = deque(i for i, s in enumerate(sums) if s)
         self.memory: dict[int, Buffer[CachedObject]] = {}
-        self.generation = 0
+        self.generations = array("Q", bytes(8 * len(sums)))
         self.users = 0
         self.passthroughs = 0
         self.kept = 0
@@ -95,10 +94,14 @@ class CachedObject:
         self.dead_bytes += pages(length)
         self.unreliable = True
 
+    def renew(self, index: int) -> None:
+        """Let the copies of a block that threads make now fail, before its bytes change."""
+        self.generations[index] += 1
+
     def doubt(self, blocks: range) -> None:
         """Have VERIFIED blocks checked before the next read, because their pages have left
         memory."""
-        self.generation += 1
         for index in blocks:
             if self.state[index] == VERIFIED:
+                self.renew(index)
                 self.state[index] = DOUBTED

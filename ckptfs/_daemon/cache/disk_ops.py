@@ -157,6 +157,11 @@ def _check(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def knows_cached() -> bool:
+    """Whether the kernel can say which pages are in memory (Linux >= 6.5)."""
+    return bool(_cachestat)
+
+
 def is_cached(fd: int, offset: int, length: int) -> bool:
     """Whether the kernel has all pages of a range in memory; True if it cannot say. Several threads
     may ask at once."""

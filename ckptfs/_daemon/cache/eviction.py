@@ -86,7 +86,7 @@ class Room:
         while missing_bytes > 0 and (victim := self._fullest_open()) is not None:
             index = victim.oldest.popleft()
             if victim.state[index] in ON_DISK:
-                victim.generation += 1
+                victim.renew(index)
                 victim.state[index] = DYING
                 victim.memory.pop(index, None)
                 chosen.append((victim, index))
@@ -151,4 +151,7 @@ class Room:
 
 def _take_out_all(blocks: list[_Block]) -> list[bool]:
     """Blocking. Returns for each block whether its space is free."""
-    return [block_io.take_out(entry, range(index, index + 1)) for entry, index in blocks]
+    return [
+        block_io.take_out(entry.files, entry.about, range(index, index + 1))
+        for entry, index in blocks
+    ]

@@ -29,13 +29,15 @@ class Storing:
         length = blocks_length(blocks, entry.size)
         if not await self._make_room(entry, length):
             return
-        about = entry.about
+        about, files = entry.about, entry.files
         view = buffer.view[:length]
-        sums = await self._offload.disk(block_io.write, entry, about, blocks.start, view)
-        if sums is not None and entry.about.etag == about.etag:
+        sums = await self._offload.disk(block_io.write, files, about, blocks.start, view)
+        if entry.files is not files:  # retired meanwhile: the kernel may read these files
+            self._cache.room.give_back(entry, length, freed=False)
+        elif sums is not None and entry.about.etag == about.etag:
             self._cache.publish(entry, blocks.start, sums)
         else:  # the disk refused it, or it is another version since
-            freed = await self._offload.disk(block_io.take_out, entry, blocks)
+            freed = await self._offload.disk(block_io.take_out, files, about, blocks)
             self._cache.room.give_back(entry, length, freed)
 
     async def shrink(self) -> None:

@@ -262,7 +262,7 @@ class Relay:
         The arguments stay single, because a tuple for them would cost each hit a tenth of its time.
         """
         began_ns = time.perf_counter_ns()
-        goes_to_thread = length > _SMALL_BYTES and self.reply_threads.has_time
+        goes_to_thread = length > _SMALL_BYTES and self._has_thread()
         try:
             found = self._vfs.read_now(
                 handle, offset, length, is_exact=is_direct, may_copy_later=goes_to_thread
@@ -273,17 +273,21 @@ class Relay:
         except Exception as error:
             self._fail_read(_Read(unique, thread, handle, offset, length, began_ns), error)
             return True
+        if found is not None and not goes_to_thread:
+            self._vfs.note_read(handle, offset, self._answer(unique, found.views), began_ns)
+            return True
+        read = _Read(unique, thread, handle, offset, length, began_ns)
         if found is None:
-            read = _Read(unique, thread, handle, offset, length, began_ns)
             nursery.start_soon(self._read_later, read)
             return False
-        if goes_to_thread:
-            read = _Read(unique, thread, handle, offset, length, began_ns)
-            count = self._send(unique, found, partial(self._read_again, read, nursery))
-        else:
-            count = self._answer(unique, found.views)
+        count = self._send(unique, found, partial(self._read_again, read, nursery))
         self._vfs.note_read(handle, offset, count, began_ns)
         return True
+
+    def _has_thread(self) -> bool:
+        """Whether a thread has time for a reply. May close objects, so bytes are found after it."""
+        self.reply_threads.take_back()
+        return self.reply_threads.has_time
 
     def _read_again(self, read: _Read, nursery: trio.Nursery) -> None:
         """Begin a read again that is counted already, because its bytes went meanwhile."""

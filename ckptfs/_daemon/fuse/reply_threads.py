@@ -93,7 +93,6 @@ class ReplyThreads:
     @property
     def has_time(self) -> bool:
         """Whether a thread has time for one more reply."""
-        self.take_back()
         return self._under_way < self._count * _WAITING_MAX
 
     def send(self, header: bytes, found: Found, read_again: Callable[[], None]) -> None:
@@ -113,8 +112,8 @@ class ReplyThreads:
         self._queue.put(_Reply(header, found, self._cache.lend(found), read_again))
 
     def take_back(self) -> None:
-        """Take back what the threads need no more. A program that has a reply may close its file at
-        once, and then no copy of this reply keeps the object open."""
+        """Take back what the threads need no more, and may close objects. A loan of a file ends
+        before its reply is written, so no reply that a program has keeps an object open."""
         while self._copied:
             self._cache.take_back(self._copied.popleft())
         while self._written:
@@ -132,19 +131,23 @@ class ReplyThreads:
 
     def _run(self, token: trio.lowlevel.TrioToken) -> None:
         while (reply := self._queue.get()) is not None:
-            loan = reply.loan
-            if all(copy.run() for copy in reply.found.copies):
-                self._copied.append(Loan([], loan.entries))
+            try:
+                is_copied = all(copy.run() for copy in reply.found.copies)
+            except Exception:  # it must not end the thread
+                log.exception("unexpected error while copying a reply")
+                is_copied = False
+            if is_copied:
+                self._copied.append(Loan([], reply.loan.entries))
                 write_message(self._fd, [reply.header, *reply.found.views])
-                self._written.append(Loan(loan.memory, []))
+                self._written.append(Loan(reply.loan.memory, []))
             else:
-                with contextlib.suppress(trio.RunFinishedError):  # nobody waits for it any more
-                    token.run_sync_soon(self._not_copied, reply)
-            del reply, loan  # a thread that waits must not keep the memory
+                with contextlib.suppress(trio.RunFinishedError):  # the event loop has ended
+                    token.run_sync_soon(self._begin_again, reply)
+            del reply  # a thread that waits must not keep the memory
 
-    def _not_copied(self, reply: _Reply) -> None:
+    def _begin_again(self, reply: _Reply) -> None:
         for copy in reply.found.copies:
-            self._cache.not_copied(copy)
+            self._cache.note_failed_copy(copy)
         self._written.append(reply.loan)
         self.take_back()
         reply.read_again()

@@ -15,7 +15,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cores(folder: Path, cgroups: str, limits: dict[str, str]) -> int:
     """The cores with that text of /proc/self/cgroup, and these files below /sys/fs/cgroup."""
-    (folder / "cgroup").write_text(cgroups)
+    (folder / "cgroup").write_text(cgroups, errors="surrogateescape")
     for name, text in limits.items():
         path = folder / "top" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +39,24 @@ def cores(folder: Path, cgroups: str, limits: dict[str, str]) -> int:
             "5:memory:/m\n4:cpu,cpuacct:/docker/x\n",
             {
                 "memory/m/cpu.cfs_quota_us": "100000\n",
-                "cpu,cpuacct/docker/x/cpu.cfs_quota_us": "600000\n",
-                "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000\n",
+                "cpu/docker/x/cpu.cfs_quota_us": "600000\n",
+                "cpu/docker/x/cpu.cfs_period_us": "100000\n",
+            },
+            6,
+        ),
+        (
+            "4:cpuacct,cpu:/x\udcff\n",
+            {
+                "cpu/x\udcff/cpu.cfs_quota_us": "600000\n",
+                "cpu/x\udcff/cpu.cfs_period_us": "100000\n",
             },
             6,
         ),
         (
             "4:cpu,cpuacct:/docker/x\n",
             {
-                "cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
-                "cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+                "cpu/cpu.cfs_quota_us": "-1\n",
+                "cpu/cpu.cfs_period_us": "100000\n",
             },
             100,
         ),

@@ -55,7 +55,7 @@ def failure(
         (judge.READ_ONLY, "read", "EIO", False),
         (judge.DISK_FAILS, "read", "EIO", False),
         (judge.DISK_FAILS, "evict", "EIO", True),
-        (judge.DISK_FAILS, "attach", "config", False),
+        (judge.DISK_FAILS, "attach", "place", False),
         (judge.DISK_FAILS, "stat", "EIO", False),
         (judge.DISK_HANGS, "read", "ETIMEDOUT", True),
         (judge.DISK_HANGS, "read", "EIO", False),
@@ -81,7 +81,7 @@ def test_a_disk_is_the_readers_where_the_kernel_reads_it(timeline: Timeline) -> 
     assert not verdict.of_failure(failure("read", "EIO", 20 + judge.DISK_MEMORY_S, 51))
     assert verdict.of_failure(failure("read", "EIO", 21 + judge.DISK_MEMORY_S, 52))
     timeline.windows.append(Window(judge.ENDED, 15, 16))
-    assert not verdict.of_failure(failure("attach", "config", 15, 16))
+    assert not verdict.of_failure(failure("attach", "place", 15, 16))
 
 
 def test_a_fault_excuses_what_overlaps_it_only(timeline: Timeline, verdict: Verdict) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,7 +41,6 @@ from ckptfs._workers.store import WorkerStore
 from ckptfs.errors import AccessDenied, ObjectChanged, StoreTimeout, StoreUnavailable
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator
 
     from ckptfs._model.kinds import Kind
@@ -299,6 +300,21 @@ def test_a_read_waits_for_no_start(server: Recording) -> None:
         assert bench.read(MIB, 2 * MIB) == DATA[MIB:]
         assert descriptors_of(worker) > before  # it has a channel now
         assert bench.starts() == 1
+
+
+def test_without_a_descriptor_the_daemon_reads_itself(
+    server: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> tuple[socket.socket, socket.socket]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with opened(server) as bench:
+        worker = bench.start()
+        worker.idle.append(worker.new_channel())
+        used_s = worker.used_s
+        monkeypatch.setattr(socket, "socketpair", none)
+        assert bench.read() == DATA
+        assert worker.used_s == used_s
 
 
 def test_without_processes_the_daemon_reads_itself(server: Recording) -> None:

@@ -20,8 +20,19 @@ def test_a_lent_buffer_is_not_taken() -> None:
     assert second is not first
     assert buffers.total_bytes == 2 * MIB
     buffers.release(second)
+    assert buffers.total_bytes == MIB
     buffers.take_back(lent)
-    assert buffers.take(MIB) is second
+    assert buffers.take(MIB) is first
+
+
+def test_a_buffer_that_is_lent_after_its_release_is_not_taken() -> None:
+    buffers: Buffers[str] = Buffers(4 * MIB, lambda _: None)
+    first = buffers.take(MIB)
+    buffers.release(first)
+    lent = buffers.lend([first.view])
+    second = buffers.take(MIB)
+    assert second is not first
+    buffers.take_back(lent)
     assert buffers.take(MIB) is first
 
 
@@ -114,6 +125,13 @@ class Model(RuleBasedStateMachine):
         buffer = data.draw(st.sampled_from(self.busy))
         self.busy.remove(buffer)
         self.buffers.release(buffer)
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data())
+    def lend_what_was_just_released(self, data: st.DataObject) -> None:
+        view = data.draw(st.sampled_from(self.busy)).view[:1]
+        self.release(data)
+        self.loans.append((self.buffers.lend([view]), view, view[0]))
 
     @rule(owner=st.sampled_from([0, 1]))
     def release_of(self, owner: int) -> None:

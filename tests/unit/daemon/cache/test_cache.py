@@ -44,7 +44,7 @@ def store(cache: Cache, entry: CachedObject, index: int, data: bytes) -> bool:
     keep(cache, entry, index, data)
     if not make_room(cache, entry, len(data)):
         return False
-    sums = block_io.write(entry, entry.about, index, memoryview(data))
+    sums = block_io.write(entry.files, entry.about, index, memoryview(data))
     assert sums is not None
     cache.publish(entry, index, sums)
     return True
@@ -526,8 +526,8 @@ def test_a_discarded_write_frees_its_space(cache: Cache) -> None:
     store(cache, entry, 0, block_of(entry, 0))
     used = cache.index.used_bytes
     assert make_room(cache, entry, 2 * MIB)
-    block_io.write(entry, entry.about, 1, memoryview(pattern(2 * MIB)))
-    cache.room.give_back(entry, 2 * MIB, block_io.take_out(entry, range(1, 3)))
+    block_io.write(entry.files, entry.about, 1, memoryview(pattern(2 * MIB)))
+    cache.room.give_back(entry, 2 * MIB, block_io.take_out(entry.files, entry.about, range(1, 3)))
     assert cache.index.used_bytes == used >= bytes_on_disk(cache.directory)
     assert read_now(cache, entry, 0, MIB) == block_of(entry, 0)
 

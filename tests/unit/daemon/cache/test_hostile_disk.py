@@ -86,7 +86,7 @@ def test_every_operation_has_a_name() -> None:
     """Only `disk_ops` touches the disk, and the list of faults has each of its functions."""
     functions = {name for name, _ in inspect.getmembers(disk_ops, inspect.isroutine)}
     public = {name for name in functions if not name.startswith("_")}
-    assert public - {"close", "is_cached", "taken_bytes"} == set(OPERATIONS)
+    assert public - {"close", "is_cached", "knows_cached", "taken_bytes"} == set(OPERATIONS)
     pure = {"os.RWF_NOWAIT", "os.geteuid", "os.stat_result", "os.dup2", "os.statvfs_result"}
     for module in (block_io, cache, cached_object, object_dir, cache_dir, index, eviction):
         tree = ast.parse(inspect.getsource(module))
@@ -194,7 +194,7 @@ def test_the_kernel_reads_no_page_that_was_not_checked(tmp_path: Path) -> None:
     buffer.view[:SIZE] = data
     cache.keep(entry, range(3), buffer)
     assert make_room(cache, entry, SIZE)
-    sums = block_io.write(entry, entry.about, 0, buffer.view[:SIZE])
+    sums = block_io.write(entry.files, entry.about, 0, buffer.view[:SIZE])
     assert sums is not None
     cache.publish(entry, 0, sums)
     entry.memory.clear()
@@ -268,7 +268,7 @@ def test_bytes_of_the_last_version_that_could_not_be_removed_are_not_believed(
     buffer = cache.buffers.take(MIB)
     cache.keep(entry, range(1), buffer)
     assert make_room(cache, entry, MIB)
-    sums = block_io.write(entry, entry.about, 0, buffer.view)
+    sums = block_io.write(entry.files, entry.about, 0, buffer.view)
     assert sums is not None
     cache.publish(entry, 0, sums)
     with monkeypatch.context() as patch:
@@ -548,7 +548,7 @@ def test_a_limit_that_became_lower_holds_from_the_start(tmp_path: Path) -> None:
         buffer = cache.buffers.take(MIB)
         cache.keep(entry, range(1), buffer)
         assert make_room(cache, entry, MIB)
-        sums = block_io.write(entry, entry.about, 0, buffer.view)
+        sums = block_io.write(entry.files, entry.about, 0, buffer.view)
         assert sums is not None
         cache.publish(entry, 0, sums)
         cache.close(entry)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.fakes import MIB
 from support.rig import make_room
-from unit.daemon.cache.test_cache import block_of, cache_in, key_of, store
+from unit.daemon.cache.test_cache import block_of, cache_in, keep, key_of, store
 
 from ckptfs._daemon.cache import disk_ops
 from ckptfs._daemon.cache.cache import Cache
@@ -37,7 +37,7 @@ def entry(cache: Cache) -> CachedObject:
 
 
 def find(cache: Cache, entry: CachedObject) -> Found:
-    found = cache.find_now(entry, MIB + 100, MIB)
+    found = cache.find_now(entry, 100, MIB)
     assert found is not None
     assert len(found.copies) == 1
     return found
@@ -46,7 +46,7 @@ def find(cache: Cache, entry: CachedObject) -> Found:
 def test_a_copy_brings_the_bytes(cache: Cache, entry: CachedObject) -> None:
     found = find(cache, entry)
     assert found.copies[0].run()
-    expected = block_of(entry, 1) + block_of(entry, 2)
+    expected = block_of(entry, 0) + block_of(entry, 1)
     assert b"".join(found.views) == expected[100 : 100 + MIB]
 
 
@@ -60,19 +60,19 @@ def change_version(cache: Cache, entry: CachedObject) -> None:
 
 
 def find_damage(cache: Cache, entry: CachedObject) -> None:
-    cache.loaded(entry, 2, entry.sums[2], good=False)
+    cache.loaded(entry, 1, entry.sums[1], good=False)
 
 
 def damage_what_the_kernel_reads(cache: Cache, entry: CachedObject) -> None:
     assert cache.begin_passthrough(entry)
-    cache.loaded(entry, 2, entry.sums[2], good=False)
+    cache.loaded(entry, 1, entry.sums[1], good=False)
     cache.end_passthrough(entry)
 
 
 def lose_the_pages(cache: Cache, entry: CachedObject) -> None:
-    entry.doubt(range(2, 3))
-    assert entry.state[2] == DOUBTED
-    entry.state[2] = VERIFIED  # it was read again
+    entry.doubt(range(1, 2))
+    assert entry.state[1] == DOUBTED
+    entry.state[1] = VERIFIED  # it was read again
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_copy_fails_while_its_block_is_dropped(
 
 def test_an_object_stays_open_while_a_copy_of_it_is_lent(cache: Cache, entry: CachedObject) -> None:
     found = find(cache, entry)
-    expected = (block_of(entry, 1) + block_of(entry, 2))[100 : 100 + MIB]
+    expected = (block_of(entry, 0) + block_of(entry, 1))[100 : 100 + MIB]
     loan = cache.lend(found)
     cache.close(entry)
     assert cache.opened == {entry.digest: entry}
@@ -123,5 +123,45 @@ def test_a_failed_copy_has_its_blocks_checked_again(
     [copy] = find(cache, entry).copies
     monkeypatch.setattr(disk_ops, "read_cached", lambda *_: 0)
     assert not copy.run()
-    cache.not_copied(copy)
-    assert list(entry.state) == [VERIFIED, DOUBTED, DOUBTED, VERIFIED]
+    cache.note_failed_copy(copy)
+    assert list(entry.state) == [DOUBTED, DOUBTED, VERIFIED, VERIFIED]
+
+
+def test_a_copy_that_fails_for_its_number_has_no_block_checked(
+    cache: Cache, entry: CachedObject
+) -> None:
+    [copy] = find(cache, entry).copies
+    entry.renew(1)
+    assert not copy.run()
+    cache.note_failed_copy(copy)
+    assert set(entry.state) == {VERIFIED}
+
+
+def test_another_block_that_is_dropped_disturbs_no_copy(cache: Cache, entry: CachedObject) -> None:
+    [copy] = find(cache, entry).copies
+    cache.loaded(entry, 3, entry.sums[3], good=False)
+    assert copy.run()
+
+
+def test_copies_run_at_once_if_the_kernel_does_not_say_what_is_in_memory(
+    cache: Cache, entry: CachedObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_ops, "_cachestat", 0)
+    found = cache.find_now(entry, 0, MIB)
+    assert found is not None
+    assert found.copies == ()
+    assert b"".join(found.views) == block_of(entry, 0)
+
+
+def test_bytes_that_are_lent_when_their_object_has_just_closed_stay(cache: Cache) -> None:
+    entry = cache.open(key_of("a", MIB))
+    keep(cache, entry, 0, block_of(entry, 0))
+    cache.open(key_of("b", MIB))  # the cache goes on
+    views = cache.read_now(entry, 0, MIB)
+    assert views is not None
+    cache.close(entry)
+    loan = cache.lend(Found(views))
+    buffer = cache.buffers.take(MIB)
+    buffer.view[:] = b"x" * MIB
+    assert b"".join(views) == block_of(entry, 0)
+    cache.take_back(loan)

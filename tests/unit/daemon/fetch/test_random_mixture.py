@@ -176,7 +176,7 @@ class Run:
             assert b"".join(found.views) == expected
         else:
             for copy in found.copies:
-                self.view.rig.cache.not_copied(copy)
+                self.view.rig.cache.note_failed_copy(copy)
         self.copying_bytes_max -= sum(map(len, loan.memory))
         self.view.rig.cache.take_back(loan)
 

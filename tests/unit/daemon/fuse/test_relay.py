@@ -279,6 +279,7 @@ async def test_relay_lends_what_it_has_read_from_the_page_cache(
         await _read_blocks(ends, _open(ends))
         await ends.view.rig.quiet()
     gate = Gate(monkeypatch)
+    monkeypatch.setattr(reply_threads, "_WAITING_MAX", 4)
     async with relay_in(tmp_path, store, 1) as ends:
         handle = _open(ends)
         await _read_blocks(ends, handle)
