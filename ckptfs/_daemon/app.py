@@ -39,6 +39,7 @@ from ckptfs._daemon.control.restore import restore
 from ckptfs._daemon.control.server import Control
 from ckptfs._daemon.control.service import Service
 from ckptfs._daemon.fetch.fetcher import Fetcher
+from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._daemon.fuse import operations as fuse
 from ckptfs._daemon.fuse import passthrough
 from ckptfs._daemon.fuse.relay import Relay
@@ -49,7 +50,7 @@ from ckptfs._model.config import NODE_IDLE_MEMORY_BYTES, Config
 from ckptfs._model.wording import INSTALL_DAEMON
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import BEAT_S, RESTART_STATUS, Fds, Handoff
-from ckptfs._os.cores import usable_cores
+from ckptfs._os.machine import usable_cores
 from ckptfs._os.write_all import write_all
 from ckptfs._workers.lifeline import end_with
 from ckptfs._workers.pool import Pool
@@ -116,7 +117,7 @@ def main() -> None:
             Path(config.cache_dir),
             config.cache_bytes_max,
             config.cache_free_share_min,
-            config.in_flight_bytes_max,
+            limits_of(config).in_flight_bytes,
             required=not args.after_another,  # readers are more important than a cache
             idle_memory_bytes_max=_idle_memory_bytes(config),
         )
@@ -151,7 +152,7 @@ async def _run(
 ) -> int:
     """Serve, and return the exit status."""
     async with trio.open_nursery() as nursery:
-        offload = Offload(current.config.connections_max)
+        offload = Offload(limits_of(current.config).connections)
 
         def forget_name(name: str) -> None:
             forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())

@@ -83,7 +83,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         time for them. Two attempts of 3 s, the AWS SDK's default, keep the answer to an attach
         below 10 s."""),
     ] = STORE_TIMEOUT_S
-    connections_max: Annotated[Count, _live("Maximum number of concurrent requests for data.")] = 16
+    connections_max: Annotated[
+        Count | Literal["auto"],
+        _live("""Maximum number of concurrent requests for data. S3 gives one connection some 90
+        MB/s, whatever the link. With `"auto"`, 2 for each core, but 32 at least and 128 at
+        most."""),
+    ] = "auto"
     fetch_processes: Annotated[
         Processes,
         _live("""Maximum number of processes that read stores beside the daemon under a sustained
@@ -92,8 +97,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         each 4 cores, 8 at most, and none while less than 400 MB/s come."""),
     ] = "auto"
     in_flight_bytes_max: Annotated[
-        Bytes, _live("Maximum number of bytes in flight, in all requests together.")
-    ] = 128 * MIB
+        Bytes | Literal["auto"],
+        _live("""Maximum number of bytes in flight, in all requests together. With `"auto"`, 4 MiB
+        for each connection, but 128 MiB at least, and from there on at most 1/32 of the memory that
+        ckptfs may use."""),
+    ] = "auto"
     idle_memory_bytes: Annotated[
         Bytes | Literal["auto"],
         _fixed("""Maximum number of bytes of that memory that the daemon keeps while no file is
@@ -109,10 +117,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         MiB, because the daemon keeps a whole span in memory if the disk fails."""),
     ] = 8 * MIB
     window_bytes_max: Annotated[
-        Bytes,
+        Bytes | Literal["auto"],
         _live("""Longest distance of readahead ahead of one cursor. A change counts for files that
-        are opened later."""),
-    ] = 64 * MIB
+        are opened later. With `"auto"`, half of the bytes in flight, but 64 MiB at least and 256
+        MiB at most."""),
+    ] = "auto"
     read_ahead_kb: Annotated[
         Bytes,
         _fixed("""The kernel's own readahead for the mount, in KiB (needs root). In measurements,

@@ -1,7 +1,8 @@
-"""The cores that this process may use.
+"""The cores and the memory that this process may use.
 
-A container's limit of CPU time (`docker run --cpus`, `resources.limits.cpu` of Kubernetes) leaves
-the affinity as it is, so a node of 100 cores looks whole to a container of 2.
+A container's limits (`docker run --cpus --memory`, `resources.limits` of Kubernetes) leave the
+affinity and the size of the machine's memory as they are, so a large node looks whole to a small
+container.
 """
 
 import contextlib
@@ -22,32 +23,43 @@ def usable_cores(cgroups: Path = _CGROUPS, top: Path = _TOP) -> int:
         top: The folder in which cgroups are mounted.
     """
     cores = len(os.sched_getaffinity(0))
-    for quota in _quotas(cgroups, top):
-        cores = min(cores, max(1, math.ceil(quota)))
+    for place, is_v1 in _cgroups("cpu", cgroups, top):
+        quota = _quota_v1(place) if is_v1 else _quota_v2(place)
+        if quota is not None:
+            cores = min(cores, max(1, math.ceil(quota)))
     return cores
 
 
-def _quotas(cgroups: Path, top: Path) -> Iterator[float]:
-    """The limits of the cgroups and of all above them, in cores."""
+def usable_memory_bytes(cgroups: Path = _CGROUPS, top: Path = _TOP) -> int:
+    """The machine's memory, or what its cgroups leave to this process. Arguments as above."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for place, is_v1 in _cgroups("memory", cgroups, top):
+        # See memory.max in Documentation/admin-guide/cgroup-v2.rst, and cgroup-v1/memory.rst. The
+        # word "max" says that there is no limit, and in version 1 a number above all memory.
+        name = "memory.limit_in_bytes" if is_v1 else "memory.max"
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int((place / name).read_text()))
+    return found
+
+
+def _cgroups(controller: str, cgroups: Path, top: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's cgroups with that controller, and of all above them. Each with
+    whether it is of version 1."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = cgroups.read_text(errors="surrogateescape").splitlines()
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers and "cpu" not in names:
+        if controllers and controller not in controllers.split(","):
             continue
-        mount = top / "cpu" if controllers else top  # version 1: usually a link to cpu,cpuacct
+        mount = top / controller if controllers else top  # version 1: perhaps a link
         # A container may see its own cgroup as the top of the mount, whatever its path is.
         for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
-            place = mount / folder.relative_to("/")
-            quota = _quota_v1(place) if controllers else _quota_v2(place)
-            if quota is not None:
-                yield quota
+            yield mount / folder.relative_to("/"), bool(controllers)
 
 
 def _quota_v2(place: Path) -> float | None:
-    """The limit of one cgroup; see cpu.max in Documentation/admin-guide/cgroup-v2.rst."""
+    """The limit of one cgroup in cores; see cpu.max in Documentation/admin-guide/cgroup-v2.rst."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = (place / "cpu.max").read_text().split()
         return int(quota) / int(period)  # "max": there is no limit

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from benchmark.contenders import CKPTFS, RAW, RAY, RCLONE_FULL, RUNAI, S3FS, S3TORCH, S5CMD
 from benchmark.results import amount, best, ratio
 from benchmark.run import Run, nothing
+from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._model.config import Config
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def load(run: Run) -> None:
     """Cold load of all tensors of the model."""
     case = "load"
     idle, loaded, bounds = [], [], []
-    in_flight = Config(socket="/", mount="/", cache_dir="/").in_flight_bytes_max / MB
+    in_flight = limits_of(Config(socket="/", mount="/", cache_dir="/")).in_flight_bytes / MB
     with CKPTFS.cold(run.store, run.temp) as ready:
         idle.append(ready.node.memory_bytes() / MB)
 

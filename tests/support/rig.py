@@ -23,6 +23,7 @@ from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.cache.cached_object import CachedObject
 from ckptfs._daemon.cache.object_dir import ObjectKey
 from ckptfs._daemon.fetch.fetcher import Fetcher
+from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fs.vfs import Stat, Vfs
 from ckptfs._daemon.fs.xattrs import Xattrs
@@ -138,7 +139,7 @@ async def rig_in(
         Path(config.cache_dir),
         config.cache_bytes_max,
         config.cache_free_share_min,
-        config.in_flight_bytes_max,
+        limits_of(config).in_flight_bytes,
     )
     failure: Exception | None = None
     ends = ExitStack()

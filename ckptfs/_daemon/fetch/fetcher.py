@@ -36,6 +36,7 @@ from ckptfs._daemon.cache.cached_object import (
     CachedObject,
 )
 from ckptfs._daemon.cache.page_copies import Found, Views
+from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._daemon.fetch.readahead import Readahead
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.scheduler import Priority
@@ -88,18 +89,20 @@ class Fetcher:
     def _apply(self, config: Config) -> None:
         self._deadline_s = config.read_deadline_s
         # A window that fills the cache would evict blocks that were not read yet.
-        share = config.cache_bytes_max // 4 if config.cache_bytes_max else config.window_bytes_max
-        self.window_bytes_max = min(config.window_bytes_max, share)
+        window_bytes = limits_of(config).window_bytes
+        share = config.cache_bytes_max // 4 if config.cache_bytes_max else window_bytes
+        self.window_bytes_max = min(window_bytes, share)
 
     async def configure(self, config: Config) -> None:
         """Apply settings that have changed, also those of the cache. Returns when the cache is
         within its limit."""
         self._apply(config)
         self.spans.configure(config)
-        self.scheduler.resize(config.connections_max, config.in_flight_bytes_max)
-        self._parts.offload.data.resize(config.connections_max)
+        limits = limits_of(config)
+        self.scheduler.resize(limits.connections, limits.in_flight_bytes)
+        self._parts.offload.data.resize(limits.connections)
         self._cache.resize(
-            config.cache_bytes_max, config.cache_free_share_min, config.in_flight_bytes_max
+            config.cache_bytes_max, config.cache_free_share_min, limits.in_flight_bytes
         )
         await self._parts.writer.shrink()
 

@@ -40,6 +40,7 @@ from ckptfs._daemon.cache.cached_object import CachedObject
 from ckptfs._daemon.cache.writer import Storing
 from ckptfs._daemon.fetch.deadlines import ReadDeadlines
 from ckptfs._daemon.fetch.flow_control import FlowControls
+from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.retry import Retry
 from ckptfs._daemon.fetch.scheduler import Priority, Scheduler
@@ -69,8 +70,9 @@ class FetchParts:
         self.nursery = nursery
         self.flow_controls = FlowControls()
         self.read_deadlines = ReadDeadlines()
+        limits = limits_of(config)
         self.scheduler = Scheduler(
-            config.connections_max, config.in_flight_bytes_max, nursery, self.flow_controls
+            limits.connections, limits.in_flight_bytes, nursery, self.flow_controls
         )
         self.retry = Retry(self.scheduler)
         self.version_checks = VersionChecks(

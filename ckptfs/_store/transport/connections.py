@@ -25,9 +25,9 @@ from ckptfs._store.transport.errors import BrokenConnection, SilentServer, text_
 from ckptfs._store.transport.proxies import open_tunnel, parse_proxy
 from ckptfs._store.transport.tls import Network, secured
 
-_IDLE_MAX = 32
-"""The most idle connections: as many as `connections_max` and the version checks use at the same
-time."""
+_IDLE_MAX = 160
+"""The most idle connections: as many as the largest `connections_max` by "auto" and the version
+checks use at the same time."""
 _IDLE_S = 15.0
 """The longest time that a connection is idle. S3 closes connections after some 20 s."""
 _PORTS = {"http": 80, "https": 443}

@@ -27,7 +27,7 @@ def load(file: Path, text: "str | bytes" = "", **environ: str) -> Config:
 
 def test_config_is_read_from_defaults_then_file_then_environment(file: Path) -> None:
     default = load(file)
-    assert (default.linger_s, default.connections_max) == (10.0, 16)
+    assert (default.linger_s, default.span_bytes_max) == (10.0, 8 << 20)
     assert all(Path(p).is_absolute() for p in (default.socket, default.mount, default.cache_dir))
     text = 'socket = "/file/s"\nmount = "/file/m"\nlinger_s = 3\nallow_other = true\n'
     config = load(file, text, CKPTFS_MOUNT="/environ/m", CKPTFS_CACHE_DIR="/environ/c")

@@ -296,7 +296,9 @@ async def test_prefetch_yields_to_a_reader_and_resumes(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     files = {"a": 80 * MIB, "b": 24 * MIB}
-    async with bench_in(tmp_path, files, span_bytes_max=MIB, window_bytes_max=4 * MIB) as bench:
+    async with bench_in(
+        tmp_path, files, connections_max=16, span_bytes_max=MIB, window_bytes_max=4 * MIB
+    ) as bench:
         attachment = await bench.attach()
         bench.offload.latency_s = {"data": 0.1}
         prefetch = bench.service.prefetches.begin(attachment, Wanted(["a"]))
