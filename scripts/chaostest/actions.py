@@ -257,10 +257,10 @@ def damage(chaos: Chaos, chance: random.Random) -> None:
 
 
 def in_cache(chaos: Chaos, name: str) -> list[Path]:
-    """The objects' files of that name; none if a folder goes while they are looked for."""
+    """The objects' files of that name; none if a folder goes, or the disk fails, meanwhile."""
     try:
         return sorted(chaos.node.cache.glob(f"objects/*/*/{name}"))
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

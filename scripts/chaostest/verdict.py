@@ -213,8 +213,8 @@ class Verdict:
                 allowed |= {"daemon"}  # it may be killed again and again while it is asked
             if any(window.kind == ENDED for window in now) and self._has_bad_disk(begin_s, end_s):
                 allowed |= {"place"}  # no first daemon begins on such a disk
-        elif operation == "evict" and self._has_bad_disk(begin_s, end_s):
-            allowed.add("EIO")
+        elif operation == "evict" and self._has_bad_disk(begin_s - DISK_MEMORY_S, end_s):
+            allowed.add("EIO")  # its file system notices an error of the disk later, too
         return allowed
 
     def _has_bad_disk(self, begin_s: float, end_s: float) -> bool:

@@ -75,7 +75,7 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture
 def impatient(node: Node) -> Node:
-    node.configure(read_deadline_s=1.5, store_timeout_s=0.5)
+    node.configure(read_deadline_s=3.0, store_timeout_s=0.5)
     node.expected_in_log += ["model.safetensors", "config.json", "other.bin"]
     return node
 

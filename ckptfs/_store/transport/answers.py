@@ -20,8 +20,8 @@ from ckptfs._store.transport.errors import BrokenConnection
 from ckptfs._store.transport.patience import Patience
 
 _PROGRESS_BYTES = 4 << 10
-"""The fewest bytes in twice the longest silence (6 s) that count as progress. At a lower speed, all
-16 connections of the default together bring no block of 1 MiB within the default read deadline."""
+"""The fewest bytes in twice the longest silence (6 s) that count as progress. At a lower speed, 16
+connections together bring no block of 1 MiB within the default read deadline."""
 _RECORD_BYTES = 16 << 10
 """The longest record of TLS (RFC 8446, section 5.1)."""
 _BURST_S = 0.02
