@@ -1,6 +1,7 @@
 """Each kind of store × each fault of its server × each operation: the right bytes, or an error in
 time; the daemon stays the same, and readers of another store notice nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -200,4 +201,7 @@ def test_a_worker_of_a_store_that_stops_or_dies(
         )
         assert outcome.is_good, outcome
         assert read_once(file, 8 * MIB, 100) == (DATA * 4)[8 * MIB :][:100]
+        for worker in workers:  # no call has noticed those of other stores, and a later one would
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
     assert node.status()["pid"] == pid
