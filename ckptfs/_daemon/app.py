@@ -98,9 +98,10 @@ def main() -> None:
     _raise_descriptor_limit()
     table, *journal = args.handoff_fds
     try:
-        cores = usable_cores()  # reads files, and each long read asks for the processes
         pool = Pool(
-            limit_for, pickled, lambda: processes_for(current.config.fetch_processes, cores)
+            limit_for,
+            pickled,
+            lambda: processes_for(current.config.fetch_processes, usable_cores()),
         )
         load = load_for(lambda: current.config.fetch_processes)
         open_with = opening_with(pool, load, is_private=bool(pickled))

@@ -3,9 +3,12 @@
 A container's limits (`docker run --cpus --memory`, `resources.limits` of Kubernetes) leave the
 affinity and the size of the machine's memory as they are, so a large node looks whole to a small
 container.
+
+Both functions read files, and each process reads them once.
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ _CGROUPS = Path("/proc/self/cgroup")
 _TOP = Path("/sys/fs/cgroup")
 
 
+@functools.cache
 def usable_cores(cgroups: Path = _CGROUPS, top: Path = _TOP) -> int:
     """The cores of this process's affinity, or those that its cgroups have time for; at least 1.
 
@@ -30,6 +34,7 @@ def usable_cores(cgroups: Path = _CGROUPS, top: Path = _TOP) -> int:
     return cores
 
 
+@functools.cache
 def usable_memory_bytes(cgroups: Path = _CGROUPS, top: Path = _TOP) -> int:
     """The machine's memory, or what its cgroups leave to this process. Arguments as above."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -148,6 +148,6 @@ class ReplyThreads:
     def _begin_again(self, reply: _Reply) -> None:
         for copy in reply.found.copies:
             self._cache.note_failed_copy(copy)
-        self._written.append(reply.loan)
-        self.take_back()
+        self._cache.take_back(reply.loan)
+        self._under_way -= 1
         reply.read_again()

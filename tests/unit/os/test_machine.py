@@ -1,6 +1,7 @@
 """The cores and the memory that a process may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from ckptfs._os.machine import usable_cores, usable_memory_bytes
 
 
 @pytest.fixture(autouse=True)
-def node(monkeypatch: pytest.MonkeyPatch) -> None:
+def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(100)))
+    usable_cores.cache_clear()
+    yield
+    usable_cores.cache_clear()
 
 
 def cores(folder: Path, cgroups: str, limits: dict[str, str]) -> int:
