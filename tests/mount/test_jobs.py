@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, daemons, parent_of, wait_until, workers
-from support.worlds import FORGET_MOUNTS, OWN_MOUNTS
+from support.worlds import OWN_MOUNTS
 
 import ckptfs
 from ckptfs._client import client
@@ -260,7 +260,7 @@ def test_other_users_reach_a_daemon_that_no_systemd_has_started(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CKPTFS_")}
     done = subprocess.run(
         [
-            *(*OWN_MOUNTS, "sh", "-ec", f"{FORGET_MOUNTS}{script}", "sh"),
+            *(*OWN_MOUNTS, "sh", "-ec", script, "sh"),
             *(sys.executable, "-c", OTHERS, CKPTFS, uri_of(small), str(ALICE)),
         ],
         env=environment,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node
-from support.worlds import FORGET_MOUNTS, OWN_MOUNTS
+from support.worlds import OWN_MOUNTS
 
 from ckptfs._os import peercred
 
@@ -52,9 +52,8 @@ class Containers:
             (folder / name).mkdir(parents=True)
         node = self._start(
             list(OWN_MOUNTS),
-            f"{FORGET_MOUNTS}mount -t tmpfs tmpfs {folder}/host; "
-            f"mount --make-shared {folder}/host; mkdir {folder}/host/run; "
-            "echo ready; exec sleep infinity",
+            f"mount -t tmpfs tmpfs {folder}/host; mount --make-shared {folder}/host; "
+            f"mkdir {folder}/host/run; echo ready; exec sleep infinity",
         )
         assert line_of(node) == "ready"
         self._enter = ["nsenter", "--target", str(node.pid), "--mount"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node
-from support.worlds import FORGET_MOUNTS, OWN_MOUNTS, over_tmp
+from support.worlds import OWN_MOUNTS, over_tmp
 
 import ckptfs
 
@@ -59,7 +59,7 @@ class Machine:
         read_only: bool = False,
         before: str = "",
     ) -> None:
-        lines = [FORGET_MOUNTS, _show_interpreter(), over_tmp("mount -t tmpfs -o mode=1777 x")]
+        lines = [_show_interpreter(), over_tmp("mount -t tmpfs -o mode=1777 x")]
         if not read_only:
             lines += ["mount -t tmpfs -o mode=1777 x /var/tmp", "mount -t tmpfs -o mode=755 x /run"]
         line = f"someone:x:{UID}:{UID}::/:/bin/sh" if passwd else ""
@@ -78,7 +78,7 @@ class Machine:
         """Run a script of sh there as root, with an environment of its own; returns its output."""
         words = [f"{name}={value}" for name, value in environ.items()]
         path = f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin"
-        command = [*OWN_MOUNTS, "--pid", "--fork"]
+        command = [*OWN_MOUNTS, "unshare", "--pid", "--fork"]
         command += ["--kill-child", "--mount-proc", "env", "-i", path, "LANG=C.UTF-8", *words]
         command += ["sh", "-ec", f"{self._script}\n{script}", "sh", *arguments]
         done = subprocess.run(

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
-"""Gives a command a mount namespace of its own."""
-
-FORGET_MOUNTS = (
+_FORGET_MOUNTS = (
     "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | "
     "xargs -r umount --lazy --no-canonicalize || true; "
 )
-"""For a script in `OWN_MOUNTS`, before it mounts something: the namespace has copies of the mounts
-of tests that run beside it, and those would live as long as it."""
+OWN_MOUNTS = (
+    *("unshare", "--mount", "--propagation", "private"),
+    *("sh", "-ec", f'{_FORGET_MOUNTS}exec "$@"', "sh"),
+)
+"""The beginning of a command that has a mount namespace of its own. The namespace forgets its
+copies of ckptfs's mounts: those of tests that run beside it would live as long as it."""
 
 READ_ONLY_ROOT = "mount -o remount,bind,ro /; "
 """For `script` of `in_world`. Mounts that come behind it can be written."""

@@ -275,9 +275,7 @@ async def test_relay_lends_the_buffer_of_a_long_reply_until_it_is_written(
 async def test_relay_lends_what_it_has_read_from_the_page_cache(
     tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with relay_in(tmp_path, store, 1) as ends:
-        await _read_blocks(ends, _open(ends))
-        await ends.view.rig.quiet()
+    await _fill_cache(tmp_path, store)
     gate = Gate(monkeypatch)
     monkeypatch.setattr(reply_threads, "_WAITING_MAX", 4)
     async with relay_in(tmp_path, store, 1) as ends:
@@ -297,9 +295,7 @@ async def test_relay_lends_what_it_has_read_from_the_page_cache(
 async def test_relay_reads_again_what_a_thread_could_not_copy(
     tmp_path: Path, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with relay_in(tmp_path, store, 1) as ends:
-        await _read_blocks(ends, _open(ends))
-        await ends.view.rig.quiet()
+    await _fill_cache(tmp_path, store)
     async with relay_in(tmp_path, store, 1) as ends:
         handle = _open(ends)
         await _read_blocks(ends, handle)
@@ -312,6 +308,13 @@ async def test_relay_reads_again_what_a_thread_could_not_copy(
         ends.ask(read_request(1, handle, MIB, LONG))
         assert await ends.answer() == reply(1, CONTENT[MIB : MIB + LONG])
         assert usage.read_bytes == before + LONG
+
+
+async def _fill_cache(directory: Path, store: FakeStore) -> None:
+    """Have all blocks on the disk, for the next daemon."""
+    async with relay_in(directory, store) as ends:
+        await _read_blocks(ends, _open(ends))
+        await ends.view.rig.quiet()
 
 
 async def _read_blocks(ends: Ends, handle: int) -> None:
