@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmark import gil, processes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from benchmark.node import Node
     from benchmark.run import Run
+    from benchmark.stores import Store
 
 GIB, GB = 1 << 30, 1e9
 READERS = (1, 8)
@@ -53,27 +55,20 @@ def ceiling(run: Run) -> None:
     threads: Series = {}
     locks: Series = {}
     by_process: Series = {}
-    stores = {COLD_HTTPS: run.tls, COLD_HTTP: run.store}
-    for way, store in stores.items():
+
+    def measure(name: str, reading: Callable[[], AbstractContextManager[_Reading]]) -> None:
+        with reading() as read:
+            _note_lock(read, name, locks, by_process)
+        for _ in range(min(run.rounds, ROUNDS)):
+            with reading() as read:
+                threads.setdefault(name, []).append(_busiest(read))
+
+    for way, store in {COLD_HTTPS: run.tls, COLD_HTTP: run.store}.items():
         for readers in READERS if store else ():
-            name = name_of(way, readers)
-            for turn in range(min(run.rounds, ROUNDS) + 1):
-                with ckptfs_node(store, run.temp, **settings_of_a_large_node()) as ready:
-                    read = _Reading(run, ready, readers, reads_model=True)
-                    if turn:
-                        threads.setdefault(name, []).append(_busiest(read))
-                    else:
-                        _note_lock(read, name, locks, by_process)
+            measure(name_of(way, readers), partial(_cold, run, store, readers))
     with filled(run, passthrough=False, **settings_of_a_large_node()) as ready:
         for readers in READERS:
-            name = name_of(WARM, readers)
-            read = _Reading(run, ready, readers, reads_model=False)
-            for turn in range(min(run.rounds, ROUNDS) + 1):
-                drop_mounted(ready)
-                if turn:
-                    threads.setdefault(name, []).append(_busiest(read))
-                else:
-                    _note_lock(read, name, locks, by_process)
+            measure(name_of(WARM, readers), partial(_warm, run, ready, readers))
 
     run.add_panel(case, "CPU of the busiest thread per GiB", threads)
     run.add_panel(case, "interpreter's lock held per GiB, the process that holds it most", locks)
@@ -126,23 +121,35 @@ class _Reading:
 
     def watched(self, watch: Callable[[], AbstractContextManager[None]]) -> float:
         """Read all of it, with `watch` around the reads. Returns the GiB."""
-        task = {"task": "parts", "processes": self.readers}
         objects = self.run.objects
-        model = {"name": "model", "files": objects.shards()} | task
         # The place of a node that is filled has a name of its own.
-        large = {"name": "large", "files": ["data.bin"]} | self.ready.job | task
-        size = objects.large_bytes * (2 if self.reads_model else 1)
+        jobs = [{"name": "large", "files": ["data.bin"]} | self.ready.job]
+        if self.reads_model:
+            jobs.insert(0, {"name": "model", "files": objects.shards()})
+        task = {"task": "parts", "processes": self.readers}
         with ExitStack() as stack:
-            first = None
-            if self.reads_model:
-                first = stack.enter_context(working(self.ready, model))
-            second = stack.enter_context(working(self.ready, large))
+            *before, last = [stack.enter_context(working(self.ready, job | task)) for job in jobs]
             self.node.wait_idle()
             with watch():
-                if first:
-                    first.go()
-                second.go(objects.large_check)
+                for worker in before:
+                    worker.go()
+                last.go(objects.large_check)
+        size = len(jobs) * objects.large_bytes  # the model has as many
         return size / GIB
+
+
+@contextmanager
+def _cold(run: Run, store: Store, readers: int) -> Iterator[_Reading]:
+    """The reads from a node with an empty cache."""
+    with ckptfs_node(store, run.temp, **settings_of_a_large_node()) as ready:
+        yield _Reading(run, ready, readers, reads_model=True)
+
+
+@contextmanager
+def _warm(run: Run, ready: Ready, readers: int) -> Iterator[_Reading]:
+    """The reads from a node that has all of it, but not in the kernel's cache of the mount."""
+    drop_mounted(ready)
+    yield _Reading(run, ready, readers, reads_model=False)
 
 
 def _busiest(read: _Reading) -> float:
