@@ -9,7 +9,7 @@ import pytest
 
 _FORGET_MOUNTS = (
     "grep ' fuse.ckptfs ' /proc/self/mountinfo | cut -d' ' -f5 | "
-    "xargs -r umount --lazy --no-canonicalize || true; "
+    "xargs -r umount --lazy --no-canonicalize 2>/dev/null || true; "  # some have just gone
 )
 OWN_MOUNTS = (
     *("unshare", "--mount", "--propagation", "private"),
