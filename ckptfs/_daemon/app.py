@@ -201,7 +201,7 @@ async def _connect_libfuse(service: Service, fuse_fd: int, cache: Cache) -> Rela
         passthrough.Passthrough(fuse_fd, service.vfs, cache, on=is_on),
         service.handoff.handles,
         fuse.errno_of,
-        ReplyThreads(fuse_fd, threads, cache),
+        ReplyThreads(fuse_fd, threads, cache.reads),
     )
     operations.before_reply = relay.deliver
     return relay

@@ -7,7 +7,7 @@ The parts of the package:
 - `index`: the closed objects, and the count of all bytes;
 - `eviction`: room for new bytes;
 - `buffer_pool`: the memory for spans, and `writer`: from there to the disk;
-- `page_copies`: copies out of the page cache;
+- `memory_reads`: reads that never wait for the disk, and `page_copies`: their copies;
 - `block_io`: the IO of blocks, and `disk_ops`: all that touches the disk;
 - `maintenance`: the `ckptfs cache` commands.
 
@@ -24,7 +24,7 @@ object open. A copy out of the page cache (`page_copies`) is the exception: its 
 - IN_MEMORY: `keep` has made it readable there. `block_io.write` puts its bytes on the disk, and
   then its checksum into the map.
 - VERIFIED: `publish` has taken that in. The buffer stays until its memory is needed. A read needs
-  no thread as long as the bytes are in the buffer or in the page cache (`read_now`).
+  no thread as long as the bytes are in the buffer or in the page cache (`memory_reads`).
 - DOUBTED: the pages have left memory, and the kernel may have begun to read them. `load` reads the
   block from the disk, and its checksum makes it VERIFIED again.
 - STORED: the block was there when the object was opened. `load` checks it, too. But all blocks are
@@ -45,8 +45,6 @@ the daemon makes it again, and readers continue from the open files.
 import contextlib
 import errno
 import logging
-import mmap
-import os
 import time
 from array import array
 from collections.abc import Generator
@@ -66,8 +64,8 @@ from ckptfs._daemon.cache.cached_object import (
 )
 from ckptfs._daemon.cache.eviction import Room
 from ckptfs._daemon.cache.index import Index
+from ckptfs._daemon.cache.memory_reads import MemoryReads
 from ckptfs._daemon.cache.object_dir import NO_FILES, UNKNOWN, About, ObjectKey, Origin, Stored
-from ckptfs._daemon.cache.page_copies import Found, Loan, PageCopy, Views
 from ckptfs._model.blocks import (
     BLOCK_BYTES,
     block_count,
@@ -82,8 +80,6 @@ SETTLED_S = 900
 """Age after which size and mtime alone identify a version. mtime has whole seconds, so a younger
 object may be written again under the same mtime; 15 minutes is also the largest difference between
 clocks that S3 accepts (its error RequestTimeTooSkewed)."""
-_READ_BYTES_MAX = 2 << 20
-"""Size of a reused buffer of `read_now`; the kernel asks for at most 1 MiB (256 pages)."""
 
 
 class Cache:
@@ -100,6 +96,7 @@ class Cache:
     Attributes:
         opened: The open objects, by digest.
         buffers: The memory for spans.
+        reads: Reads that never wait for the disk.
         index: The closed objects, and the count of all bytes.
         room: Eviction.
 
@@ -122,8 +119,7 @@ class Cache:
         self.buffers: Buffers[CachedObject] = Buffers(
             memory_bytes_max, self._forget_buffer, idle_memory_bytes_max
         )
-        self._pages = [mmap.mmap(-1, _READ_BYTES_MAX)]
-        self._nowait = os.RWF_NOWAIT
+        self.reads = MemoryReads(self.buffers, self.close)
         self.index = Index(
             directory,
             bytes_max,
@@ -196,7 +192,7 @@ class Cache:
         self._drop_memory(entry)
         if not self.opened:
             self.buffers.trim()
-            del self._pages[1:]
+            self.reads.trim()
         for files, size, path in entry.retired:
             files.close()
             self.index.used_bytes -= size
@@ -260,96 +256,7 @@ class Cache:
             with contextlib.suppress(OSError):
                 object_dir.write_about(self._root.folder(entry.digest), entry.about)
 
-    # -- reading
-
-    def read_now(self, entry: CachedObject, offset: int, length: int) -> Views | None:
-        """Bytes that are in memory; None if some are not in memory. They are valid until the next
-        call, or as long as they are lent.
-
-        All blocks must be `readable`. This never waits for the disk.
-        """
-        found = self._find(entry, offset, length)
-        return found.views if found is not None and self._copied(found) else None
-
-    def find_now(self, entry: CachedObject, offset: int, length: int) -> Found | None:
-        """As `read_now`, but the copies out of the page cache may have still to run. If one of them
-        fails, `note_failed_copy` has to follow.
-
-        Without the kernel's word on what is in memory, they have run already. Any of them may then
-        begin to read the disk, and the next one of that block must know of it.
-        """
-        found = self._find(entry, offset, length)
-        if found is None or not found.copies or disk_ops.knows_cached():
-            return found
-        return Found(found.views) if self._copied(found) else None
-
-    def _copied(self, found: Found) -> bool:
-        """Run the copies. Returns whether all of them have succeeded."""
-        for copy in found.copies:
-            if not copy.run():
-                self.note_failed_copy(copy)
-                return False
-        return True
-
-    def _find(self, entry: CachedObject, offset: int, length: int) -> Found | None:
-        """Where the bytes are; None if a copy out of the page cache is not possible."""
-        if length > _READ_BYTES_MAX:
-            return None
-        views: Views = []
-        copies: list[PageCopy] = []
-        pages = self._unlent_pages()
-        start, end = offset, offset + length
-        while start < end:
-            index, inside = divmod(start, BLOCK_BYTES)
-            stop = min(end, (index + 1) * BLOCK_BYTES) if entry.memory else end
-            view = self.in_memory(entry, index)
-            if view is not None:
-                view = view[inside : inside + stop - start]
-            elif not self._nowait:
-                return None
-            else:
-                view = pages[start - offset : stop - offset]
-                copies.append(PageCopy(entry, start, view, self._nowait))
-            views.append(view)
-            start = stop
-        return Found(views, copies)
-
-    def note_failed_copy(self, copy: PageCopy) -> None:
-        """Have the blocks checked again whose pages a copy has not found in memory."""
-        if copy.error is not None and copy.error.errno == errno.EOPNOTSUPP:
-            self._nowait = 0  # a file system without it: every read takes a thread
-        if copy.is_short:
-            copy.entry.doubt(copy.blocks)
-
-    def lend(self, found: Found) -> Loan:
-        """Keep what was found as it is until it is taken back, for a thread that copies it."""
-        entries = [copy.entry for copy in found.copies]
-        for entry in entries:
-            entry.users += 1
-        return Loan(self.buffers.lend(found.views), entries)
-
-    def take_back(self, loan: Loan) -> None:
-        """End a loan."""
-        self.buffers.take_back(loan.memory)
-        for entry in loan.entries:
-            self.close(entry)
-
-    def _unlent_pages(self) -> memoryview:
-        """A buffer for bytes of the page cache, which no thread copies from."""
-        memory = next((m for m in self._pages if not self.buffers.is_lent(m)), None)
-        if memory is None:
-            memory = mmap.mmap(-1, _READ_BYTES_MAX)
-            self._pages.append(memory)
-        return memoryview(memory)
-
-    def in_memory(self, entry: CachedObject, index: int) -> memoryview | None:
-        """The bytes of a block that are in a buffer, valid until a buffer is taken, unless they are
-        lent."""
-        buffer = entry.memory.get(index)
-        if buffer is None:
-            return None
-        start = (index - buffer.blocks.start) * BLOCK_BYTES
-        return buffer.view[start : start + block_length(index, entry.size)]
+    # -- blocks that are only on the disk
 
     def cold(self, entry: CachedObject, blocks: range) -> list[range]:
         """Those of `blocks` that are only on the disk, in runs. They are DOUBTED from now on,

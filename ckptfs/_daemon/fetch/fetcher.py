@@ -187,13 +187,13 @@ class Fetcher:
         entry = entry or file.entry
         if not self._is_readable(file, entry, offset, length):
             return None
-        return self._cache.read_now(entry, offset, length)
+        return self._cache.reads.read_now(entry, offset, length)
 
     def find_now(self, file: RemoteFile, offset: int, length: int) -> Found | None:
         """As `read_now`, but the copies out of the page cache have still to run."""
         if not self._is_readable(file, file.entry, offset, length):
             return None
-        return self._cache.find_now(file.entry, offset, length)
+        return self._cache.reads.find_now(file.entry, offset, length)
 
     @staticmethod
     def _is_readable(file: RemoteFile, entry: CachedObject, offset: int, length: int) -> bool:
@@ -374,7 +374,7 @@ class Fetcher:
             base = index * BLOCK_BYTES
             start, stop = max(offset, base), min(offset + length, base + BLOCK_BYTES)
             if entry.readable(range(index, index + 1)) and (
-                views := self._cache.read_now(entry, start, stop - start)
+                views := self._cache.reads.read_now(entry, start, stop - start)
             ):
                 parts.append(memoryview(bytes(views[0])))  # the next block may take time
                 continue

@@ -6,9 +6,9 @@ cache's disk are copied once more before, out of the page cache. These calls do 
 interpreter's lock, so on a node with enough cores threads make them.
 
 Only the bytes leave the event loop: it has decided the reply and counted it. It lends the memory of
-the reply to a thread (`Cache.lend`), and takes it back after the call, so no span and no other
-reply uses that memory meanwhile. If a copy out of the page cache fails (``cache.page_copies``), the
-thread does not reply, and the event loop begins the read again.
+the reply to a thread (`MemoryReads.lend`), and takes it back after the call. So no span and no
+other reply uses that memory meanwhile. If a copy out of the page cache fails
+(``cache.page_copies``), the thread does not reply, and the event loop begins the read again.
 
 A thread costs a switch for each reply. On two cores a cold read then takes 7 % longer, so there are
 no threads below `_CORES_MIN` cores.
@@ -26,7 +26,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 import trio
 
-from ckptfs._daemon.cache.cache import Cache
+from ckptfs._daemon.cache.memory_reads import MemoryReads
 from ckptfs._daemon.cache.page_copies import Found, Loan
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ class ReplyThreads:
     The threads start with the first reply.
     """
 
-    def __init__(self, fuse_fd: int, count: int, cache: Cache) -> None:
+    def __init__(self, fuse_fd: int, count: int, reads: MemoryReads) -> None:
         self._fd = fuse_fd
         self._count = count
-        self._cache = cache
+        self._reads = reads
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[_Reply | None] = SimpleQueue()
         # Loans to be taken back: of files whose copies have run, and of memory that was written.
@@ -109,15 +109,15 @@ class ReplyThreads:
                 self._threads.append(thread)
                 thread.start()
         self._under_way += 1
-        self._queue.put(_Reply(header, found, self._cache.lend(found), read_again))
+        self._queue.put(_Reply(header, found, self._reads.lend(found), read_again))
 
     def take_back(self) -> None:
         """Take back what the threads need no more, and may close objects. A loan of a file ends
         before its reply is written, so no reply that a program has keeps an object open."""
         while self._copied:
-            self._cache.take_back(self._copied.popleft())
+            self._reads.take_back(self._copied.popleft())
         while self._written:
-            self._cache.take_back(self._written.popleft())
+            self._reads.take_back(self._written.popleft())
             self._under_way -= 1
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class ReplyThreads:
 
     def _begin_again(self, reply: _Reply) -> None:
         for copy in reply.found.copies:
-            self._cache.note_failed_copy(copy)
-        self._cache.take_back(reply.loan)
+            self._reads.note_failed_copy(copy)
+        self._reads.take_back(reply.loan)
         self._under_way -= 1
         reply.read_again()

@@ -52,7 +52,7 @@ def store(cache: Cache, entry: CachedObject, index: int, data: bytes) -> bool:
 
 def read_now(cache: Cache, entry: CachedObject, offset: int, length: int) -> bytes | None:
     """Read without waiting."""
-    views = cache.read_now(entry, offset, length)
+    views = cache.reads.read_now(entry, offset, length)
     return None if views is None else b"".join(views)
 
 
@@ -357,8 +357,8 @@ def test_a_block_in_memory_is_never_read_from_the_hole(directory: Path) -> None:
         for offset, length in places:
             os.pread(entry.files.data, length, offset)  # what is on the disk is in the page cache
             assert read_now(cache, entry, offset, length) == content[offset : offset + length]
-        assert cache.in_memory(entry, 1) == blocks[1]
-        assert cache.in_memory(entry, 0) is None
+        assert cache.reads.in_buffer(entry, 1) == blocks[1]
+        assert cache.reads.in_buffer(entry, 0) is None
 
 
 def test_memory_is_bounded_and_forgets_the_oldest(directory: Path) -> None:
@@ -389,7 +389,7 @@ def test_blocks_of_another_etag_are_dropped(directory: Path) -> None:
         keep(cache, entry, 2, block_of(entry, 2))
         cache.learn(entry, '"2"')
         assert not any(entry.state)
-        assert cache.in_memory(entry, 2) is None
+        assert cache.reads.in_buffer(entry, 2) is None
         assert entry.about.etag == '"2"'
         assert bytes_on_disk(cache.directory) <= cache.index.used_bytes == FOLDER
         store(cache, entry, 1, block_of(entry, 1))

@@ -201,11 +201,11 @@ def test_the_kernel_reads_no_page_that_was_not_checked(tmp_path: Path) -> None:
     os.fsync(entry.files.data)
     os.posix_fadvise(entry.files.data, 0, 0, os.POSIX_FADV_DONTNEED)
     assert block_io.load(entry, 0, sums[0]) == data[:MIB]
-    assert cache.read_now(entry, MIB, 4096) is None  # nothing was read ahead
+    assert cache.reads.read_now(entry, MIB, 4096) is None  # nothing was read ahead
     assert not entry.readable(range(1, 2))  # from now on the kernel may be reading it
     assert block_io.load(entry, 1, sums[1]) == data[MIB : 2 * MIB]
     cache.loaded(entry, 1, sums[1], good=True)
-    views = cache.read_now(entry, MIB, 4096)
+    views = cache.reads.read_now(entry, MIB, 4096)
     assert views is not None
     assert b"".join(views) == data[MIB : MIB + 4096]
     cache.shut()

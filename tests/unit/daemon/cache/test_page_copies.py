@@ -37,7 +37,7 @@ def entry(cache: Cache) -> CachedObject:
 
 
 def find(cache: Cache, entry: CachedObject) -> Found:
-    found = cache.find_now(entry, 100, MIB)
+    found = cache.reads.find_now(entry, 100, MIB)
     assert found is not None
     assert len(found.copies) == 1
     return found
@@ -83,10 +83,10 @@ def test_a_copy_that_runs_after_a_block_was_dropped_fails(
     cache: Cache, entry: CachedObject, change: Callable[[Cache, CachedObject], None]
 ) -> None:
     found = find(cache, entry)
-    loan = cache.lend(found)
+    loan = cache.reads.lend(found)
     change(cache, entry)
     assert not found.copies[0].run()
-    cache.take_back(loan)
+    cache.reads.take_back(loan)
 
 
 def test_a_copy_fails_while_its_block_is_dropped(
@@ -108,12 +108,12 @@ def test_a_copy_fails_while_its_block_is_dropped(
 def test_an_object_stays_open_while_a_copy_of_it_is_lent(cache: Cache, entry: CachedObject) -> None:
     found = find(cache, entry)
     expected = (block_of(entry, 0) + block_of(entry, 1))[100 : 100 + MIB]
-    loan = cache.lend(found)
+    loan = cache.reads.lend(found)
     cache.close(entry)
     assert cache.opened == {entry.digest: entry}
     assert found.copies[0].run()
     assert b"".join(found.views) == expected
-    cache.take_back(loan)
+    cache.reads.take_back(loan)
     assert cache.opened == {}
 
 
@@ -123,7 +123,7 @@ def test_a_failed_copy_has_its_blocks_checked_again(
     [copy] = find(cache, entry).copies
     monkeypatch.setattr(disk_ops, "read_cached", lambda *_: 0)
     assert not copy.run()
-    cache.note_failed_copy(copy)
+    cache.reads.note_failed_copy(copy)
     assert list(entry.state) == [DOUBTED, DOUBTED, VERIFIED, VERIFIED]
 
 
@@ -133,7 +133,7 @@ def test_a_copy_that_fails_for_its_number_has_no_block_checked(
     [copy] = find(cache, entry).copies
     entry.renew(1)
     assert not copy.run()
-    cache.note_failed_copy(copy)
+    cache.reads.note_failed_copy(copy)
     assert set(entry.state) == {VERIFIED}
 
 
@@ -147,7 +147,7 @@ def test_copies_run_at_once_if_the_kernel_does_not_say_what_is_in_memory(
     cache: Cache, entry: CachedObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_ops, "_cachestat", 0)
-    found = cache.find_now(entry, 0, MIB)
+    found = cache.reads.find_now(entry, 0, MIB)
     assert found is not None
     assert found.copies == ()
     assert b"".join(found.views) == block_of(entry, 0)
@@ -157,11 +157,11 @@ def test_bytes_that_are_lent_when_their_object_has_just_closed_stay(cache: Cache
     entry = cache.open(key_of("a", MIB))
     keep(cache, entry, 0, block_of(entry, 0))
     cache.open(key_of("b", MIB))  # the cache goes on
-    views = cache.read_now(entry, 0, MIB)
+    views = cache.reads.read_now(entry, 0, MIB)
     assert views is not None
     cache.close(entry)
-    loan = cache.lend(Found(views))
+    loan = cache.reads.lend(Found(views))
     buffer = cache.buffers.take(MIB)
     buffer.view[:] = b"x" * MIB
     assert b"".join(views) == block_of(entry, 0)
-    cache.take_back(loan)
+    cache.reads.take_back(loan)

@@ -163,7 +163,7 @@ class Run:
             if found is None:
                 found = Found(await vfs.read(handle, offset, step.length))
             if is_later:
-                loan = self.view.rig.cache.lend(found)
+                loan = self.view.rig.cache.reads.lend(found)
                 self.copying_bytes_max += sum(map(len, loan.memory))
                 self.nursery.start_soon(self._copy_later, found, loan, expected, step.copied_s)
             else:
@@ -176,9 +176,9 @@ class Run:
             assert b"".join(found.views) == expected
         else:
             for copy in found.copies:
-                self.view.rig.cache.note_failed_copy(copy)
+                self.view.rig.cache.reads.note_failed_copy(copy)
         self.copying_bytes_max -= sum(map(len, loan.memory))
-        self.view.rig.cache.take_back(loan)
+        self.view.rig.cache.reads.take_back(loan)
 
     async def _lend(self, inode: int, content: bytes, step: Lend) -> None:
         entry = None

@@ -67,7 +67,7 @@ class Ends:
         self.passthrough = Passthrough(self._session.fileno(), view.vfs, view.rig.cache, on=True)
         handles = view.handoff.handles
         fd = self._session.fileno()
-        self.threads = ReplyThreads(fd, reply_threads, view.rig.cache)
+        self.threads = ReplyThreads(fd, reply_threads, view.rig.cache.reads)
         self.relay = Relay(fd, ours, view.vfs, self.passthrough, handles, errno_of, self.threads)
 
     def ask(self, message: bytes) -> None:
