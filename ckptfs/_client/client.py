@@ -5,6 +5,7 @@ have.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import warnings
@@ -23,7 +24,7 @@ from ckptfs._model.protocol.requests import Attach, MetadataChanged
 from ckptfs._os.callers import is_open_yet, level_of_caller
 from ckptfs._os.filelock import locked, wait_unlocked
 from ckptfs._os.jobs import job_of
-from ckptfs._os.mountinfo import require_seen
+from ckptfs._os.mountinfo import HAS_ENDED, MountEnded, require_seen
 from ckptfs.errors import CannotMount, CkptfsError, DaemonError, NoDaemon, PlaceUnusable
 
 _log = logging.getLogger(__name__)
@@ -90,16 +91,28 @@ def attached(
             raise
         with connection:
             path = connection.path_of(reply)
-            if require_seen(path, reply.mount):
+            why = _why_unseen(path, reply)
+            if not why:
                 _log_attached(connection, reply)
                 _warn_of_job(connection)
                 yield path, reply
                 return
             if attempt == TRIES - 1:
-                raise CannotMount(
-                    f"{os.path.dirname(path)} is the mount of another daemon, and does not show "
-                    "the checkpoint; set CKPTFS_MOUNT to the mount of this daemon"
-                )
+                raise CannotMount(why)
+
+
+def _why_unseen(path: str, reply: Attached) -> str:
+    """The reason why this process does not see the attachment although the daemon has just shown
+    it, or "". Raises CannotMount if another try would not help."""
+    try:
+        if require_seen(path, reply.mount):
+            return ""
+    except MountEnded as ended:  # its keeper may have just died
+        return str(ended)
+    return (
+        f"{os.path.dirname(path)} is the mount of another daemon, and does not show the "
+        "checkpoint; set CKPTFS_MOUNT to the mount of this daemon"
+    )
 
 
 def _warn_of_job(connection: Connection) -> None:
@@ -142,9 +155,10 @@ def leased(
             try:
                 lease = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 break
-            except FileNotFoundError:
-                # The daemon has died, and the next one has ended the unused attachment.
-                if not left:
+            except OSError as error:
+                # The daemon has died, and the next one has ended the unused attachment. Or the
+                # keeper has died, and with it the mount.
+                if not left or error.errno not in (errno.ENOENT, *HAS_ENDED):
                     raise
     try:
         directory = os.fstat(lease)

@@ -108,22 +108,36 @@ def is_mounted(path: "str | os.PathLike[str]") -> bool:
     return any(line.device == number and line.kind == FSTYPE for line in mount_table())
 
 
+HAS_ENDED = frozenset([errno.ENOTCONN, errno.ECONNABORTED])
+"""The errnos of a mount that has ended. The second one is for requests that were under way."""
+
+
+class MountEnded(Exception):
+    """The mount of the daemon has ended. The text has a remedy."""
+
+
 def require_seen(path: str, daemons_mount: str) -> bool:
     """Check that this process sees the attachment at `path`, which the daemon shows in
     `daemons_mount`. Returns False if the mount lacks the attachment, because that has ended, or
     because the mount is that of another daemon.
 
     Raises:
-        CannotMount: The mount is missing or dead. The message has a remedy.
+        CannotMount: The mount is missing or cannot be read. The message has a remedy.
+        MountEnded: The mount has ended.
     """
     mount = os.path.dirname(path)
     try:
         if is_mounted(path):
             return True
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTCONN):
+        if error.errno not in (errno.ENOENT, *HAS_ENDED):
             cause = why_hidden(path) or error.strerror
             raise CannotMount(f"{path} cannot be read here: {cause}") from None
+    remedy = (
+        f"the daemon has mounted on {daemons_mount} as it sees it: in a container, mount the "
+        "directory around that (with mountPropagation: HostToContainer) and set CKPTFS_MOUNT to "
+        "where it is"
+    )
     try:
         if is_mounted(mount):
             return False
@@ -132,8 +146,6 @@ def require_seen(path: str, daemons_mount: str) -> bool:
         cause = "does not exist here"
     except OSError as error:
         cause = f"is a mount whose daemon has ended ({error.strerror})"
-    raise CannotMount(
-        f"{mount} {cause}; the daemon has mounted on {daemons_mount} as it sees it: in a "
-        "container, mount the directory around that (with mountPropagation: HostToContainer) and "
-        "set CKPTFS_MOUNT to where it is"
-    )
+        if error.errno in HAS_ENDED:
+            raise MountEnded(f"{mount} {cause}; {remedy}") from None
+    raise CannotMount(f"{mount} {cause}; {remedy}")

@@ -318,6 +318,27 @@ except OSError as error:
 GONE = {"ENOTCONN", "ECONNABORTED"}
 
 
+@pytest.mark.parametrize("step", ["require_seen", "_warn_of_job"])
+def test_an_attach_whose_mount_ends_meanwhile_mounts_again(
+    node: Node, bucket: Path, uri_of: UriOf, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    (bucket / "file").write_bytes(b"content")
+    goes_on = getattr(client, step)
+    killed: list[int] = []
+
+    def end_the_mount_first(*args: Any) -> Any:
+        if not killed:
+            killed.extend(keepers(node))
+            os.kill(killed[0], signal.SIGKILL)
+            wait_until(lambda: has_ended(node))
+        return goes_on(*args)
+
+    monkeypatch.setattr(client, step, end_the_mount_first)
+    with ckptfs.Checkpoint(uri_of(bucket)).as_directory(mode="mount") as path:
+        assert Path(path, "file").read_bytes() == b"content"
+    assert killed != keepers(node)
+
+
 @pytest.mark.parametrize("who", ["daemon", "keeper"])
 def test_killed_processes_leave_errors_and_no_hang(
     node: Node, bucket: Path, uri_of: UriOf, who: str
