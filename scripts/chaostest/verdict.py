@@ -211,15 +211,20 @@ class Verdict:
             allowed |= {e for window in now for e in ATTACH_ERRORS.get(window.kind, ())}
             if any(window.kind in (KILLED, STOPPED, ENDED) for window in now):
                 allowed |= {"daemon"}  # it may be killed again and again while it is asked
-            if any(window.kind == ENDED for window in now) and self._has_bad_disk(begin_s, end_s):
+            bad_s = [window.begin_s for window in self._bad_disks(begin_s, end_s)]
+            since_bad = self._timeline.overlapping(min(bad_s, default=end_s) - MEMORY_S, end_s)
+            if bad_s and any(window.kind == ENDED for window in since_bad):
                 allowed |= {"place"}  # no first daemon begins on such a disk
         elif operation == "evict" and self._has_bad_disk(begin_s - DISK_MEMORY_S, end_s):
             allowed.add("EIO")  # its file system notices an error of the disk later, too
         return allowed
 
     def _has_bad_disk(self, begin_s: float, end_s: float) -> bool:
+        return bool(self._bad_disks(begin_s, end_s))
+
+    def _bad_disks(self, begin_s: float, end_s: float) -> list[Window]:
         windows = self._timeline.overlapping(begin_s, end_s)
-        return any(window.kind in (READ_ONLY, DISK_FAILS) for window in windows)
+        return [window for window in windows if window.kind in (READ_ONLY, DISK_FAILS)]
 
     def _has_changed(self, told: dict[str, Any]) -> bool:
         """Whether the file is another version at the store than the one that the lease shows."""

@@ -80,8 +80,16 @@ def test_a_disk_is_the_readers_where_the_kernel_reads_it(timeline: Timeline) -> 
     assert not verdict.of_failure(failure("fault", "SIGBUS", 15, 16))
     assert not verdict.of_failure(failure("read", "EIO", 20 + judge.DISK_MEMORY_S, 51))
     assert verdict.of_failure(failure("read", "EIO", 21 + judge.DISK_MEMORY_S, 52))
-    timeline.windows.append(Window(judge.ENDED, 15, 16))
-    assert not verdict.of_failure(failure("attach", "place", 15, 16))
+
+
+def test_no_daemon_begins_on_a_bad_disk(timeline: Timeline, verdict: Verdict) -> None:
+    timeline.windows.append(Window(judge.DISK_FAILS, 50, 60))
+    timeline.windows.append(Window(judge.ENDED, 10, 11))
+    assert verdict.of_failure(failure("attach", "place", 55, 56))
+    timeline.windows.append(Window(judge.ENDED, 49, 50))
+    assert not verdict.of_failure(failure("attach", "place", 51, 52))
+    assert not verdict.of_failure(failure("attach", "place", 58, 59))
+    assert verdict.of_failure(failure("attach", "place", 65, 66))
 
 
 def test_a_fault_excuses_what_overlaps_it_only(timeline: Timeline, verdict: Verdict) -> None:
