@@ -7,6 +7,8 @@
 `Checkpoint`
     A directory of files in a store. `Checkpoint.as_directory` mounts it, `Checkpoint.to_directory`
     copies it, and `Checkpoint.get_metadata` and its siblings read and write its metadata.
+`upload`
+    A local directory, uploaded as a checkpoint: in parallel, and verified.
 `mount`
     The same directory, for longer than a ``with`` block, for example in a notebook.
 `explain`
@@ -41,12 +43,13 @@ if TYPE_CHECKING:
     from ckptfs import xattrs
     from ckptfs._client.failures import explain
     from ckptfs._handle import MountedCheckpoint, mount
+    from ckptfs._upload import upload  # pyright: ignore[reportUnknownVariableType]
     from ckptfs.checkpoint import Checkpoint
 
     __version__: str
 
 # Not `ray`: a star import would hide Ray itself.
-__all__ = ["Checkpoint", "MountedCheckpoint", "explain", "mount", "xattrs"]
+__all__ = ["Checkpoint", "MountedCheckpoint", "explain", "mount", "upload", "xattrs"]
 __all__ += errors.__all__
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept any name
@@ -58,6 +61,7 @@ if not TYPE_CHECKING:  # otherwise a type checker would accept any name
             "explain": "ckptfs._client.failures",
             "mount": "ckptfs._handle",
             "ray": "ckptfs.ray",
+            "upload": "ckptfs._upload",
             "xattrs": "ckptfs.xattrs",
         },
         [*__all__, "__version__", "errors", "ray"],

@@ -278,7 +278,7 @@ class Checkpoint:
         target = os.path.normpath(_expanded(path))
         included = _globs("include", include)
         with (
-            _shown(progress, f"copying {self.path}") as told,
+            shown(progress, f"copying {self.path}") as told,
             _readable(filesystem_behind(self), self.path) as store,
         ):
             copy_directory(
@@ -440,7 +440,7 @@ def _readable(filesystem: FileSystem, path: str) -> Generator[Store]:
 
 
 @contextlib.contextmanager
-def _shown(progress: Progress | bool, title: str) -> Generator[Progress | None]:
+def shown(progress: Progress | bool, title: str) -> Generator[Progress | None]:
     """The function to call with the progress: the caller's, that of a bar, or None."""
     if progress is not True:
         yield progress or None
@@ -483,7 +483,7 @@ def _mounted(
     with lease as mounted:
         if awaited is not None:
             with (
-                _shown(awaited, f"fetching {os.path.basename(mounted)}") as told,
+                shown(awaited, f"fetching {os.path.basename(mounted)}") as told,
                 connect(_ANSWER_S) as connection,
             ):
                 wait_fetched(connection, mounted, prefetch, timeout_s, told)

@@ -10,11 +10,20 @@ files keeps working.
 from typing import ClassVar
 
 __all__: list[str] = ["AccessDenied", "AgeError", "Busy", "CacheError", "CannotCopy", "CannotMount"]
-__all__ += ["CheckpointIsFile", "CheckpointNotFound", "CkptfsError", "ConfigError", "DaemonError"]
-__all__ += ["ExpressionError", "LimitExceeded", "LocationError", "MetadataError", "MetadataNotDict"]
-__all__ += ["NoDaemon", "NotAttached", "ObjectChanged", "PlaceUnusable", "PlanError"]
+__all__ += ["CannotUpload", "CheckpointIsFile", "CheckpointNotFound", "CkptfsError"]
+__all__ += ["ConfigError", "DaemonError", "ExpressionError", "LimitExceeded", "LocationError"]
+__all__ += [
+    "MetadataError",
+    "MetadataNotDict",
+    "NoDaemon",
+    "NotAttached",
+    "ObjectChanged",
+    "PlaceUnusable",
+    "PlanError",
+]
 __all__ += ["PrefetchFailed", "ProtocolError", "RateError", "RightsNotLent", "SizeError"]
-__all__ += ["StoreError", "StoreNotAllowed", "StoreTimeout", "StoreUnavailable", "UnknownStore"]
+__all__ += ["StoreError", "StoreNotAllowed", "StoreTimeout", "StoreUnavailable", "TargetExists"]
+__all__ += ["UnknownStore"]
 
 
 class CkptfsError(Exception):
@@ -74,6 +83,15 @@ class StoreError(CkptfsError, OSError, code="store"):
 
 class CannotCopy(StoreError, code="cannot-copy"):
     """The local disk cannot hold a copy, because it is full, read-only or another user's."""
+
+
+class CannotUpload(CkptfsError, OSError, code="cannot-upload"):
+    """The local directory cannot be uploaded. For example, a file changed meanwhile, its disk
+    failed, or the store cannot hold its name."""
+
+
+class TargetExists(CannotUpload, FileExistsError, code="target-exists"):
+    """The target of an upload has other content, and the caller did not ask to overwrite it."""
 
 
 class StoreUnavailable(StoreError, code="store-unavailable"):

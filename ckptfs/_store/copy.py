@@ -13,12 +13,12 @@ files, or resumes where the first one failed.
 The main thread decides which work is next and which files are complete. The worker threads only
 read and write.
 
-Every request ends in time (see ``wrappers.TimedStore``), and no try begins later than
-`_TRIES_WITHIN_S` after the first failure. So a copy from a silent store ends with StoreTimeout.
+Every request ends in time (see ``wrappers.TimedStore``), and so do its tries (see ``retrying``). So a
+copy from a silent store ends with StoreTimeout.
 
 The copy is refused before the first request for content if the free space is too small.
 
-If the store sends no first byte in time, fewer requests run at once (`_Places`), because each
+If the store sends no first byte in time, fewer requests run at once (`Places`), because each
 request may cost the store much.
 """
 
@@ -26,25 +26,20 @@ import contextlib
 import contextvars
 import hashlib
 import itertools
-import math
 import os
-import threading
-import time
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from ckptfs._model.aimd import AimdLimit
-from ckptfs._model.backoff import Backoff
 from ckptfs._model.globs import any_matcher
 from ckptfs._model.manifest import NAME_BYTES_MAX, ListedFile, Manifest, build_manifest
 from ckptfs._model.units import size_text
 from ckptfs._os.filelock import locked
 from ckptfs._store.base import Store, pin_of, repinned
 from ckptfs._store.buffers import leave_thread_buffer, thread_buffer
-from ckptfs._store.request_context import left_s
+from ckptfs._store.retrying import Places, retry
 from ckptfs._store.wrappers import TimedStore
 from ckptfs.errors import (
     CannotCopy,
@@ -52,7 +47,6 @@ from ckptfs.errors import (
     ObjectChanged,
     StoreError,
     StoreTimeout,
-    StoreUnavailable,
 )
 
 PART_BYTES = 8 << 20
@@ -60,14 +54,6 @@ PART_BYTES = 8 << 20
 spreads over all connections."""
 _THREADS = 16
 _FILES_MAX = 10_000_000
-_TRIES = 5
-"""The most tries of a request."""
-_BACKOFF = Backoff(0.2, 1.6)
-"""The pauses between them."""
-_TRIES_WITHIN_S = 60.0
-"""The longest time from the first failure of a request to the begin of its last try."""
-_PLACES_MIN = 2
-"""The lowest limit of requests at once. With one, a single stuck request would stop the copy."""
 
 _PARTIAL, _PARTS = ".ckptfs-partial", ".ckptfs-parts"
 _BLOCK_BYTES = 4096
@@ -258,7 +244,7 @@ class _Copy:
         self._running = 0
         self._outcomes: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
         self._pool = ThreadPoolExecutor(_THREADS, "ckptfs-copy")
-        self._places = _Places(_THREADS)
+        self._places = Places(_THREADS)
 
     def run(self) -> None:
         """Copy all files. The first error ends the run."""
@@ -283,7 +269,7 @@ class _Copy:
         self._running += 1
         context = contextvars.copy_context()  # has the deadline, if there is one
         attempt = partial(work, file, *part)
-        future = self._pool.submit(context.run, _retry, attempt, self._places)
+        future = self._pool.submit(context.run, retry, attempt, self._places)
         future.add_done_callback(lambda f: self._outcomes.put((f, partial(then, file, *part))))
 
     def _count(self, length: int) -> None:
@@ -371,47 +357,3 @@ def _remove_partial(file: _File) -> None:
 
 def _nothing(_: _File) -> None:
     """Do nothing more for a finished file."""
-
-
-class _Places:
-    """The places for requests that run at once (see `AimdLimit`). Any thread may use it."""
-
-    def __init__(self, most: int) -> None:
-        self._aimd = AimdLimit(_PLACES_MIN, most)
-        self._running = 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def one(self) -> Generator[None]:
-        """Wait for a place, and keep it for the request that runs in this context."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._running < int(self._aimd.limit))
-            self._running += 1
-        begun_s = time.monotonic()
-        try:
-            yield
-            with self._changed:
-                self._aimd.answered()
-        except StoreTimeout:
-            with self._changed:
-                self._aimd.timed_out(begun_s, time.monotonic())
-            raise
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-
-def _retry(attempt: Callable[[], None], places: _Places) -> None:
-    end_s = math.inf
-    for failures in itertools.count(1):
-        try:
-            with places.one():
-                return attempt()
-        except StoreUnavailable as error:
-            now_s = time.monotonic()
-            end_s = min(end_s, now_s + min(_TRIES_WITHIN_S, left_s()))
-            wait_s = max(_BACKOFF.pause_s(failures), error.retry_after_s)
-            if failures == _TRIES or now_s + wait_s > end_s:
-                raise
-            time.sleep(wait_s)

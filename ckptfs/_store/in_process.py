@@ -11,6 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from ckptfs._model.config import STORE_TIMEOUT_S
 from ckptfs._model.named_store import named_location
+from ckptfs._store.arrow_uploads import ArrowUploads
 from ckptfs._store.base import Store
 from ckptfs._store.build import TIMEOUT_S, plain_store
 from ckptfs._store.describe import NotDescribable, describe
@@ -18,7 +19,9 @@ from ckptfs._store.filesystems import FileSystem, built, store_name_of, unwrappe
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.named import open_place
 from ckptfs._store.resolve import open_store
-from ckptfs._store.wrappers import ANSWER_S, within
+from ckptfs._store.uploads import HasUploads, Uploads
+from ckptfs._store.wrappers import ANSWER_S, BoundedStore, within
+from ckptfs.errors import AccessDenied
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +39,23 @@ def store_of(filesystem: FileSystem, path: str) -> Store:
         name = f"{filesystem.type_name}:{path}"
     inner, path = unwrapped(filesystem, path)
     return store_on(inner, path, name)
+
+
+def uploads_to(filesystem: FileSystem, path: str) -> tuple[Store, Uploads]:
+    """The store at `path`, and the uploads to it. Raises AccessDenied for a kind of store to which
+    ckptfs cannot upload, and as `store_of`."""
+    store = store_of(filesystem, path)
+    if isinstance(store, HasUploads):
+        return store, store.uploads()
+    inner, path = unwrapped(filesystem, path)
+    if store_name_of(inner):
+        inner, path = unwrapped(inner.handler.filesystem, path)
+    inner = built(inner)
+    if not isinstance(store, BoundedStore):
+        raise AccessDenied(
+            f"{store.name}: ckptfs cannot upload to a server of files by HTTP; choose another store"
+        )
+    return store, ArrowUploads(inner, path, store.name)
 
 
 def store_on(filesystem: FileSystem, path: str, name: str) -> Store:

@@ -119,6 +119,10 @@ class Progress:
             self._sock = None
             return self._is_given_up
 
+    def goes(self, count: int) -> None:
+        """Note that `count` bytes of the request's body are about to be sent. A subclass may wait
+        here."""
+
     def came(self, count: int) -> None:
         """Note that `count` more bytes came."""
         if not count:

@@ -29,6 +29,7 @@ from ckptfs._store.base import Method, Pin, Store
 from ckptfs._store.credentials import SecretFile
 from ckptfs._store.request_context import Progress, deadline_s, ends_at, left_s
 from ckptfs._store.request_metrics import KIND_OF, counted
+from ckptfs._store.uploads import HasUploads, Uploads
 from ckptfs.errors import AccessDenied, StoreTimeout
 
 P = ParamSpec("P")
@@ -198,6 +199,12 @@ class RenewedStore(StoreWrapper):
                 self._store = self._open_with(secrets)
                 self._secrets = secrets
             return self._store
+
+    def uploads(self) -> Uploads:
+        """See ``HasUploads``. An upload keeps the credentials of its begin."""
+        store = self._now()
+        assert isinstance(store, HasUploads)
+        return store.uploads()
 
     def _call(self, method: Method, call: Callable[[Store], T], length: int = 0) -> T:
         store = self._now()

@@ -26,6 +26,7 @@ from ckptfs.cli import (
     report,
     top,
     topics,
+    upload,
 )
 from ckptfs.cli.help_text import HELP_OPTIONS, Group, command
 
@@ -107,6 +108,12 @@ of_checkpoints(
     f"ckptfs prefetch {_URI} 'model-0000*' '*.json'",
     f"ckptfs prefetch --limit-rate 50M {_URI}",
 )(prefetch.prefetch)
+of_checkpoints(
+    "upload",
+    f"ckptfs upload ./checkpoint_000100 {_URI}",
+    f"ckptfs upload --include '*.json' --include 'model-*' ./checkpoint_000100 {_URI}",
+    f"ckptfs upload --limit-rate 100M --overwrite ./checkpoint_000100 {_URI}",
+)(upload.upload)
 app.add_typer(plan.app, name="plan", rich_help_panel=_CHECKPOINTS)
 of_checkpoints("report", f"ckptfs report {_URI} -o report.html", f"ckptfs report --json {_URI}")(
     report.report

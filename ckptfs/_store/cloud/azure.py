@@ -10,10 +10,12 @@ and the names of errors are Azure's own.
 from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.base import is_file, not_found
 from ckptfs._store.cloud.azure_listing import Blobs
+from ckptfs._store.cloud.azure_uploads import AzureUploads
 from ckptfs._store.cloud.requests import Service
 from ckptfs._store.s3.client import Asked
 from ckptfs._store.s3.retry import repeat
 from ckptfs._store.s3.store import S3Store
+from ckptfs._store.uploads import Uploads
 
 _VERSION = "2021-12-02"
 """The version of the REST API. It is the first that encodes names which XML cannot carry."""
@@ -65,3 +67,6 @@ class AzureStore(S3Store):
                 response.read()
 
         repeat(attempt, self._name_of(path))
+
+    def uploads(self) -> Uploads:
+        return AzureUploads(self._client, self._prefix, self.name)

@@ -16,11 +16,13 @@ they are stored.
 import json
 from typing import Any, cast
 
+from ckptfs._store.cloud.gcs_uploads import GoogleUploads
 from ckptfs._store.cloud.requests import AuthorizedClient, Service
 from ckptfs._store.s3.client import Asked
 from ckptfs._store.s3.retry import repeat
 from ckptfs._store.s3.store import S3Store
 from ckptfs._store.transport.answers import read_all
+from ckptfs._store.uploads import Uploads
 from ckptfs.errors import StoreError
 
 HOST = "storage.googleapis.com"
@@ -62,6 +64,9 @@ class GoogleStore(S3Store):
                 )
 
         repeat(attempt, self._name_of(path))
+
+    def uploads(self) -> Uploads:
+        return GoogleUploads(self._uploads, self._client, self._prefix, self.name)
 
     def close(self) -> None:
         super().close()

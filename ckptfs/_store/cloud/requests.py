@@ -101,7 +101,8 @@ class AuthorizedClient(S3Client):
         try:
             with ExitStack() as stack:
                 response = self._begun(stack, asked)
-                if asked.key and response.status != _NOT_MODIFIED:
+                has_mark = asked.key and asked.method != "DELETE"
+                if has_mark and response.status != _NOT_MODIFIED:
                     self._check_mark(response)
                 yield response
         except (S3Error, BrokenConnection) as error:

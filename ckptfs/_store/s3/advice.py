@@ -101,6 +101,9 @@ _BY_CODE: dict[str, _Advice] = {
         StoreError, "the store does not know this kind of request ({}); check the endpoint"
     ),
     "NoSuchBucket": _NO_BUCKET,
+    "NoSuchUpload": _Advice(
+        StoreError, "another program has ended the upload, or the store has lost it ({}); try again"
+    ),
     "PermanentRedirect": _Advice(StoreError, _REGION),
     "QuotaExceeded": _Advice(StoreError, "the store has no space left ({}); free some"),
     "RequestTimeTooSkewed": _Advice(

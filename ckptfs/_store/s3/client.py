@@ -71,21 +71,23 @@ class Asked(msgspec.Struct, frozen=True):
 
     `key` is "" for the bucket itself. `query` is not encoded, and the names of `headers` are in
     lower case. The statuses of `expected` are not errors. `patience_s` is the longest silence
-    before the first byte; None to follow the server's speed.
+    before the first byte; None to follow the server's speed. `body_digest` stands for the SHA-256
+    of the body in the signature; "" to compute it.
     """
 
     method: str
     key: str = ""
     query: Mapping[str, str] = {}
     headers: Mapping[str, str] = {}
-    body: bytes = b""
+    body: bytes | memoryview = b""
     expected: frozenset[int] = frozenset({200})
     patience_s: float | None = None
+    body_digest: str = ""
 
     @property
     def kind(self) -> Kind:
         """The kind of request, for the metrics."""
-        kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put", "POST": "put"}
+        kinds: dict[str, Kind] = {"HEAD": "head", "PUT": "put", "POST": "put", "DELETE": "put"}
         if self.method in kinds:
             return kinds[self.method]
         if "prefix" in self.query:
@@ -175,8 +177,9 @@ class S3Client:
         query = encoded_query(asked.query)
         headers = {**asked.headers, **self._more, "host": endpoint.authority}
         if keys is not None:
-            now, body = datetime.now(timezone.utc), asked.body
-            headers = signed(asked.method, path, query, headers, body, keys, address.region, now)
+            now, body, digest = datetime.now(timezone.utc), asked.body, asked.body_digest
+            region = address.region
+            headers = signed(asked.method, path, query, headers, body, keys, region, now, digest)
         target = f"{path}?{query}" if query else path
         limits = self._limits(asked)
         return self._connections.send(asked.method, endpoint, target, headers, asked.body, limits)
@@ -184,7 +187,9 @@ class S3Client:
     def _limits(self, asked: Asked) -> Limits:
         may_last = asked.kind in ("read", "get")  # late answers to the others have no use
         if asked.patience_s is not None:
-            return Limits(asked.patience_s, self._timeout_s, may_last)
+            # The store may do more with content before it takes the next bytes, or answers.
+            silence_s = max(self._timeout_s, asked.patience_s if asked.body else 0.0)
+            return Limits(asked.patience_s, silence_s, may_last)
         first_s = self.patience.for_request(left_s())
         return Limits(first_s, self._timeout_s, may_last, self.patience)
 

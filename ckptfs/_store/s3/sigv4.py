@@ -13,6 +13,9 @@ from urllib.parse import quote
 
 import msgspec
 
+UNSIGNED = "UNSIGNED-PAYLOAD"
+"""Stands for the SHA-256 of a body that the signature does not cover."""
+
 
 class Keys(msgspec.Struct, frozen=True):
     """Keys that sign requests. `token` is "" for keys that do not expire. Never printed."""
@@ -46,19 +49,20 @@ def signed(
     path: str,
     query: str,
     headers: Mapping[str, str],
-    body: bytes,
+    body: bytes | memoryview,
     keys: Keys,
     region: str,
     now: datetime,
+    body_digest: str = "",
 ) -> dict[str, str]:
     """The headers to send: `headers` and those that authenticate the request.
 
     `path` is encoded and begins with a slash, and `query` is from `encoded_query`. `headers` has
     lower-case names, among them `host`, and all are signed. S3 accepts a difference of 15 minutes
-    to `now`, a time in UTC.
+    to `now`, a time in UTC. `body_digest` stands for the body's SHA-256, for example `UNSIGNED`.
     """
     time = now.strftime("%Y%m%dT%H%M%SZ")
-    body_digest = hashlib.sha256(body).hexdigest()
+    body_digest = body_digest or hashlib.sha256(body).hexdigest()
     all_headers = {**headers, "x-amz-content-sha256": body_digest, "x-amz-date": time}
     if keys.token:
         all_headers["x-amz-security-token"] = keys.token

@@ -38,9 +38,11 @@ from ckptfs._store.s3.advice import translate_error
 from ckptfs._store.s3.client import Asked, S3Client
 from ckptfs._store.s3.listing import list_all, parse_page
 from ckptfs._store.s3.retry import ATTEMPTS, BACKOFF, repeat
+from ckptfs._store.s3.uploads import S3Uploads
 from ckptfs._store.transport.answers import read_all, read_into
 from ckptfs._store.transport.errors import BrokenConnection, S3Error
 from ckptfs._store.transport.patience import PATIENCE_S_MAX
+from ckptfs._store.uploads import Uploads
 from ckptfs._store.versions import (
     Seen,
     content_range_in,
@@ -351,6 +353,10 @@ class S3Store:
                 f"{self._name_of(path)}: the store accepted the upload, but does not have the "
                 "object; check the endpoint, and whether a proxy wants a login"
             )
+
+    def uploads(self) -> Uploads:
+        """See ``HasUploads``."""
+        return S3Uploads(self._client, self._prefix, self.name)
 
     def find(self, path: str) -> ListedFile | None:
         key = self._key(path)

@@ -100,7 +100,7 @@ class Connections:
         endpoint: Endpoint,
         target: str,
         headers: Mapping[str, str],
-        body: bytes,
+        body: bytes | memoryview,
         limits: Limits,
     ) -> tuple[Connection, Answer]:
         """Send a request, and read the head of its answer.
@@ -121,10 +121,7 @@ class Connections:
                 current_progress().hold(connection.held)
                 current_progress().is_in_head = True
                 connection.limit(limits)
-                connection.request(method, target, _chunks(body), sent)
-                answer = connection.getresponse()
-                assert isinstance(answer, Answer)
-                return connection, answer
+                return connection, _exchange(connection, method, target, body, sent)
             except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError) as error:
                 _end(connection)
                 if connection.idle_since_s:  # the server has just closed it, as it may
@@ -257,8 +254,30 @@ def _user_agent() -> str:
     return f"{_PROGRAM} request/{asked}" if asked else _PROGRAM
 
 
-def _chunks(body: bytes) -> Iterator[memoryview] | None:
-    if not body:
-        return None
-    view = memoryview(body)
-    return (view[i : i + _CHUNK_BYTES] for i in range(0, len(body), _CHUNK_BYTES))
+def _exchange(
+    connection: Connection,
+    method: str,
+    target: str,
+    body: bytes | memoryview,
+    headers: Mapping[str, str],
+) -> Answer:
+    """Send a request, and read the head of its answer."""
+    is_cut = False
+    try:
+        connection.request(method, target, _chunks(body) if body else None, headers)
+    except ConnectionError:
+        # A server that refuses a request may answer and close before it has the whole body.
+        is_cut = bool(body)
+        if not is_cut:
+            raise
+    answer = connection.getresponse()
+    assert isinstance(answer, Answer)
+    answer.will_close |= is_cut
+    return answer
+
+
+def _chunks(body: bytes | memoryview) -> Iterator[memoryview]:
+    view, progress = memoryview(body), current_progress()
+    for i in range(0, len(body), _CHUNK_BYTES):
+        progress.goes(len(chunk := view[i : i + _CHUNK_BYTES]))
+        yield chunk

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckptfs._store.copy import _Places
 from ckptfs._store.request_context import Progress, current_progress, ends_in, left_s
+from ckptfs._store.retrying import Places
 from ckptfs._store.wrappers import while_bytes_come, within
 from ckptfs.errors import StoreTimeout
 
@@ -61,7 +61,7 @@ def test_a_call_has_its_limit_in_its_thread() -> None:
 
 
 def test_a_timeout_halves_the_places_and_answers_bring_them_back() -> None:
-    places = _Places(16)
+    places = Places(16)
     for expected in (8, 4, 2, 2):
         with pytest.raises(StoreTimeout), places.one():
             raise StoreTimeout("silent")
@@ -73,7 +73,7 @@ def test_a_timeout_halves_the_places_and_answers_bring_them_back() -> None:
 
 
 def test_timeouts_of_one_burst_count_once() -> None:
-    places = _Places(4)
+    places = Places(4)
     together, ended = threading.Barrier(4), []
 
     def request() -> None:

@@ -1,0 +1,219 @@
+"""The files of a local directory that is uploaded.
+
+A file may not change while it is read. Its inode, size and modification time are compared before
+the first byte, around each part, and after the last byte. Times change in ticks, so the reads begin
+when the ticks of all times are over (see ``timestamps``).
+
+The walk follows links that lead to a place in the same directory.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+from ckptfs._model.globs import any_matcher
+from ckptfs._model.manifest import fault_of_name, printable
+from ckptfs._os.mountinfo import why_hidden
+from ckptfs._store.timestamps import wait_until_settled
+from ckptfs._store.uploads import parts_of
+from ckptfs.errors import (
+    AccessDenied,
+    CannotUpload,
+    CheckpointIsFile,
+    CheckpointNotFound,
+    CkptfsError,
+)
+
+T = TypeVar("T")
+
+_PIECE_BYTES = 1 << 20
+"""The bytes that are read at once for a checksum. They stay in the processor's cache."""
+_GONE = frozenset([errno.ENOENT, errno.ENOTDIR])
+_DENIED = frozenset([errno.EACCES, errno.EPERM])
+
+
+class SourceFile:
+    """A file of the directory `top`, as `status` describes it. `path` is relative to `top`."""
+
+    def __init__(self, top: str, path: str, status: os.stat_result) -> None:
+        self.path = path
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self._full = os.path.join(top, path)
+        self._stamp = _stamp_of(status)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on. Raises CannotUpload, AccessDenied."""
+        with self._opened() as file:
+            self._read(file, offset, buffer)
+
+    def md5s(self, part_bytes: int) -> list[bytes]:
+        """The MD5 of each part. Raises as `read_into`."""
+        with self._opened() as file:
+            return [
+                self._md5(file, part * part_bytes, min(part_bytes, self.size - part * part_bytes))
+                for part in range(parts_of(self.size, part_bytes))
+            ]
+
+    def check(self) -> None:
+        """Raise CannotUpload if another file has the name now, or the file has changed."""
+        with self._translated():
+            self._check(os.stat(self._full))
+
+    def _md5(self, file: int, offset: int, length: int) -> bytes:
+        digest = hashlib.md5(usedforsecurity=False)
+        buffer = memoryview(bytearray(min(_PIECE_BYTES, length)))
+        for start in range(offset, offset + length, _PIECE_BYTES):
+            piece = buffer[: offset + length - start]
+            self._read(file, start, piece)
+            digest.update(piece)
+        return digest.digest()
+
+    def _read(self, file: int, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(file, [buffer[done:]], offset + done)
+            if not count:
+                raise self._changed()
+            done += count
+
+    @contextlib.contextmanager
+    def _opened(self) -> Generator[int]:
+        """A descriptor of the file, which is the same before and after the context."""
+        with self._translated():
+            file = os.open(self._full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                self._check(os.fstat(file))
+                yield file
+                self._check(os.fstat(file))
+            finally:
+                os.close(file)
+
+    def _check(self, status: os.stat_result) -> None:
+        if _stamp_of(status) != self._stamp:
+            raise self._changed()
+
+    def _changed(self) -> CannotUpload:
+        return CannotUpload(
+            f"{self._full}: the file changed while it was uploaded; upload a directory that no "
+            "program writes to any more"
+        )
+
+    @contextlib.contextmanager
+    def _translated(self) -> Generator[None]:
+        try:
+            yield
+        except CkptfsError:
+            raise
+        except OSError as error:
+            if error.errno in _GONE:
+                raise self._changed() from error
+            raise translated(error, self._full) from error
+
+
+def _stamp_of(status: os.stat_result) -> tuple[int, int, int, int, bool]:
+    is_file = stat.S_ISREG(status.st_mode)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, is_file
+
+
+def translated(error: OSError, path: str) -> CkptfsError:
+    """The exception of ckptfs for an error of the operating system about a path."""
+    cause = error.strerror or type(error).__name__
+    if error.errno in _DENIED:
+        if hidden := why_hidden(path):
+            return AccessDenied(f"{printable(path)}: access denied: {hidden}")
+        return AccessDenied(f"{printable(path)}: access denied ({cause}); check owner and mode")
+    return CannotUpload(f"{printable(path)}: {cause}; check the disk or the mount that holds it")
+
+
+def files_in(
+    top: str, include: Sequence[str], fault_of: Callable[[str], str | None]
+) -> list[SourceFile]:
+    """The files below `top` that `include` matches, sorted by path; empty `include` for all.
+
+    `fault_of` says why the store cannot hold a name. Waits until a write to a file would leave
+    another time. Raises CheckpointNotFound, CheckpointIsFile, AccessDenied; CannotUpload for a file
+    that cannot be uploaded.
+    """
+    walk = _Walk(top, any_matcher(include or ["*"]), fault_of)
+    try:
+        if not stat.S_ISDIR(os.stat(top).st_mode):
+            raise CheckpointIsFile(f"{printable(top)} is a file, not a directory; name a directory")
+    except OSError as error:
+        if isinstance(error, CkptfsError):
+            raise
+        if error.errno in _GONE:
+            raise CheckpointNotFound(f"{printable(top)} does not exist; check the path") from None
+        raise translated(error, top) from error
+    walk.add("", frozenset())
+    if not walk.files:
+        what = "has no file that include matches" if include else "has no files"
+        raise CannotUpload(f"{printable(top)} {what}; name the directory of a checkpoint")
+    for file in walk.files:
+        wait_until_settled(file.mtime_ns)
+    return sorted(walk.files, key=lambda file: file.path)
+
+
+class _Walk:
+    """One walk of a directory."""
+
+    def __init__(
+        self, top: str, is_in: Callable[[str], bool], fault_of: Callable[[str], str | None]
+    ) -> None:
+        self.files: list[SourceFile] = []
+        self._top = top
+        self._real_top = os.path.realpath(top)
+        self._is_in = is_in
+        self._fault_of = fault_of
+
+    def add(self, below: str, inside: frozenset[str]) -> None:
+        """Add the files of the directory `below`. `inside` has the real paths of it and of the
+        directories around it."""
+        full = os.path.join(self._top, below)
+        real = os.path.realpath(full)
+        if real in inside:
+            raise self._refused(below, "the link leads to a directory above it")
+        try:
+            with os.scandir(full) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            raise translated(error, full) from error
+        for name in names:
+            self._take(f"{below}/{name}" if below else name, inside | {real})
+
+    def _take(self, path: str, inside: frozenset[str]) -> None:
+        full = os.path.join(self._top, path)
+        is_in = self._is_in(path)
+        try:
+            if os.path.islink(full) and not self._is_below(full):
+                if is_in:
+                    raise self._refused(path, "the link leads out of the directory")
+                return
+            status = os.stat(full)
+        except OSError as error:
+            if isinstance(error, CkptfsError):
+                raise
+            if not is_in:
+                return
+            if error.errno in _GONE and os.path.islink(full):
+                raise self._refused(path, "the link leads nowhere") from None
+            raise translated(error, full) from error
+        if stat.S_ISDIR(status.st_mode):
+            self.add(path, inside)
+        elif is_in:
+            if not stat.S_ISREG(status.st_mode):
+                raise self._refused(path, "it is neither a file nor a directory")
+            if fault := fault_of_name(path) or self._fault_of(path):
+                raise self._refused(path, fault)
+            self.files.append(SourceFile(self._top, path, status))
+
+    def _is_below(self, full: str) -> bool:
+        return os.path.realpath(full).startswith(f"{self._real_top.rstrip('/')}/")
+
+    def _refused(self, path: str, why: str) -> CannotUpload:
+        shown = printable(os.path.join(self._top, path))
+        return CannotUpload(f"{shown}: {why}; remove it, or leave it out with include")

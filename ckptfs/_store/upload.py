@@ -1,0 +1,330 @@
+"""Uploads of local directories: parallel, verified, and repeatable.
+
+1. `files_in` chooses the files. The listing of the target says which names are there.
+2. Files that are there with the same size are compared with what the store says of them. A target
+   with other content is refused before anything is written.
+3. The missing files are uploaded, in parts. What an earlier, killed upload of these files has left
+   behind is removed first.
+4. The target is listed again. Each file has to be there with its size, and with the checksum that
+   the store gave it.
+5. ``.metadata.json`` is written last. A program that waits for it sees a complete checkpoint.
+
+An upload that fails or is interrupted removes its unfinished objects. The next one finds the
+finished ones, and continues.
+
+The calling thread only waits and reports the progress. The threads of `Crew` read and send. Their
+memory is bounded: each has one part.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+
+from ckptfs._model.manifest import METADATA_NAME, ListedFile, printable
+from ckptfs._model.wording import counted
+from ckptfs._store.base import Store
+from ckptfs._store.buffers import thread_buffer
+from ckptfs._store.crew import Crew, Pace
+from ckptfs._store.retrying import Places, retry
+from ckptfs._store.source import SourceFile, files_in
+from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
+from ckptfs._store.wrappers import TimedStore
+from ckptfs.errors import CheckpointNotFound, CkptfsError, StoreError, TargetExists
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 16
+_MEMORY_BYTES = 256 << 20
+"""The most memory for parts. Parts are larger than 8 MiB only in files above 80 GB."""
+_BYTES_PER_S_EACH = 1 << 20
+"""The least rate of a connection if the rate is limited, because servers close connections that
+are silent for long."""
+_FILES_MAX = 10_000_000
+_SHOWN_MAX = 3
+
+Told = Callable[[int, int], None]
+"""A function that the calling thread calls with the bytes that are at the store, and all bytes."""
+
+
+class Uploaded(msgspec.Struct):
+    """The result of an upload: all files, and those among them that were at the store already."""
+
+    files: int = 0
+    bytes: int = 0
+    skipped_files: int = 0
+    skipped_bytes: int = 0
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """The wishes of the caller.
+
+    Attributes:
+        include: Globs on relative paths; empty for all files.
+        metadata: The content of ``.metadata.json``; None for that of the directory's file.
+        overwrite: Whether other content at the target is replaced, and other files stay.
+        rate: The most bytes per second; 0 for no limit.
+    """
+
+    include: Sequence[str] = ()
+    metadata: bytes | None = None
+    overwrite: bool = False
+    rate: int = 0
+
+
+def upload_directory(
+    top: str, store: Store, uploads: Uploads, wanted: Wanted, told: Told | None = None
+) -> Uploaded:
+    """Upload the files of the directory `top` to `store`, by `uploads`.
+
+    Raises:
+        CheckpointNotFound, CheckpointIsFile: `top` or the bucket does not exist; or `top`, or the
+            target, is a file.
+        CannotUpload: A file changed meanwhile, cannot be read, or has a name that the store cannot
+            hold.
+        TargetExists: The target has other content.
+        AccessDenied, StoreError: The store's answer, or the local directory's.
+    """
+    files = files_in(top, wanted.include, uploads.fault_of)
+    return _Run(files, TimedStore(store), uploads, wanted, told).run()
+
+
+class _File:
+    """The upload of one file. Several threads may use it."""
+
+    def __init__(self, source: SourceFile, part_bytes: int) -> None:
+        self.source = source
+        self.part_bytes = part_bytes
+        self.parts = parts_of(source.size, part_bytes)
+        self.etag = ""
+        self.is_finished = False
+        self._left = self.parts
+        self._lock = threading.Lock()  # guards _left and _upload; held while the upload begins
+        self._upload: ObjectUpload | None = None
+
+    def length(self, number: int) -> int:
+        """The bytes of a part."""
+        return min(self.part_bytes, self.source.size - (number - 1) * self.part_bytes)
+
+    def upload(self, begin: Callable[[], ObjectUpload]) -> ObjectUpload:
+        """The upload, which the first thread begins."""
+        with self._lock:
+            if self._upload is None:
+                self._upload = begin()
+            return self._upload
+
+    def is_last(self) -> bool:
+        """Count a part that was sent. Returns whether it is the last one."""
+        with self._lock:
+            self._left -= 1
+            return not self._left
+
+    def abort(self) -> None:
+        """Remove the parts if the upload is not finished."""
+        if self._upload is not None and not self.is_finished:
+            self._upload.abort()
+
+
+class _Run:
+    """One upload."""
+
+    def __init__(
+        self,
+        files: list[SourceFile],
+        store: Store,
+        uploads: Uploads,
+        wanted: Wanted,
+        told: Told | None,
+    ) -> None:
+        self._files = {file.path: file for file in files}
+        self._metadata_file = self._files.pop(METADATA_NAME, None)
+        self._metadata: bytes | None = None
+        self._old_metadata: bytes | None = None
+        self._store = store
+        self._uploads = uploads
+        self._wanted = wanted
+        self._told = told
+        self._places = Places(_THREADS)
+        self._done_bytes = 0
+        self._total_bytes = 0
+
+    def run(self) -> Uploaded:
+        metadata = self._metadata = self._new_metadata()
+        sizes = [file.size for file in self._files.values()]
+        sizes += [] if metadata is None else [len(metadata)]
+        self._total_bytes = sum(sizes)
+        there = self._listed()
+        if METADATA_NAME in there and metadata is not None:
+            self._old_metadata = self._store.get(METADATA_NAME)
+        same, others = self._compared(there)
+        if not self._wanted.overwrite:
+            self._refuse(there, others)
+        missing = [file for path, file in self._files.items() if path not in same]
+        self._uploads.prepare(set(self._files))
+        if missing and self._old_metadata is not None:
+            self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
+            self._old_metadata = None
+        self._verify(self._sent(missing))
+        if metadata is not None and metadata == self._old_metadata:
+            same.add(METADATA_NAME)
+        elif metadata is not None:
+            self._write_metadata(metadata)
+        known = [self._files[path].size if path in self._files else sizes[-1] for path in same]
+        return Uploaded(len(sizes), self._total_bytes, len(same), sum(known))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return retry(call, self._places) if self._uploads.repeats else call()
+
+    # -- the target
+
+    def _listed(self) -> dict[str, ListedFile]:
+        """The objects below the target by their paths. A bucket that does not exist fails later."""
+        try:
+            return {file.path: file for file in self._store.list(_FILES_MAX).files}
+        except CheckpointNotFound:
+            return {}
+
+    def _compared(self, there: dict[str, ListedFile]) -> tuple[set[str], list[str]]:
+        """The paths of the files that the store has already, and those with other content. Files
+        of which the store says nothing are in neither."""
+        candidates: list[SourceFile] = []
+        others: list[str] = []
+        for path, file in self._files.items():
+            if path in there and there[path].size != file.size:
+                others.append(path)
+            elif path in there:
+                candidates.append(file)
+        same: set[str] = set()
+
+        def compare(file: SourceFile) -> int:
+            listed = there[file.path]
+            is_same = self._ask(lambda: self._uploads.is_same(listed, file.md5s))
+            if is_same:
+                same.add(file.path)
+            elif is_same is not None:
+                others.append(file.path)
+            return file.size if is_same else 0
+
+        crew = Crew(_THREADS)
+        crew.work((partial(compare, file) for file in candidates), self._count)
+        return same, sorted(others)
+
+    def _refuse(self, there: dict[str, ListedFile], others: list[str]) -> None:
+        """Raise TargetExists if the target has other content."""
+        if self._old_metadata not in (None, self._metadata):
+            others = [*others, METADATA_NAME]
+        foreign = [
+            path
+            for path in sorted(there)
+            if path not in self._files and path != METADATA_NAME and not self._uploads.is_own(path)
+        ]
+        advice = "choose another target, or overwrite it (overwrite=True, --overwrite)"
+        for paths, what in ((others, "other content"), (foreign, "a name of no file to upload")):
+            if paths:
+                more = len(paths) - _SHOWN_MAX
+                shown = ", ".join(printable(path) for path in paths[:_SHOWN_MAX])
+                shown += f" and {more} more" if more > 0 else ""
+                count = counted(len(paths), "file")
+                raise TargetExists(
+                    f"{self._store.name} exists, and {count} there have {what} ({shown}); {advice}"
+                )
+
+    def _verify(self, etags: dict[str, str]) -> None:
+        """Raise StoreError unless the store lists each file with its size and checksum."""
+        there = self._listed()
+        for path, file in self._files.items():
+            what = f"{printable(path)} in {self._store.name}"
+            found = there.get(path)
+            if found is None:
+                raise StoreError(f"{what}: the store does not list it after its upload; try again")
+            if found.size != file.size:
+                raise other_bytes(what, f"{file.size} bytes", f"{found.size}")
+            if contradicts(etags.get(path, ""), found.etag):
+                raise other_bytes(what, etags[path], found.etag)
+
+    # -- metadata
+
+    def _new_metadata(self) -> bytes | None:
+        if self._wanted.metadata is not None or self._metadata_file is None:
+            return self._wanted.metadata
+        buffer = bytearray(self._metadata_file.size)
+        self._metadata_file.read_into(0, memoryview(buffer))
+        return bytes(buffer)
+
+    def _write_metadata(self, metadata: bytes) -> None:
+        if self._metadata_file is not None:
+            self._metadata_file.check()
+        self._ask(lambda: self._store.put(METADATA_NAME, metadata))
+        self._count(len(metadata))
+
+    # -- sending
+
+    def _sent(self, missing: list[SourceFile]) -> dict[str, str]:
+        """Upload files, and return the ETags of the objects by their paths."""
+        part_bytes = [self._uploads.part_bytes(file.size) for file in missing]
+        files = [_File(file, part) for file, part in zip(missing, part_bytes, strict=True)]
+        most = max((file.length(1) for file in files), default=1)
+        threads = max(2, min(_THREADS, _MEMORY_BYTES // max(1, most)))
+        rate = self._wanted.rate
+        if rate:
+            threads = max(1, min(threads, rate // _BYTES_PER_S_EACH))
+        crew = Crew(threads, Pace(rate) if rate else None)
+        try:
+            crew.work(self._works(files, crew), self._count)
+        except BaseException:
+            self._abort(files)
+            raise
+        return {file.source.path: file.etag for file in files}
+
+    def _works(self, files: list[_File], crew: Crew) -> Iterator[Callable[[], int]]:
+        for file in files:
+            if self._uploads.is_parallel:
+                for number in range(1, file.parts + 1):
+                    yield partial(self._send, crew, file, number)
+            else:
+                yield partial(self._send_all, crew, file)
+
+    def _send_all(self, crew: Crew, file: _File) -> int:
+        for number in range(1, file.parts):
+            crew.count(self._send(crew, file, number))
+        return self._send(crew, file, file.parts)
+
+    def _send(self, crew: Crew, file: _File, number: int) -> int:
+        """Upload a part, and finish the object after its last part. Returns the bytes."""
+
+        def ask(call: Callable[[], T]) -> T:
+            def attempt() -> T:
+                crew.check()
+                return call()
+
+            return self._ask(attempt)
+
+        source = file.source
+        upload = file.upload(lambda: ask(lambda: self._uploads.begin(source.path, source.size)))
+        buffer = thread_buffer(max(1, file.length(number)))[: file.length(number)]
+        source.read_into((number - 1) * file.part_bytes, buffer)
+        ask(lambda: upload.send(number, buffer))
+        if file.is_last():
+            source.check()
+            file.etag = ask(upload.finish)
+            file.is_finished = True
+        return len(buffer)
+
+    def _abort(self, files: list[_File]) -> None:
+        """Remove the unfinished objects as far as the store answers. The next upload removes the
+        others."""
+        for file in files:
+            try:
+                file.abort()
+            except CkptfsError as error:
+                _log.info("the parts of an unfinished upload stay: %s", error)
+
+    def _count(self, length: int) -> None:
+        self._done_bytes += length
+        if self._told is not None:
+            self._told(self._done_bytes, self._total_bytes)

@@ -1,0 +1,142 @@
+"""`upload`: a local directory becomes a checkpoint in a store."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from ckptfs import errors
+from ckptfs._client import client
+from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._store.copy import Progress
+from ckptfs._store.describe import describe
+from ckptfs._store.filesystems import FileSystem, local_path_of
+from ckptfs._store.in_process import uploads_to
+from ckptfs._store.upload import Told, Uploaded, Wanted, upload_directory
+from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
+
+if TYPE_CHECKING:
+    # pyarrow has no type stubs. A user who has installed some gets the full type.
+    from ckptfs._store.filesystems import (
+        GivenFileSystem,  # pyright: ignore[reportUnknownVariableType]
+    )
+
+
+class Options(NamedTuple):
+    """The options of an upload: see `upload`. `rate` is the most bytes per second; 0 for no
+    limit."""
+
+    metadata: Mapping[str, Any] | None = None
+    include: Sequence[str] = ()
+    overwrite: bool = False
+    rate: int = 0
+
+
+def upload(
+    directory: "str | os.PathLike[str]",
+    uri_or_checkpoint: "str | os.PathLike[str] | Checkpoint",
+    *,
+    filesystem: "GivenFileSystem | None" = None,  # pyright: ignore[reportUnknownParameterType]
+    metadata: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | bool = False,
+) -> Checkpoint:
+    """Upload a local directory as a checkpoint, and return that checkpoint.
+
+        >>> ckptfs.upload("./checkpoint_000100", "s3://bucket/run7/checkpoint_000100")
+        Checkpoint(filesystem=s3, path=bucket/run7/checkpoint_000100)
+
+    Files and their parts are uploaded in parallel, and verified by checksums. A second call uploads
+    only the files that the store does not have yet. ``.metadata.json`` comes last, so a program
+    that waits for it sees a complete checkpoint.
+
+    Args:
+        directory: The directory. No program may write to its files meanwhile.
+        uri_or_checkpoint: The target, as for `Checkpoint`.
+        filesystem: The filesystem of the target, as for `Checkpoint`.
+        metadata: Keys of the checkpoint's own metadata, besides those in the directory's
+            ``.metadata.json``.
+        include: Globs on relative paths (``*`` also matches ``/``); empty for all files.
+        overwrite: Whether to replace other content at the target. Files of other names stay.
+        progress: True for a bar on the terminal or in the notebook, or a function that gets the
+            bytes at the store and the bytes of all files.
+
+    Returns:
+        The checkpoint at the target.
+
+    Raises:
+        CheckpointNotFound, CheckpointIsFile: The directory, or the bucket, does not exist. The
+            directory, or the target, is a file.
+        CannotUpload: The directory has no files, or a file changed meanwhile, cannot be read, is a
+            link that leads out of the directory, or has a name that the store cannot hold.
+        TargetExists: The target has other content, and `overwrite` is False.
+        AccessDenied, StoreError: The store's answer. Finished files stay for another try.
+        MetadataError: The directory's ``.metadata.json`` is not a JSON object (with `metadata`).
+        TypeError, ValueError: `metadata` cannot be written as JSON, or `include` is a string.
+        LocationError: The URI is invalid.
+    """
+    if not isinstance(uri_or_checkpoint, Checkpoint):
+        target = Checkpoint(uri_or_checkpoint, filesystem)
+    elif filesystem is not None:
+        raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
+    else:
+        target = uri_or_checkpoint
+    with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:
+        run_upload(directory, target, Options(metadata, include, overwrite), told)
+    return target
+
+
+def run_upload(
+    directory: "str | os.PathLike[str]", target: Checkpoint, options: Options, told: Told | None
+) -> Uploaded:
+    """Upload a directory to a checkpoint, and return what was uploaded. Raises as `upload`."""
+    if isinstance(options.include, str):  # would be a Sequence[str] of characters
+        raise TypeError(f"include must be a list of globs, not the string {options.include!r}")
+    top = os.path.abspath(os.path.expanduser(directory))
+    filesystem = filesystem_behind(target)
+    _refuse_itself(top, filesystem, target.path)
+    metadata = None if options.metadata is None else _metadata(top, options.metadata)
+    wanted = Wanted(list(options.include), metadata, options.overwrite, options.rate)
+    store, uploads = uploads_to(filesystem, target.path)
+    with closing(store):
+        done = upload_directory(top, store, uploads, wanted, told)
+    # The store has the checkpoint already, so an error here must not look like one of the upload.
+    with contextlib.suppress(errors.CkptfsError, OSError):
+        client.tell_metadata_changed(describe(filesystem, target.path))
+    return done
+
+
+def _refuse_itself(top: str, filesystem: FileSystem, path: str) -> None:
+    """Raise LocationError for a target in the directory itself."""
+    local = local_path_of(filesystem, path)
+    if local is None:
+        return
+    real, above = os.path.realpath(local), os.path.realpath(top)
+    if real == above or real.startswith(f"{above.rstrip('/')}/"):
+        raise errors.LocationError(f"{local} is in the directory to upload; choose another target")
+
+
+def _metadata(top: str, given: Mapping[str, Any]) -> bytes:
+    """The bytes of the metadata file: the directory's keys, and those that are given."""
+    if not isinstance(given, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"metadata must be a dict, not {type(given).__name__}")
+    path = os.path.join(top, METADATA_NAME)
+    stored: Any = {}
+    try:
+        with open(path, "rb") as file:
+            stored = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (ValueError, RecursionError) as error:
+        raise errors.MetadataError(
+            f"{path} is not JSON ({error}); correct the file, or remove it"
+        ) from None
+    if not isinstance(stored, dict):
+        raise errors.MetadataNotDict(
+            f"{path} holds a {type(stored).__name__} and not a dict, so it takes no keys; correct "
+            "the file, or leave metadata out"
+        )
+    return json.dumps({**cast("dict[str, Any]", stored), **given}).encode()

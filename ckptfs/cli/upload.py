@@ -1,0 +1,95 @@
+"""``upload``: a local directory becomes a checkpoint in a store, with a progress bar."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Generator
+from typing import Annotated, NoReturn
+
+import typer
+
+from ckptfs._model.units import parse_rate
+from ckptfs._model.uris import shown_uri
+from ckptfs._model.wording import counted
+from ckptfs.cli import output
+from ckptfs.cli.prefetch import RateOption
+from ckptfs.cli.target import local_path
+
+
+def upload(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A local directory.")],
+    uri: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI",
+            help="The target: s3://bucket/run/checkpoint, store:run/checkpoint of a named store, "
+            "or a local directory.",
+        ),
+    ],
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="GLOB",
+            help="Files to upload, e.g. '*.json'; may be given again. Default: all files.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace other content at the target. Files of other names stay."
+        ),
+    ] = False,
+    limit_rate: RateOption = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Upload a local directory as a checkpoint.
+
+    Files are uploaded in parallel and verified by checksums. .metadata.json comes last. If the
+    command fails or is interrupted, the next one uploads only what is missing. A target with other
+    content is refused.
+    """
+    # Not at the top, because these imports bring pyarrow.
+    from ckptfs._os.progress_bar import progress_bar
+    from ckptfs._upload import Options, run_upload
+    from ckptfs.checkpoint import Checkpoint
+
+    rate = 0 if limit_rate is None else parse_rate(limit_rate)
+    target = Checkpoint(local_path(uri))
+    options = Options(None, include or [], overwrite, rate)
+    begun_s = time.monotonic()
+    with _ended_by_sigterm(), progress_bar(f"uploading {directory}") as told:
+        done = run_upload(directory, target, options, told)
+    seconds = time.monotonic() - begun_s
+    if as_json:
+        output.print_json(
+            {
+                "uri": shown_uri(uri),
+                "files": done.files,
+                "bytes": done.bytes,
+                "skipped_files": done.skipped_files,
+                "skipped_bytes": done.skipped_bytes,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    sent = output.size(done.bytes - done.skipped_bytes)
+    print(
+        f"{counted(done.files, 'file')}, {output.size(done.bytes)}: {sent} uploaded in "
+        f"{seconds:.1f} s, {output.size(done.skipped_bytes)} were there"
+    )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """Let SIGTERM end the context by an exception, so that the upload removes its unfinished
+    objects."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
