@@ -55,7 +55,7 @@ def upload(
 
     Args:
         directory: The directory. No program may write to its files meanwhile.
-        uri_or_checkpoint: The target, as for `Checkpoint`.
+        uri_or_checkpoint: The target: a `Checkpoint`, one of Ray's, or what `Checkpoint` takes.
         filesystem: The filesystem of the target, as for `Checkpoint`.
         metadata: Keys of the checkpoint's own metadata, besides those in the directory's
             ``.metadata.json``.
@@ -78,12 +78,12 @@ def upload(
         TypeError, ValueError: `metadata` cannot be written as JSON, or `include` is a string.
         LocationError: The URI is invalid.
     """
-    if not isinstance(uri_or_checkpoint, Checkpoint):
-        target = Checkpoint(uri_or_checkpoint, filesystem)
+    # A checkpoint of Ray has another class.
+    target: Any = uri_or_checkpoint
+    if not hasattr(target, "as_directory"):
+        target = Checkpoint(target, filesystem)
     elif filesystem is not None:
         raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
-    else:
-        target = uri_or_checkpoint
     with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:
         run_upload(directory, target, Options(metadata, include, overwrite), told)
     return target

@@ -9,21 +9,13 @@ files keeps working.
 
 from typing import ClassVar
 
-__all__: list[str] = ["AccessDenied", "AgeError", "Busy", "CacheError", "CannotCopy", "CannotMount"]
-__all__ += ["CannotUpload", "CheckpointIsFile", "CheckpointNotFound", "CkptfsError"]
-__all__ += ["ConfigError", "DaemonError", "ExpressionError", "LimitExceeded", "LocationError"]
-__all__ += [
-    "MetadataError",
-    "MetadataNotDict",
-    "NoDaemon",
-    "NotAttached",
-    "ObjectChanged",
-    "PlaceUnusable",
-    "PlanError",
-]
-__all__ += ["PrefetchFailed", "ProtocolError", "RateError", "RightsNotLent", "SizeError"]
-__all__ += ["StoreError", "StoreNotAllowed", "StoreTimeout", "StoreUnavailable", "TargetExists"]
-__all__ += ["UnknownStore"]
+__all__: list[str] = ["AccessDenied", "AgeError", "Busy", "CacheError", "CannotCopy"]
+__all__ += ["CannotMount", "CannotUpload", "CheckpointIsFile", "CheckpointNotFound"]
+__all__ += ["CkptfsError", "ConfigError", "DaemonError", "ExpressionError", "LimitExceeded"]
+__all__ += ["LocationError", "MetadataError", "MetadataNotDict", "NoDaemon", "NotAttached"]
+__all__ += ["ObjectChanged", "PlaceUnusable", "PlanError", "PrefetchFailed", "ProtocolError"]
+__all__ += ["RateError", "RightsNotLent", "SizeError", "StoreError", "StoreNotAllowed"]
+__all__ += ["StoreTimeout", "StoreUnavailable", "TargetExists", "UnknownStore"]
 
 
 class CkptfsError(Exception):

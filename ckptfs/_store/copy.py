@@ -13,8 +13,8 @@ files, or resumes where the first one failed.
 The main thread decides which work is next and which files are complete. The worker threads only
 read and write.
 
-Every request ends in time (see ``wrappers.TimedStore``), and so do its tries (see ``retrying``). So a
-copy from a silent store ends with StoreTimeout.
+Every request ends in time (see ``wrappers.TimedStore``), and so do its tries (see ``retrying``).
+So a copy from a silent store ends with StoreTimeout.
 
 The copy is refused before the first request for content if the free space is too small.
 

@@ -172,6 +172,7 @@ class _Run:
         self._verify(self._sent(missing))
         if metadata is not None and metadata == self._old_metadata:
             same.add(METADATA_NAME)
+            self._count(len(metadata))
         elif metadata is not None:
             self._write_metadata(metadata)
         known = [self._files[path].size if path in self._files else sizes[-1] for path in same]

@@ -29,7 +29,8 @@ _MORE = 308
 _DONE = frozenset([200, 201])
 _GONE = frozenset([200, 204, 404, 410, 499])
 """The statuses of answers to the removal of an upload."""
-_MD5 = re.compile(r'"([0-9a-f]{32})"')
+_MD5 = re.compile(r'"([0-9a-f]{32}|[0-9A-Za-z+/]{22}==)"')
+"""The ETags that are MD5s: Google's, and those of its test servers."""
 
 
 class GoogleUploads:
@@ -57,8 +58,10 @@ class GoogleUploads:
         """Do nothing, because Google removes unfinished uploads itself."""
 
     def is_same(self, listed: ListedFile, digests: Digests) -> bool | None:
-        found = _MD5.fullmatch(listed.etag)
-        return None if found is None else found[1] == digests(max(1, listed.size))[0].hex()
+        if not _MD5.fullmatch(listed.etag):
+            return None
+        digest = digests(max(1, listed.size))[0]
+        return listed.etag.strip('"') in (digest.hex(), base64.b64encode(digest).decode())
 
     def begin(self, path: str, size: int) -> "GoogleUpload":
         name = self._prefix + path

@@ -81,7 +81,9 @@ class S3Uploads:
         except StoreUnavailable:
             raise
         except (AccessDenied, StoreError) as error:  # the upload itself needs no such list
-            _log.warning("cannot look for parts that killed uploads have left: %s", error)
+            cause = error.__cause__
+            if not isinstance(cause, S3Error) or cause.code != "NoSuchUpload":  # rclone: none
+                _log.warning("cannot look for parts that killed uploads have left: %s", error)
             return
         for key, upload_id in found:
             if (key := key if key in keys else unquote_plus(key)) in keys:
