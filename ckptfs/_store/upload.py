@@ -33,7 +33,13 @@ from ckptfs._store.retrying import Places, retry
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
 from ckptfs._store.wrappers import TimedStore
-from ckptfs.errors import CheckpointNotFound, CkptfsError, StoreError, TargetExists
+from ckptfs.errors import (
+    CheckpointNotFound,
+    CkptfsError,
+    StoreError,
+    StoreUnavailable,
+    TargetExists,
+)
 
 T = TypeVar("T")
 
@@ -53,12 +59,14 @@ Told = Callable[[int, int], None]
 
 
 class Uploaded(msgspec.Struct):
-    """The result of an upload: all files, and those among them that were at the store already."""
+    """The result of an upload: the URI without credentials, all files, and those among them that
+    were at the store already."""
 
-    files: int = 0
-    bytes: int = 0
-    skipped_files: int = 0
-    skipped_bytes: int = 0
+    uri: str
+    files: int
+    bytes: int
+    skipped_files: int
+    skipped_bytes: int
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -165,7 +173,7 @@ class _Run:
         if not self._wanted.overwrite:
             self._refuse(there, others)
         missing = [file for path, file in self._files.items() if path not in same]
-        self._uploads.prepare(set(self._files))
+        self._ask(lambda: self._uploads.prepare(set(self._files)))
         if missing and self._old_metadata is not None:
             self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
             self._old_metadata = None
@@ -176,7 +184,8 @@ class _Run:
         elif metadata is not None:
             self._write_metadata(metadata)
         known = [self._files[path].size if path in self._files else sizes[-1] for path in same]
-        return Uploaded(len(sizes), self._total_bytes, len(same), sum(known))
+        name = self._store.name
+        return Uploaded(name, len(sizes), self._total_bytes, len(same), sum(known))
 
     def _ask(self, call: Callable[[], T]) -> T:
         return retry(call, self._places) if self._uploads.repeats else call()
@@ -321,9 +330,11 @@ class _Run:
         others."""
         for file in files:
             try:
-                file.abort()
+                self._ask(file.abort)
             except CkptfsError as error:
                 _log.info("the parts of an unfinished upload stay: %s", error)
+                if isinstance(error, StoreUnavailable):
+                    break
 
     def _count(self, length: int) -> None:
         self._done_bytes += length

@@ -6,10 +6,10 @@ import time
 from collections.abc import Generator
 from typing import Annotated, NoReturn
 
+import msgspec
 import typer
 
 from ckptfs._model.units import parse_rate
-from ckptfs._model.uris import shown_uri
 from ckptfs._model.wording import counted
 from ckptfs.cli import output
 from ckptfs.cli.prefetch import RateOption
@@ -62,16 +62,7 @@ def upload(
         done = run_upload(directory, target, options, told)
     seconds = time.monotonic() - begun_s
     if as_json:
-        output.print_json(
-            {
-                "uri": shown_uri(uri),
-                "files": done.files,
-                "bytes": done.bytes,
-                "skipped_files": done.skipped_files,
-                "skipped_bytes": done.skipped_bytes,
-                "seconds": round(seconds, 3),
-            }
-        )
+        output.print_json({**msgspec.structs.asdict(done), "seconds": round(seconds, 3)})
         return
     sent = output.size(done.bytes - done.skipped_bytes)
     print(

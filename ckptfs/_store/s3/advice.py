@@ -78,6 +78,9 @@ _CUSTOMER_KEY = _Advice(
     "it with another kind of encryption",
 )
 _NO_BUCKET = _Advice(CheckpointNotFound, "there is no such bucket; check its name")
+_LOST = _Advice(
+    StoreError, "another program has ended the upload, or the store has lost parts ({}); try again"
+)
 _DIGEST = _Advice(StoreUnavailable, "the bytes were changed on the way ({}); try again")
 
 _BY_CODE: dict[str, _Advice] = {
@@ -101,9 +104,8 @@ _BY_CODE: dict[str, _Advice] = {
         StoreError, "the store does not know this kind of request ({}); check the endpoint"
     ),
     "NoSuchBucket": _NO_BUCKET,
-    "NoSuchUpload": _Advice(
-        StoreError, "another program has ended the upload, or the store has lost it ({}); try again"
-    ),
+    "InvalidPart": _LOST,
+    "NoSuchUpload": _LOST,
     "PermanentRedirect": _Advice(StoreError, _REGION),
     "QuotaExceeded": _Advice(StoreError, "the store has no space left ({}); free some"),
     "RequestTimeTooSkewed": _Advice(

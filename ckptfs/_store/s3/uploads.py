@@ -65,6 +65,7 @@ class S3Uploads:
         self._client = client
         self._prefix = prefix
         self.name = name
+        self._unsure: set[str] = set()  # uploads that may have begun, although no answer came
 
     def part_bytes(self, size: int) -> int:
         return part_bytes_for(size, PART_BYTES, _PARTS_MAX)
@@ -104,7 +105,13 @@ class S3Uploads:
         key = self._prefix + path
         if size <= self.part_bytes(size):
             return S3Put(self._client, key, self._what(key))
-        answer = self._ask(Asked("POST", key, {"uploads": ""}, patience_s=_PATIENCE_S))
+        if path in self._unsure:
+            self.prepare({path})
+        try:
+            answer = self._ask(Asked("POST", key, {"uploads": ""}, patience_s=_PATIENCE_S))
+        except StoreUnavailable:
+            self._unsure.add(path)
+            raise
         root = _root(answer, self._what(key))
         upload_id = _text(root, "UploadId")
         if not upload_id:
