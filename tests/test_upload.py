@@ -215,14 +215,19 @@ def test_upload_that_fails_removes_its_parts(run: Path, target: Target) -> None:
 
 
 def test_store_that_dies_between_parts_is_an_error_and_the_next_upload_cleans_up(
-    run: Path, target: Target
+    run: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tell(done: int, _: int) -> None:
-        if done >= PART_BYTES:
+    read = source.SourceFile.read_into
+
+    def read_and_break(self: source.SourceFile, offset: int, buffer: memoryview) -> None:
+        read(self, offset, buffer)
+        if offset == PART_BYTES:
             target.break_down("refused")
 
-    with pytest.raises(ckptfs.StoreUnavailable, match="cannot reach the store"):
-        ckptfs.upload(run, target.uri, include=["large.bin"], progress=tell)
+    with monkeypatch.context() as patched:
+        patched.setattr(source.SourceFile, "read_into", read_and_break)
+        with pytest.raises(ckptfs.StoreUnavailable, match="cannot reach the store"):
+            ckptfs.upload(run, target.uri, include=["large.bin"])
     target.heal()
     assert target.objects() == {}
     assert target.unfinished() == ["large.bin"]

@@ -29,6 +29,7 @@ from ckptfs._model.wording import counted
 from ckptfs._store.base import Store
 from ckptfs._store.buffers import thread_buffer
 from ckptfs._store.crew import Crew, Pace
+from ckptfs._store.request_context import Progress
 from ckptfs._store.retrying import Places, retry
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
@@ -314,8 +315,13 @@ class _Run:
 
             return self._ask(attempt)
 
+        def begin() -> ObjectUpload:
+            # The crew does not cut this request, or no thread would know of the upload.
+            begun = partial(self._uploads.begin, source.path, source.size)
+            return Progress().run(begun)
+
         source = file.source
-        upload = file.upload(lambda: ask(lambda: self._uploads.begin(source.path, source.size)))
+        upload = file.upload(lambda: ask(begin))
         buffer = thread_buffer(max(1, file.length(number)))[: file.length(number)]
         source.read_into((number - 1) * file.part_bytes, buffer)
         ask(lambda: upload.send(number, buffer))

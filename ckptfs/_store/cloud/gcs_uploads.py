@@ -70,8 +70,7 @@ class GoogleUploads:
         query = {"uploadType": "media", "name": name}
         if size > PART_BYTES:
             query["uploadType"] = "resumable"
-            asked = Asked("POST", key, query, patience_s=_PATIENCE_S)
-            headers, _ = answer_to(self._client, asked, what)
+            headers, _ = answer_to(self._client, Asked("POST", key, query), what)
             query = dict(parse_qsl(urlsplit(headers.get("location", "")).query))
             if not query.get("upload_id"):
                 raise _not_googles(what)

@@ -108,7 +108,7 @@ class S3Uploads:
         if path in self._unsure:
             self.prepare({path})
         try:
-            answer = self._ask(Asked("POST", key, {"uploads": ""}, patience_s=_PATIENCE_S))
+            answer = self._ask(Asked("POST", key, {"uploads": ""}))
         except StoreUnavailable:
             self._unsure.add(path)
             raise
