@@ -269,7 +269,8 @@ def test_fault_at_each_request_is_an_error_and_later_goes_away(
 def test_faults_that_pass_do_not_fail_an_upload(fault: str, run: Path, target: Target) -> None:
     for number in range(20):
         (run / f"small-{number}").write_text(f"{number}")
-    target.break_down(fault, share=0.1, delay_s=0.05)
+    # One request in ten meets the fault, and each is tried five times.
+    target.break_down(fault, share=0.1, delay_s=0.05, operation="put")
     ckptfs.upload(run, target.uri, metadata={"step": 1})
     target.heal()
     found = target.objects()
