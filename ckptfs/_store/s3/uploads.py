@@ -50,8 +50,8 @@ reference, CompleteMultipartUpload)."""
 _ANSWER_BYTES_MAX = 16 << 20
 _CREATED = frozenset([200, 201, 204])
 _MD5 = re.compile(r'"([0-9a-f]{32})(?:-([0-9]+))?"')
-_OTHER_ETAGS = ("x-amz-server-side-encryption-customer-algorithm", "x-amz-server-side-encryption")
-_NO_OTHER_ETAGS = ("", "AES256")
+_ENCRYPTION = "x-amz-server-side-encryption"
+_MD5_ENCRYPTION = ("", "AES256")
 """The kinds of server-side encryption whose ETags are MD5s (Amazon S3 API reference, "Object")."""
 
 
@@ -94,12 +94,18 @@ class S3Uploads:
         found = _MD5.fullmatch(listed.etag)
         if found is None:
             return None
-        if not found[2]:
-            return found[1] == digests(max(1, listed.size))[0].hex()
-        part_bytes = self.part_bytes(listed.size)
-        if int(found[2]) != parts_of(listed.size, part_bytes):
-            return None  # another program has chosen other parts
-        return listed.etag == etag_of(digests(part_bytes))
+        if found[2]:
+            part_bytes = self.part_bytes(listed.size)
+            if int(found[2]) != parts_of(listed.size, part_bytes):
+                return None  # another program has chosen other parts
+            expected = etag_of(digests(part_bytes))
+        else:
+            expected = f'"{digests(max(1, listed.size))[0].hex()}"'
+        if listed.etag == expected:
+            return True
+        key = self._prefix + listed.path
+        headers, _ = answer_to(self._client, Asked("HEAD", key), self._what(key))
+        return False if _has_md5_etags(headers) else None
 
     def begin(self, path: str, size: int) -> "S3Put | S3Multipart":
         key = self._prefix + path
@@ -250,7 +256,8 @@ def _put(key: str, query: dict[str, str], data: memoryview, digest: bytes) -> As
 
 
 def _has_md5_etags(headers: http.client.HTTPMessage) -> bool:
-    return all(headers.get(name, "") in _NO_OTHER_ETAGS for name in _OTHER_ETAGS)
+    has_own_key = headers.get(f"{_ENCRYPTION}-customer-algorithm", "")
+    return not has_own_key and headers.get(_ENCRYPTION, "") in _MD5_ENCRYPTION
 
 
 def _abandoned(ask: Callable[[Asked], bytes], prefix: str, name: str) -> Iterator[tuple[str, str]]:

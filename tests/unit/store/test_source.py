@@ -1,0 +1,91 @@
+"""The files of a directory that is uploaded: a change is an error that names the file."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptfs._store import source
+from ckptfs._store.source import SourceFile, files_in
+from ckptfs.errors import AccessDenied, CannotUpload
+
+DATA = bytes(range(256)) * 10
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    (tmp_path / "x").write_bytes(DATA)
+    return tmp_path
+
+
+def of(top: Path) -> SourceFile:
+    (file,) = files_in(str(top), (), lambda _: None)
+    return file
+
+
+def replace(path: Path) -> None:
+    status = path.stat()
+    path.rename(path.with_name("old"))
+    path.write_bytes(DATA)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "written": lambda path: path.write_bytes(DATA),
+    "longer": lambda path: path.write_bytes(DATA + b"x"),
+    "replaced": replace,
+    "removed": lambda path: path.unlink(),
+    "a directory": make_directory,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_file_is_an_error_of_each_method(change: str, top: Path) -> None:
+    file = of(top)
+    buffer = memoryview(bytearray(100))
+    file.read_into(50, buffer)
+    assert bytes(buffer) == DATA[50:150]
+    CHANGES[change](top / "x")
+    for call in (lambda: file.read_into(0, buffer), lambda: file.md5s(1000), file.check):
+        with pytest.raises(CannotUpload, match="x: the file changed while it was uploaded"):
+            call()
+
+
+def test_file_that_changes_during_a_read_is_an_error(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = of(top), os.preadv
+
+    def read_and_change(*arguments: object) -> int:
+        os.utime(top / "x", (1, 1))
+        return read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(source.os, "preadv", read_and_change)
+    with pytest.raises(CannotUpload, match="changed"):
+        file.read_into(0, memoryview(bytearray(100)))
+
+
+def test_md5s_are_those_of_the_parts(top: Path) -> None:
+    expected = [hashlib.md5(DATA[i : i + 1000]).digest() for i in range(0, len(DATA), 1000)]
+    assert of(top).md5s(1000) == expected
+    (top / "x").write_bytes(b"")
+    assert of(top).md5s(1000) == [hashlib.md5(b"").digest()]
+
+
+def test_file_that_may_not_be_read_is_denied(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = of(top)
+
+    def deny(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(source.os, "open", deny)
+    with pytest.raises(AccessDenied, match="x: access denied"):
+        file.md5s(1000)
