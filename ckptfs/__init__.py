@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ckptfs import xattrs
     from ckptfs._client.failures import explain
     from ckptfs._handle import MountedCheckpoint, mount
-    from ckptfs._upload import upload  # pyright: ignore[reportUnknownVariableType]
+    from ckptfs._upload import upload
     from ckptfs.checkpoint import Checkpoint
 
     __version__: str

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ckptfs import errors
 from ckptfs._client import client
@@ -16,12 +16,6 @@ from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
 from ckptfs._store.upload import Told, Uploaded, Wanted, upload_directory
 from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
-
-if TYPE_CHECKING:
-    # pyarrow has no type stubs. A user who has installed some gets the full type.
-    from ckptfs._store.filesystems import (
-        GivenFileSystem,  # pyright: ignore[reportUnknownVariableType]
-    )
 
 
 class Options(NamedTuple):
@@ -38,7 +32,7 @@ def upload(
     directory: "str | os.PathLike[str]",
     uri_or_checkpoint: "str | os.PathLike[str] | Checkpoint",
     *,
-    filesystem: "GivenFileSystem | None" = None,  # pyright: ignore[reportUnknownParameterType]
+    filesystem: object = None,
     metadata: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     overwrite: bool = False,
@@ -56,7 +50,8 @@ def upload(
     Args:
         directory: The directory. No program may write to its files meanwhile.
         uri_or_checkpoint: The target: a `Checkpoint`, one of Ray's, or what `Checkpoint` takes.
-        filesystem: The filesystem of the target, as for `Checkpoint`.
+        filesystem: The ``pyarrow.fs.FileSystem`` or fsspec filesystem of the target, if
+            `uri_or_checkpoint` is a path on it.
         metadata: Keys of the checkpoint's own metadata, besides those in the directory's
             ``.metadata.json``.
         include: Globs on relative paths (``*`` also matches ``/``); empty for all files.
@@ -81,7 +76,7 @@ def upload(
     # A checkpoint of Ray has another class.
     target: Any = uri_or_checkpoint
     if not hasattr(target, "as_directory"):
-        target = Checkpoint(target, filesystem)
+        target = Checkpoint(target, cast("Any", filesystem))
     elif filesystem is not None:
         raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
     with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:

@@ -26,7 +26,7 @@ from ckptfs import Checkpoint, errors, xattrs
 
 UriOf = Callable[[Path], str]
 PAGE = Path(__file__).parents[1] / "ckptfs" / "PYTHON.md"
-PUBLIC = {"Checkpoint", "MountedCheckpoint", "explain", "mount", "xattrs"}
+PUBLIC = {"Checkpoint", "MountedCheckpoint", "explain", "mount", "upload", "xattrs"}
 
 
 # -- names
@@ -93,6 +93,7 @@ import ckptfs
 from ckptfs import Checkpoint, CkptfsError, MountedCheckpoint, mount, xattrs
 
 version: str = ckptfs.__version__
+uploaded: Checkpoint = ckptfs.upload(Path("/tmp/x"), "s3://b/c", metadata={"step": 1})
 checkpoint = Checkpoint("s3://bucket/run7/checkpoint_000100")
 with checkpoint.as_directory(prefetch=["*.json"], mode="mount") as path:
     names: list[str] = os.listdir(path)

@@ -33,7 +33,7 @@ class ScriptedClient:
     """Gives the answers in their order, and keeps the requests."""
 
     def __init__(self, *answers: Reply | Exception) -> None:
-        self.answers = list(answers)
+        self.answers: list[Reply | Exception] = list(answers)
         self.asked: list[Asked] = []
         self.bodies: list[bytes] = []
         self.address = SimpleNamespace(bucket="bucket")

@@ -38,7 +38,7 @@ def make_directory(path: Path) -> None:
     path.mkdir()
 
 
-CHANGES: dict[str, Callable[[Path], None]] = {
+CHANGES: dict[str, Callable[[Path], object]] = {
     "written": lambda path: path.write_bytes(DATA),
     "longer": lambda path: path.write_bytes(DATA + b"x"),
     "replaced": replace,
