@@ -137,6 +137,14 @@ def test_upload_continues_with_what_is_missing(run: Path, target: Target) -> Non
     assert target.objects() == files_in(run)
 
 
+def test_upload_of_parts_of_a_directory_makes_one_checkpoint(run: Path, target: Target) -> None:
+    ckptfs.upload(run, target.uri, include=["a/*"])
+    ckptfs.upload(run, target.uri, include=["large*"], metadata={"step": 1})
+    found = target.objects()
+    assert json.loads(found.pop(".metadata.json")) == {"step": 1}
+    assert found == files_in(run)
+
+
 def test_upload_writes_metadata_last(run: Path, target: Target) -> None:
     (run / ".metadata.json").write_text('{"step": 1, "loss": 2}')
     checkpoint = ckptfs.upload(run, target.uri, metadata={"step": 3})
@@ -297,6 +305,17 @@ def test_object_that_another_program_replaces_meanwhile_is_an_error(
 
     with pytest.raises(ckptfs.StoreError, match=r"we ird.*other bytes than were sent"):
         ckptfs.upload(run, target.uri, include=["a/we*"], progress=tell)
+
+
+def test_silent_store_is_an_error_in_time(
+    run: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(retrying, "_TRIES", 2)
+    target.break_down("dark", "partNumber=2")
+    with pytest.raises(ckptfs.StoreTimeout, match=r"large\.bin.*did not answer"):
+        ckptfs.upload(run, target.uri)
+    assert target.unfinished() == []
 
 
 def test_missing_bucket_is_an_error(run: Path, moto: Any) -> None:
@@ -535,6 +554,14 @@ def test_upload_command_prints_what_it_did(node: Node, run: Path, target: Target
     assert node.here("upload", str(run), check=False).returncode == 2
     done = node.here("upload", "--limit-rate", "nonsense", str(run), target.uri, check=False)
     assert (done.returncode, "is not a rate" in done.stderr) == (1, True)
+
+
+def test_upload_to_a_named_store(node: Node, run: Path, target: Target) -> None:
+    with (node.folder / "ckptfs.toml").open("a") as file:
+        file.write(target.store.table("main", ""))
+    checkpoint = ckptfs.upload(run, f"main:{target.path}")
+    assert repr(checkpoint).startswith("Checkpoint(filesystem=ckptfs-store:main")
+    assert target.objects() == files_in(run)
 
 
 def test_uploaded_checkpoint_is_read_back(

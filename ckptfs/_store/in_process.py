@@ -16,11 +16,12 @@ from ckptfs._store.base import Store
 from ckptfs._store.build import TIMEOUT_S, plain_store
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import FileSystem, built, store_name_of, unwrapped
+from ckptfs._store.http.store import HttpStore
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.named import open_place
 from ckptfs._store.resolve import open_store
 from ckptfs._store.uploads import HasUploads, Uploads
-from ckptfs._store.wrappers import ANSWER_S, BoundedStore, within
+from ckptfs._store.wrappers import ANSWER_S, within
 from ckptfs.errors import AccessDenied
 
 P = ParamSpec("P")
@@ -45,17 +46,17 @@ def uploads_to(filesystem: FileSystem, path: str) -> tuple[Store, Uploads]:
     """The store at `path`, and the uploads to it. Raises AccessDenied for a kind of store to which
     ckptfs cannot upload, and as `store_of`."""
     store = store_of(filesystem, path)
-    if isinstance(store, HasUploads):
-        return store, store.uploads()
-    inner, path = unwrapped(filesystem, path)
-    if store_name_of(inner):
-        inner, path = unwrapped(inner.handler.filesystem, path)
-    inner = built(inner)
-    if not isinstance(store, BoundedStore):
+    uploads = store.uploads() if isinstance(store, HasUploads) else None
+    if uploads is not None:
+        return store, uploads
+    if isinstance(store, HttpStore):
         raise AccessDenied(
             f"{store.name}: ckptfs cannot upload to a server of files by HTTP; choose another store"
         )
-    return store, ArrowUploads(inner, path, store.name)
+    inner, path = unwrapped(filesystem, path)
+    if store_name_of(inner):
+        inner, path = unwrapped(inner.handler.filesystem, path)
+    return store, ArrowUploads(built(inner), path, store.name)
 
 
 def store_on(filesystem: FileSystem, path: str, name: str) -> Store:

@@ -51,11 +51,11 @@ class SourceFile:
         with self._opened() as file:
             self._read(file, offset, buffer)
 
-    def md5s(self, part_bytes: int) -> list[bytes]:
-        """The MD5 of each part. Raises as `read_into`."""
+    def md5s(self, part_bytes: int, check: Callable[[], None] = lambda: None) -> list[bytes]:
+        """The MD5 of each part. `check` is called often, and may raise. Raises as `read_into`."""
         with self._opened() as file:
             return [
-                self._md5(file, part * part_bytes, min(part_bytes, self.size - part * part_bytes))
+                self._md5(file, part * part_bytes, part_bytes, check)
                 for part in range(parts_of(self.size, part_bytes))
             ]
 
@@ -64,11 +64,13 @@ class SourceFile:
         with self._translated():
             self._check(os.stat(self._full))
 
-    def _md5(self, file: int, offset: int, length: int) -> bytes:
+    def _md5(self, file: int, begin: int, length: int, check: Callable[[], None]) -> bytes:
         digest = hashlib.md5(usedforsecurity=False)
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, length)))
-        for start in range(offset, offset + length, _PIECE_BYTES):
-            piece = buffer[: offset + length - start]
+        end = min(begin + length, self.size)
+        buffer = memoryview(bytearray(min(_PIECE_BYTES, end - begin)))
+        for start in range(begin, end, _PIECE_BYTES):
+            check()
+            piece = buffer[: end - start]
             self._read(file, start, piece)
             digest.update(piece)
         return digest.digest()

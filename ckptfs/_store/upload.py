@@ -17,6 +17,7 @@ memory is bounded: each has one part.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -100,7 +101,7 @@ def upload_directory(
         AccessDenied, StoreError: The store's answer, or the local directory's.
     """
     files = files_in(top, wanted.include, uploads.fault_of)
-    return _Run(files, TimedStore(store), uploads, wanted, told).run()
+    return _Run(top, files, TimedStore(store), uploads, wanted, told).run()
 
 
 class _File:
@@ -144,12 +145,14 @@ class _Run:
 
     def __init__(
         self,
+        top: str,
         files: list[SourceFile],
         store: Store,
         uploads: Uploads,
         wanted: Wanted,
         told: Told | None,
     ) -> None:
+        self._top = top
         self._files = {file.path: file for file in files}
         self._metadata_file = self._files.pop(METADATA_NAME, None)
         self._metadata: bytes | None = None
@@ -212,16 +215,17 @@ class _Run:
                 candidates.append(file)
         same: set[str] = set()
 
+        crew = Crew(_THREADS)
+
         def compare(file: SourceFile) -> int:
-            listed = there[file.path]
-            is_same = self._ask(lambda: self._uploads.is_same(listed, file.md5s))
+            listed, digests = there[file.path], partial(file.md5s, check=crew.check)
+            is_same = self._ask(lambda: self._uploads.is_same(listed, digests))
             if is_same:
                 same.add(file.path)
             elif is_same is not None:
                 others.append(file.path)
             return file.size if is_same else 0
 
-        crew = Crew(_THREADS)
         crew.work((partial(compare, file) for file in candidates), self._count)
         return same, sorted(others)
 
@@ -229,21 +233,26 @@ class _Run:
         """Raise TargetExists if the target has other content."""
         if self._old_metadata not in (None, self._metadata):
             others = [*others, METADATA_NAME]
-        foreign = [
-            path
-            for path in sorted(there)
-            if path not in self._files and path != METADATA_NAME and not self._uploads.is_own(path)
-        ]
-        advice = "choose another target, or overwrite it (overwrite=True, --overwrite)"
-        for paths, what in ((others, "other content"), (foreign, "a name of no file to upload")):
+        foreign = [path for path in sorted(there) if self._is_foreign(path)]
+        for paths, text in (
+            (others, "other content in {}"),
+            (foreign, "{} that the directory lacks"),
+        ):
             if paths:
                 more = len(paths) - _SHOWN_MAX
                 shown = ", ".join(printable(path) for path in paths[:_SHOWN_MAX])
                 shown += f" and {more} more" if more > 0 else ""
-                count = counted(len(paths), "file")
                 raise TargetExists(
-                    f"{self._store.name} exists, and {count} there have {what} ({shown}); {advice}"
+                    f"{self._store.name} exists, and has {text.format(counted(len(paths), 'file'))} "
+                    f"({shown}); choose another target, or overwrite it (overwrite=True, "
+                    "--overwrite)"
                 )
+
+    def _is_foreign(self, path: str) -> bool:
+        """Whether an object of the target belongs to no file of the directory."""
+        if path in self._files or path == METADATA_NAME or self._uploads.is_own(path):
+            return False
+        return not os.path.lexists(os.path.join(self._top, path))
 
     def _verify(self, etags: dict[str, str]) -> None:
         """Raise StoreError unless the store lists each file with its size and checksum."""

@@ -90,10 +90,10 @@ class Uploads(Protocol):
 
 @runtime_checkable
 class HasUploads(Protocol):
-    """A Store with an own way to upload."""
+    """A Store that may have an own way to upload."""
 
-    def uploads(self) -> Uploads:
-        """The uploads to the store's directory."""
+    def uploads(self) -> Uploads | None:
+        """The uploads to the store's directory; None if it has no own way."""
         ...
 
 

@@ -200,11 +200,10 @@ class RenewedStore(StoreWrapper):
                 self._secrets = secrets
             return self._store
 
-    def uploads(self) -> Uploads:
+    def uploads(self) -> Uploads | None:
         """See ``HasUploads``. An upload keeps the credentials of its begin."""
         store = self._now()
-        assert isinstance(store, HasUploads)
-        return store.uploads()
+        return store.uploads() if isinstance(store, HasUploads) else None
 
     def _call(self, method: Method, call: Callable[[Store], T], length: int = 0) -> T:
         store = self._now()

@@ -1,0 +1,117 @@
+"""Uploads by streams of pyarrow: a library that hangs or fails leaves no half file."""
+
+import errno
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow.fs import FileType, LocalFileSystem
+
+from ckptfs._store import arrow_uploads
+from ckptfs._store.arrow_uploads import ArrowUploads
+from ckptfs.errors import AccessDenied, StoreError, StoreTimeout
+
+
+class Stream:
+    """A stream of a store that shows an object when it is closed."""
+
+    def __init__(self, filesystem: "ObjectStore", path: str) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self._data = b""
+
+    def write(self, data: memoryview) -> None:
+        self._filesystem.before_write()
+        self._data += bytes(data)
+
+    def close(self) -> None:
+        self._filesystem.objects[self._path] = self._data
+
+
+class ObjectStore:
+    type_name = "py::custom"
+
+    def __init__(self, type_name: str = "py::custom") -> None:
+        self.type_name = type_name
+        self.objects: dict[str, bytes] = {}
+        self.before_write: Any = lambda: None
+
+    def open_output_stream(self, path: str, compression: None) -> Stream:
+        return Stream(self, path)
+
+    def delete_file(self, path: str) -> None:
+        del self.objects[path]
+
+    def move(self, path: str, to: str) -> None:
+        assert to not in self.objects  # as HDFS
+        self.objects[to] = self.objects.pop(path)
+
+    def get_file_info(self, path: str) -> Any:
+        kind = FileType.File if path in self.objects else FileType.NotFound
+        return type("Info", (), {"type": kind, "path": path})
+
+
+def raised(error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "match"),
+    [
+        (OSError(errno.ENOSPC, "No space"), StoreError, "the target has no space left; free some"),
+        (PermissionError("no"), AccessDenied, "x in uri: access denied"),
+        (NotImplementedError(), AccessDenied, "this filesystem cannot write"),
+    ],
+)
+@pytest.mark.parametrize("type_name", ["py::custom", "hdfs"])
+def test_failed_stream_leaves_no_object(
+    type_name: str, failure: Exception, error: type[Exception], match: str
+) -> None:
+    store = ObjectStore(type_name)
+    upload = ArrowUploads(store, "top", "uri").begin("x", 4)  # type: ignore[arg-type]
+    upload.send(1, memoryview(b"da"))
+    store.before_write = raised(failure)
+    with pytest.raises(error, match=match):
+        upload.send(2, memoryview(b"ta"))
+    upload.abort()
+    assert store.objects == {}
+
+
+@pytest.mark.parametrize("type_name", ["py::custom", "hdfs", "py::fsspec+sftp"])
+def test_finished_stream_replaces_an_object(type_name: str) -> None:
+    store = ObjectStore(type_name)
+    store.objects["top/x"] = b"old"
+    upload = ArrowUploads(store, "top", "uri").begin("x", 4)  # type: ignore[arg-type]
+    upload.send(1, memoryview(b"data"))
+    assert (store.objects == {"top/x": b"old"}) or type_name == "py::custom"
+    upload.finish()
+    assert store.objects == {"top/x": b"data"}
+
+
+def test_library_that_hangs_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_uploads, "ANSWER_S", 0.05)
+    store, released = ObjectStore(), threading.Event()
+    store.before_write = released.wait
+    upload = ArrowUploads(store, "top", "uri").begin("x", 4)  # type: ignore[arg-type]
+    with pytest.raises(StoreTimeout, match="no answer within 0.05 s"):
+        upload.send(1, memoryview(b"data"))
+    released.set()
+
+
+def test_temporary_files_of_killed_uploads_go(tmp_path: Path) -> None:
+    uploads = ArrowUploads(LocalFileSystem(), str(tmp_path), "uri")
+    begun = [uploads.begin(name, 4) for name in ("a", "b")]
+    for each in begun:
+        each.send(1, memoryview(b"da"))
+    left = sorted(file.name for file in tmp_path.iterdir())
+    assert len(left) == 2
+    assert all(uploads.is_own(name) for name in left)
+    uploads.prepare({"a"})
+    assert len(list(tmp_path.iterdir())) == 1
+    for each in begun:
+        each.abort()
+    assert list(tmp_path.iterdir()) == []
