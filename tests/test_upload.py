@@ -560,7 +560,7 @@ def test_upload_to_a_named_store(node: Node, run: Path, target: Target) -> None:
     with (node.folder / "ckptfs.toml").open("a") as file:
         file.write(target.store.table("main", ""))
     checkpoint = ckptfs.upload(run, f"main:{target.path}")
-    assert repr(checkpoint).startswith("Checkpoint(filesystem=ckptfs-store:main")
+    assert repr(checkpoint).endswith(f"ckptfs-store:main, path={target.path})")
     assert target.objects() == files_in(run)
 
 

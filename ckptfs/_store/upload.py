@@ -234,19 +234,20 @@ class _Run:
         if self._old_metadata not in (None, self._metadata):
             others = [*others, METADATA_NAME]
         foreign = [path for path in sorted(there) if self._is_foreign(path)]
-        for paths, text in (
-            (others, "other content in {}"),
-            (foreign, "{} that the directory lacks"),
-        ):
-            if paths:
-                more = len(paths) - _SHOWN_MAX
-                shown = ", ".join(printable(path) for path in paths[:_SHOWN_MAX])
-                shown += f" and {more} more" if more > 0 else ""
-                raise TargetExists(
-                    f"{self._store.name} exists, and has {text.format(counted(len(paths), 'file'))} "
-                    f"({shown}); choose another target, or overwrite it (overwrite=True, "
-                    "--overwrite)"
-                )
+        if others:
+            raise self._exists(others, "other content in {}")
+        if foreign:
+            raise self._exists(foreign, "{} that the directory lacks")
+
+    def _exists(self, paths: Sequence[str], text: str) -> TargetExists:
+        more = len(paths) - _SHOWN_MAX
+        shown = ", ".join(printable(path) for path in paths[:_SHOWN_MAX])
+        shown += f" and {more} more" if more > 0 else ""
+        what = text.format(counted(len(paths), "file"))
+        return TargetExists(
+            f"{self._store.name} exists, and has {what} ({shown}); choose another target, or "
+            "overwrite it (overwrite=True, --overwrite)"
+        )
 
     def _is_foreign(self, path: str) -> bool:
         """Whether an object of the target belongs to no file of the directory."""

@@ -97,7 +97,7 @@ def test_library_that_hangs_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch)
     store, released = ObjectStore(), threading.Event()
     store.before_write = released.wait
     upload = ArrowUploads(store, "top", "uri").begin("x", 4)  # type: ignore[arg-type]
-    with pytest.raises(StoreTimeout, match="no answer within 0.05 s"):
+    with pytest.raises(StoreTimeout, match="no answer within"):
         upload.send(1, memoryview(b"data"))
     released.set()
 
