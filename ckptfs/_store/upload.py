@@ -30,7 +30,7 @@ from ckptfs._model.wording import counted
 from ckptfs._store.base import Store
 from ckptfs._store.buffers import thread_buffer
 from ckptfs._store.crew import Crew, Pace
-from ckptfs._store.request_context import Progress
+from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._store.retrying import Places, retry
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
@@ -53,6 +53,9 @@ _MEMORY_BYTES = 256 << 20
 _BYTES_PER_S_EACH = 1 << 20
 """The least rate of a connection if the rate is limited, because servers close connections that
 are silent for long."""
+_ABORT_S = 10.0
+"""The longest time for the removal of unfinished objects, because the caller waits for its
+error."""
 _FILES_MAX = 10_000_000
 _SHOWN_MAX = 3
 
@@ -181,7 +184,8 @@ class _Run:
         if missing and self._old_metadata is not None:
             self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
             self._old_metadata = None
-        self._verify(self._sent(missing))
+        etags = {path: there[path].etag for path in same}
+        self._verify(etags | self._sent(missing))
         if metadata is not None and metadata == self._old_metadata:
             same.add(METADATA_NAME)
             self._count(len(metadata))
@@ -214,7 +218,6 @@ class _Run:
             elif path in there:
                 candidates.append(file)
         same: set[str] = set()
-
         crew = Crew(_THREADS)
 
         def compare(file: SourceFile) -> int:
@@ -344,13 +347,14 @@ class _Run:
     def _abort(self, files: list[_File]) -> None:
         """Remove the unfinished objects as far as the store answers. The next upload removes the
         others."""
-        for file in files:
-            try:
-                self._ask(file.abort)
-            except CkptfsError as error:
-                _log.info("the parts of an unfinished upload stay: %s", error)
-                if isinstance(error, StoreUnavailable):
-                    break
+        with ends_in(_ABORT_S):
+            for file in files:
+                try:
+                    self._ask(file.abort)
+                except CkptfsError as error:
+                    _log.info("the parts of an unfinished upload stay: %s", error)
+                    if isinstance(error, StoreUnavailable):
+                        break
 
     def _count(self, length: int) -> None:
         self._done_bytes += length

@@ -1,9 +1,9 @@
 """Uploads to S3: large objects in parts ("multipart upload"), small ones by one PUT.
 
 **Checksums.** Each request with content has a Content-MD5. Of all checksums that S3 knows, most
-servers verify this one: Amazon's S3, SeaweedFS, MinIO and rclone do. rclone and MinIO ignore
-x-amz-checksum-crc32, and rclone and SeaweedFS the SHA-256 of the signature. The signature covers
-the header with the MD5 instead of the content, which saves the second checksum.
+servers verify this one: Amazon's S3, SeaweedFS, rclone, and JuiceFS's gateway (MinIO) do. rclone
+and JuiceFS ignore x-amz-checksum-crc32, and rclone and SeaweedFS the SHA-256 of the signature. The
+signature covers the header with the MD5 instead of the content, which saves a second checksum.
 
 **ETags.** S3 computes the ETag of an object from MD5s: of the content, or of the MD5s of the parts
 with a dash and their number behind it. So the ETag verifies an object, and says whether an object
