@@ -12,9 +12,9 @@ from ckptfs._client import client
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.copy import Progress
 from ckptfs._store.describe import describe
+from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_directory
 from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
-from ckptfs._store.upload import Told, Uploaded, Wanted, upload_directory
 from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
 
 

@@ -265,7 +265,7 @@ def _exchange(
     is_cut = False
     try:
         connection.request(method, target, _chunks(body) if body else None, headers)
-    except ConnectionError:
+    except (ConnectionError, ssl.SSLEOFError):
         # A server that refuses a request may answer and close before it has the whole body.
         is_cut = bool(body)
         if not is_cut:

@@ -80,6 +80,14 @@ def test_md5s_are_those_of_the_parts(top: Path) -> None:
     assert of(top).md5s(1000) == [hashlib.md5(b"").digest()]
 
 
+def test_md5s_end_at_once_when_they_are_to(top: Path) -> None:
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        of(top).md5s(1000, end)
+
+
 def test_file_that_may_not_be_read_is_denied(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = of(top)
 

@@ -12,8 +12,8 @@
 An upload that fails or is interrupted removes its unfinished objects. The next one finds the
 finished ones, and continues.
 
-The calling thread only waits and reports the progress. The threads of `Crew` read and send. Their
-memory is bounded: each has one part.
+The calling thread only waits and reports the progress. Others read and send (``worker_threads``).
+Their memory is bounded, because each has one part.
 """
 
 import logging
@@ -29,11 +29,11 @@ from ckptfs._model.manifest import METADATA_NAME, ListedFile, printable
 from ckptfs._model.wording import counted
 from ckptfs._store.base import Store
 from ckptfs._store.buffers import thread_buffer
-from ckptfs._store.crew import Crew, Pace
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._store.retrying import Places, retry
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
+from ckptfs._store.worker_threads import Pace, WorkerThreads
 from ckptfs._store.wrappers import TimedStore
 from ckptfs.errors import (
     CheckpointNotFound,
@@ -218,10 +218,10 @@ class _Run:
             elif path in there:
                 candidates.append(file)
         same: set[str] = set()
-        crew = Crew(_THREADS)
+        threads = WorkerThreads(_THREADS)
 
         def compare(file: SourceFile) -> int:
-            listed, digests = there[file.path], partial(file.md5s, check=crew.check)
+            listed, digests = there[file.path], partial(file.md5s, check=threads.check)
             is_same = self._ask(lambda: self._uploads.is_same(listed, digests))
             if is_same:
                 same.add(file.path)
@@ -229,7 +229,7 @@ class _Run:
                 others.append(file.path)
             return file.size if is_same else 0
 
-        crew.work((partial(compare, file) for file in candidates), self._count)
+        threads.work((partial(compare, file) for file in candidates), self._count)
         return same, sorted(others)
 
     def _refuse(self, there: dict[str, ListedFile], others: list[str]) -> None:
@@ -293,43 +293,43 @@ class _Run:
         part_bytes = [self._uploads.part_bytes(file.size) for file in missing]
         files = [_File(file, part) for file, part in zip(missing, part_bytes, strict=True)]
         most = max((file.length(1) for file in files), default=1)
-        threads = max(2, min(_THREADS, _MEMORY_BYTES // max(1, most)))
+        count = max(2, min(_THREADS, _MEMORY_BYTES // max(1, most)))
         rate = self._wanted.rate
         if rate:
-            threads = max(1, min(threads, rate // _BYTES_PER_S_EACH))
-        crew = Crew(threads, Pace(rate) if rate else None)
+            count = max(1, min(count, rate // _BYTES_PER_S_EACH))
+        threads = WorkerThreads(count, Pace(rate) if rate else None)
         try:
-            crew.work(self._works(files, crew), self._count)
+            threads.work(self._works(files, threads), self._count)
         except BaseException:
             self._abort(files)
             raise
         return {file.source.path: file.etag for file in files}
 
-    def _works(self, files: list[_File], crew: Crew) -> Iterator[Callable[[], int]]:
+    def _works(self, files: list[_File], threads: WorkerThreads) -> Iterator[Callable[[], int]]:
         for file in files:
             if self._uploads.is_parallel:
                 for number in range(1, file.parts + 1):
-                    yield partial(self._send, crew, file, number)
+                    yield partial(self._send, threads, file, number)
             else:
-                yield partial(self._send_all, crew, file)
+                yield partial(self._send_all, threads, file)
 
-    def _send_all(self, crew: Crew, file: _File) -> int:
+    def _send_all(self, threads: WorkerThreads, file: _File) -> int:
         for number in range(1, file.parts):
-            crew.count(self._send(crew, file, number))
-        return self._send(crew, file, file.parts)
+            threads.report(self._send(threads, file, number))
+        return self._send(threads, file, file.parts)
 
-    def _send(self, crew: Crew, file: _File, number: int) -> int:
+    def _send(self, threads: WorkerThreads, file: _File, number: int) -> int:
         """Upload a part, and finish the object after its last part. Returns the bytes."""
 
         def ask(call: Callable[[], T]) -> T:
             def attempt() -> T:
-                crew.check()
+                threads.check()
                 return call()
 
             return self._ask(attempt)
 
         def begin() -> ObjectUpload:
-            # The crew does not cut this request, or no thread would know of the upload.
+            # Nothing cuts this request, or no thread would know of the upload.
             begun = partial(self._uploads.begin, source.path, source.size)
             return Progress().run(begun)
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from ckptfs._store.crew import Crew, Ended, Pace
 from ckptfs._store.request_context import current_progress
+from ckptfs._store.worker_threads import Ended, Pace, WorkerThreads
 
 
 def counts() -> tuple[list[int], Callable[[int], None]]:
@@ -17,12 +17,12 @@ def counts() -> tuple[list[int], Callable[[int], None]]:
 
 def test_all_works_are_done_and_counted_by_the_caller() -> None:
     seen, count = counts()
-    Crew(4).work((partial(int, number) for number in range(100)), count)
+    WorkerThreads(4).work((partial(int, number) for number in range(100)), count)
     assert sorted(seen) == list(range(100))
 
 
 def test_first_error_ends_the_other_threads_and_their_requests() -> None:
-    crew, entered, given_up = Crew(2), threading.Event(), threading.Event()
+    threads, entered, given_up = WorkerThreads(2), threading.Event(), threading.Event()
 
     def wait() -> int:
         entered.set()
@@ -31,7 +31,7 @@ def test_first_error_ends_the_other_threads_and_their_requests() -> None:
                 current_progress().hold(None)  # type: ignore[arg-type]
         except TimeoutError:
             given_up.set()
-        crew.check()
+        threads.check()
         return 0
 
     def fail() -> int:
@@ -48,11 +48,11 @@ def test_first_error_ends_the_other_threads_and_their_requests() -> None:
             yield lambda: 0
 
     with pytest.raises(ValueError, match="first"):
-        crew.work(works(), lambda _: None)
+        threads.work(works(), lambda _: None)
     assert given_up.is_set()
     assert len(begun) <= 1
     with pytest.raises(Ended):
-        crew.check()
+        threads.check()
 
 
 def test_interrupted_caller_ends_the_threads() -> None:
@@ -66,7 +66,7 @@ def test_interrupted_caller_ends_the_threads() -> None:
             yield lambda: done.append(1) or 1
 
     with pytest.raises(KeyboardInterrupt):
-        Crew(2).work(works(), interrupt)
+        WorkerThreads(2).work(works(), interrupt)
     assert threading.active_count() == 1 or not [
         each for each in threading.enumerate() if each.name.startswith("ckptfs-upload")
     ]
@@ -74,7 +74,7 @@ def test_interrupted_caller_ends_the_threads() -> None:
 
 def test_pace_spreads_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr("ckptfs._store.crew.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("ckptfs._store.worker_threads.time.monotonic", lambda: now_s)
     pace = Pace(1000)
     assert pace.delay_s(500) == 0
     assert pace.delay_s(1000) == 0.5

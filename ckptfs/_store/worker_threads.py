@@ -1,7 +1,7 @@
 """Threads that work until all is done, until one fails, or until their caller is interrupted.
 
 If a work fails, or the caller is interrupted (KeyboardInterrupt), the requests of the other threads
-end at once. `Crew.work` returns when no thread works any more.
+end at once. `WorkerThreads.work` returns when no thread works any more.
 """
 
 import contextvars
@@ -39,11 +39,11 @@ class Pace:
             return begin_s - now_s
 
 
-class Crew:
-    """`threads` threads, whose requests send bytes at `pace`."""
+class WorkerThreads:
+    """`count` threads, whose requests send bytes at `pace`."""
 
-    def __init__(self, threads: int, pace: Pace | None = None) -> None:
-        self._threads = threads
+    def __init__(self, count: int, pace: Pace | None = None) -> None:
+        self._threads = count
         self._pace = pace
         self._ends = threading.Event()
         self._events: SimpleQueue[int | BaseException | None] = SimpleQueue()
@@ -71,7 +71,7 @@ class Crew:
                 for each in progress:
                     each.give_up()
 
-    def count(self, length: int) -> None:
+    def report(self, length: int) -> None:
         """Report bytes of a work that goes on."""
         self._events.put(length)
 
