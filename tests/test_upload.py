@@ -23,6 +23,7 @@ from ckptfs import _upload
 from ckptfs._model.backoff import Backoff
 from ckptfs._store import retrying, source
 from ckptfs._store.s3 import retry, uploads
+from ckptfs._store.worker_threads import Pace
 
 UriOf = Callable[[Path], str]
 MIB = 1 << 20
@@ -507,18 +508,14 @@ def test_local_target_shows_complete_files_only(run: Path, tmp_path: Path) -> No
         ckptfs.upload(run, copy)
 
 
-def test_local_target_that_a_killed_upload_left_is_completed(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_target_that_a_killed_upload_left_is_completed(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    monkeypatch.setattr(os, "fsync", lambda _: os._exit(9))
-    child = os.fork()
-    if not child:
-        ckptfs.upload(run, copy, include=["large.bin"])
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    monkeypatch.undo()
-    (left,) = os.listdir(copy)
-    assert left.endswith(".ckptfs-upload")
+    code = "import os, sys, ckptfs\nos.fsync = lambda _: os._exit(9)\nckptfs.upload(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, str(run), str(copy)], check=False)
+    assert done.returncode == 9
+    left = [path for path in copy.rglob("*") if path.name.endswith(".ckptfs-upload")]
+    assert left
+    assert files_in(copy).keys() == {str(path.relative_to(copy)) for path in left}
     ckptfs.upload(run, copy)
     assert files_in(copy) == files_in(run)
 
@@ -562,6 +559,19 @@ def test_upload_to_a_named_store(node: Node, run: Path, target: Target) -> None:
     checkpoint = ckptfs.upload(run, f"main:{target.path}")
     assert repr(checkpoint).endswith(f"ckptfs-store:main, path={target.path})")
     assert target.objects() == files_in(run)
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_limited_rate_counts_each_byte_once(
+    is_local: bool, run: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(Pace, "delay_s", lambda _, count: counts.append(count) or 0.0)
+    assert result(run, str(tmp_path / "copy") if is_local else target.uri, rate=10**9)[1] == 0
+    assert sum(counts) >= sum(map(len, files_in(run).values()))
+    overhead = 0 if is_local else 1000  # the list of parts of the large file
+    assert sum(counts) <= sum(map(len, files_in(run).values())) + overhead
+    assert max(counts) <= MIB
 
 
 def test_uploaded_checkpoint_is_read_back(

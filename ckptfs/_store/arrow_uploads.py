@@ -28,6 +28,7 @@ from pyarrow import fs as pafs
 from ckptfs._model.manifest import ListedFile, printable
 from ckptfs._store.arrow import translate_error
 from ckptfs._store.buffers import leave_thread_buffer
+from ckptfs._store.request_context import current_progress
 from ckptfs._store.source import SourceFile
 from ckptfs._store.uploads import Digests
 from ckptfs._store.wrappers import ANSWER_S, LISTING_S, within
@@ -135,6 +136,7 @@ class ArrowUpload:
         self._stream: Any = None
 
     def send(self, number: int, data: memoryview) -> None:
+        current_progress().goes(len(data))
         try:
             with self._uploads.translated(self._path):
                 within(ANSWER_S, self._uploads.name, self._write, data)
