@@ -31,7 +31,7 @@ checks use at the same time."""
 _IDLE_S = 15.0
 """The longest time that a connection is idle. S3 closes connections after some 20 s."""
 _PORTS = {"http": 80, "https": 443}
-_CHUNK_BYTES = 64 << 10
+_CHUNK_BYTES = 256 << 10
 """The pieces of a body that is sent. Each may take as long as the longest silence."""
 _PROGRAM = f"ckptfs/{version_of('ckptfs')}"
 _PERHAPS_TLS = "check the endpoint, and write it with https:// if the server speaks TLS"
