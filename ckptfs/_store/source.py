@@ -101,8 +101,8 @@ class SourceFile:
 
     def _changed(self) -> CannotUpload:
         return CannotUpload(
-            f"{printable(self._full)}: the file changed while it was uploaded; upload a directory that "
-            "no program writes to any more"
+            f"{printable(self._full)}: the file changed while it was uploaded; upload a directory "
+            "that no program writes to any more"
         )
 
     @contextlib.contextmanager
