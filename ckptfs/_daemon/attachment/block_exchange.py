@@ -1,8 +1,10 @@
-"""The exchange of blocks with other nodes, so a cluster reads a checkpoint from its store once.
+"""The exchange of blocks with clients, so a cluster reads a checkpoint from its store once, and a
+node that has uploaded a checkpoint not at all.
 
 One node's daemon *gives* blocks, clients carry them, and the daemons of the other nodes *take*
-them. The client passes a memfd with each request. The daemon copies bytes into it or out of it, and
-never touches a mapping of it.
+them. A client that has uploaded a checkpoint has its node's daemon *save* the blocks. The client
+passes a memfd with each request. The daemon copies bytes into it or out of it, and never touches a
+mapping of it.
 
 **Verification.** The giving daemon has fetched the blocks for its own attachment, of the version
 that is pinned there, and sends their checksums. These are the cache's own checksums. They cover the
@@ -11,6 +13,10 @@ the first check of the file with its own credentials, copies the blocks into a b
 and computes their checksums there. Bytes that were damaged on the way, or belong to another
 version, place or block, do not have the checksum. The daemon refuses them, and then reads these
 blocks from the store.
+
+Blocks to save come from the process that has uploaded them, with the ETag that the store has
+answered then. The daemon makes the first check of the file, and saves the blocks only if the store
+has that ETag now. It trusts the client for the rest.
 
 **Permission.** Only root and the daemon's own user may exchange blocks, because they could also
 write to the cache's directory. Another user could poison the cache of all users, because a checksum
@@ -24,12 +30,14 @@ because further blocks would evict the first ones.
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckptfs._daemon.attachment.attachment import Attachment
 from ckptfs._daemon.cache import object_dir
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.cache.cached_object import disk_bytes
+from ckptfs._daemon.cache.object_dir import About
 from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.scheduler import Priority
@@ -37,7 +45,7 @@ from ckptfs._daemon.usage.counters import current
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_length
 from ckptfs._model.manifest import METADATA_NAME, printable
 from ckptfs._model.protocol.replies import Given, Taken
-from ckptfs._model.protocol.requests import GiveBlocks, TakeBlocks
+from ckptfs._model.protocol.requests import GiveBlocks, SaveBlocks, TakeBlocks
 from ckptfs._os.write_all import pwrite_all
 from ckptfs.errors import LimitExceeded, NotAttached, ObjectChanged, ProtocolError, StoreError
 
@@ -88,30 +96,55 @@ class Exchange:
         check of the file raises.
         """
         file = _file(attachment, request.path)
+
+        def check(about: About, first: int, data: memoryview) -> None:
+            for index, found in enumerate(object_dir.checksums(about, first, data), first):
+                if found != request.sums[index - request.first]:
+                    error = StoreError(
+                        f"{file.name}: refused block {index} of another node, because it is "
+                        "damaged or of another version"
+                    )
+                    log.warning("%s", error)
+                    raise error
+
         blocks = _blocks(file, request.first, len(request.sums))
+        return await self._insert(attachment, file, blocks, request, memfd, check)
+
+    async def save(self, attachment: Attachment, request: SaveBlocks, memfd: int) -> Taken:
+        """Put uploaded blocks from `memfd` into the cache that it neither has nor is fetching.
+
+        Raises ObjectChanged if the store has another version than was uploaded, LimitExceeded if
+        the cache cannot hold any more, and what the first check of the file raises.
+        """
+        file = _file(attachment, request.path)
+        blocks = _blocks(file, request.first, request.count)
+        return await self._insert(attachment, file, blocks, request, memfd, _trusted)
+
+    async def _insert(
+        self,
+        attachment: Attachment,
+        file: RemoteFile,
+        blocks: range,
+        request: TakeBlocks | SaveBlocks,
+        memfd: int,
+        check: Callable[[About, int, memoryview], None],
+    ) -> Taken:
+        """Put those of `blocks` into the cache that are absent. `check` is called in a thread with
+        the description of the object, the first block, and the bytes of some of the blocks."""
         length = blocks_length(blocks, file.size)
         _check_memfd(memfd, request.at + length)
         self._check_space(attachment, length)
         with self.fetcher.opened(file):
             await self.fetcher.fetch(file, range(0))  # the first check
             if file.pin.etag != request.etag:
-                raise ObjectChanged(
-                    f"{file.name}: the other node has another version than this node"
-                )
+                raise ObjectChanged(f"{file.name}: this node has another version than was sent")
             about = file.entry.about
 
             def fill(first: int, buffer: memoryview) -> None:
-                """Blocking. Fill `buffer` with whole blocks from `first` on, and verify them."""
-                skipped = first - request.first
+                """Blocking. Fill `buffer` with whole blocks from `first` on."""
+                skipped = first - blocks.start
                 _read(file.name, memfd, request.at + skipped * BLOCK_BYTES, buffer)
-                for index, found in enumerate(object_dir.checksums(about, first, buffer), first):
-                    if found != request.sums[index - request.first]:
-                        error = StoreError(
-                            f"{file.name}: refused block {index} of another node, because it is "
-                            "damaged or of another version"
-                        )
-                        log.warning("%s", error)
-                        raise error
+                check(about, first, buffer)
 
             taken = await self.fetcher.insert(file, blocks, fill)
         return Taken(taken=taken, had=length - taken)
@@ -123,6 +156,10 @@ class Exchange:
                 f"{attachment.location.uri}: the cache can hold no more blocks of other nodes; "
                 "give it more space (cache_bytes_max, cache_free_share_min)"
             )
+
+
+def _trusted(about: About, first: int, data: memoryview) -> None:
+    """The check of blocks whose client is trusted."""
 
 
 def _file(attachment: Attachment, path: str) -> RemoteFile:

@@ -47,6 +47,7 @@ from ckptfs._model.protocol.requests import (
     Reload,
     Request,
     Restart,
+    SaveBlocks,
     StartPrefetch,
     Status,
     Stop,
@@ -243,6 +244,11 @@ class Commands:
         with self.service.attachments.holding(attachment), client.passed.used() as memfd:
             return await self.service.exchange.take(attachment, request, memfd)
 
+    async def save_blocks(self, request: SaveBlocks, client: ConnectionState) -> Taken:
+        attachment = self.service.attachments.find(client.peer.uid, request.name, None)
+        with self.service.attachments.holding(attachment), client.passed.used() as memfd:
+            return await self.service.exchange.save(attachment, request, memfd)
+
     # -- the daemon
 
     async def reload(self, request: Reload, client: ConnectionState) -> Reloaded:
@@ -293,6 +299,7 @@ COMMANDS: dict[type[Request[Any]], Command] = {
     CacheProgress: Command(Commands.cache_progress, is_frequent=True),
     GiveBlocks: Command(Commands.give_blocks, is_for_owners=True, is_frequent=True),
     TakeBlocks: Command(Commands.take_blocks, is_for_owners=True, is_frequent=True),
+    SaveBlocks: Command(Commands.save_blocks, is_for_owners=True, is_frequent=True),
     Reload: Command(Commands.reload, is_for_owners=True),
     Restart: Command(Commands.restart, is_for_owners=True),
     Stop: Command(Commands.stop, is_for_owners=True),

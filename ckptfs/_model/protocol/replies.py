@@ -62,7 +62,7 @@ class Given(Reply, frozen=True, tag="given"):
 
 
 class Taken(Reply, frozen=True, tag="taken"):
-    """Reply to `TakeBlocks`.
+    """Reply to `TakeBlocks` and `SaveBlocks`.
 
     Attributes:
         taken: Bytes that this request has added to the cache.

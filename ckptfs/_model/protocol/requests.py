@@ -151,6 +151,23 @@ class TakeBlocks(Request[replies.Taken], frozen=True, tag="take-blocks"):
     at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
 
 
+class SaveBlocks(Request[replies.Taken], frozen=True, tag="save-blocks"):
+    """Insert consecutive blocks of a file that the client has uploaded into the cache, from the
+    memfd that the client passes along (SCM_RIGHTS).
+
+    Attributes:
+        name, path, first, count, at: See `GiveBlocks`.
+        etag: The ETag of the object that the client has uploaded.
+    """
+
+    name: str
+    path: _Path
+    first: Annotated[int, msgspec.Meta(ge=0)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=PIECE_BLOCKS_MAX)]
+    etag: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+
+
 class GetTrace(Request[replies.Trace], frozen=True, tag="trace"):
     """Return how processes have read a checkpoint. Its directory inside the mount names an
     attached checkpoint, and its location also names one that was attached earlier."""

@@ -23,6 +23,7 @@ from ckptfs._model.protocol.requests import (
     Attach,
     GiveBlocks,
     Request,
+    SaveBlocks,
     Status,
     TakeBlocks,
 )
@@ -128,6 +129,38 @@ async def test_exchange_between_two_nodes_reads_the_store_once(
     assert (status.fetched_bytes, status.taken_bytes) == (4 * MIB + 7, 0)
     assert status.given_bytes == 4 * MIB + 7
     await taker.quiet()
+
+
+async def test_exchange_saves_uploaded_blocks_without_a_read_of_the_store(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    giver, node = nodes
+    given = await giver.give(memfd, 0, 1)
+    assert isinstance(given, Given)
+    os.pwrite(memfd, DATA, 100)
+    reads = len(store.reads())
+    request = SaveBlocks(name=node.name, path="a/b", first=0, count=6, etag=given.etag, at=100)
+    assert await node.ask(request, memfd) == Taken(taken=len(DATA), had=0)
+    assert await node.ask(request, memfd) == Taken(taken=0, had=len(DATA))
+    await node.quiet()
+    assert await node.read() == DATA
+    assert len(store.reads()) == reads
+    status = await node.ask(Status())
+    assert isinstance(status, StatusReply)
+    assert (status.fetched_bytes, status.taken_bytes) == (0, len(DATA))
+
+
+async def test_exchange_saves_no_blocks_of_another_version(
+    nodes: list[Node], store: FakeStore, memfd: int
+) -> None:
+    node = nodes[0]
+    os.pwrite(memfd, DATA[::-1], 0)
+    request = SaveBlocks(name=node.name, path="a/b", first=0, count=6, etag='"uploaded before"')
+    refused = await node.ask(request, memfd)
+    assert isinstance(refused, Failed)
+    assert refused.code == "object-changed"
+    assert await node.read() == DATA
+    await node.quiet()
 
 
 async def test_exchange_taken_blocks_outlive_the_daemon(
@@ -265,6 +298,7 @@ async def test_exchange_by_other_users_is_refused(
         for request in (
             GiveBlocks(name=node.name, path="a/b", first=0, count=1),
             TakeBlocks(name=node.name, path="a/b", first=0, etag="", sums=[1]),
+            SaveBlocks(name=node.name, path="a/b", first=0, count=1, etag="x"),
         ):
             refused = await node.ask(request, memfd)
             assert isinstance(refused, Failed)

@@ -1,0 +1,112 @@
+"""Gives an uploaded checkpoint to the node's daemon, so that a restore on this node reads none of
+its bytes from the store.
+
+The daemon attaches the checkpoint as for any program, and saves a block only if the store has the
+version that was uploaded. So a program that replaces an object meanwhile does no harm. Bytes go
+through shared memory, a piece at a time.
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from ckptfs._client import client
+from ckptfs._config.load import load_config
+from ckptfs._model.blocks import BLOCK_BYTES, block_count
+from ckptfs._model.location import Location
+from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
+from ckptfs._store.crew import Crew
+from ckptfs._store.source import SourceFile
+
+_THREADS = 4
+"""Reading a piece and saving it are two steps, and the daemon writes to one disk."""
+_PIECE_BYTES = PIECE_BLOCKS_MAX * BLOCK_BYTES
+_ANSWER_S = 150.0
+"""Longest wait for an answer of the daemon, more than twice its default read deadline."""
+
+
+class Saved(NamedTuple):
+    """A file whose object at the store has this ETag."""
+
+    source: SourceFile
+    etag: str
+
+
+def save(
+    location: Location, files: Sequence[Saved], count: Callable[[int], None] = lambda _: None
+) -> int:
+    """Have the daemon's cache hold `files`, which were uploaded to `location`. Returns the bytes
+    that it holds.
+
+    `count` is called with the bytes of each piece. Raises CkptfsError or OSError if the machine
+    cannot mount, if the daemon does not take blocks from this user, if the cache is full, or if a
+    file or its object is another one meanwhile. The cache then holds a part.
+    """
+    total = 0
+
+    def note(length: int) -> None:
+        nonlocal total
+        total += length
+        count(length)
+
+    with client.leased(location) as path, contextlib.ExitStack() as stack:
+        seats: SimpleQueue[_Seat] = SimpleQueue()
+        for _ in range(_THREADS):
+            seats.put(stack.enter_context(contextlib.closing(_Seat(os.path.basename(path)))))
+        Crew(_THREADS).work(_pieces(files, seats), note)
+    return total
+
+
+def _pieces(files: Sequence[Saved], seats: "SimpleQueue[_Seat]") -> "Iterator[Callable[[], int]]":
+    for file in files:
+        for first in range(0, block_count(file.source.size), PIECE_BLOCKS_MAX):
+            yield partial(_save_piece, file, first, seats)
+
+
+def _save_piece(file: Saved, first: int, seats: "SimpleQueue[_Seat]") -> int:
+    seat = seats.get()
+    try:
+        return seat.save(file, first)
+    finally:
+        seats.put(seat)
+
+
+class _Seat:
+    """A connection to the daemon, with memory for a piece."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._fd = os.memfd_create("ckptfs-save", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self._fd, 0, _PIECE_BYTES)  # it counts as this process's memory
+            self._memory = memoryview(mmap.mmap(self._fd, _PIECE_BYTES))
+            self._connection = client.connect(load_config(), _ANSWER_S)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def save(self, file: Saved, first: int) -> int:
+        """Save the piece of `file` that begins with the block `first`. Returns its bytes."""
+        source = file.source
+        start = first * BLOCK_BYTES
+        length = min(_PIECE_BYTES, source.size - start)
+        source.read_into(start, self._memory[:length])
+        request = SaveBlocks(
+            name=self._name,
+            path=source.path,
+            first=first,
+            count=block_count(length),
+            etag=file.etag,
+        )
+        self._connection.ask(request, self._fd)
+        return length
+
+    def close(self) -> None:
+        """Close the connection, and give the memory back."""
+        self._connection.close()
+        self._memory.release()
+        os.close(self._fd)
