@@ -1,14 +1,14 @@
 """`upload`: a local directory becomes a checkpoint in a store."""
 
-import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, cast
 
 from ckptfs import errors
-from ckptfs._client import client
+from ckptfs._client import client, save
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._store.copy import Progress
 from ckptfs._store.describe import describe
@@ -16,6 +16,8 @@ from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_direct
 from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
 from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
+
+_log = logging.getLogger(__name__)
 
 
 class Options(NamedTuple):
@@ -26,6 +28,16 @@ class Options(NamedTuple):
     include: Sequence[str] = ()
     overwrite: bool = False
     rate: int = 0
+    cache: bool = True
+
+
+class Done(NamedTuple):
+    """What was uploaded, the bytes of it in the cache of this node, and the error that has kept the
+    cache from having all of them; "" without an error."""
+
+    uploaded: Uploaded
+    cached_bytes: int
+    cache_error: str
 
 
 def upload(
@@ -36,6 +48,7 @@ def upload(
     metadata: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     overwrite: bool = False,
+    cache: bool = True,
     progress: Progress | bool = False,
 ) -> Checkpoint:
     """Upload a local directory as a checkpoint, and return that checkpoint.
@@ -47,6 +60,10 @@ def upload(
     only the files that the store does not have yet. ``.metadata.json`` comes last, so a program
     that waits for it sees a complete checkpoint.
 
+    Then the cache of this node gets the files, too, so that a restore here reads none of them from
+    the store. If it cannot have them, the logger ``ckptfs`` says why (at INFO), and the upload has
+    succeeded all the same.
+
     Args:
         directory: The directory. No program may write to its files meanwhile.
         uri_or_checkpoint: The target: a `Checkpoint`, one of Ray's, or what `Checkpoint` takes.
@@ -56,6 +73,7 @@ def upload(
             ``.metadata.json``.
         include: Globs on relative paths (``*`` also matches ``/``); empty for all files.
         overwrite: Whether to replace other content at the target. Files of other names stay.
+        cache: Whether the cache of this node gets the files.
         progress: True for a bar on the terminal or in the notebook, or a function that gets the
             bytes at the store and the bytes of all files.
 
@@ -80,13 +98,14 @@ def upload(
     elif filesystem is not None:
         raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
     with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:
-        run_upload(directory, target, Options(metadata, include, overwrite), told)
+        options = Options(metadata, include, overwrite, cache=cache)
+        run_upload(directory, target, options, told)
     return target
 
 
 def run_upload(
     directory: "str | os.PathLike[str]", target: Checkpoint, options: Options, told: Told | None
-) -> Uploaded:
+) -> Done:
     """Upload a directory to a checkpoint, and return what was uploaded. Raises as `upload`."""
     if isinstance(options.include, str):  # would be a Sequence[str] of characters
         raise TypeError(f"include must be a list of globs, not the string {options.include!r}")
@@ -97,11 +116,15 @@ def run_upload(
     wanted = Wanted(list(options.include), metadata, options.overwrite, options.rate)
     store, uploads = uploads_to(filesystem, target.path)
     with closing(store):
-        done = upload_directory(top, store, uploads, wanted, told)
-    # The store has the checkpoint already, so an error here must not look like one of the upload.
-    with contextlib.suppress(errors.CkptfsError, OSError):
-        client.tell_metadata_changed(describe(filesystem, target.path))
-    return done
+        uploaded, contents = upload_directory(top, store, uploads, wanted, told)
+        # The store has all of it, so an error from here on must not look like one of the upload.
+        try:
+            location = describe(filesystem, target.path)
+            client.tell_metadata_changed(location)
+            return Done(uploaded, save.save(location, contents()) if options.cache else 0, "")
+        except (errors.CkptfsError, OSError) as error:
+            _log.info("the cache of this node does not have all of %s: %s", uploaded.uri, error)
+            return Done(uploaded, 0, str(error) if options.cache else "")
 
 
 def _refuse_itself(top: str, filesystem: FileSystem, path: str) -> None:

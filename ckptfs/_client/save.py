@@ -12,15 +12,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple
 
 from ckptfs._client import client
 from ckptfs._config.load import load_config
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
-from ckptfs._store.crew import Crew
-from ckptfs._store.source import SourceFile
+from ckptfs._store.directory_upload import Content
+from ckptfs._store.worker_threads import WorkerThreads
+from ckptfs.errors import ObjectChanged
 
 _THREADS = 4
 """Reading a piece and saving it are two steps, and the daemon writes to one disk."""
@@ -29,48 +29,45 @@ _ANSWER_S = 150.0
 """Longest wait for an answer of the daemon, more than twice its default read deadline."""
 
 
-class Saved(NamedTuple):
-    """A file whose object at the store has this ETag."""
+def save(location: Location, contents: Sequence[Content]) -> int:
+    """Have the daemon's cache hold what was uploaded to `location`. Returns the bytes that it
+    holds.
 
-    source: SourceFile
-    etag: str
-
-
-def save(
-    location: Location, files: Sequence[Saved], count: Callable[[int], None] = lambda _: None
-) -> int:
-    """Have the daemon's cache hold `files`, which were uploaded to `location`. Returns the bytes
-    that it holds.
-
-    `count` is called with the bytes of each piece. Raises CkptfsError or OSError if the machine
-    cannot mount, if the daemon does not take blocks from this user, if the cache is full, or if a
-    file or its object is another one meanwhile. The cache then holds a part.
+    It holds no file without an ETag, and none whose object is another one meanwhile. Raises
+    CkptfsError or OSError if the machine cannot mount, if the daemon does not take blocks from this
+    user, if the cache is full, or if a file changes. Then the cache holds a part.
     """
-    total = 0
+    known = [content for content in contents if content.etag and content.source.size]
+    if not known:
+        return 0
+    saved_bytes = 0
 
-    def note(length: int) -> None:
-        nonlocal total
-        total += length
-        count(length)
+    def count(length: int) -> None:
+        nonlocal saved_bytes
+        saved_bytes += length
 
     with client.leased(location) as path, contextlib.ExitStack() as stack:
         seats: SimpleQueue[_Seat] = SimpleQueue()
         for _ in range(_THREADS):
             seats.put(stack.enter_context(contextlib.closing(_Seat(os.path.basename(path)))))
-        Crew(_THREADS).work(_pieces(files, seats), note)
-    return total
+        WorkerThreads(_THREADS).work(_pieces(known, seats), count)
+    return saved_bytes
 
 
-def _pieces(files: Sequence[Saved], seats: "SimpleQueue[_Seat]") -> "Iterator[Callable[[], int]]":
-    for file in files:
-        for first in range(0, block_count(file.source.size), PIECE_BLOCKS_MAX):
-            yield partial(_save_piece, file, first, seats)
+def _pieces(
+    contents: Sequence[Content], seats: "SimpleQueue[_Seat]"
+) -> "Iterator[Callable[[], int]]":
+    for content in contents:
+        for first in range(0, block_count(content.source.size), PIECE_BLOCKS_MAX):
+            yield partial(_save_piece, content, first, seats)
 
 
-def _save_piece(file: Saved, first: int, seats: "SimpleQueue[_Seat]") -> int:
+def _save_piece(content: Content, first: int, seats: "SimpleQueue[_Seat]") -> int:
     seat = seats.get()
     try:
-        return seat.save(file, first)
+        return seat.save(content, first)
+    except ObjectChanged:
+        return 0
     finally:
         seats.put(seat)
 
@@ -89,9 +86,9 @@ class _Seat:
             os.close(self._fd)
             raise
 
-    def save(self, file: Saved, first: int) -> int:
-        """Save the piece of `file` that begins with the block `first`. Returns its bytes."""
-        source = file.source
+    def save(self, content: Content, first: int) -> int:
+        """Save the piece of a file that begins with the block `first`. Returns its bytes."""
+        source = content.source
         start = first * BLOCK_BYTES
         length = min(_PIECE_BYTES, source.size - start)
         source.read_into(start, self._memory[:length])
@@ -100,7 +97,7 @@ class _Seat:
             path=source.path,
             first=first,
             count=block_count(length),
-            etag=file.etag,
+            etag=content.etag,
         )
         self._connection.ask(request, self._fd)
         return length

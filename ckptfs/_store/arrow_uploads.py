@@ -149,6 +149,9 @@ class ArrowUpload:
             within(self._finish_s, self._uploads.name, self._finish)
         return ""
 
+    def shown_etag(self) -> str:
+        return ""
+
     def abort(self) -> None:
         if self._stream is not None:
             with self._uploads.translated(self._path):

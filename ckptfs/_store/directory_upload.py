@@ -21,7 +21,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -74,6 +74,14 @@ class Uploaded(msgspec.Struct):
     skipped_bytes: int
 
 
+class Content(NamedTuple):
+    """A file, and the ETag that the store shows for the object with its bytes; "" if it is not
+    known."""
+
+    source: SourceFile
+    etag: str
+
+
 class Wanted(msgspec.Struct, frozen=True):
     """The wishes of the caller.
 
@@ -92,8 +100,11 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def upload_directory(
     top: str, store: Store, uploads: Uploads, wanted: Wanted, told: Told | None = None
-) -> Uploaded:
+) -> tuple[Uploaded, Callable[[], list[Content]]]:
     """Upload the files of the directory `top` to `store`, by `uploads`.
+
+    Returns also a function that returns what is at the store then, except the metadata. It may ask
+    the store.
 
     Raises:
         CheckpointNotFound, CheckpointIsFile: `top` or the bucket does not exist; or `top`, or the
@@ -104,7 +115,8 @@ def upload_directory(
         AccessDenied, StoreError: The store's answer, or the local directory's.
     """
     files = files_in(top, wanted.include, uploads.fault_of)
-    return _Run(top, files, TimedStore(store), uploads, wanted, told).run()
+    run = _Run(top, files, TimedStore(store), uploads, wanted, told)
+    return run.run(), run.contents
 
 
 class _File:
@@ -137,6 +149,10 @@ class _File:
             self._left -= 1
             return not self._left
 
+    def shown_etag(self) -> str:
+        """See ObjectUpload.shown_etag."""
+        return self._upload.shown_etag() if self._upload is not None else ""
+
     def abort(self) -> None:
         """Remove the parts if the upload is not finished."""
         if self._upload is not None and not self.is_finished:
@@ -165,6 +181,9 @@ class _Run:
         self._wanted = wanted
         self._told = told
         self._places = Places(_THREADS)
+        self._etags: dict[str, str] = {}  # as the store has answered, by path
+        self._listed_etags: dict[str, str] = {}
+        self._sent: dict[str, _File] = {}
         self._done_bytes = 0
         self._total_bytes = 0
 
@@ -184,8 +203,9 @@ class _Run:
         if missing and self._old_metadata is not None:
             self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
             self._old_metadata = None
-        etags = {path: there[path].etag for path in same}
-        self._verify(etags | self._sent(missing))
+        self._etags = {path: there[path].etag for path in same}
+        self._send_files(missing)
+        self._verify()
         if metadata is not None and metadata == self._old_metadata:
             same.add(METADATA_NAME)
             self._count(len(metadata))
@@ -194,6 +214,16 @@ class _Run:
         known = [self._files[path].size if path in self._files else sizes[-1] for path in same]
         name = self._store.name
         return Uploaded(name, len(sizes), self._total_bytes, len(same), sum(known))
+
+    def contents(self) -> list[Content]:
+        """What is at the store, with the ETags that it shows."""
+        return [Content(file, self._shown_etag(path)) for path, file in self._files.items()]
+
+    def _shown_etag(self, path: str) -> str:
+        if self._etags[path] == self._listed_etags[path]:
+            return self._etags[path]
+        sent = self._sent.get(path)
+        return "" if sent is None else self._ask(sent.shown_etag)
 
     def _ask(self, call: Callable[[], T]) -> T:
         return retry(call, self._places) if self._uploads.repeats else call()
@@ -258,7 +288,7 @@ class _Run:
             return False
         return not os.path.lexists(os.path.join(self._top, path))
 
-    def _verify(self, etags: dict[str, str]) -> None:
+    def _verify(self) -> None:
         """Raise StoreError unless the store lists each file with its size and checksum."""
         there = self._listed()
         for path, file in self._files.items():
@@ -268,8 +298,9 @@ class _Run:
                 raise StoreError(f"{what}: the store does not list it after its upload; try again")
             if found.size != file.size:
                 raise other_bytes(what, f"{file.size} bytes", f"{found.size}")
-            if contradicts(etags.get(path, ""), found.etag):
-                raise other_bytes(what, etags[path], found.etag)
+            if contradicts(self._etags[path], found.etag):
+                raise other_bytes(what, self._etags[path], found.etag)
+            self._listed_etags[path] = found.etag
 
     # -- metadata
 
@@ -288,8 +319,8 @@ class _Run:
 
     # -- sending
 
-    def _sent(self, missing: list[SourceFile]) -> dict[str, str]:
-        """Upload files, and return the ETags of the objects by their paths."""
+    def _send_files(self, missing: list[SourceFile]) -> None:
+        """Upload files, and note the ETags of the objects."""
         part_bytes = [self._uploads.part_bytes(file.size) for file in missing]
         files = [_File(file, part) for file, part in zip(missing, part_bytes, strict=True)]
         most = max((file.length(1) for file in files), default=1)
@@ -303,7 +334,8 @@ class _Run:
         except BaseException:
             self._abort(files)
             raise
-        return {file.source.path: file.etag for file in files}
+        self._sent = {file.source.path: file for file in files}
+        self._etags |= {path: file.etag for path, file in self._sent.items()}
 
     def _works(self, files: list[_File], threads: WorkerThreads) -> Iterator[Callable[[], int]]:
         for file in files:

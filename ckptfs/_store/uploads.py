@@ -39,6 +39,11 @@ class ObjectUpload(Protocol):
         StoreError if the store has other bytes than were sent."""
         ...
 
+    def shown_etag(self) -> str:
+        """The ETag that the store shows for the finished object, if that is not the one that
+        `finish` has returned; "" if the store cannot tell it from another program's object."""
+        ...
+
     def abort(self) -> None:
         """Remove the parts of an object that is not finished."""
         ...

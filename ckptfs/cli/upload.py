@@ -41,13 +41,16 @@ def upload(
         ),
     ] = False,
     limit_rate: RateOption = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Leave the cache of this node as it is.")
+    ] = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Upload a local directory as a checkpoint.
 
     Files are uploaded in parallel and verified by checksums. .metadata.json comes last. If the
     command fails or is interrupted, the next one uploads only what is missing. A target with other
-    content is refused.
+    content is refused. The cache of this node gets the files, too.
     """
     # Not at the top, because these imports bring pyarrow.
     from ckptfs._os.progress_bar import progress_bar
@@ -56,18 +59,24 @@ def upload(
 
     rate = 0 if limit_rate is None else parse_rate(limit_rate)
     target = Checkpoint(local_path(uri))
-    options = Options(None, include or [], overwrite, rate)
+    options = Options(None, include or [], overwrite, rate, cache=not no_cache)
     begun_s = time.monotonic()
     with _ended_by_sigterm(), progress_bar(f"uploading {directory}") as told:
         done = run_upload(directory, target, options, told)
     seconds = time.monotonic() - begun_s
+    uploaded = done.uploaded
+    if done.cache_error:
+        output.warn(f"the cache of this node does not have all of it: {done.cache_error}")
     if as_json:
-        output.print_json({**msgspec.structs.asdict(done), "seconds": round(seconds, 3)})
+        cache = {"cached_bytes": done.cached_bytes, "cache_error": done.cache_error}
+        told = {**msgspec.structs.asdict(uploaded), **cache, "seconds": round(seconds, 3)}
+        output.print_json(told)
         return
-    sent = output.size(done.bytes - done.skipped_bytes)
+    sent = output.size(uploaded.bytes - uploaded.skipped_bytes)
     print(
-        f"{counted(done.files, 'file')}, {output.size(done.bytes)}: {sent} uploaded in "
-        f"{seconds:.1f} s, {output.size(done.skipped_bytes)} were there"
+        f"{counted(uploaded.files, 'file')}, {output.size(uploaded.bytes)}: {sent} uploaded in "
+        f"{seconds:.1f} s, {output.size(uploaded.skipped_bytes)} were there, "
+        f"{output.size(done.cached_bytes)} are in the cache of this node"
     )
 
 

@@ -152,6 +152,9 @@ class GoogleUpload:
     def finish(self) -> str:
         return self._etag
 
+    def shown_etag(self) -> str:
+        return ""
+
     def abort(self) -> None:
         if self._query["uploadType"] != "media":
             asked = Asked("DELETE", self._key, self._query, expected=_GONE)

@@ -9,6 +9,10 @@ signature covers the header with the MD5 instead of the content, which saves a s
 with a dash and their number behind it. So the ETag verifies an object, and says whether an object
 has the content of a local file. Objects with server-side encryption by KMS or by the client's key
 have other ETags, and so do some servers. Those ETags say nothing, as the answer to a part shows.
+
+**Marks.** Some servers show another ETag than they have answered to the upload (rclone). So each
+object has a mark of its upload in its metadata. An answer with that mark has the ETag of the
+uploaded object, and not of one that another program has written meanwhile.
 """
 
 import base64
@@ -16,8 +20,9 @@ import hashlib
 import http.client
 import logging
 import re
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -50,6 +55,7 @@ reference, CompleteMultipartUpload)."""
 _ANSWER_BYTES_MAX = 16 << 20
 _CREATED = frozenset([200, 201, 204])
 _MD5 = re.compile(r'"([0-9a-f]{32})(?:-([0-9]+))?"')
+_MARK = "x-amz-meta-ckptfs-upload"
 _ENCRYPTION = "x-amz-server-side-encryption"
 _MD5_ENCRYPTION = ("", "AES256")
 """The kinds of server-side encryption whose ETags are MD5s (Amazon S3 API reference, "Object")."""
@@ -108,13 +114,13 @@ class S3Uploads:
         return False if _has_md5_etags(headers) else None
 
     def begin(self, path: str, size: int) -> "S3Put | S3Multipart":
-        key = self._prefix + path
+        key, mark = self._prefix + path, secrets.token_hex(16)
         if size <= self.part_bytes(size):
-            return S3Put(self._client, key, self._what(key))
+            return S3Put(self._client, key, self._what(key), mark)
         if path in self._unsure:
             self.prepare({path})
         try:
-            answer = self._ask(Asked("POST", key, {"uploads": ""}))
+            answer = self._ask(Asked("POST", key, {"uploads": ""}, {_MARK: mark}))
         except StoreUnavailable:
             self._unsure.add(path)
             raise
@@ -125,7 +131,7 @@ class S3Uploads:
                 f"{self._what(key)}: the store's answer to the begin of an upload has no UploadId; "
                 "check the endpoint"
             )
-        return S3Multipart(self._client, key, upload_id, self._what(key))
+        return S3Multipart(self._client, key, upload_id, self._what(key), mark)
 
     def remove(self, path: str) -> None:
         expected = frozenset([200, 204, 404])
@@ -145,15 +151,17 @@ class S3Uploads:
 class S3Put:
     """The upload of a small object, which has one part. `what` is the object, for messages."""
 
-    def __init__(self, client: S3Client, key: str, what: str) -> None:
+    def __init__(self, client: S3Client, key: str, what: str, mark: str) -> None:
         self._client = client
         self._key = key
         self._what = what
+        self._mark = mark
         self._etag = ""
 
     def send(self, number: int, data: memoryview) -> None:
         digest = md5_of(data)
-        headers, body = answer_to(self._client, _put(self._key, {}, data, digest), self._what)
+        asked = _put(self._key, {}, data, digest, {_MARK: self._mark})
+        headers, body = answer_to(self._client, asked, self._what)
         if body.strip() or is_web_page(headers):
             raise _web_page(self._what)
         self._etag = etag_in(headers.get("etag", ""))
@@ -163,6 +171,10 @@ class S3Put:
     def finish(self) -> str:
         return self._etag
 
+    def shown_etag(self) -> str:
+        etag, mark = _shown(self._client, self._key, self._what)
+        return etag if mark == self._mark else ""
+
     def abort(self) -> None:
         """Do nothing, because the object has no parts."""
 
@@ -170,11 +182,12 @@ class S3Put:
 class S3Multipart:
     """The upload of a large object. `what` is the object, for messages."""
 
-    def __init__(self, client: S3Client, key: str, upload_id: str, what: str) -> None:
+    def __init__(self, client: S3Client, key: str, upload_id: str, what: str, mark: str) -> None:
         self._client = client
         self._key = key
         self._upload_id = upload_id
         self._what = what
+        self._mark = mark
         self._lock = threading.Lock()  # guards the three below
         self._etags: dict[int, str] = {}
         self._digests: dict[int, bytes] = {}
@@ -211,18 +224,24 @@ class S3Multipart:
             is_gone = isinstance(error, S3Error) and error.code == "NoSuchUpload"
             if not is_gone or not is_repeated:
                 raise translate_error(error, self._what) from error
-            found = self._etag_of_object()  # the answer to an earlier try was lost
+            found, _ = _shown(self._client, self._key, self._what)  # an earlier answer was lost
         expected = etag_of([self._digests[number] for number in sorted(self._digests)])
         if self._has_md5_etags and contradicts(found, expected):
             raise other_bytes(self._what, expected, found)
         return found
 
-    def _etag_of_object(self) -> str:
-        headers, _ = answer_to(self._client, Asked("HEAD", self._key), self._what)
-        return etag_in(headers.get("etag", ""))
+    def shown_etag(self) -> str:
+        etag, mark = _shown(self._client, self._key, self._what)
+        return etag if mark == self._mark else ""
 
     def abort(self) -> None:
         abort(self._client, self._key, self._upload_id, self._what)
+
+
+def _shown(client: S3Client, key: str, what: str) -> tuple[str, str]:
+    """The ETag and the mark of an object."""
+    headers, _ = answer_to(client, Asked("HEAD", key), what)
+    return etag_in(headers.get("etag", "")), headers.get(_MARK, "")
 
 
 def etag_of(digests: list[bytes]) -> str:
@@ -250,8 +269,10 @@ def answer_to(client: S3Client, asked: Asked, what: str) -> tuple[http.client.HT
         raise translate_error(error, what) from error
 
 
-def _put(key: str, query: dict[str, str], data: memoryview, digest: bytes) -> Asked:
-    headers = {"content-md5": base64.b64encode(digest).decode()}
+def _put(
+    key: str, query: dict[str, str], data: memoryview, digest: bytes, more: Mapping[str, str] = {}
+) -> Asked:
+    headers = {"content-md5": base64.b64encode(digest).decode(), **more}
     return Asked("PUT", key, query, headers, data, _CREATED, _PATIENCE_S, body_digest=UNSIGNED)
 
 

@@ -1,0 +1,141 @@
+"""What was uploaded from a node is in its cache: the right version, whole, and without a byte from
+the store."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Node
+from support.s3server import S3Server
+
+import ckptfs
+from ckptfs import xattrs
+from ckptfs._client import client
+from ckptfs._model import attributes
+from ckptfs._model.protocol.requests import Activity
+from ckptfs.errors import CannotMount
+
+pytestmark = pytest.mark.mount
+
+UriOf = Callable[[Path], str]
+MIB = 1 << 20
+SIZE = 20 * MIB + 1
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A checkpoint with a file of several pieces, a small and an empty one."""
+    top = tmp_path / "checkpoint"
+    (top / "a").mkdir(parents=True)
+    (top / "large.bin").write_bytes(random.Random(5).randbytes(SIZE))
+    (top / "a" / "small.bin").write_bytes(b"small")
+    (top / "a" / "empty").touch()
+    return top
+
+
+@pytest.fixture
+def uri(bucket: Path, uri_of: UriOf) -> str:
+    return uri_of(bucket / "run" / "checkpoint")
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Have something happen between the upload and the moment at which the cache gets it."""
+    leased = client.leased
+
+    @contextmanager
+    def happens_first(*args: Any, **kwargs: Any) -> Iterator[str]:
+        happens()
+        with leased(*args, **kwargs) as path:
+            yield path
+
+    monkeypatch.setattr(client, "leased", happens_first)
+
+
+def uploaded(node: Node, run: Path, uri: str, *options: str) -> dict[str, Any]:
+    return json.loads(node.here("upload", "--json", *options, str(run), uri).stdout)
+
+
+def test_a_restore_reads_nothing_of_what_was_uploaded_here(
+    node: Node, run: Path, uri: str, s3: S3Server
+) -> None:
+    told = uploaded(node, run, uri)
+    assert (told["cached_bytes"], told["cache_error"]) == (SIZE + 5, "")
+    s3.reset_traffic()
+    with ckptfs.Checkpoint(uri).as_directory() as path:
+        large = Path(path, "large.bin")
+        assert large.read_bytes() == (run / "large.bin").read_bytes()
+        assert Path(path, "a", "small.bin").read_bytes() == b"small"
+        assert xattrs.get(path, attributes.CACHED) == str(SIZE + 5)
+        status = node.status()
+        assert (status["fetched_bytes"], status["taken_bytes"]) == (0, SIZE + 5)
+        if status["passthrough"] == "on":
+            with client.connect() as connection:
+                counts = connection.ask(Activity()).counts
+            assert (counts.opens, counts.kernel_opens) == (2, 2)
+    assert s3.traffic().bytes_to_client < MIB  # listings, and the checks of versions
+
+
+def test_a_second_upload_gives_the_cache_what_it_lacks(node: Node, run: Path, uri: str) -> None:
+    assert uploaded(node, run, uri, "--no-cache")["cached_bytes"] == 0
+    assert not node.socket.exists()
+    assert uploaded(node, run, uri, "--overwrite")["cached_bytes"] == SIZE + 5
+
+
+def test_an_object_that_is_replaced_after_the_upload_is_not_taken_for_it(
+    node: Node, run: Path, uri: str, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = random.Random(6).randbytes(SIZE)
+    place = bucket / "run" / "checkpoint" / "large.bin"
+    meanwhile(monkeypatch, lambda: place.write_bytes(other))
+    assert uploaded(node, run, uri)["cached_bytes"] == 5
+    with ckptfs.Checkpoint(uri).as_directory() as path:
+        assert Path(path, "large.bin").read_bytes() == other
+
+
+def test_a_file_that_changes_after_the_upload_is_not_taken_for_the_object(
+    node: Node, run: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (run / "large.bin").read_bytes()
+    meanwhile(monkeypatch, lambda: (run / "large.bin").write_bytes(content[::-1]))
+    told = uploaded(node, run, uri)
+    assert "large.bin: the file changed" in told["cache_error"]
+    with ckptfs.Checkpoint(uri).as_directory() as path:
+        assert Path(path, "large.bin").read_bytes() == content
+
+
+def test_a_cache_that_is_too_small_is_no_error_of_the_upload(
+    node: Node, run: Path, uri: str
+) -> None:
+    node.configure(cache_bytes_max=4 * MIB)
+    done = node.here("upload", str(run), uri)
+    assert "in the cache of this node" in done.stdout
+    assert done.stderr.startswith("ckptfs: warning: the cache of this node does not have all of it")
+    assert "cache_bytes_max" in done.stderr
+    with ckptfs.Checkpoint(uri).as_directory() as path:
+        assert Path(path, "large.bin").read_bytes() == (run / "large.bin").read_bytes()
+
+
+def test_a_machine_that_cannot_mount_is_no_error_of_the_upload(
+    node: Node,
+    run: Path,
+    uri: str,
+    bucket: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CannotMount("cannot mount: there is no /dev/fuse")
+
+    monkeypatch.setattr(client, "connect_or_start", refuse)
+    with caplog.at_level("INFO", "ckptfs"):
+        ckptfs.upload(run, uri)
+    said = [record.message for record in caplog.records if "cache" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("the cache of this node does not have all of s3://")
+    assert said[0].endswith(": cannot mount: there is no /dev/fuse")
+    assert os.listdir(bucket / "run" / "checkpoint") != []
