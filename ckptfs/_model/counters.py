@@ -46,7 +46,7 @@ class Counts(msgspec.Struct, kw_only=True, omit_defaults=True):
         fetched_bytes: Bytes that these requests brought.
         retries: Attempts to fetch after one that had failed.
         failures: Failed attempts to fetch or to check a version, by the error's code.
-        taken_bytes: Bytes that came from other nodes.
+        taken_bytes: Bytes that came from other nodes, or from programs that have uploaded them.
         given_bytes: Bytes that went to other nodes.
         latency_ns: Times of reads, from the daemon's receipt to its answer. A histogram, see
             `BUCKETS`.

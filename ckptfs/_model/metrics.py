@@ -120,7 +120,11 @@ NODE = (
     _gauge("reads_waiting", "Reads that are waiting for the store or the disk.", "counts.waiting"),
     _counter("fetched_bytes", "Usable bytes from stores."),
     _counter("fetched_spans", "Requests for data that brought usable bytes."),
-    _counter("taken_bytes", "Bytes from other nodes (`ray.broadcast`).", "counts.taken_bytes"),
+    _counter(
+        "taken_bytes",
+        "Bytes from other nodes (`ray.broadcast`), and of uploads from this one.",
+        "counts.taken_bytes",
+    ),
     _counter("given_bytes", "Bytes for other nodes (`ray.broadcast`).", "counts.given_bytes"),
     _counter("fetch_retries", "Attempts to fetch after a failed attempt.", "counts.retries"),
     _counter("hedged_requests", "Second requests after a slow first one.", "hedged"),

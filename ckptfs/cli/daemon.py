@@ -149,7 +149,7 @@ def _facts(reply: StatusReply) -> Iterator[tuple[str, str]]:
     yield "fetched", f"{output.size(reply.fetched_bytes)} in {requests}"
     if reply.taken_bytes or reply.given_bytes:
         taken, given = output.size(reply.taken_bytes), output.size(reply.given_bytes)
-        yield "nodes", f"{taken} taken from other nodes, {given} given to them"
+        yield "nodes", f"{taken} taken from other nodes and uploads, {given} given to nodes"
     if reply.workers:
         memory = output.size(reply.worker_bytes)
         processes = counted(reply.workers, "process")
