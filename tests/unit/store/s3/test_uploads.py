@@ -225,7 +225,9 @@ def test_refusal_before_the_whole_body_was_sent_is_that_refusal() -> None:
         location = Location("s3", "bucket/run", options, {"access_key": "k", "secret_key": "s"})
         store = open_store(location, 5.0)
         assert isinstance(store, HasUploads)
+        uploads = store.uploads()
+        assert uploads is not None
         with pytest.raises(AccessDenied, match="planned"):
-            store.uploads().begin("x", PART_BYTES).send(1, memoryview(bytes(PART_BYTES)))
+            uploads.begin("x", PART_BYTES).send(1, memoryview(bytes(PART_BYTES)))
         thread.join()
         store.close()  # type: ignore[attr-defined]
