@@ -117,14 +117,19 @@ def run_upload(
     store, uploads = uploads_to(filesystem, target.path)
     with closing(store):
         uploaded, contents = upload_directory(top, store, uploads, wanted, told)
-        # The store has all of it, so an error from here on must not look like one of the upload.
-        try:
-            location = describe(filesystem, target.path)
-            client.tell_metadata_changed(location)
-            return Done(uploaded, save.save(location, contents()) if options.cache else 0, "")
-        except (errors.CkptfsError, OSError) as error:
-            _log.info("the cache of this node does not have all of %s: %s", uploaded.uri, error)
-            return Done(uploaded, 0, str(error) if options.cache else "")
+    # The store has all of it, so an error from here on must not look like one of the upload.
+    saved = save.Saved(0, None)
+    try:
+        location = describe(filesystem, target.path)
+        client.tell_metadata_changed(location)
+        if options.cache:
+            saved = save.save(location, contents)
+    except (errors.CkptfsError, OSError) as error:  # it cannot be described
+        saved = save.Saved(0, error if options.cache else None)
+    if saved.error is not None:
+        text = "the cache of this node does not have all of %s: %s"
+        _log.info(text, uploaded.uri, saved.error)
+    return Done(uploaded, saved.bytes, str(saved.error or ""))
 
 
 def _refuse_itself(top: str, filesystem: FileSystem, path: str) -> None:

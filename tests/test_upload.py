@@ -22,6 +22,7 @@ from ckptfs import _upload
 from ckptfs._client import save
 from ckptfs._model.backoff import Backoff
 from ckptfs._store import retrying, source
+from ckptfs._store.directory_upload import _Run
 from ckptfs._store.s3 import retry, uploads
 from ckptfs._store.worker_threads import Pace
 
@@ -38,7 +39,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying, "_BACKOFF", Backoff(0.01, 0.02))
     monkeypatch.setattr(retry, "BACKOFF", Backoff(0.01, 0.02))
     monkeypatch.setattr(uploads, "PART_BYTES", PART_BYTES)
-    monkeypatch.setattr(save, "save", lambda *_: 0)  # it has tests of its own
+    monkeypatch.setattr(save, "save", lambda *_: save.Saved(0, None))  # it has tests of its own
 
 
 @pytest.fixture
@@ -579,10 +580,54 @@ def test_limited_rate_counts_each_byte_once(
 def test_uploaded_checkpoint_is_read_back(
     run: Path, bucket: Path, uri_of: UriOf, s3: S3Server, tmp_path: Path
 ) -> None:
-    """rclone's ETags say nothing of the content, so a second upload sends all files again."""
+    """rclone's ETags say nothing of the content, so a second upload reads all objects again, or
+    sends all files again."""
     checkpoint = ckptfs.upload(run, uri_of(bucket / "run" / "checkpoint"))
     copy = checkpoint.to_directory(tmp_path / "copy")
     assert files_in(Path(copy)) == files_in(run)
     s3.reset_traffic()
-    assert result(run, uri_of(bucket / "run" / "checkpoint")) == (3, 0)
-    assert files_in(bucket / "run" / "checkpoint") == files_in(run)
+    assert result(run, uri_of(bucket / "run" / "checkpoint")) == (3, 3)
+    assert result(run, uri_of(bucket / "run" / "checkpoint"), overwrite=True) == (3, 0)
+    content = (run / "large.bin").read_bytes()
+    (run / "large.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ckptfs.TargetExists, match=r"other content in 1 file \(large\.bin\)"):
+        ckptfs.upload(run, uri_of(bucket / "run" / "checkpoint"))
+    assert (bucket / "run" / "checkpoint" / "large.bin").read_bytes() == content
+
+
+def test_directory_that_changes_after_the_files_were_sent_is_an_error(
+    run: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for change, why in (
+        (lambda: (run / "new.bin").touch(), r"new\.bin: the file is new since the upload began"),
+        (lambda: (run / "large.bin").write_bytes(b"other"), r"large\.bin: the file changed"),
+    ):
+        changes = iter([change])
+
+        def verify(upload: Any, changes: Any = changes, verify: Any = _Run._verify) -> None:
+            verify(upload)
+            for each in changes:
+                each()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_Run, "_verify", verify)
+            with pytest.raises(ckptfs.CannotUpload, match=why):
+                ckptfs.upload(run, target.uri, metadata={"step": 1})
+        assert ".metadata.json" not in target.objects()
+        (run / "new.bin").unlink(missing_ok=True)
+
+
+def test_object_of_another_program_with_another_kind_of_etag_is_an_error(
+    run: Path, target: Target, moto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain PUT has no ETag of parts."""
+    size = (run / "large.bin").stat().st_size
+
+    def verify(upload: Any, verify: Any = _Run._verify) -> None:
+        moto.put(f"{target.path}/large.bin", bytes(size))
+        verify(upload)
+
+    monkeypatch.setattr(_Run, "_verify", verify)
+    with pytest.raises(ckptfs.StoreError, match="another program has written it"):
+        ckptfs.upload(run, target.uri, metadata={"step": 1})
+    assert ".metadata.json" not in target.objects()

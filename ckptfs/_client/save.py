@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from ckptfs._client import client
 from ckptfs._config.load import load_config
@@ -20,7 +21,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
 from ckptfs._store.directory_upload import Content
 from ckptfs._store.worker_threads import WorkerThreads
-from ckptfs.errors import ObjectChanged
+from ckptfs.errors import CkptfsError, ObjectChanged
 
 _THREADS = 4
 """Reading a piece and saving it are two steps, and the daemon writes to one disk."""
@@ -29,44 +30,57 @@ _ANSWER_S = 150.0
 """Longest wait for an answer of the daemon, more than twice its default read deadline."""
 
 
-def save(location: Location, contents: Sequence[Content]) -> int:
-    """Have the daemon's cache hold what was uploaded to `location`. Returns the bytes that it
-    holds.
+class Saved(NamedTuple):
+    """The bytes that the cache has now, and the error because of which it has no more."""
 
-    It holds no file without an ETag, and none whose object is another one meanwhile. Raises
-    CkptfsError or OSError if the machine cannot mount, if the daemon does not take blocks from this
-    user, if the cache is full, or if a file changes. Then the cache holds a part.
+    bytes: int
+    error: CkptfsError | OSError | None
+
+
+def save(location: Location, contents: Sequence[Content]) -> Saved:
+    """Have the daemon's cache hold what was uploaded to `location`.
+
+    It holds no file without an ETag, and none whose object is another one meanwhile. There is an
+    error if the machine cannot mount, if the daemon does not take blocks from this user, if the
+    cache is full, or if a file or its object changes.
     """
     known = [content for content in contents if content.etag and content.source.size]
-    if not known:
-        return 0
     saved_bytes = 0
+    changed: list[CkptfsError | OSError] = []
 
     def count(length: int) -> None:
         nonlocal saved_bytes
         saved_bytes += length
 
-    with client.leased(location) as path, contextlib.ExitStack() as stack:
-        seats: SimpleQueue[_Seat] = SimpleQueue()
-        for _ in range(_THREADS):
-            seats.put(stack.enter_context(contextlib.closing(_Seat(os.path.basename(path)))))
-        WorkerThreads(_THREADS).work(_pieces(known, seats), count)
-    return saved_bytes
+    def works(seats: "SimpleQueue[_Seat]") -> "Iterator[Callable[[], int]]":
+        for content in known:
+            for first in range(0, block_count(content.source.size), PIECE_BLOCKS_MAX):
+                yield partial(_save_piece, content, first, seats, changed)
+
+    try:
+        if known:
+            with client.leased(location) as path, contextlib.ExitStack() as stack:
+                seats: SimpleQueue[_Seat] = SimpleQueue()
+                for _ in range(_THREADS):
+                    seat = _Seat(os.path.basename(path))
+                    seats.put(stack.enter_context(contextlib.closing(seat)))
+                WorkerThreads(_THREADS).work(works(seats), count)
+    except (CkptfsError, OSError) as error:
+        changed.insert(0, error)
+    return Saved(saved_bytes, next(iter(changed), None))
 
 
-def _pieces(
-    contents: Sequence[Content], seats: "SimpleQueue[_Seat]"
-) -> "Iterator[Callable[[], int]]":
-    for content in contents:
-        for first in range(0, block_count(content.source.size), PIECE_BLOCKS_MAX):
-            yield partial(_save_piece, content, first, seats)
-
-
-def _save_piece(content: Content, first: int, seats: "SimpleQueue[_Seat]") -> int:
+def _save_piece(
+    content: Content,
+    first: int,
+    seats: "SimpleQueue[_Seat]",
+    changed: list[CkptfsError | OSError],
+) -> int:
     seat = seats.get()
     try:
         return seat.save(content, first)
-    except ObjectChanged:
+    except ObjectChanged as error:
+        changed.append(error)
         return 0
     finally:
         seats.put(seat)

@@ -149,8 +149,8 @@ class ArrowUpload:
             within(self._finish_s, self._uploads.name, self._finish)
         return ""
 
-    def shown_etag(self) -> str:
-        return ""
+    def shown_etag(self) -> None:
+        return None
 
     def abort(self) -> None:
         if self._stream is not None:

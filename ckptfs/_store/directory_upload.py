@@ -27,7 +27,7 @@ import msgspec
 
 from ckptfs._model.manifest import METADATA_NAME, ListedFile, printable
 from ckptfs._model.wording import counted
-from ckptfs._store.base import Store
+from ckptfs._store.base import Store, pin_of
 from ckptfs._store.buffers import thread_buffer
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._store.retrying import Places, retry
@@ -36,6 +36,7 @@ from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_byte
 from ckptfs._store.worker_threads import Pace, WorkerThreads
 from ckptfs._store.wrappers import TimedStore
 from ckptfs.errors import (
+    CannotUpload,
     CheckpointNotFound,
     CkptfsError,
     StoreError,
@@ -57,6 +58,7 @@ _ABORT_S = 10.0
 """The longest time for the removal of unfinished objects, because the caller waits for its
 error."""
 _FILES_MAX = 10_000_000
+_COMPARED_BYTES = 8 << 20
 _SHOWN_MAX = 3
 
 Told = Callable[[int, int], None]
@@ -100,11 +102,9 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def upload_directory(
     top: str, store: Store, uploads: Uploads, wanted: Wanted, told: Told | None = None
-) -> tuple[Uploaded, Callable[[], list[Content]]]:
-    """Upload the files of the directory `top` to `store`, by `uploads`.
-
-    Returns also a function that returns what is at the store then, except the metadata. It may ask
-    the store.
+) -> tuple[Uploaded, list[Content]]:
+    """Upload the files of the directory `top` to `store`, by `uploads`. Returns also what is at the
+    store now, except the metadata.
 
     Raises:
         CheckpointNotFound, CheckpointIsFile: `top` or the bucket does not exist; or `top`, or the
@@ -114,8 +114,7 @@ def upload_directory(
         TargetExists: The target has other content.
         AccessDenied, StoreError: The store's answer, or the local directory's.
     """
-    files = files_in(top, wanted.include, uploads.fault_of)
-    run = _Run(top, files, TimedStore(store), uploads, wanted, told)
+    run = _Run(top, TimedStore(store), uploads, wanted, told)
     return run.run(), run.contents
 
 
@@ -149,9 +148,9 @@ class _File:
             self._left -= 1
             return not self._left
 
-    def shown_etag(self) -> str:
+    def shown_etag(self) -> str | None:
         """See ObjectUpload.shown_etag."""
-        return self._upload.shown_etag() if self._upload is not None else ""
+        return self._upload.shown_etag() if self._upload is not None else None
 
     def abort(self) -> None:
         """Remove the parts if the upload is not finished."""
@@ -160,19 +159,22 @@ class _File:
 
 
 class _Run:
-    """One upload."""
+    """One upload.
+
+    Attributes:
+        contents: What is at the store in the end, except the metadata.
+    """
 
     def __init__(
         self,
         top: str,
-        files: list[SourceFile],
         store: Store,
         uploads: Uploads,
         wanted: Wanted,
         told: Told | None,
     ) -> None:
         self._top = top
-        self._files = {file.path: file for file in files}
+        self._files = {file.path: file for file in files_in(top, wanted.include, uploads.fault_of)}
         self._metadata_file = self._files.pop(METADATA_NAME, None)
         self._metadata: bytes | None = None
         self._old_metadata: bytes | None = None
@@ -182,8 +184,8 @@ class _Run:
         self._told = told
         self._places = Places(_THREADS)
         self._etags: dict[str, str] = {}  # as the store has answered, by path
-        self._listed_etags: dict[str, str] = {}
         self._sent: dict[str, _File] = {}
+        self.contents: list[Content] = []
         self._done_bytes = 0
         self._total_bytes = 0
 
@@ -206,6 +208,7 @@ class _Run:
         self._etags = {path: there[path].etag for path in same}
         self._send_files(missing)
         self._verify()
+        self._check_unchanged()
         if metadata is not None and metadata == self._old_metadata:
             same.add(METADATA_NAME)
             self._count(len(metadata))
@@ -214,16 +217,6 @@ class _Run:
         known = [self._files[path].size if path in self._files else sizes[-1] for path in same]
         name = self._store.name
         return Uploaded(name, len(sizes), self._total_bytes, len(same), sum(known))
-
-    def contents(self) -> list[Content]:
-        """What is at the store, with the ETags that it shows."""
-        return [Content(file, self._shown_etag(path)) for path, file in self._files.items()]
-
-    def _shown_etag(self, path: str) -> str:
-        if self._etags[path] == self._listed_etags[path]:
-            return self._etags[path]
-        sent = self._sent.get(path)
-        return "" if sent is None else self._ask(sent.shown_etag)
 
     def _ask(self, call: Callable[[], T]) -> T:
         return retry(call, self._places) if self._uploads.repeats else call()
@@ -238,8 +231,8 @@ class _Run:
             return {}
 
     def _compared(self, there: dict[str, ListedFile]) -> tuple[set[str], list[str]]:
-        """The paths of the files that the store has already, and those with other content. Files
-        of which the store says nothing are in neither."""
+        """The paths of the files that the store has already, and those with other content. If the
+        store says nothing of a file, its object is read, unless it will be overwritten anyway."""
         candidates: list[SourceFile] = []
         others: list[str] = []
         for path, file in self._files.items():
@@ -253,6 +246,8 @@ class _Run:
         def compare(file: SourceFile) -> int:
             listed, digests = there[file.path], partial(file.md5s, check=threads.check)
             is_same = self._ask(lambda: self._uploads.is_same(listed, digests))
+            if is_same is None and not self._wanted.overwrite:
+                is_same = self._reads_same(file, listed, threads.check)
             if is_same:
                 same.add(file.path)
             elif is_same is not None:
@@ -261,6 +256,20 @@ class _Run:
 
         threads.work((partial(compare, file) for file in candidates), self._count)
         return same, sorted(others)
+
+    def _reads_same(self, file: SourceFile, listed: ListedFile, check: Callable[[], None]) -> bool:
+        """Whether an object of the same size has the bytes of the file."""
+        pin = pin_of(listed)
+        for offset in range(0, file.size, _COMPARED_BYTES):
+            check()
+            length = min(_COMPARED_BYTES, file.size - offset)
+            ours = memoryview(bytearray(length))
+            theirs = memoryview(bytearray(length))
+            file.read_into(offset, ours)
+            retry(partial(self._store.read_into, pin, offset, theirs), self._places)
+            if ours != theirs:
+                return False
+        return True
 
     def _refuse(self, there: dict[str, ListedFile], others: list[str]) -> None:
         """Raise TargetExists if the target has other content."""
@@ -300,7 +309,32 @@ class _Run:
                 raise other_bytes(what, f"{file.size} bytes", f"{found.size}")
             if contradicts(self._etags[path], found.etag):
                 raise other_bytes(what, self._etags[path], found.etag)
-            self._listed_etags[path] = found.etag
+            self.contents.append(Content(file, self._shown_etag(path, found.etag)))
+
+    def _shown_etag(self, path: str, listed: str) -> str:
+        """The ETag that the store shows for the uploaded object; "" if it is not known."""
+        if self._etags[path] == listed:
+            return listed
+        sent = self._sent.get(path)
+        shown = None if sent is None else self._ask(sent.shown_etag)
+        if shown == "":
+            raise StoreError(
+                f"{printable(path)} in {self._store.name}: another program has written it "
+                "meanwhile; choose another target, or end that program"
+            )
+        return shown or ""
+
+    def _check_unchanged(self) -> None:
+        """Raise CannotUpload if the directory has changed since the first look at it."""
+        for file in self._files.values():
+            file.check()
+        now = files_in(self._top, self._wanted.include, self._uploads.fault_of)
+        known = {*self._files, METADATA_NAME}
+        if new := [file.path for file in now if file.path not in known]:
+            raise CannotUpload(
+                f"{printable(os.path.join(self._top, new[0]))}: the file is new since the upload "
+                "began; upload a directory that no program writes to any more"
+            )
 
     # -- metadata
 

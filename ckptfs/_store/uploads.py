@@ -39,9 +39,9 @@ class ObjectUpload(Protocol):
         StoreError if the store has other bytes than were sent."""
         ...
 
-    def shown_etag(self) -> str:
-        """The ETag that the store shows for the finished object, if that is not the one that
-        `finish` has returned; "" if the store cannot tell it from another program's object."""
+    def shown_etag(self) -> str | None:
+        """The ETag that the store shows for the finished object; "" if the store has another
+        program's object there; None if the store cannot tell."""
         ...
 
     def abort(self) -> None:

@@ -17,7 +17,6 @@ import ckptfs
 from ckptfs import xattrs
 from ckptfs._client import client
 from ckptfs._model import attributes
-from ckptfs._model.protocol.requests import Activity
 from ckptfs.errors import CannotMount
 
 pytestmark = pytest.mark.mount
@@ -73,10 +72,6 @@ def test_a_restore_reads_nothing_of_what_was_uploaded_here(
         assert xattrs.get(path, attributes.CACHED) == str(SIZE + 5)
         status = node.status()
         assert (status["fetched_bytes"], status["taken_bytes"]) == (0, SIZE + 5)
-        if status["passthrough"] == "on":
-            with client.connect() as connection:
-                counts = connection.ask(Activity()).counts
-            assert (counts.opens, counts.kernel_opens) == (2, 2)
     assert s3.traffic().bytes_to_client < MIB  # listings, and the checks of versions
 
 

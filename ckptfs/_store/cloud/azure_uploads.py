@@ -2,13 +2,15 @@
 
 Each request with content has a Content-MD5, which Azure verifies. Blocks become visible when the
 list of them is stored ("Put Block List"). Azure keeps blocks without a list for a week, and they
-belong to no visible blob.
+belong to no visible blob. All uploads of a blob share these blocks. So the ids of an upload's
+blocks begin with random digits of its own.
 
 Azure has no checksum of a blob that was made of blocks. So the list comes with the MD5 of the MD5s
 of the blocks, in the blob's metadata. The next upload compares it with a local file.
 """
 
 import base64
+import secrets
 from collections.abc import Set
 from threading import Lock
 
@@ -85,6 +87,7 @@ class AzureUpload:
         self._key = key
         self._is_whole = is_whole
         self._what = what
+        self._block_ids = secrets.token_hex(8)  # their beginning
         self._lock = Lock()  # guards the one below
         self._digests: dict[int, bytes] = {}
         self._etag = ""
@@ -95,7 +98,7 @@ class AzureUpload:
         if self._is_whole:
             headers |= {"x-ms-blob-type": "BlockBlob", **_TYPE}
         else:
-            query = {"comp": "block", "blockid": _block_id(number)}
+            query = {"comp": "block", "blockid": self._block_id(number)}
         asked = Asked("PUT", self._key, query, headers, data, _CREATED, _PATIENCE_S)
         answered, _ = answer_to(self._client, asked, self._what)
         self._etag = etag_in(answered.get("etag", ""))
@@ -106,7 +109,7 @@ class AzureUpload:
         if self._is_whole:
             return self._etag
         numbers = sorted(self._digests)
-        blocks = "".join(f"<Latest>{_block_id(number)}</Latest>" for number in numbers)
+        blocks = "".join(f"<Latest>{self._block_id(number)}</Latest>" for number in numbers)
         text = f'<?xml version="1.0" encoding="utf-8"?><BlockList>{blocks}</BlockList>'
         headers = {_MARK: _mark_of([self._digests[number] for number in numbers]), **_TYPE}
         query, body = {"comp": "blocklist"}, text.encode()
@@ -114,16 +117,15 @@ class AzureUpload:
         answered, _ = answer_to(self._client, asked, self._what)
         return etag_in(answered.get("etag", ""))
 
-    def shown_etag(self) -> str:
-        return ""
+    def _block_id(self, number: int) -> str:
+        """The id of a block. All ids of a blob have the same length."""
+        return _base64(f"{self._block_ids}{number:06}".encode())
+
+    def shown_etag(self) -> None:
+        return None
 
     def abort(self) -> None:
         """Do nothing, because Azure removes blocks without a list itself."""
-
-
-def _block_id(number: int) -> str:
-    """The id of a block. All ids of a blob have the same length."""
-    return _base64(f"{number:06}".encode())
 
 
 def _mark_of(digests: list[bytes]) -> str:

@@ -152,8 +152,8 @@ class GoogleUpload:
     def finish(self) -> str:
         return self._etag
 
-    def shown_etag(self) -> str:
-        return ""
+    def shown_etag(self) -> None:
+        return None
 
     def abort(self) -> None:
         if self._query["uploadType"] != "media":

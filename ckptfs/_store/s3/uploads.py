@@ -188,11 +188,10 @@ class S3Multipart:
         self._upload_id = upload_id
         self._what = what
         self._mark = mark
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the rest
         self._etags: dict[int, str] = {}
         self._digests: dict[int, bytes] = {}
         self._has_md5_etags = True
-        self._is_tried = False
 
     def send(self, number: int, data: memoryview) -> None:
         query = {"partNumber": str(number), "uploadId": self._upload_id}
@@ -213,18 +212,19 @@ class S3Multipart:
         text = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
         query, headers = {"uploadId": self._upload_id}, {"content-type": "application/xml"}
         asked = Asked("POST", self._key, query, headers, text, patience_s=_FINISH_PATIENCE_S)
-        is_repeated, self._is_tried = self._is_tried, True
         try:
             with self._client.request(asked) as answer:
                 root = _root(read_all(answer, _ANSWER_BYTES_MAX), self._what)
             if _tag(root) == "Error":  # S3 sends the status before it has made the object
                 raise S3Error(500, _text(root, "Code"), _text(root, "Message"))
+            if _tag(root) != "CompleteMultipartUploadResult":
+                raise _web_page(self._what)
             found = etag_in(_text(root, "ETag"))
         except (S3Error, BrokenConnection) as error:
             is_gone = isinstance(error, S3Error) and error.code == "NoSuchUpload"
-            if not is_gone or not is_repeated:
+            found = self.shown_etag() if is_gone else ""  # an earlier answer may have been lost
+            if not found:
                 raise translate_error(error, self._what) from error
-            found, _ = _shown(self._client, self._key, self._what)  # an earlier answer was lost
         expected = etag_of([self._digests[number] for number in sorted(self._digests)])
         if self._has_md5_etags and contradicts(found, expected):
             raise other_bytes(self._what, expected, found)

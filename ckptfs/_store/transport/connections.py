@@ -125,7 +125,10 @@ class Connections:
             except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError) as error:
                 _end(connection)
                 if connection.idle_since_s:  # the server has just closed it, as it may
-                    continue
+                    if method != "POST":
+                        continue
+                    self.close_idle()  # it may have carried the request out, so callers repeat it
+                    raise
                 if endpoint.scheme == "https" or self.proxy:
                     raise
                 # Many servers that expect TLS close a connection that begins without it.

@@ -64,7 +64,7 @@ def test_put_compares_an_etag_that_is_an_md5(
     assert upload.finish() == f'"{etag}"'
     digest = base64.b64encode(hashlib.md5(b"hello").digest()).decode()
     (asked,) = client.asked
-    assert (asked.method, asked.key, asked.headers) == ("PUT", "run/x", {"content-md5": digest})
+    assert (asked.method, asked.key, asked.headers["content-md5"]) == ("PUT", "run/x", digest)
     assert asked.body_digest == "UNSIGNED-PAYLOAD"
 
 
@@ -90,23 +90,52 @@ def test_finish_compares_the_etag_of_the_parts(part: str, whole: str, fails: boo
     assert client.bodies[-1].index(b"<PartNumber>1<") < client.bodies[-1].index(b"<PartNumber>2<")
 
 
-def test_finish_finds_the_object_after_a_lost_answer() -> None:
+MARK = "x-amz-meta-ckptfs-upload"
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_finish_after_a_lost_answer_takes_no_other_object_for_its_own(
+    is_ours: bool, is_repeated: bool
+) -> None:
     part = Reply(headers={"etag": f'"{MD5}"'})
     failed = Reply(body=b"<Error><Code>InternalError</Code></Error>")  # with the status 200
-    head = Reply(headers={"etag": f'"{WHOLE}"'})
-    _, upload = begun(part, part, failed, refusal(404, "NoSuchUpload"), head)
+    client, upload = begun(part, part, *([failed] if is_repeated else []))
     upload.send(1, DATA)
     upload.send(2, DATA)
-    with pytest.raises(StoreUnavailable):
-        upload.finish()
-    assert upload.finish() == f'"{WHOLE}"'
+    if is_repeated:
+        with pytest.raises(StoreUnavailable):
+            upload.finish()
+    mark = client.asked[0].headers[MARK] if is_ours else "another"
+    head = Reply(headers={"etag": f'"{OTHER}"', MARK: mark})
+    client.answers = [refusal(404, "NoSuchUpload"), head]
+    if is_ours:
+        client.answers[1] = Reply(headers={"etag": f'"{OTHER}-2"', MARK: mark})
+        with pytest.raises(StoreError, match="the store has other bytes"):
+            upload.finish()
+        client.answers = [
+            refusal(404, "NoSuchUpload"),
+            Reply(headers={"etag": f'"{WHOLE}"', MARK: mark}),
+        ]
+        assert upload.finish() == f'"{WHOLE}"'
+    else:
+        with pytest.raises(StoreError, match="another program has ended the upload"):
+            upload.finish()
 
 
-def test_finish_of_an_upload_that_another_program_has_ended_is_an_error() -> None:
-    part = Reply(headers={"etag": f'"{MD5}"'})
-    _, upload = begun(part, refusal(404, "NoSuchUpload"))
+def test_shown_etag_is_that_of_the_own_object_only() -> None:
+    client, upload = begun(Reply(headers={"etag": f'"{MD5}"'}), size=5)
     upload.send(1, DATA)
-    with pytest.raises(StoreError, match="another program has ended the upload"):
+    mark = client.asked[0].headers[MARK]
+    for shown, expected in ((mark, '"0123"'), ("another", "")):
+        client.answers = [Reply(headers={"etag": '"0123"', MARK: shown})]
+        assert upload.shown_etag() == expected
+
+
+def test_finish_refuses_an_answer_that_is_not_of_s3() -> None:
+    _, upload = begun(Reply(headers={"etag": f'"{MD5}"'}), Reply(body=b"<html>login</html>"))
+    upload.send(1, DATA)
+    with pytest.raises(StoreError, match="not that of S3"):
         upload.finish()
 
 
