@@ -4,8 +4,12 @@
 
 Object stores show an object when its stream is closed. pyarrow cannot drop a stream, so a failed
 upload closes it and removes the object. Other filesystems write in place. There the stream writes a
-temporary file beside the object, which is renamed when it is complete. The name of the temporary
-file depends on that of the object only, so the next upload replaces it.
+temporary file beside the object, which is renamed when it is complete.
+
+The name of the temporary file has a digest of the object's name and a random part, so two uploads
+never write to one file. An upload first removes the temporary files with the digests of its
+objects. Killed uploads have left them, or another program is writing them. That program finds its
+file missing when it would rename it, and its upload fails.
 
 Such a filesystem says nothing of the content that ckptfs could compare. Only a local file is read
 again for that.
@@ -19,6 +23,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Set
 from typing import Any
 
@@ -30,7 +35,7 @@ from ckptfs._store.arrow import translate_error
 from ckptfs._store.buffers import leave_thread_buffer
 from ckptfs._store.request_context import current_progress
 from ckptfs._store.source import SourceFile
-from ckptfs._store.uploads import Digests
+from ckptfs._store.uploads import Digests, other_bytes
 from ckptfs._store.wrappers import ANSWER_S, LISTING_S, within
 from ckptfs.errors import AccessDenied, CkptfsError, StoreError, StoreTimeout
 
@@ -41,7 +46,9 @@ _FINISHED_BYTES_PER_S = 1 << 20
 _NO_SPACE = frozenset([errno.ENOSPC, errno.EDQUOT])
 _IN_PLACE = re.compile(r"\b((web)?hdfs|local|mock|s?ftp|smb|ssh)\b")
 """The types of filesystems that have directories, write in place, and can rename."""
-_BEGIN, _END = ".", ".ckptfs-upload"
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32})(\.[0-9a-f]{16})?\.ckptfs-upload")
+"""The names of temporary files. The digest is the first group, and the random part the second one,
+which earlier releases lacked."""
 
 
 class ArrowUploads:
@@ -70,11 +77,31 @@ class ArrowUploads:
             full = f"{self._root}/{folder}".rstrip("/")
             with self.translated(folder):
                 within(ANSWER_S, self.name, self._fs.create_dir, full, recursive=True)
-        asides = [_aside(f"{self._root}/{path}") for path in paths]
-        with self.translated(""):
-            for info in within(ANSWER_S, self.name, self._fs.get_file_info, asides):
+            self._remove_left(full, folder, paths)
+
+    def _remove_left(self, full: str, folder: str, paths: Set[str]) -> None:
+        """Remove the temporary files of objects of one directory."""
+        wanted = {_digest(path) for path in paths if path.rpartition("/")[0] == folder}
+        with self.translated(folder):
+            names = within(LISTING_S, self.name, self._names_in, full)
+        for name in names:
+            match = _TEMPORARY.fullmatch(name)
+            path = f"{folder}/{name}" if folder else name
+            if match and match[1] in wanted and path not in paths:
+                with self.translated(path), contextlib.suppress(FileNotFoundError):
+                    within(ANSWER_S, self.name, self._fs.delete_file, f"{full}/{name}")
+
+    def _names_in(self, full: str) -> list[str]:
+        """The names of the files of a directory that are valid UTF-8."""
+        if self._is_local:
+            with os.scandir(full or "/") as entries:
+                return [each.name for each in entries if not each.is_dir(follow_symlinks=False)]
+        names: list[str] = []
+        for info in self._fs.get_file_info(pafs.FileSelector(full, allow_not_found=True)):
+            with contextlib.suppress(UnicodeDecodeError):
                 if info.type == pafs.FileType.File:
-                    self._fs.delete_file(info.path)
+                    names.append(info.base_name)
+        return names
 
     def is_same(self, listed: ListedFile, digests: Digests) -> bool | None:
         if not self._is_local:
@@ -93,8 +120,7 @@ class ArrowUploads:
             within(ANSWER_S, self.name, self._fs.delete_file, f"{self._root}/{path}")
 
     def is_own(self, path: str) -> bool:
-        name = path.rpartition("/")[2]
-        return self._renames and name.startswith(_BEGIN) and name.endswith(_END)
+        return self._renames and bool(_TEMPORARY.fullmatch(path.rpartition("/")[2]))
 
     @contextlib.contextmanager
     def translated(self, path: str) -> Any:
@@ -131,8 +157,9 @@ class ArrowUpload:
         self._fs = filesystem
         self._full = full
         self._path = path
+        self._size = size
         self._finish_s = LISTING_S + size / _FINISHED_BYTES_PER_S
-        self._written = _aside(full) if renames else full
+        self._written = _temporary(full) if renames else full
         self._stream: Any = None
 
     def send(self, number: int, data: memoryview) -> None:
@@ -159,18 +186,42 @@ class ArrowUpload:
 
     def _write(self, data: memoryview) -> None:
         if self._stream is None:
-            self._stream = self._fs.open_output_stream(self._written, compression=None)
+            if isinstance(self._fs, pafs.LocalFileSystem):
+                self._stream = open(self._written, "xb")  # noqa: SIM115 - `_finish` closes it
+            else:
+                self._stream = self._fs.open_output_stream(self._written, compression=None)
         self._stream.write(data)
 
     def _finish(self) -> None:
+        is_local = isinstance(self._fs, pafs.LocalFileSystem)
+        if is_local:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self._stream.close()
         if self._written == self._full:
             return
-        if isinstance(self._fs, pafs.LocalFileSystem):
-            _flush(self._written)
-        elif self._fs.get_file_info(self._full).type == pafs.FileType.File:
+        self._check_written()
+        if not is_local and self._fs.get_file_info(self._full).type == pafs.FileType.File:
             self._fs.delete_file(self._full)  # HDFS replaces no file
-        self._fs.move(self._written, self._full)
+        try:
+            self._fs.move(self._written, self._full)
+        except FileNotFoundError:
+            raise self._removed() from None
+
+    def _check_written(self) -> None:
+        """Raise StoreError unless the temporary file has all bytes."""
+        info = self._fs.get_file_info(self._written)
+        if info.type != pafs.FileType.File:
+            raise self._removed()
+        if info.size is not None and info.size != self._size:
+            what = f"{printable(self._path)} in {self._uploads.name}"
+            raise other_bytes(what, f"{self._size} bytes", f"{info.size}")
+
+    def _removed(self) -> StoreError:
+        return StoreError(
+            f"{printable(self._path)} in {self._uploads.name}: another program has removed the "
+            "temporary file, probably an upload to the same target; end that one, and upload again"
+        )
 
     def _abort(self) -> None:
         with contextlib.suppress(OSError, pa.ArrowException):
@@ -179,16 +230,13 @@ class ArrowUpload:
             self._fs.delete_file(self._written)
 
 
-def _aside(full: str) -> str:
-    folder, slash, name = full.rpartition("/")
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return f"{folder}{slash}{_BEGIN}{digest}{_END}"
+def _digest(path: str) -> str:
+    """The digest of an object's name in that of its temporary file."""
+    name = path.rpartition("/")[2]
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
-def _flush(path: str) -> None:
-    """Have the kernel write a file to the disk."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+def _temporary(full: str) -> str:
+    """A new name for the temporary file of an object."""
+    folder, slash, _ = full.rpartition("/")
+    return f"{folder}{slash}.{_digest(full)}.{secrets.token_hex(8)}.ckptfs-upload"

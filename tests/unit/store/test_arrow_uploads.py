@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyarrow.fs import FileType, LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem as LocalFileSystemOfFsspec
+from pyarrow.fs import FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from ckptfs._store import arrow_uploads
 from ckptfs._store.arrow_uploads import ArrowUploads
@@ -49,7 +50,8 @@ class ObjectStore:
 
     def get_file_info(self, path: str) -> Any:
         kind = FileType.File if path in self.objects else FileType.NotFound
-        return type("Info", (), {"type": kind, "path": path})
+        size = len(self.objects.get(path, b""))
+        return type("Info", (), {"type": kind, "path": path, "size": size})
 
 
 def raised(error: Exception) -> Any:
@@ -115,3 +117,83 @@ def test_temporary_files_of_killed_uploads_go(tmp_path: Path) -> None:
     for each in begun:
         each.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_same_name", [True, False])
+def test_temporary_file_that_is_uploaded_itself_stays(is_same_name: bool, tmp_path: Path) -> None:
+    uploads = ArrowUploads(LocalFileSystem(), str(tmp_path), "uri")
+    upload = uploads.begin("a", 4)
+    upload.send(1, memoryview(b"data"))
+    (left,) = (file.name for file in tmp_path.iterdir())
+    uploads.prepare({"a", left} if is_same_name else {"a"})
+    assert (tmp_path / left).exists() == is_same_name
+    upload.abort()
+
+
+def filesystem_of(kind: str) -> Any:
+    if kind == "local":
+        return LocalFileSystem()
+    return PyFileSystem(FSSpecHandler(LocalFileSystemOfFsspec()))
+
+
+@pytest.mark.parametrize("kind", ["local", "fsspec"])
+def test_two_uploads_to_one_place_share_no_file(kind: str, tmp_path: Path) -> None:
+    begun: list[Any] = []
+    for text in (b"one", b"two"):
+        uploads = ArrowUploads(filesystem_of(kind), str(tmp_path), "uri")
+        begun.append(uploads.begin("x", 6))
+        begun[-1].send(1, memoryview(text))
+    for each, text in zip(begun, (b"ONE", b"TWO"), strict=True):
+        each.send(2, memoryview(text))
+    for each, text in zip(begun, (b"oneONE", b"twoTWO"), strict=True):
+        each.finish()
+        assert (tmp_path / "x").read_bytes() == text
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["local", "fsspec"])
+def test_upload_whose_temporary_file_another_one_removes_is_an_error(
+    kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    first = ArrowUploads(filesystem_of(kind), str(tmp_path), "uri").begin("x", 4)
+    first.send(1, memoryview(b"data"))
+    uploads = ArrowUploads(filesystem_of(kind), str(tmp_path), "uri")
+    uploads.prepare({"x"})
+    second = uploads.begin("x", 5)
+    second.send(1, memoryview(b"oth"))
+    with pytest.raises(StoreError, match="x in uri: another program has removed the temporary"):
+        first.finish()
+    first.abort()
+    assert (tmp_path / "x").read_bytes() == b"old"
+    second.send(2, memoryview(b"er"))
+    second.finish()
+    assert (tmp_path / "x").read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("type_name", ["hdfs", "py::fsspec+sftp"])
+def test_temporary_file_that_lacks_bytes_replaces_nothing(type_name: str) -> None:
+    store = ObjectStore(type_name)
+    store.objects["top/x"] = b"old"
+    upload = ArrowUploads(store, "top", "uri").begin("x", 5)  # type: ignore[arg-type]
+    upload.send(1, memoryview(b"data"))
+    with pytest.raises(StoreError, match="x in uri: the store has other bytes"):
+        upload.finish()
+    assert store.objects["top/x"] == b"old"
+
+
+def test_removal_that_hangs_is_an_error_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = ArrowUploads(filesystem_of("fsspec"), str(tmp_path), "uri")
+    upload = uploads.begin("x", 4)
+    upload.send(1, memoryview(b"data"))
+    released = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystemOfFsspec, "rm_file", lambda *_: released.wait())
+        patched.setattr(LocalFileSystemOfFsspec, "rm", lambda *_, **__: released.wait())
+        patched.setattr(arrow_uploads, "ANSWER_S", 0.5)
+        with pytest.raises(StoreTimeout, match="no answer within"):
+            uploads.prepare({"x"})
+        released.set()
+    upload.abort()
