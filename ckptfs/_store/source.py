@@ -4,13 +4,16 @@ A file may not change while it is read. Its inode, size and modification time ar
 the first byte, around each part, and after the last byte. Times change in ticks, so the reads begin
 when the ticks of all times are over (see ``timestamps``).
 
-The walk follows links that lead to a place in the same directory.
+The walk follows links that lead to a place in the same directory. Other links are refused if
+``include`` matches them or a file below them, so a checkpoint never lacks a file that the caller
+named.
 """
 
 import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
@@ -32,6 +35,9 @@ T = TypeVar("T")
 
 _PIECE_BYTES = 1 << 20
 """The bytes that are read at once for a checksum. They stay in the processor's cache."""
+_DIRECTORIES_OUTSIDE_MAX = 50_000
+"""The most directories that are searched below a link that leads out of the directory. A search
+takes about a second."""
 _GONE = frozenset([errno.ENOENT, errno.ENOTDIR])
 _DENIED = frozenset([errno.EACCES, errno.EPERM])
 
@@ -141,7 +147,7 @@ def files_in(
     another time. Raises CheckpointNotFound, CheckpointIsFile, AccessDenied; CannotUpload for a file
     that cannot be uploaded.
     """
-    walk = _Walk(top, any_matcher(include or ["*"]), fault_of)
+    walk = _Walk(top, include or ["*"], fault_of)
     try:
         if not stat.S_ISDIR(os.stat(top).st_mode):
             raise CheckpointIsFile(f"{printable(top)} is a file, not a directory; name a directory")
@@ -164,12 +170,13 @@ class _Walk:
     """One walk of a directory."""
 
     def __init__(
-        self, top: str, is_in: Callable[[str], bool], fault_of: Callable[[str], str | None]
+        self, top: str, globs: Sequence[str], fault_of: Callable[[str], str | None]
     ) -> None:
         self.files: list[SourceFile] = []
         self._top = top
         self._real_top = os.path.realpath(top)
-        self._is_in = is_in
+        self._is_in = any_matcher(globs)
+        self._globs = globs
         self._fault_of = fault_of
 
     def add(self, below: str, inside: frozenset[str]) -> None:
@@ -190,20 +197,19 @@ class _Walk:
     def _take(self, path: str, inside: frozenset[str]) -> None:
         full = os.path.join(self._top, path)
         is_in = self._is_in(path)
+        is_link = os.path.islink(full)
         try:
-            if os.path.islink(full) and not self._is_below(full):
-                if is_in:
-                    raise self._refused(path, "the link leads out of the directory")
-                return
             status = os.stat(full)
         except OSError as error:
-            if isinstance(error, CkptfsError):
-                raise
-            if not is_in:
+            if not is_in and not (is_link and self._may_match_below(path)):
                 return
-            if error.errno in _GONE and os.path.islink(full):
+            if is_link and (error.errno in _GONE or error.errno == errno.ELOOP):
                 raise self._refused(path, "the link leads nowhere") from None
             raise translated(error, full) from error
+        if is_link and not self._is_below(full):
+            if is_in or (stat.S_ISDIR(status.st_mode) and self._matches_outside(path)):
+                raise self._refused(path, "the link leads out of the directory")
+            return
         if stat.S_ISDIR(status.st_mode):
             self.add(path, inside)
         elif is_in:
@@ -213,9 +219,56 @@ class _Walk:
                 raise self._refused(path, fault)
             self.files.append(SourceFile(self._top, path, status))
 
+    def _may_match_below(self, path: str) -> bool:
+        """Whether a glob may match a file below `path`, if `path` were a directory."""
+        below = f"{path}/"
+        for glob in self._globs:
+            literal = re.split(r"[*?[]", glob, maxsplit=1)[0]
+            if len(literal) < len(glob) and below.startswith(literal):
+                return True
+            if literal.startswith(below):
+                return True
+        return False
+
+    def _matches_outside(self, path: str) -> bool:
+        """Whether `include` matches a file below a link to a directory outside, or there are too
+        many directories to tell."""
+        left: list[tuple[str, frozenset[tuple[int, int]]]] = [(path, frozenset())]
+        count = 0
+        while left:
+            below, inside = left.pop()
+            if not self._may_match_below(below):
+                continue
+            full = os.path.join(self._top, below)
+            try:
+                status = os.stat(full)
+                identity = status.st_dev, status.st_ino
+                if identity in inside:
+                    continue
+                count += 1
+                if count > _DIRECTORIES_OUTSIDE_MAX:
+                    return True
+                with os.scandir(full) as entries:
+                    for entry in entries:
+                        name = f"{below}/{entry.name}"
+                        if _is_directory(entry):
+                            left.append((name, inside | {identity}))
+                        elif self._is_in(name):
+                            return True
+            except OSError as error:
+                raise translated(error, full) from error
+        return False
+
     def _is_below(self, full: str) -> bool:
         return os.path.realpath(full).startswith(f"{self._real_top.rstrip('/')}/")
 
     def _refused(self, path: str, why: str) -> CannotUpload:
         shown = printable(os.path.join(self._top, path))
         return CannotUpload(f"{shown}: {why}; remove it, or leave it out with include")
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

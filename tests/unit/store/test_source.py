@@ -97,3 +97,59 @@ def test_file_that_may_not_be_read_is_denied(top: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(source.os, "open", deny)
     with pytest.raises(AccessDenied, match="x: access denied"):
         file.md5s(1000)
+
+
+@pytest.fixture
+def outside(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a file, a link to itself, and a link to the directory above it."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "config.json").touch()
+    (folder / "self").symlink_to(".")
+    (folder / "loop").symlink_to("loop")
+    (folder / "twin").symlink_to("deep")
+    (folder / "deep" / "up").symlink_to("..")
+    return folder
+
+
+def included(top: Path, *include: str) -> list[str]:
+    return [file.path for file in files_in(str(top), include, lambda _: None)]
+
+
+@pytest.mark.parametrize(
+    "include", ["model/*", "*.json", "mod*config*", "model", "model/deep/c*", "*/twin/*"]
+)
+def test_link_out_of_the_directory_is_refused_for_the_files_below_it(
+    include: str, top: Path, outside: Path
+) -> None:
+    (top / "model").symlink_to(outside)
+    with pytest.raises(CannotUpload, match="model: the link leads out of the directory"):
+        included(top, include, "x")
+
+
+@pytest.mark.parametrize("include", ["x", "*.bin", "other/*", "modelx/*"])
+def test_link_out_of_the_directory_is_left_out_if_nothing_matches(
+    include: str, top: Path, outside: Path
+) -> None:
+    (top / "model").symlink_to(outside)
+    assert included(top, include, "x") == ["x"]
+
+
+@pytest.mark.parametrize("to", ["missing", "model"])
+@pytest.mark.parametrize("include", ["model/*", "*.json", "mod*", "model", "model/a/x", "[m]odel"])
+def test_link_that_leads_nowhere_is_refused_if_a_file_below_it_could_match(
+    include: str, to: str, top: Path
+) -> None:
+    (top / "model").symlink_to(to)
+    with pytest.raises(CannotUpload, match="model: the link leads nowhere"):
+        included(top, include, "x")
+    assert included(top, "x", "other/*", "modelx/*") == ["x"]
+
+
+def test_link_to_more_directories_than_can_be_searched_is_refused(
+    top: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (top / "model").symlink_to(outside)
+    monkeypatch.setattr(source, "_DIRECTORIES_OUTSIDE_MAX", 2)
+    with pytest.raises(CannotUpload, match="model: the link leads out of the directory"):
+        included(top, "*.bin")
