@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 from ckptfs import errors
 from ckptfs._client import client, save
-from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._model.manifest import METADATA_NAME, printable
 from ckptfs._store.copy import Progress
 from ckptfs._store.describe import describe
 from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_directory
 from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
+from ckptfs._store.source import file_in
 from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
 
 _log = logging.getLogger(__name__)
@@ -146,13 +147,12 @@ def _metadata(top: str, given: Mapping[str, Any]) -> bytes:
     """The bytes of the metadata file: the directory's keys, and those that are given."""
     if not isinstance(given, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"metadata must be a dict, not {type(given).__name__}")
-    path = os.path.join(top, METADATA_NAME)
+    path = printable(os.path.join(top, METADATA_NAME))
+    file = file_in(top, METADATA_NAME)
     stored: Any = {}
     try:
-        with open(path, "rb") as file:
-            stored = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        if file is not None:
+            stored = json.loads(file.read())
     except (ValueError, RecursionError) as error:
         raise errors.MetadataError(
             f"{path} is not JSON ({error}); correct the file, or remove it"

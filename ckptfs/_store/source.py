@@ -57,6 +57,12 @@ class SourceFile:
         with self._opened() as file:
             self._read(file, offset, buffer)
 
+    def read(self) -> bytes:
+        """All bytes. Raises as `read_into`."""
+        buffer = bytearray(self.size)
+        self.read_into(0, memoryview(buffer))
+        return bytes(buffer)
+
     def md5s(self, part_bytes: int, check: Callable[[], None] = lambda: None) -> list[bytes]:
         """The MD5 of each part. `check` is called often, and may raise. Raises as `read_into`."""
         with self._opened() as file:
@@ -164,6 +170,24 @@ def files_in(
     for file in walk.files:
         wait_until_settled(file.mtime_ns)
     return sorted(walk.files, key=lambda file: file.path)
+
+
+def file_in(top: str, path: str) -> SourceFile | None:
+    """The file `path` below `top`; None if it does not exist.
+
+    Waits as `files_in`. Raises AccessDenied; CannotUpload if it is not a file.
+    """
+    full = os.path.join(top, path)
+    try:
+        status = os.stat(full)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise translated(error, full) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotUpload(f"{printable(full)} is not a file; remove it")
+    wait_until_settled(status.st_mtime_ns)
+    return SourceFile(top, path, status)
 
 
 class _Walk:

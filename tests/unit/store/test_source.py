@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ckptfs
 from ckptfs._store import source
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs.errors import AccessDenied, CannotUpload
@@ -153,3 +154,46 @@ def test_link_to_more_directories_than_can_be_searched_is_refused(
     monkeypatch.setattr(source, "_DIRECTORIES_OUTSIDE_MAX", 2)
     with pytest.raises(CannotUpload, match="model: the link leads out of the directory"):
         included(top, "*.bin")
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_directory])
+def test_metadata_that_is_not_a_file_is_refused(
+    make: Callable[[Path], None], top: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (top / ".metadata.json").touch()
+    make(top / ".metadata.json")
+    target = tmp_path_factory.mktemp("target") / "copy"
+    with pytest.raises(CannotUpload, match=r"\.metadata\.json is not a file; remove it"):
+        ckptfs.upload(top, target, metadata={"step": 1}, include=["x"])
+    assert not target.exists()
+
+
+def test_metadata_that_may_not_be_read_is_denied(
+    top: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (top / ".metadata.json").write_text("{}")
+    opened = os.open
+
+    def deny(path: str, *more: int, **options: int) -> int:
+        if str(path).endswith("/.metadata.json"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(source.os, "open", deny)
+    target = tmp_path_factory.mktemp("target") / "copy"
+    with pytest.raises(AccessDenied, match=r"\.metadata\.json: access denied"):
+        ckptfs.upload(top, target, metadata={"step": 1}, include=["x"])
+    assert not target.exists()
+
+
+def test_only_a_missing_file_is_none(top: Path) -> None:
+    file = source.file_in(str(top), "x")
+    assert file is not None
+    assert file.read() == DATA
+    assert source.file_in(str(top), "missing") is None
+    assert source.file_in(str(top), "x/missing") is None
