@@ -9,7 +9,8 @@ temporary file beside the object, which is renamed when it is complete.
 The name of the temporary file has a digest of the object's name and a random part, so two uploads
 never write to one file. An upload first removes the temporary files with the digests of its
 objects. Killed uploads have left them, or another program is writing them. That program finds its
-file missing when it would rename it, and its upload fails.
+file missing when it would rename it, and its upload fails. The same holds for the temporary files
+of ``.metadata.json``, which `Store.put` writes in the target's directory.
 
 Such a filesystem says nothing of the content that ckptfs could compare. Only a local file is read
 again for that.
@@ -30,7 +31,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from ckptfs._model.manifest import ListedFile, printable
+from ckptfs._model.manifest import METADATA_NAME, ListedFile, printable
 from ckptfs._store.arrow import translate_error
 from ckptfs._store.buffers import leave_thread_buffer
 from ckptfs._store.request_context import current_progress
@@ -51,6 +52,10 @@ _TEMPORARY = re.compile(r"\.([0-9a-f]{32})(\.[0-9a-f]{16})?\.ckptfs-upload")
 which earlier releases lacked."""
 
 
+_TEMPORARY_METADATA = re.compile(re.escape(METADATA_NAME) + r"\.[0-9a-f]{32}")
+"""The names of the temporary files of `LocalStore.put` and `ArrowStore.put`."""
+
+
 class ArrowUploads:
     """Uploads to the directory `root` of a filesystem. `name` is the URI, for messages."""
 
@@ -63,6 +68,7 @@ class ArrowUploads:
         self.name = name
         self._renames = bool(_IN_PLACE.search(filesystem.type_name))
         self._is_local = isinstance(filesystem, pafs.LocalFileSystem)
+        self._leaves_metadata = self._is_local or isinstance(filesystem, pafs.PyFileSystem)
 
     def part_bytes(self, size: int) -> int:
         return PART_BYTES
@@ -72,6 +78,8 @@ class ArrowUploads:
 
     def prepare(self, paths: Set[str]) -> None:
         if not self._renames:
+            if self._leaves_metadata:
+                self._remove_left(self._root, "", paths)
             return
         for folder in {"", *(path.rpartition("/")[0] for path in paths)}:
             full = f"{self._root}/{folder}".rstrip("/")
@@ -87,7 +95,8 @@ class ArrowUploads:
         for name in names:
             match = _TEMPORARY.fullmatch(name)
             path = f"{folder}/{name}" if folder else name
-            if match and match[1] in wanted and path not in paths:
+            is_left = bool(match and match[1] in wanted) or self._is_metadata(path)
+            if is_left and path not in paths:
                 with self.translated(path), contextlib.suppress(FileNotFoundError):
                     within(ANSWER_S, self.name, self._fs.delete_file, f"{full}/{name}")
 
@@ -120,7 +129,11 @@ class ArrowUploads:
             within(ANSWER_S, self.name, self._fs.delete_file, f"{self._root}/{path}")
 
     def is_own(self, path: str) -> bool:
-        return self._renames and bool(_TEMPORARY.fullmatch(path.rpartition("/")[2]))
+        is_temporary = self._renames and _TEMPORARY.fullmatch(path.rpartition("/")[2])
+        return bool(is_temporary) or self._is_metadata(path)
+
+    def _is_metadata(self, path: str) -> bool:
+        return self._leaves_metadata and bool(_TEMPORARY_METADATA.fullmatch(path))
 
     @contextlib.contextmanager
     def translated(self, path: str) -> Any:

@@ -1,14 +1,19 @@
 """Uploads by streams of pyarrow: a library that hangs or fails leaves no half file."""
 
 import errno
+import subprocess
+import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem as LocalFileSystemOfFsspec
+from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
 
+import ckptfs
 from ckptfs._store import arrow_uploads
 from ckptfs._store.arrow_uploads import ArrowUploads
 from ckptfs.errors import AccessDenied, StoreError, StoreTimeout
@@ -197,3 +202,37 @@ def test_removal_that_hangs_is_an_error_in_time(
             uploads.prepare({"x"})
         released.set()
     upload.abort()
+
+
+@pytest.mark.parametrize("kind", ["local", "fsspec", "memory"])
+def test_metadata_of_killed_uploads_goes(kind: str, tmp_path: Path) -> None:
+    if kind == "memory":
+        filesystem = PyFileSystem(FSSpecHandler(MemoryFileSystem()))
+        root = f"/{uuid.uuid4().hex}"
+    else:
+        filesystem, root = filesystem_of(kind), str(tmp_path / "target")
+    uploads = ArrowUploads(filesystem, root, "uri")
+    uploads.prepare({"x"})
+    left, foreign = f".metadata.json.{uuid.uuid4().hex}", ".metadata.json.backup"
+    kept = f".metadata.json.{uuid.uuid4().hex}"
+    filesystem.create_dir(f"{root}/below")
+    names = (left, kept, foreign, f"below/{left}")
+    for name in names:
+        filesystem.open_output_stream(f"{root}/{name}").close()
+    assert [name for name in names if uploads.is_own(name)] == [left, kept]
+    uploads.prepare({"x", kept})
+    found = filesystem.get_file_info([f"{root}/{name}" for name in names])
+    assert [info.type == FileType.File for info in found] == [False, True, True, True]
+
+
+def test_target_with_metadata_of_a_killed_upload_is_completed(tmp_path: Path) -> None:
+    top, target = tmp_path / "top", tmp_path / "target"
+    top.mkdir()
+    (top / "x").write_bytes(b"data")
+    code = "import os, sys, ckptfs\nos.replace = lambda *_: os._exit(9)\n"
+    code += "ckptfs.upload(*sys.argv[1:], metadata={'step': 1}, cache=False)"
+    done = subprocess.run([sys.executable, "-c", code, str(top), str(target)], check=False)
+    assert done.returncode == 9
+    assert len(list(target.glob(".metadata.json.*"))) == 1
+    ckptfs.upload(top, target, metadata={"step": 1}, cache=False)
+    assert {file.name for file in target.iterdir()} == {"x", ".metadata.json"}
