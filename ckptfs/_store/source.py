@@ -163,7 +163,7 @@ def files_in(
         if error.errno in _GONE:
             raise CheckpointNotFound(f"{printable(top)} does not exist; check the path") from None
         raise translated(error, top) from error
-    walk.add("", frozenset())
+    walk.run()
     if not walk.files:
         what = "has no file that include matches" if include else "has no files"
         raise CannotUpload(f"{printable(top)} {what}; name the directory of a checkpoint")
@@ -201,41 +201,55 @@ class _Walk:
         self._real_top = os.path.realpath(top)
         self._is_in = any_matcher(globs)
         self._globs = globs
+        # Directories that are still to be added: the path below the top, and the devices and inodes
+        # of the directories around it. Recursion would end at some hundred levels.
+        self._left: list[tuple[str, frozenset[tuple[int, int]]]] = []
         self._fault_of = fault_of
 
-    def add(self, below: str, inside: frozenset[str]) -> None:
-        """Add the files of the directory `below`. `inside` has the real paths of it and of the
-        directories around it."""
+    def run(self) -> None:
+        """Add the files of all directories."""
+        self._left.append(("", frozenset()))
+        while self._left:
+            self._add(*self._left.pop())
+
+    def _add(self, below: str, inside: frozenset[tuple[int, int]]) -> None:
+        """Add the files of the directory `below`. `inside` identifies the directories around it."""
         full = os.path.join(self._top, below)
-        real = os.path.realpath(full)
-        if real in inside:
-            raise self._refused(below, "the link leads to a directory above it")
         try:
+            status = os.stat(full)
+            identity = status.st_dev, status.st_ino
+            if identity in inside:
+                raise self._refused(below, "the link leads to a directory above it")
             with os.scandir(full) as entries:
                 names = sorted(entry.name for entry in entries)
         except OSError as error:
-            raise translated(error, full) from error
+            if isinstance(error, CkptfsError):
+                raise
+            raise self._translated(error, below) from error
+        inner = inside | {identity}
         for name in names:
-            self._take(f"{below}/{name}" if below else name, inside | {real})
+            self._take(f"{below}/{name}" if below else name, inner)
 
-    def _take(self, path: str, inside: frozenset[str]) -> None:
+    def _take(self, path: str, inside: frozenset[tuple[int, int]]) -> None:
         full = os.path.join(self._top, path)
         is_in = self._is_in(path)
         is_link = os.path.islink(full)
         try:
             status = os.stat(full)
         except OSError as error:
-            if not is_in and not (is_link and self._may_match_below(path)):
+            is_gone = error.errno in _GONE
+            may_be_removed = is_gone and not is_link
+            if not is_in and (may_be_removed or not self._may_match_below(path)):
                 return
-            if is_link and (error.errno in _GONE or error.errno == errno.ELOOP):
+            if is_link and (is_gone or error.errno == errno.ELOOP):
                 raise self._refused(path, "the link leads nowhere") from None
-            raise translated(error, full) from error
+            raise self._translated(error, path) from error
         if is_link and not self._is_below(full):
             if is_in or (stat.S_ISDIR(status.st_mode) and self._matches_outside(path)):
                 raise self._refused(path, "the link leads out of the directory")
             return
         if stat.S_ISDIR(status.st_mode):
-            self.add(path, inside)
+            self._left.append((path, inside))
         elif is_in:
             if not stat.S_ISREG(status.st_mode):
                 raise self._refused(path, "it is neither a file nor a directory")
@@ -280,11 +294,16 @@ class _Walk:
                         elif self._is_in(name):
                             return True
             except OSError as error:
-                raise translated(error, full) from error
+                raise self._translated(error, below) from error
         return False
 
     def _is_below(self, full: str) -> bool:
         return os.path.realpath(full).startswith(f"{self._real_top.rstrip('/')}/")
+
+    def _translated(self, error: OSError, path: str) -> CkptfsError:
+        if error.errno == errno.ENAMETOOLONG:
+            return self._refused(path, "the path is longer than the system allows")
+        return translated(error, os.path.join(self._top, path))
 
     def _refused(self, path: str, why: str) -> CannotUpload:
         shown = printable(os.path.join(self._top, path))

@@ -1,9 +1,10 @@
 """The files of a directory that is uploaded: a change is an error that names the file."""
 
+import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,36 @@ def test_only_a_missing_file_is_none(top: Path) -> None:
     assert file.read() == DATA
     assert source.file_in(str(top), "missing") is None
     assert source.file_in(str(top), "x/missing") is None
+
+
+@contextlib.contextmanager
+def deep(top: Path, levels: int, name: str) -> Generator[None]:
+    """A directory `name` that many levels below `top`, with a file."""
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(top)
+    try:
+        for _ in range(levels):
+            os.mkdir(name)
+            os.chdir(name)
+        Path("last.bin").touch()
+        yield
+        os.unlink("last.bin")
+        for _ in range(levels):
+            os.chdir("..")
+            os.rmdir(name)
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def test_deep_directory_is_walked(top: Path) -> None:
+    with deep(top, 1200, "d"):
+        assert included(top) == ["d/" * 1200 + "last.bin", "x"]
+
+
+@pytest.mark.parametrize("include", [(), ("*.bin", "x")])
+def test_path_that_the_system_does_not_allow_is_refused(include: list[str], top: Path) -> None:
+    with deep(top, 30, "d" * 200):
+        with pytest.raises(CannotUpload, match="the path is longer than the system allows"):
+            included(top, *include)
+        assert included(top, "x") == ["x"]
