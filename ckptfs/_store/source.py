@@ -167,8 +167,7 @@ def files_in(
     if not walk.files:
         what = "has no file that include matches" if include else "has no files"
         raise CannotUpload(f"{printable(top)} {what}; name the directory of a checkpoint")
-    for file in walk.files:
-        wait_until_settled(file.mtime_ns)
+    wait_until_settled(*(file.mtime_ns for file in walk.files))
     return sorted(walk.files, key=lambda file: file.path)
 
 

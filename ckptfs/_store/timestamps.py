@@ -17,16 +17,22 @@ _SKEW_S = 1.0
 works."""
 
 
-def wait_until_settled(stamp_ns: int) -> None:
-    """Wait until a write would leave another time than `stamp_ns`.
+def wait_until_settled(*stamps_ns: int) -> None:
+    """Wait until a write to any of some files would leave another time than its one of `stamps_ns`.
 
-    The wait is at most two seconds, and only for files that were written some moments ago.
-    `stamp_ns` is in nanoseconds since the epoch, and 0 for a store without times.
+    The wait is at most two seconds for all files together, and only for files that were written
+    some moments ago. `stamps_ns` are in nanoseconds since the epoch, and 0 for a store without
+    times.
     """
+    now_s = time.time()
+    wait_s = max((_wait_s(stamp_ns, now_s) for stamp_ns in stamps_ns), default=0.0)
+    if wait_s > 0:
+        time.sleep(wait_s)
+
+
+def _wait_s(stamp_ns: int, now_s: float) -> float:
     tick_s = TICK_S if stamp_ns % 10**9 else _SECONDS_S
-    left_s = stamp_ns / 1e9 + tick_s + _SKEW_S - time.time()
-    if left_s > 0:
-        time.sleep(min(left_s, tick_s))
+    return min(stamp_ns / 1e9 + tick_s + _SKEW_S - now_s, tick_s)
 
 
 def is_same_time(one_ns: int, other_ns: int) -> bool:

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
 import ckptfs
-from ckptfs._store import source
+from ckptfs._store import source, timestamps
 from ckptfs._store.source import SourceFile, files_in
 from ckptfs.errors import AccessDenied, CannotUpload
 
@@ -231,3 +232,24 @@ def test_path_that_the_system_does_not_allow_is_refused(include: list[str], top:
         with pytest.raises(CannotUpload, match="the path is longer than the system allows"):
             included(top, *include)
         assert included(top, "x") == ["x"]
+
+
+def test_files_with_times_in_the_future_are_waited_for_once(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(timestamps.time, "sleep", waits.append)
+    for number, ahead_s in enumerate([0.5, 0, 10, 10**8, -100]):
+        (top / f"{number}").touch()
+        for name, rest_ns in (("whole", 0), ("fraction", 5 * 10**8)):
+            (top / f"{name}-{number}").touch()
+            stamp_ns = (int(time.time() + ahead_s) * 10**9) + rest_ns
+            os.utime(top / f"{name}-{number}", ns=(stamp_ns, stamp_ns))
+    assert len(included(top)) == 16
+    assert len(waits) == 1
+    assert 1 < waits[0] <= 2
+    waits.clear()
+    for file in top.iterdir():
+        os.utime(file, (1, 1))
+    assert len(included(top)) == 16
+    assert waits == []
