@@ -173,6 +173,7 @@ class ArrowUpload:
         self._size = size
         self._finish_s = LISTING_S + size / _FINISHED_BYTES_PER_S
         self._written = _temporary(full) if renames else full
+        self._is_local = isinstance(filesystem, pafs.LocalFileSystem)
         self._stream: Any = None
 
     def send(self, number: int, data: memoryview) -> None:
@@ -198,23 +199,26 @@ class ArrowUpload:
                 within(ANSWER_S, self._uploads.name, self._abort)
 
     def _write(self, data: memoryview) -> None:
-        if self._stream is None:
-            if isinstance(self._fs, pafs.LocalFileSystem):
-                self._stream = open(self._written, "xb")  # noqa: SIM115 - `_finish` closes it
-            else:
+        if not self._is_local:
+            if self._stream is None:
                 self._stream = self._fs.open_output_stream(self._written, compression=None)
-        self._stream.write(data)
+            self._stream.write(data)
+            return
+        if self._stream is None:
+            # A buffer has a lock. If a thread hangs with it, Python aborts at its exit.
+            self._stream = open(self._written, "xb", buffering=0)  # noqa: SIM115
+        done = 0
+        while done < len(data):
+            done += self._stream.write(data[done:])
 
     def _finish(self) -> None:
-        is_local = isinstance(self._fs, pafs.LocalFileSystem)
-        if is_local:
-            self._stream.flush()
+        if self._is_local:
             os.fsync(self._stream.fileno())
         self._stream.close()
         if self._written == self._full:
             return
         self._check_written()
-        if not is_local and self._fs.get_file_info(self._full).type == pafs.FileType.File:
+        if not self._is_local and self._fs.get_file_info(self._full).type == pafs.FileType.File:
             self._fs.delete_file(self._full)  # HDFS replaces no file
         try:
             self._fs.move(self._written, self._full)

@@ -1,6 +1,7 @@
 """Uploads by streams of pyarrow: a library that hangs or fails leaves no half file."""
 
 import errno
+import io
 import subprocess
 import sys
 import threading
@@ -236,3 +237,22 @@ def test_target_with_metadata_of_a_killed_upload_is_completed(tmp_path: Path) ->
     assert len(list(target.glob(".metadata.json.*"))) == 1
     ckptfs.upload(top, target, metadata={"step": 1}, cache=False)
     assert {file.name for file in target.iterdir()} == {"x", ".metadata.json"}
+
+
+class ShortWrites(io.FileIO):
+    """A file that takes some bytes of each write, as one on a disk that becomes full."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:3])
+
+
+def test_short_writes_to_a_local_file_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        arrow_uploads, "open", lambda path, mode, buffering: ShortWrites(path, mode), raising=False
+    )
+    upload = ArrowUploads(LocalFileSystem(), str(tmp_path), "uri").begin("x", 10)
+    upload.send(1, memoryview(b"0123456789"))
+    upload.finish()
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
