@@ -17,7 +17,7 @@ from support.servers import Forwarder
 import ckptfs
 from ckptfs import Checkpoint
 from ckptfs._model.backoff import Backoff
-from ckptfs._store import copy
+from ckptfs._store import copy, retrying
 from ckptfs._store.copy import PART_BYTES
 
 UriOf = Callable[[Path], str]
@@ -195,7 +195,7 @@ def test_a_copy_that_was_begun_in_parts_of_another_size_is_begun_anew(
 def test_a_server_that_dies_leaves_an_error_and_no_truncated_file(
     node: Node, s3: S3Server, top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy, "_BACKOFF", Backoff(0.001, 0.001))
+    monkeypatch.setattr(retrying, "_BACKOFF", Backoff(0.001, 0.001))
     monkeypatch.setattr(copy, "PART_BYTES", 1 << 16)
     target = tmp_path / "copy"
     errors: list[ckptfs.CkptfsError] = []
