@@ -125,6 +125,20 @@ def test_azure_makes_a_blob_of_blocks_and_marks_it() -> None:
         assert asked.headers["content-md5"] == md5
 
 
+def test_azure_uploads_of_one_blob_share_no_blocks() -> None:
+    """All blocks without a list belong to the blob, whichever upload has sent them."""
+    ids: list[str] = []
+    for _ in range(2):
+        client = ScriptedClient(Reply(201), Reply(201))
+        uploads = AzureUploads(client, "run/", "abfss://b")  # type: ignore[arg-type]
+        upload = uploads.begin("x", len(DATA))
+        for number in (1, 2):
+            upload.send(number, memoryview(BLOCKS[number - 1]))
+        ids += [each.query["blockid"] for each in client.asked]
+    assert len(set(ids)) == 4
+    assert len(set(map(len, ids))) == 1
+
+
 @pytest.mark.parametrize(
     ("headers", "same"),
     [
