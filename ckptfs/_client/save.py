@@ -7,15 +7,13 @@ through shared memory, a piece at a time.
 """
 
 import contextlib
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from ckptfs._client import client
-from ckptfs._config.load import load_config
+from ckptfs._client import blocks, client
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
@@ -26,8 +24,6 @@ from ckptfs.errors import CkptfsError, ObjectChanged
 _THREADS = 4
 """Reading a piece and saving it are two steps, and the daemon writes to one disk."""
 _PIECE_BYTES = PIECE_BLOCKS_MAX * BLOCK_BYTES
-_ANSWER_S = 150.0
-"""Longest wait for an answer of the daemon, more than twice its default read deadline."""
 
 
 class Saved(NamedTuple):
@@ -46,7 +42,7 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
     """
     known = [content for content in contents if content.etag and content.source.size]
     saved_bytes = 0
-    changed: list[CkptfsError | OSError] = []
+    errors: list[CkptfsError | OSError] = []
 
     def count(length: int) -> None:
         nonlocal saved_bytes
@@ -55,7 +51,7 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
     def works(seats: "SimpleQueue[_Seat]") -> "Iterator[Callable[[], int]]":
         for content in known:
             for first in range(0, block_count(content.source.size), PIECE_BLOCKS_MAX):
-                yield partial(_save_piece, content, first, seats, changed)
+                yield partial(_save_piece, content, first, seats, errors)
 
     try:
         if known:
@@ -66,21 +62,21 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
                     seats.put(stack.enter_context(contextlib.closing(seat)))
                 WorkerThreads(_THREADS).work(works(seats), count)
     except (CkptfsError, OSError) as error:
-        changed.insert(0, error)
-    return Saved(saved_bytes, next(iter(changed), None))
+        errors.insert(0, error)
+    return Saved(saved_bytes, next(iter(errors), None))
 
 
 def _save_piece(
     content: Content,
     first: int,
     seats: "SimpleQueue[_Seat]",
-    changed: list[CkptfsError | OSError],
+    errors: list[CkptfsError | OSError],
 ) -> int:
     seat = seats.get()
     try:
         return seat.save(content, first)
     except ObjectChanged as error:
-        changed.append(error)
+        errors.append(error)
         return 0
     finally:
         seats.put(seat)
@@ -91,14 +87,13 @@ class _Seat:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._fd = os.memfd_create("ckptfs-save", os.MFD_CLOEXEC)
+        self._connection = blocks.connect()
         try:
-            os.posix_fallocate(self._fd, 0, _PIECE_BYTES)  # it counts as this process's memory
-            self._memory = memoryview(mmap.mmap(self._fd, _PIECE_BYTES))
-            self._connection = client.connect(load_config(), _ANSWER_S)
+            self._shared = blocks.SharedMemory(_PIECE_BYTES)
         except BaseException:
-            os.close(self._fd)
+            self._connection.close()
             raise
+        self._memory = memoryview(self._shared.memory)
 
     def save(self, content: Content, first: int) -> int:
         """Save the piece of a file that begins with the block `first`. Returns its bytes."""
@@ -113,11 +108,11 @@ class _Seat:
             count=block_count(length),
             etag=content.etag,
         )
-        self._connection.ask(request, self._fd)
+        self._connection.ask(request, self._shared.fd)
         return length
 
     def close(self) -> None:
         """Close the connection, and give the memory back."""
         self._connection.close()
         self._memory.release()
-        os.close(self._fd)
+        self._shared.close()

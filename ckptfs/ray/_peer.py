@@ -2,7 +2,6 @@
 between the node's daemon and Ray's object store."""
 
 import contextlib
-import mmap
 import os
 import queue
 import threading
@@ -10,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
@@ -18,8 +17,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from ckptfs import xattrs
 from ckptfs._client import client, plans
-from ckptfs._client.connection import Connection
-from ckptfs._config.load import load_config
+from ckptfs._client.blocks import SharedMemory, connect
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._model.plans.plan import Plan, Wanted
@@ -29,10 +27,11 @@ from ckptfs._store.filesystems import FileSystem
 from ckptfs.errors import CkptfsError
 from ckptfs.ray._schedule import Chunk, Piece, length_of
 
+if TYPE_CHECKING:
+    from ckptfs._client.connection import Connection
+
 _THREADS = 16
 """Number of concurrent messages to the daemon, which has as many requests to a store."""
-_ANSWER_S = 150.0
-"""Longest wait for an answer of the daemon, more than twice its default read deadline."""
 
 T = TypeVar("T")
 
@@ -147,7 +146,7 @@ class Peer:
     def prefetch(self, wanted: Wanted) -> tuple[int, int] | Failure:
         """Fetch from the store, and wait for the end. Return the bytes in the cache and of all."""
         try:
-            with _connect() as connection:
+            with connect() as connection:
                 done = connection.prefetch(self._name, wanted, lambda done, total: None)
         except (CkptfsError, OSError) as error:
             return _failure(error)
@@ -184,7 +183,7 @@ class Peer:
     def _ask(self, request: Request[R], memory: "_Memory") -> R:
         """Ask on this thread's connection. `Connection.ask` replaces a connection that the daemon
         has closed because it was idle. After an error this thread makes a new one."""
-        connection: Connection = getattr(self._local, "connection", None) or _connect()
+        connection: Connection = getattr(self._local, "connection", None) or connect()
         self._local.connection = None
         try:
             reply = connection.ask(request, memory.fd)
@@ -213,17 +212,12 @@ class Peer:
             self._memory.put(memory)
 
 
-class _Memory:
-    """Memory that this process shares with the daemon."""
+class _Memory(SharedMemory):
+    """Memory that this process shares with the daemon. `array` has its bytes."""
 
     def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("ckptfs-chunk", os.MFD_CLOEXEC)
-        os.posix_fallocate(self.fd, 0, size)  # so that it counts as this process's memory
-        self.array = np.frombuffer(mmap.mmap(self.fd, size), np.uint8)
-
-
-def _connect() -> Connection:
-    return client.connect(load_config(), _ANSWER_S)
+        super().__init__(size)
+        self.array = np.frombuffer(self.memory, np.uint8)
 
 
 def _failure(error: Exception) -> Failure:
