@@ -47,11 +47,8 @@ _FINISHED_BYTES_PER_S = 1 << 20
 _NO_SPACE = frozenset([errno.ENOSPC, errno.EDQUOT])
 _IN_PLACE = re.compile(r"\b((web)?hdfs|local|mock|s?ftp|smb|ssh)\b")
 """The types of filesystems that have directories, write in place, and can rename."""
-_TEMPORARY = re.compile(r"\.([0-9a-f]{32})(\.[0-9a-f]{16})?\.ckptfs-upload")
-"""The names of temporary files. The digest is the first group, and the random part the second one,
-which earlier releases lacked."""
-
-
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32})\.[0-9a-f]{16}\.ckptfs-upload")
+"""The names of temporary files. The group is the digest, and the random part comes after it."""
 _TEMPORARY_METADATA = re.compile(re.escape(METADATA_NAME) + r"\.[0-9a-f]{32}")
 """The names of the temporary files of `LocalStore.put` and `ArrowStore.put`."""
 

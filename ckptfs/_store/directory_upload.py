@@ -341,9 +341,7 @@ class _Run:
     def _new_metadata(self) -> bytes | None:
         if self._wanted.metadata is not None or self._metadata_file is None:
             return self._wanted.metadata
-        buffer = bytearray(self._metadata_file.size)
-        self._metadata_file.read_into(0, memoryview(buffer))
-        return bytes(buffer)
+        return self._metadata_file.read()
 
     def _write_metadata(self, metadata: bytes) -> None:
         if self._metadata_file is not None:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ckptfs._model.manifest import ListedFile, printable
 from ckptfs._store.s3.client import Asked, S3Client
-from ckptfs._store.s3.uploads import KEY_BYTES_MAX, answer_to
+from ckptfs._store.s3.uploads import answer_to, fault_of_key
 from ckptfs._store.uploads import Digests, other_bytes
 from ckptfs.errors import StoreError
 
@@ -50,8 +50,8 @@ class GoogleUploads:
         return PART_BYTES
 
     def fault_of(self, path: str) -> str | None:
-        if len(f"{self._prefix}{path}".encode()) > KEY_BYTES_MAX:
-            return f"the object's name would be longer than {KEY_BYTES_MAX} bytes"
+        if fault := fault_of_key(self._prefix + path):
+            return fault
         return "the name holds a carriage return" if "\r" in path else None
 
     def prepare(self, paths: Set[str]) -> None:

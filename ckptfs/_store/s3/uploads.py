@@ -45,8 +45,8 @@ PART_BYTES = 8 << 20
 more requests."""
 _PARTS_MAX = 10_000
 """Amazon S3 user guide, "Amazon S3 multipart upload limits"."""
-KEY_BYTES_MAX = 1024
-"""Amazon S3 user guide, "Naming Amazon S3 objects"."""
+_KEY_BYTES_MAX = 1024
+"""Amazon S3 user guide, "Naming Amazon S3 objects"; the same for Google Cloud Storage."""
 _PATIENCE_S = 60.0
 """The longest silence before an answer. A server stores a part before it answers."""
 _FINISH_PATIENCE_S = 600.0
@@ -77,9 +77,7 @@ class S3Uploads:
         return part_bytes_for(size, PART_BYTES, _PARTS_MAX)
 
     def fault_of(self, path: str) -> str | None:
-        if len(f"{self._prefix}{path}".encode()) > KEY_BYTES_MAX:
-            return f"the object's name would be longer than {KEY_BYTES_MAX} bytes"
-        return None
+        return fault_of_key(self._prefix + path)
 
     def prepare(self, paths: Set[str]) -> None:
         keys = {self._prefix + path for path in paths}
@@ -148,15 +146,25 @@ class S3Uploads:
         return f"{printable(key.removeprefix(self._prefix))} in {self.name}"
 
 
-class S3Put:
-    """The upload of a small object, which has one part. `what` is the object, for messages."""
+class _S3Object:
+    """An object that is uploaded with a mark. `what` is the object, for messages."""
 
     def __init__(self, client: S3Client, key: str, what: str, mark: str) -> None:
         self._client = client
         self._key = key
         self._what = what
         self._mark = mark
-        self._etag = ""
+
+    def shown_etag(self) -> str:
+        """See ObjectUpload.shown_etag."""
+        headers, _ = answer_to(self._client, Asked("HEAD", self._key), self._what)
+        return etag_in(headers.get("etag", "")) if headers.get(_MARK) == self._mark else ""
+
+
+class S3Put(_S3Object):
+    """The upload of a small object, which has one part."""
+
+    _etag = ""
 
     def send(self, number: int, data: memoryview) -> None:
         digest = md5_of(data)
@@ -171,23 +179,16 @@ class S3Put:
     def finish(self) -> str:
         return self._etag
 
-    def shown_etag(self) -> str:
-        etag, mark = _shown(self._client, self._key, self._what)
-        return etag if mark == self._mark else ""
-
     def abort(self) -> None:
         """Do nothing, because the object has no parts."""
 
 
-class S3Multipart:
-    """The upload of a large object. `what` is the object, for messages."""
+class S3Multipart(_S3Object):
+    """The upload of a large object."""
 
     def __init__(self, client: S3Client, key: str, upload_id: str, what: str, mark: str) -> None:
-        self._client = client
-        self._key = key
+        super().__init__(client, key, what, mark)
         self._upload_id = upload_id
-        self._what = what
-        self._mark = mark
         self._lock = threading.Lock()  # guards the rest
         self._etags: dict[int, str] = {}
         self._digests: dict[int, bytes] = {}
@@ -230,18 +231,15 @@ class S3Multipart:
             raise other_bytes(self._what, expected, found)
         return found
 
-    def shown_etag(self) -> str:
-        etag, mark = _shown(self._client, self._key, self._what)
-        return etag if mark == self._mark else ""
-
     def abort(self) -> None:
         abort(self._client, self._key, self._upload_id, self._what)
 
 
-def _shown(client: S3Client, key: str, what: str) -> tuple[str, str]:
-    """The ETag and the mark of an object."""
-    headers, _ = answer_to(client, Asked("HEAD", key), what)
-    return etag_in(headers.get("etag", "")), headers.get(_MARK, "")
+def fault_of_key(key: str) -> str | None:
+    """The reason why no object can have that name, or None."""
+    if len(key.encode()) <= _KEY_BYTES_MAX:
+        return None
+    return f"the object's name would be longer than {_KEY_BYTES_MAX} bytes"
 
 
 def etag_of(digests: list[bytes]) -> str:
