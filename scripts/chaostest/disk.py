@@ -88,9 +88,17 @@ class Disk:
     def covered(self) -> Iterator[None]:
         """During the context, no process can open a file there for writing. Files that are open for
         writing stay so."""
-        _run("mount", "--bind", self._at, self._at)
+        # A mount cannot become read-only once a process has opened a file there for writing. So it
+        # does elsewhere, and a bind mount of it is read-only from its begin.
+        aside = self._images / "read-only"
+        aside.mkdir(exist_ok=True)
+        _run("mount", "--bind", self._at, aside)
         try:
-            _run("mount", "-o", "remount,bind,ro", self._at)
+            _run("mount", "-o", "remount,bind,ro", aside)
+            _run("mount", "--bind", aside, self._at)
+        finally:
+            _run("umount", "-l", aside)
+        try:
             yield
         finally:
             _run("umount", "-l", self._at)
