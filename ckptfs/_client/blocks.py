@@ -18,10 +18,11 @@ def connect() -> Connection:
 
 
 class SharedMemory:
-    """Memory of `size` bytes, whose descriptor goes along with requests."""
+    """Memory of `size` bytes, and its descriptor `fd`, which this owns. Without `fd`, the memory is
+    new, and the descriptor goes along with requests."""
 
-    def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("ckptfs-blocks", os.MFD_CLOEXEC)
+    def __init__(self, size: int, fd: int = -1) -> None:
+        self.fd = fd if fd >= 0 else os.memfd_create("ckptfs-blocks", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.fd, 0, size)  # so that it counts as this process's memory
             self.memory = mmap.mmap(self.fd, size)

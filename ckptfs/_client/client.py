@@ -54,6 +54,7 @@ def attached(
     location: Location,
     *,
     pinned: bool = False,
+    saves: bool = False,
     prefetch: Sequence[str] = (),
     plan: Plan | None = None,
     timeout_s: float | None = None,
@@ -66,13 +67,19 @@ def attached(
     Args:
         location: The checkpoint.
         pinned: Whether the attachment stays until it is detached.
+        saves: Whether the caller will save blocks that it has uploaded.
         prefetch: Globs of files to fetch in the background.
         plan: A plan to fetch in the background.
         timeout_s: Longest wait for the daemon's answer.
         to: Function that connects, instead of `connect_or_start`.
     """
     request = Attach(
-        location=location, pinned=pinned, prefetch=list(prefetch), plan=plan, rank=rank_of_process()
+        location=location,
+        pinned=pinned,
+        saves=saves,
+        prefetch=list(prefetch),
+        plan=plan,
+        rank=rank_of_process(),
     )
     for attempt in range(TRIES):
         config = load_config()
@@ -135,6 +142,7 @@ _warned_of: set[str] = set()
 def leased(
     location: Location,
     *,
+    saves: bool = False,
     prefetch: Sequence[str] = (),
     plan: Plan | None = None,
     timeout_s: float | None = None,
@@ -147,7 +155,10 @@ def leased(
     """
     path, lease = "", -1
     for left in reversed(range(TRIES)):
-        with attached(location, prefetch=prefetch, plan=plan, timeout_s=timeout_s, to=to) as found:
+        attaching = attached(
+            location, saves=saves, prefetch=prefetch, plan=plan, timeout_s=timeout_s, to=to
+        )
+        with attaching as found:
             path, reply = found
             for file in reply.lacking:
                 text = f"{reply.uri} lacks {file.name}: {file.reason}"

@@ -185,6 +185,27 @@ class Connection:
         if results.early_code:
             raise self._error(results.early_code, results.early_message)
 
+    def borrow_memory(self) -> int:
+        """Borrow memory of the daemon for `PIECE_BLOCKS_MAX` blocks. Returns its descriptor, which
+        the caller closes. Raises ConnectionResetError, and as `ask_once`."""
+        fds: list[int] = []
+
+        def receive(count: int) -> bytes:
+            data, passed, _, _ = socket.recv_fds(self._socket, count, 1)
+            for fd in passed:
+                os.set_inheritable(fd, False)
+            fds.extend(passed)
+            return data
+
+        try:
+            self._exchange(requests.BorrowMemory(), receive=receive)
+            if not fds:
+                raise errors.ProtocolError("the daemon lent no memory")
+            return fds.pop()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def stop(self, *, force: bool = False) -> None:
         """End the daemon. Raises Busy."""
         with contextlib.suppress(ConnectionResetError):  # it can end before it answers
@@ -201,12 +222,14 @@ class Connection:
             self._reconnect()
         return self._exchange(request, fd)
 
-    def _exchange(self, request: Request[R], fd: int = -1) -> R:
+    def _exchange(
+        self, request: Request[R], fd: int = -1, receive: Callable[[int], bytes] | None = None
+    ) -> R:
         request = msgspec.structs.replace(request, request=new_request_id())
         try:
             with contextlib.suppress(BrokenPipeError):  # the daemon may have sent the reason
                 self._send(encode(request), fd)
-            reply = decode_reply(self._read_line())
+            reply = decode_reply(_line_from(receive or self._socket.recv))
         except TimeoutError:
             raise errors.DaemonError(
                 f"the ckptfs daemon at {self.path} does not answer; see its log"
@@ -226,19 +249,20 @@ class Connection:
             line = line[socket.send_fds(self._socket, [line], [fd]) :]
         self._socket.sendall(line)
 
-    def _read_line(self) -> bytes:
-        parts: list[bytes] = []
-        length = 0
-        while True:
-            data = self._socket.recv(1 << 20)
-            if not data:
-                raise ConnectionResetError("the daemon hung up")
-            parts.append(data)
-            length += len(data)
-            if data.endswith(b"\n"):
-                return b"".join(parts)
-            if length > _REPLY_BYTES_MAX:
-                raise errors.ProtocolError("the daemon's answer is too long")
+
+def _line_from(receive: Callable[[int], bytes]) -> bytes:
+    parts: list[bytes] = []
+    length = 0
+    while True:
+        data = receive(1 << 20)
+        if not data:
+            raise ConnectionResetError("the daemon hung up")
+        parts.append(data)
+        length += len(data)
+        if data.endswith(b"\n"):
+            return b"".join(parts)
+        if length > _REPLY_BYTES_MAX:
+            raise errors.ProtocolError("the daemon's answer is too long")
 
 
 def _located(request: Request[R], ask: Callable[[Request[R]], R]) -> R:

@@ -3,7 +3,7 @@ its bytes from the store.
 
 The daemon attaches the checkpoint as for any program, and saves a block only if the store has the
 version that was uploaded. So a program that replaces an object meanwhile does no harm. Bytes go
-through shared memory, a piece at a time.
+through memory that the daemon lends, a piece at a time.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from ckptfs._client import blocks, client
+from ckptfs._client.connection import TRIES
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
@@ -36,9 +37,9 @@ class Saved(NamedTuple):
 def save(location: Location, contents: Sequence[Content]) -> Saved:
     """Have the daemon's cache hold what was uploaded to `location`.
 
-    It holds no file without an ETag, and none whose object is another one meanwhile. There is an
-    error if the machine cannot mount, if the daemon does not take blocks from this user, if the
-    cache is full, or if a file or its object changes.
+    It holds no file without an ETag, and none whose object is another one meanwhile. If the daemon
+    serves other users, too, then what it holds is for this user only. There is an error if the
+    machine cannot mount, if the cache is full, or if a file or its object changes.
     """
     known = [content for content in contents if content.etag and content.source.size]
     saved_bytes = 0
@@ -55,7 +56,7 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
 
     try:
         if known:
-            with client.leased(location) as path, contextlib.ExitStack() as stack:
+            with client.leased(location, saves=True) as path, contextlib.ExitStack() as stack:
                 seats: SimpleQueue[_Seat] = SimpleQueue()
                 for _ in range(_THREADS):
                     seat = _Seat(os.path.basename(path))
@@ -83,20 +84,33 @@ def _save_piece(
 
 
 class _Seat:
-    """A connection to the daemon, with memory for a piece."""
+    """A connection to the daemon, with memory of the daemon for a piece."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._open()
+
+    def _open(self) -> None:
         self._connection = blocks.connect()
         try:
-            self._shared = blocks.SharedMemory(_PIECE_BYTES)
+            fd = self._connection.borrow_memory()
+            self._shared = blocks.SharedMemory(_PIECE_BYTES, fd)
         except BaseException:
             self._connection.close()
             raise
         self._memory = memoryview(self._shared.memory)
 
     def save(self, content: Content, first: int) -> int:
-        """Save the piece of a file that begins with the block `first`. Returns its bytes."""
+        """Save the piece of a file that begins with the block `first`. Returns its bytes. If the
+        daemon dies, the next one lends other memory."""
+        for _ in range(TRIES):
+            with contextlib.suppress(ConnectionResetError):
+                return self._save(content, first)
+            self.close()
+            self._open()
+        return self._save(content, first)
+
+    def _save(self, content: Content, first: int) -> int:
         source = content.source
         start = first * BLOCK_BYTES
         length = min(_PIECE_BYTES, source.size - start)
@@ -108,7 +122,7 @@ class _Seat:
             count=block_count(length),
             etag=content.etag,
         )
-        self._connection.ask(request, self._shared.fd)
+        self._connection.ask_once(request)
         return length
 
     def close(self) -> None:

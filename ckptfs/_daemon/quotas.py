@@ -36,6 +36,14 @@ def cache_scope(uid: int, location: Location) -> str:
     return f" by the way of uid {uid}" if chosen else ""
 
 
+def saved_scope(uid: int, location: Location) -> str:
+    """`cache_scope` of an attachment that has blocks which the user has uploaded. Another user's
+    blocks are for that user only, because nobody else can trust them."""
+    if is_ours(uid):
+        return ""
+    return cache_scope(uid, location) or f" saved by uid {uid}"
+
+
 def is_ours(uid: int) -> bool:
     """Whether it is root or the daemon's own user, for whom the limits of a user do not hold."""
     return uid in (0, os.geteuid())

@@ -5,8 +5,10 @@ interpreter itself may lie where only root can read.
 """
 
 import contextlib
+import encodings.idna  # noqa: F401 - so that the children need not read it
 import errno
 import os
+import signal
 import socket
 import threading
 import traceback
@@ -25,6 +27,7 @@ from ckptfs._model.plans.plan import Wanted
 from ckptfs._model.protocol.requests import Attach, Detach, GetTrace, MetadataChanged
 from ckptfs._mount import session
 from ckptfs._store.describe import describe
+from ckptfs._upload import Options, run_upload
 
 pytestmark = [
     pytest.mark.mount,
@@ -166,6 +169,43 @@ def test_each_user_sees_own_attachments_only(
 
 def _denied() -> None:
     raise PermissionError
+
+
+def test_what_a_user_uploads_is_in_the_cache_for_that_user_only(
+    shared_node: Node, tmp_path: Path, bucket: Path, uri_of: Callable[[Path], str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    content = bytes(range(256)) * (20 << 12)
+    (run / "weights.bin").write_bytes(content)
+    for folder in (run, *run.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    checkpoint = ckptfs.Checkpoint(uri_of(bucket / "run"))
+    fetched = lambda: shared_node.status()["fetched_bytes"]  # noqa: E731
+
+    def upload() -> None:
+        done = run_upload(run, checkpoint, Options(), None)
+        assert (done.cached_bytes, done.cache_error) == (len(content), "")
+
+    def read() -> None:
+        with checkpoint.as_directory() as path:
+            assert Path(path, "weights.bin").read_bytes() == content
+
+    as_user(ALICE, upload)
+    as_user(ALICE, read)
+    assert (fetched(), shared_node.status()["taken_bytes"]) == (0, len(content))
+    shared_node.expected_in_log.append("was killed by signal 9: starting the next one")
+    os.kill(shared_node.status()["pid"], signal.SIGKILL)
+    as_user(ALICE, read)
+    assert fetched() == 0
+    [attachment] = shared_node.status()["attachments"]
+    shared_node.here("detach", attachment["path"])
+    as_user(ALICE, read)
+    assert fetched() == 0
+    as_user(BOB, read)
+    assert fetched() == len(content)
+    read()
+    assert fetched() == len(content)
 
 
 def test_users_attaching_one_place_have_separate_attachments(

@@ -86,10 +86,16 @@ class Bench:
         return self.opened[-1]
 
     async def attach(
-        self, location: Location = PLACE, uid: int = ME, *, pinned: bool = False
+        self,
+        location: Location = PLACE,
+        uid: int = ME,
+        *,
+        pinned: bool = False,
+        saves: bool = False,
     ) -> Attachment:
         """Attach. The caller holds the attachment until `let_go`."""
-        return await self.service.attaching.attach(location, uid, uid, pinned=pinned)
+        attach = self.service.attaching.attach
+        return await attach(location, uid, uid, pinned=pinned, saves=saves)
 
     def lists(self, location: Location = PLACE) -> int:
         """How often the service has listed a place."""

@@ -29,7 +29,7 @@ from ckptfs._daemon.attachment.snapshot import Snapshot
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.cache.object_dir import Origin
 from ckptfs._daemon.fetch.remote_file import RemoteFile, State, stamped
-from ckptfs._daemon.quotas import cache_scope, is_ours
+from ckptfs._daemon.quotas import cache_scope, is_ours, saved_scope
 from ckptfs._daemon.usage.counters import Activity
 from ckptfs._daemon.usage.trace import About, Trace
 from ckptfs._model.location import Location
@@ -80,7 +80,8 @@ class Attachment:
 
     Attributes:
         location: The checkpoint's location, without credentials.
-        cache_scope: Suffix of the store in the cache's keys, see `quotas.cache_scope`.
+        cache_scope: Suffix of the store in the cache's keys, see `quotas.cache_scope` and
+            `quotas.saved_scope`.
         manifest: The checkpoint's files when it was attached.
         attached_s: When that was, in seconds since the epoch.
         name: Its directory inside the mount. Users of one place have a directory each.
@@ -107,7 +108,8 @@ class Attachment:
         replay: "Callable[[Attachment], None]" = lambda _: None,
     ) -> None:
         self.ordinal = ordinal
-        self.cache_scope = cache_scope(made.uid, made.location)
+        scope_of = saved_scope if made.has_saved else cache_scope
+        self.cache_scope = scope_of(made.uid, made.location)
         self.location = msgspec.structs.replace(made.location, secrets={})
         self.manifest = made.manifest
         self.uid = made.uid
@@ -248,10 +250,18 @@ class Attachment:
 
 
 def new_attachment(
-    ordinal: int, location: Location, store: Store, manifest: Manifest, uid: int, gid: int
+    ordinal: int,
+    location: Location,
+    store: Store,
+    manifest: Manifest,
+    uid: int,
+    gid: int,
+    *,
+    has_saved: bool = False,
 ) -> Attachment:
     """Blocking. A new attachment of the checkpoint at `location`, with the digests of its files."""
-    attachment = Attachment(ordinal, Made(location, manifest, uid, gid, time.time()), store)
+    made = Made(location, manifest, uid, gid, time.time(), has_saved)
+    attachment = Attachment(ordinal, made, store)
     attachment.snapshot.digests()
     return attachment
 

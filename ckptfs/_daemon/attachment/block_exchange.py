@@ -2,9 +2,9 @@
 node that has uploaded a checkpoint not at all.
 
 One node's daemon *gives* blocks, clients carry them, and the daemons of the other nodes *take*
-them. A client that has uploaded a checkpoint has its node's daemon *save* the blocks. The client
-passes a memfd with each request. The daemon copies bytes into it or out of it, and never touches a
-mapping of it.
+them. The client passes a memfd with each request. A client that has uploaded a checkpoint has its
+node's daemon *save* the blocks, from a memfd that the daemon has lent. The daemon copies bytes into
+a memfd or out of it, and never touches a mapping of it.
 
 **Verification.** The giving daemon has fetched the blocks for its own attachment, of the version
 that is pinned there, and sends their checksums. These are the cache's own checksums. They cover the
@@ -18,9 +18,10 @@ Blocks to save come from the process that has uploaded them, with the ETag that 
 answered then. The daemon makes the first check of the file, and saves the blocks only if the store
 has that ETag now. It trusts the client for the rest.
 
-**Permission.** Only root and the daemon's own user may exchange blocks, because they could also
-write to the cache's directory. Another user could poison the cache of all users, because a checksum
-in a message does not prove its origin.
+**Permission.** Only root and the daemon's own user may give and take blocks, because they could
+also write to the cache's directory. Another user could poison the cache of all users, because a
+checksum in a message does not prove its origin. The blocks that another user saves are for that
+user only (``quotas.saved_scope``).
 
 **Amount.** A request has at most `PIECE_BLOCKS_MAX` blocks. Taken bytes count as in flight, like
 fetched bytes. Given bytes go block by block. An attachment takes no more than the cache can hold,
@@ -41,13 +42,21 @@ from ckptfs._daemon.cache.object_dir import About
 from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.scheduler import Priority
+from ckptfs._daemon.quotas import is_ours
 from ckptfs._daemon.usage.counters import current
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_length
 from ckptfs._model.manifest import METADATA_NAME, printable
 from ckptfs._model.protocol.replies import Given, Taken
 from ckptfs._model.protocol.requests import GiveBlocks, SaveBlocks, TakeBlocks
 from ckptfs._os.write_all import pwrite_all
-from ckptfs.errors import LimitExceeded, NotAttached, ObjectChanged, ProtocolError, StoreError
+from ckptfs.errors import (
+    AccessDenied,
+    LimitExceeded,
+    NotAttached,
+    ObjectChanged,
+    ProtocolError,
+    StoreError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +123,14 @@ class Exchange:
         """Put uploaded blocks from `memfd` into the cache that it neither has nor is fetching.
 
         Raises ObjectChanged if the store has another version than was uploaded, LimitExceeded if
-        the cache cannot hold any more, and what the first check of the file raises.
+        the cache cannot hold any more, AccessDenied if other users would share the blocks, and what
+        the first check of the file raises.
         """
+        if not is_ours(attachment.uid) and not attachment.cache_scope:
+            raise AccessDenied(
+                f"uid {attachment.uid} may save no blocks that other users would read; attach "
+                f"{attachment.location.uri} for saving"
+            )
         file = _file(attachment, request.path)
         blocks = _blocks(file, request.first, request.count)
         return await self._insert(attachment, file, blocks, request, memfd, _trusted)
@@ -132,7 +147,8 @@ class Exchange:
         """Put those of `blocks` into the cache that are absent. `check` is called in a thread with
         the description of the object, the first block, and the bytes of some of the blocks."""
         length = blocks_length(blocks, file.size)
-        _check_memfd(memfd, request.at + length)
+        at = request.at if isinstance(request, TakeBlocks) else 0
+        _check_memfd(memfd, at + length)
         self._check_space(attachment, length)
         with self.fetcher.opened(file):
             await self.fetcher.fetch(file, range(0))  # the first check
@@ -143,7 +159,7 @@ class Exchange:
             def fill(first: int, buffer: memoryview) -> None:
                 """Blocking. Fill `buffer` with whole blocks from `first` on."""
                 skipped = first - blocks.start
-                _read(file.name, memfd, request.at + skipped * BLOCK_BYTES, buffer)
+                _read(file.name, memfd, at + skipped * BLOCK_BYTES, buffer)
                 check(about, first, buffer)
 
             taken = await self.fetcher.insert(file, blocks, fill)

@@ -27,13 +27,15 @@ from ckptfs.errors import DaemonError
 
 
 class Made(msgspec.Struct, frozen=True, tag="made"):
-    """The beginning of an attachment. `location` has the credentials."""
+    """The beginning of an attachment. `location` has the credentials, and `has_saved` says whether
+    its scope of the cache is `quotas.saved_scope`."""
 
     location: Location
     manifest: Manifest
     uid: int
     gid: int
     attached_s: float
+    has_saved: bool = False
 
 
 class StoreChanged(msgspec.Struct, frozen=True, tag="store"):

@@ -4,10 +4,14 @@ An attach of a place that is attached and in use joins the snapshot of the other
 is attached and not in use (lingering, or only pinned), the attach lists the store again, and shows
 the new version if there is one.
 
+A user other than root and the daemon's own may have uploaded the checkpoint from this node, and
+saved its blocks. Then the attachment reads those, which no other user shares (`saved_scope`).
+
 `_locks` lets attaches of one place wait for each other. If the store is unavailable, the waiting
 attaches share the error of the first one, so they do not ask the store one after the other.
 """
 
+import functools
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,11 +21,12 @@ import trio
 from ckptfs._daemon.attachment.attachment import Attachment, new_attachment
 from ckptfs._daemon.attachment.journal import Made, recorder
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
+from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.control.current_config import CurrentConfig
 from ckptfs._daemon.control.named_stores import OpenFor
 from ckptfs._daemon.control.permissions import StoreCalls, check_attached, check_files, check_rights
 from ckptfs._daemon.control.registry import Attachments, Key
-from ckptfs._daemon.quotas import cache_scope
+from ckptfs._daemon.quotas import cache_scope, saved_scope
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
 from ckptfs._mount.handoff import Handoff
@@ -44,13 +49,17 @@ class Attaching:
     store_calls: StoreCalls
     open_store: OpenFor
     handoff: Handoff
+    cache: Cache
     _locks: dict[Key, trio.Lock] = field(default_factory=dict[Key, trio.Lock], init=False)
     _outages: dict[Key, tuple[Location, StoreUnavailable]] = field(
         default_factory=dict[Key, "tuple[Location, StoreUnavailable]"], init=False
     )
 
-    async def attach(self, location: Location, uid: int, gid: int, *, pinned: bool) -> Attachment:
+    async def attach(
+        self, location: Location, uid: int, gid: int, *, pinned: bool, saves: bool = False
+    ) -> Attachment:
         """Attach `location` for a user. The attachment counts one control connection as its holder.
+        `saves` says whether the user will save blocks of it.
 
         Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, LimitExceeded, and
         StoreError and its kinds. StoreTimeout comes after `attach_deadline_s` at the latest.
@@ -66,7 +75,7 @@ class Attaching:
                     failed, outage = self._outages.get(key, (None, None))
                     if outage is not None and failed == location:
                         raise type(outage)(*outage.args)
-                    attachment = await self._attach(key, location, uid, gid)
+                    attachment = await self._attach(key, location, uid, gid, saves=saves)
                     self.attachments.hold(attachment)
         except StoreUnavailable as error:
             self._outages[key] = location, error
@@ -85,30 +94,19 @@ class Attaching:
             attachment.pin(True)
         return attachment
 
-    async def _attach(self, key: Key, location: Location, uid: int, gid: int) -> Attachment:
+    async def _attach(
+        self, key: Key, location: Location, uid: int, gid: int, *, saves: bool
+    ) -> Attachment:
         while True:
-            known = self._reusable(key, location, uid)
+            known = self.attachments.get(key)
             if known is not None and known.leases.in_use:
+                _check_fits(known, location, uid, saves=saves)
                 attachment = await self._reuse(known, location, uid)
             else:
-                attachment = await self._list(known, location, uid, gid)
+                attachment = await self._list(known, location, uid, gid, saves=saves)
             if attachment is not None:
                 return attachment
             # `known` has ended during a call to the store.
-
-    def _reusable(self, key: Key, location: Location, uid: int) -> Attachment | None:
-        """The attachment with that key. If its bytes come by another way, such as a proxy, this
-        ends it, because neither attachment may have the other's cached bytes. Raises Busy."""
-        known = self.attachments.get(key)
-        if known is None or known.cache_scope == cache_scope(uid, location):
-            return known
-        if known.leases.in_use:
-            raise Busy(
-                f"{known.location.uri} is in use by another way (proxy or certificates); end its "
-                "use, or give the same settings"
-            )
-        self.attachments.remove(known)
-        return None
 
     async def _reuse(self, known: Attachment, location: Location, uid: int) -> Attachment | None:
         """Join an attachment that is in use, after a proof that other credentials can read it.
@@ -125,27 +123,32 @@ class Attaching:
         return known
 
     async def _list(
-        self, known: Attachment | None, location: Location, uid: int, gid: int
+        self, known: Attachment | None, location: Location, uid: int, gid: int, *, saves: bool
     ) -> Attachment | None:
-        """List the store, and publish an attachment if there is a new version, or if none is known.
-        Returns None if the known version was detached meanwhile.
+        """List the store, and publish an attachment if there is a new version, or if none is known
+        that may have these cached bytes. Returns None if the known one was detached meanwhile.
 
         `unused` closes each store that no attachment owns in the end.
         """
         if known is None:
             check_attached(uid, self.attachments, self.current.config)
         reused = self._store_of(known, location)
-        shown = known.manifest.version if known is not None else ""
+        shown = ""
+        if known is not None and _fits(known, location, uid, saves=saves):
+            shown = known.manifest.version
+        build = functools.partial(self._build, shown=shown, saves=saves)
         with ExitStack() as unused:
             with self.attachments.holding(known):
                 store = reused or await self._open(location, uid, unused)
                 manifest, fresh = await self.store_calls.run(
-                    uid, self._build, self.handoff.next_ordinal(), location, store, uid, gid, shown
+                    uid, build, self.handoff.next_ordinal(), location, store, uid, gid
                 )
                 if reused is not None and fresh is not None:  # `reused` ends with `known`
                     fresh.store = await self._open(location, uid, unused)
             now = self.attachments.get((uid, location.identity))  # perhaps ended, or in use again
-            if now is not None and (now.leases.in_use or now.manifest.version == manifest.version):
+            if now is not None and now.leases.in_use:
+                _check_fits(now, location, uid, saves=saves)
+            if now is not None and (now.leases.in_use or fresh is None):
                 if reused is None:
                     unused.pop_all()
                     self.attachments.use_store(now, location, store)
@@ -166,7 +169,8 @@ class Attaching:
         # Other places may have been attached during the listing.
         check_attached(fresh.uid, self.attachments, self.current.config, len(manifest.files))
         fresh.record = recorder(self.handoff.journal, fresh.ordinal)
-        fresh.record(Made(location, manifest, fresh.uid, fresh.gid, fresh.attached_s))
+        has_saved = fresh.cache_scope != cache_scope(fresh.uid, location)
+        fresh.record(Made(location, manifest, fresh.uid, fresh.gid, fresh.attached_s, has_saved))
         fresh.pin(pinned)
         self.attachments.add(fresh, location)
         uri = fresh.location.uri
@@ -192,14 +196,43 @@ class Attaching:
         return known.store if location == self.attachments.opened_for(known) else None
 
     def _build(
-        self, ordinal: int, location: Location, store: Store, uid: int, gid: int, shown: str
+        self,
+        ordinal: int,
+        location: Location,
+        store: Store,
+        uid: int,
+        gid: int,
+        *,
+        shown: str,
+        saves: bool,
     ) -> tuple[Manifest, Attachment | None]:
         """List the store, and make an attachment unless the listing is the version `shown`.
         Blocking."""
         manifest = build_manifest(store.list(self.current.config.files_max))
         if manifest.version == shown:
             return manifest, None
-        return manifest, new_attachment(ordinal, location, store, manifest, uid, gid)
+        make = functools.partial(new_attachment, ordinal, location, store, manifest, uid, gid)
+        if cache_scope(uid, location) != saved_scope(uid, location):
+            fresh = make(has_saved=True)
+            if saves or any(map(self.cache.stored_bytes, fresh.snapshot.digests())):
+                return manifest, fresh
+        return manifest, make()
+
+
+def _fits(known: Attachment, location: Location, uid: int, *, saves: bool) -> bool:
+    """Whether the attachment may have the cached bytes of an attach of `location`: they come by the
+    same way, such as a proxy, and belong to the user if the user saves blocks."""
+    saved = saved_scope(uid, location)
+    return known.cache_scope in ((saved,) if saves else (saved, cache_scope(uid, location)))
+
+
+def _check_fits(known: Attachment, location: Location, uid: int, *, saves: bool) -> None:
+    """Raise Busy unless `_fits`. The attachment is in use."""
+    if not _fits(known, location, uid, saves=saves):
+        raise Busy(
+            f"{known.location.uri} is in use with other cached blocks (another proxy or other "
+            "certificates, or without those of an upload); end its use, and try again"
+        )
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ckptfs._daemon.attachment.prefetch import Prefetch
 from ckptfs._daemon.cache.jobs import CacheJob
-from ckptfs._daemon.control.descriptors import Passed
+from ckptfs._daemon.control.descriptors import Lent, Passed
 from ckptfs._daemon.control.named_stores import Peer, Stores
 from ckptfs._daemon.control.permissions import may_see
 from ckptfs._daemon.control.service import Service
 from ckptfs._daemon.quotas import is_ours
+from ckptfs._model.blocks import BLOCK_BYTES
 from ckptfs._model.location import Location
 from ckptfs._model.plans.plan import Wanted
 from ckptfs._model.protocol.replies import (
@@ -32,8 +33,10 @@ from ckptfs._model.protocol.replies import (
     Trace,
 )
 from ckptfs._model.protocol.requests import (
+    PIECE_BLOCKS_MAX,
     Activity,
     Attach,
+    BorrowMemory,
     CacheProgress,
     CacheRequest,
     ClearCache,
@@ -75,6 +78,7 @@ class ConnectionState:
         pid: The client's process.
         attachments: The attachments that the connection holds.
         passed: The descriptor that came with the last request.
+        lent: The memory that the client has borrowed.
     """
 
     def __init__(self, peer: Peer, pid: int = 0) -> None:
@@ -82,6 +86,7 @@ class ConnectionState:
         self.pid = pid
         self.attachments: list[Attachment] = []
         self.passed = Passed()
+        self.lent = Lent()
         self._jobs: dict[str, Job] = {}
 
     def require_no(self, name: str) -> None:
@@ -101,8 +106,9 @@ class ConnectionState:
         return await self._jobs[name].progress()
 
     def end(self) -> None:
-        """End the jobs, and close the descriptor."""
+        """End the jobs, and close the descriptors."""
         self.passed.close()
+        self.lent.close()
         for job in self._jobs.values():
             job.cancel()
 
@@ -126,7 +132,7 @@ class Commands:
         if command.is_for_owners and not is_ours(client.peer.uid):
             raise AccessDenied(
                 f"only root and uid {os.geteuid()} may reload, restart or stop {self.name}, or "
-                "exchange blocks with it"
+                "exchange blocks of other nodes with it"
             )
         return await command.run(self, request, client)
 
@@ -136,7 +142,7 @@ class Commands:
         service, peer = self.service, client.peer
         location = self.stores.find(request.location, peer)
         attachment = await service.attaching.attach(
-            location, peer.uid, peer.gid, pinned=request.pinned
+            location, peer.uid, peer.gid, pinned=request.pinned, saves=request.saves
         )
         client.attachments.append(attachment)
         self._check_store_again(request.location, location, peer, attachment)
@@ -244,10 +250,14 @@ class Commands:
         with self.service.attachments.holding(attachment), client.passed.used() as memfd:
             return await self.service.exchange.take(attachment, request, memfd)
 
+    async def borrow_memory(self, request: BorrowMemory, client: ConnectionState) -> Done:
+        client.lent.make(PIECE_BLOCKS_MAX * BLOCK_BYTES)
+        return Done()
+
     async def save_blocks(self, request: SaveBlocks, client: ConnectionState) -> Taken:
         attachment = self.service.attachments.find(client.peer.uid, request.name, None)
-        with self.service.attachments.holding(attachment), client.passed.used() as memfd:
-            return await self.service.exchange.save(attachment, request, memfd)
+        with self.service.attachments.holding(attachment):
+            return await self.service.exchange.save(attachment, request, client.lent.fd)
 
     # -- the daemon
 
@@ -299,7 +309,8 @@ COMMANDS: dict[type[Request[Any]], Command] = {
     CacheProgress: Command(Commands.cache_progress, is_frequent=True),
     GiveBlocks: Command(Commands.give_blocks, is_for_owners=True, is_frequent=True),
     TakeBlocks: Command(Commands.take_blocks, is_for_owners=True, is_frequent=True),
-    SaveBlocks: Command(Commands.save_blocks, is_for_owners=True, is_frequent=True),
+    BorrowMemory: Command(Commands.borrow_memory, is_frequent=True),
+    SaveBlocks: Command(Commands.save_blocks, is_frequent=True),
     Reload: Command(Commands.reload, is_for_owners=True),
     Restart: Command(Commands.restart, is_for_owners=True),
     Stop: Command(Commands.stop, is_for_owners=True),

@@ -1,7 +1,8 @@
-"""The descriptor that comes along with a message on the control socket (SCM_RIGHTS, unix(7))."""
+"""The descriptors that come and go with messages on the control socket (SCM_RIGHTS, unix(7))."""
 
 import array
 import contextlib
+import fcntl
 import os
 import socket
 from collections.abc import Generator
@@ -9,6 +10,11 @@ from collections.abc import Generator
 import trio
 
 from ckptfs.errors import ProtocolError
+
+_F_ADD_SEALS = 1033
+_SEALS = 0x1 | 0x2 | 0x4
+"""fcntl(2): F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW, so the size of a memfd stays the same.
+Python's fcntl has the names, but not on every platform that is type-checked."""
 
 _SPACE = socket.CMSG_SPACE(array.array("i").itemsize)
 
@@ -49,6 +55,51 @@ class Passed:
 
     def close(self) -> None:
         """Close the descriptor that no request has used."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Lent:
+    """Memory of the daemon for a client, which writes to it.
+
+    The daemon takes no descriptor from users other than root and its own, because the end of a
+    foreign descriptor can take for ever (a file system of that user). A client of any user may have
+    one of the daemon's.
+    """
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._is_due = False
+
+    def make(self, size: int) -> None:
+        """Make the memory, if there is none yet. The next message brings it to the client."""
+        self._is_due = True
+        if self._fd < 0:
+            self._fd = os.memfd_create("ckptfs-lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self._fd, size)
+            fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEALS)
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor. Raises ProtocolError if the client has borrowed none."""
+        if self._fd < 0:
+            raise ProtocolError("the request needs memory that was borrowed before")
+        return self._fd
+
+    async def send(self, stream: trio.SocketStream, message: bytes) -> None:
+        """Send a message, and the descriptor with its first byte if that is due."""
+        if self._is_due:
+            self._is_due = False
+            along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._fd]))]
+            try:
+                message = message[await stream.socket.sendmsg([message], along) :]
+            except OSError as error:
+                raise trio.BrokenResourceError(str(error)) from error
+        await stream.send_all(message)
+
+    def close(self) -> None:
+        """Close the descriptor."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

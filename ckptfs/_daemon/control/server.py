@@ -12,7 +12,8 @@ The server does not trust clients to be quick, or to stop:
 - The server paces the requests of such a user. Each costs `_REQUEST_S`, and a status several times
   the time that it took. A user who has spent more than a second of that waits.
 - The server takes no descriptors from such a user, so the kernel closes them. A descriptor from
-  root or the daemon's own user belongs to the request that it came with.
+  root or the daemon's own user belongs to the request that it came with. The daemon's memory may go
+  to any user.
 """
 
 import array
@@ -104,7 +105,7 @@ class Control:
                     reply = encode(await self._answer(line, client))
                     client.passed.close()
                     with trio.fail_after(_SEND_S):
-                        await stream.send_all(reply)
+                        await client.lent.send(stream, reply)
         except CkptfsError as error:  # the connection itself is at fault
             with trio.move_on_after(1), suppress(trio.BrokenResourceError):
                 await stream.send_all(encode(Failed(code=error.code, message=str(error))))

@@ -71,7 +71,13 @@ class Service:
         self.metadata = MetadataKeeper(offload, current.config.read_deadline_s)
         self.prefetches = Prefetches(fetcher, cache, offload, nursery)
         self.attaching = Attaching(
-            current, self.attachments, self.metadata, StoreCalls(offload), open_store, handoff
+            current,
+            self.attachments,
+            self.metadata,
+            StoreCalls(offload),
+            open_store,
+            handoff,
+            cache,
         )
         self.xattrs = Xattrs(
             self.vfs, fetcher, cache, offload, self.metadata, self.prefetches.begin_recorded

@@ -46,7 +46,7 @@ class Attached(Reply, frozen=True, tag="attached"):
 
 
 class Done(Reply, frozen=True, tag="done"):
-    """Reply to `Detach`, `MetadataChanged`, `Restart` and `Stop`."""
+    """Reply to `Detach`, `MetadataChanged`, `BorrowMemory`, `Restart` and `Stop`."""
 
 
 class Given(Reply, frozen=True, tag="given"):

@@ -46,8 +46,9 @@ def reply_type(request: Request[R]) -> type[R]:
     return get_args(base)[0]
 
 
-class Attach(Request[replies.Attached], frozen=True, tag="attach"):
-    """Attach a checkpoint.
+class Attach(Request[replies.Attached], frozen=True, tag="attach", omit_defaults=True):
+    """Attach a checkpoint. Fields with their defaults are not sent, so daemons of older releases
+    understand it.
 
     Attributes:
         location: The checkpoint, with credentials.
@@ -55,11 +56,13 @@ class Attach(Request[replies.Attached], frozen=True, tag="attach"):
         plan: Ranges to fetch in the background, in the plan's order.
         rank: Rank of the process in its job, which chooses its part of the plan; -1 if unknown.
         prefetch: Globs of files to fetch in the background, in that order.
+        saves: Whether the client will save blocks that it has uploaded (`SaveBlocks`).
     """
 
     needs_secrets: ClassVar[bool] = True
     location: Location
     pinned: bool = False
+    saves: bool = False
     plan: Plan | None = None
     rank: _Rank = -1
     prefetch: _Globs = msgspec.field(default_factory=list[str])
@@ -151,12 +154,17 @@ class TakeBlocks(Request[replies.Taken], frozen=True, tag="take-blocks"):
     at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
 
 
+class BorrowMemory(Request[replies.Done], frozen=True, tag="borrow-memory"):
+    """Lend the connection memory for `PIECE_BLOCKS_MAX` blocks. The reply brings its descriptor
+    (SCM_RIGHTS). A connection has one such memory."""
+
+
 class SaveBlocks(Request[replies.Taken], frozen=True, tag="save-blocks"):
     """Insert consecutive blocks of a file that the client has uploaded into the cache, from the
-    memfd that the client passes along (SCM_RIGHTS).
+    start of the memory that the connection has borrowed.
 
     Attributes:
-        name, path, first, count, at: See `GiveBlocks`.
+        name, path, first, count: See `GiveBlocks`.
         etag: The ETag of the object that the client has uploaded.
     """
 
@@ -165,7 +173,6 @@ class SaveBlocks(Request[replies.Taken], frozen=True, tag="save-blocks"):
     first: Annotated[int, msgspec.Meta(ge=0)]
     count: Annotated[int, msgspec.Meta(ge=1, le=PIECE_BLOCKS_MAX)]
     etag: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
 
 
 class GetTrace(Request[replies.Trace], frozen=True, tag="trace"):

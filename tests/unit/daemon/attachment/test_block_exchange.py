@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,10 +17,20 @@ from hypothesis import strategies as st
 from support.bench import PLACE, Client, Server, server_in
 from support.fakes import MIB, FakeStore, pattern
 
-from ckptfs._model.protocol.replies import Attached, Failed, Given, Reply, StatusReply, Taken
+from ckptfs._daemon.attachment.attachment import new_attachment
+from ckptfs._model.protocol.replies import (
+    Attached,
+    Done,
+    Failed,
+    Given,
+    Reply,
+    StatusReply,
+    Taken,
+)
 from ckptfs._model.protocol.requests import (
     PIECE_BLOCKS_MAX,
     Attach,
+    BorrowMemory,
     GiveBlocks,
     Request,
     SaveBlocks,
@@ -61,6 +71,26 @@ class Node:
         etag, sums = given.etag, given.sums
         request = TakeBlocks(name=self.name, path=path, first=first, etag=etag, sums=sums, at=at)
         return await self.ask(request, memfd)
+
+    async def borrow(self) -> int:
+        """Borrow memory of the daemon. Returns its descriptor, which the daemon's end closes."""
+        sock = self.client.stream.socket
+        await self.client.stream.send_all(encode(BorrowMemory()))
+        data, ancillary, _, _ = await sock.recvmsg(1000, socket.CMSG_SPACE(4))
+        assert decode_reply(data) == Done()
+        [(_, _, content)] = ancillary
+        return array.array("i", content)[0]
+
+    async def save(self, data: bytes, etag: str) -> Reply:
+        """Have the daemon save the first blocks of a file, from borrowed memory."""
+        lent = await self.borrow()
+        try:
+            os.pwrite(lent, data, 0)
+            count = -(-len(data) // MIB)
+            request = SaveBlocks(name=self.name, path="a/b", first=0, count=count, etag=etag)
+            return await self.ask(request)
+        finally:
+            os.close(lent)
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight."""
@@ -137,11 +167,9 @@ async def test_exchange_saves_uploaded_blocks_without_a_read_of_the_store(
     giver, node = nodes
     given = await giver.give(memfd, 0, 1)
     assert isinstance(given, Given)
-    os.pwrite(memfd, DATA, 100)
     reads = len(store.reads())
-    request = SaveBlocks(name=node.name, path="a/b", first=0, count=6, etag=given.etag, at=100)
-    assert await node.ask(request, memfd) == Taken(taken=len(DATA), had=0)
-    assert await node.ask(request, memfd) == Taken(taken=0, had=len(DATA))
+    assert await node.save(DATA, given.etag) == Taken(taken=len(DATA), had=0)
+    assert await node.save(DATA, given.etag) == Taken(taken=0, had=len(DATA))
     await node.quiet()
     assert await node.read() == DATA
     assert len(store.reads()) == reads
@@ -151,16 +179,39 @@ async def test_exchange_saves_uploaded_blocks_without_a_read_of_the_store(
 
 
 async def test_exchange_saves_no_blocks_of_another_version(
-    nodes: list[Node], store: FakeStore, memfd: int
+    nodes: list[Node], store: FakeStore
 ) -> None:
     node = nodes[0]
-    os.pwrite(memfd, DATA[::-1], 0)
-    request = SaveBlocks(name=node.name, path="a/b", first=0, count=6, etag='"uploaded before"')
-    refused = await node.ask(request, memfd)
+    refused = await node.save(DATA[::-1], '"uploaded before"')
     assert isinstance(refused, Failed)
     assert refused.code == "object-changed"
     assert await node.read() == DATA
     await node.quiet()
+
+
+async def test_lent_memory_keeps_its_size_and_ends_with_the_connection(nodes: list[Node]) -> None:
+    node = nodes[0]
+    before = len(os.listdir("/proc/self/fd"))
+    first, again = await node.borrow(), await node.borrow()
+    assert os.path.sameopenfile(first, again)
+    assert os.fstat(first).st_size == PIECE_BLOCKS_MAX * MIB
+    for size in (0, PIECE_BLOCKS_MAX * MIB + 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(first, size)
+    os.close(first)
+    os.close(again)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    await node.client.stream.aclose()
+    with trio.fail_after(10):
+        while len(os.listdir("/proc/self/fd")) > before - 2:  # noqa: ASYNC110 - of the server
+            await trio.sleep(0.002)
+
+
+async def test_exchange_saves_nothing_without_lent_memory(nodes: list[Node]) -> None:
+    request = SaveBlocks(name=nodes[0].name, path="a/b", first=0, count=1, etag="x")
+    refused = await nodes[0].ask(request)
+    assert isinstance(refused, Failed)
+    assert (refused.code, await nodes[0].client.line()) == ("protocol", b"")
 
 
 async def test_exchange_taken_blocks_outlive_the_daemon(
@@ -298,12 +349,57 @@ async def test_exchange_by_other_users_is_refused(
         for request in (
             GiveBlocks(name=node.name, path="a/b", first=0, count=1),
             TakeBlocks(name=node.name, path="a/b", first=0, etag="", sums=[1]),
-            SaveBlocks(name=node.name, path="a/b", first=0, count=1, etag="x"),
         ):
             refused = await node.ask(request, memfd)
             assert isinstance(refused, Failed)
-            assert refused.code == "access-denied"
+            assert refused.code == "access-denied", refused
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_exchange_saves_blocks_of_another_user_for_that_user_only(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    as_other: None,
+) -> None:
+    sock = tmp_path_factory.mktemp("s") / "s"
+    async with server_in(tmp_path, sock, allow_other=True, linger_s=0.0) as server:
+        store = server.stores[PLACE.path] = FakeStore(FILES)
+
+        @asynccontextmanager
+        async def attached(*, saves: bool = False) -> AsyncIterator[Node]:
+            client = await server.connect()
+            reply = await client.ask(Attach(location=PLACE, saves=saves))
+            assert isinstance(reply, Attached)
+            node = Node(server, client, reply.name)
+            yield node
+            await node.quiet()
+            await client.stream.aclose()
+            with trio.fail_after(10):
+                while len(server.service.attachments):  # noqa: ASYNC110 - of the server
+                    await trio.sleep(0.002)
+
+        etag = store.etag("a/b")
+        async with attached() as node:
+            refused = await node.save(DATA, etag)
+            assert isinstance(refused, Failed)
+            assert refused.code == "access-denied", refused
+            second = await (await server.connect()).ask(Attach(location=PLACE, saves=True))
+            assert isinstance(second, Failed)  # it is in use with shared blocks
+            assert second.code == "busy"
+        async with attached(saves=True) as node:
+            assert await node.save(DATA, etag) == Taken(taken=len(DATA), had=0)
+        async with attached() as node:
+            assert await node.read() == DATA
+            assert store.reads("a/b") == []
+            [attachment] = server.service.attachments
+            assert attachment.cached_bytes(server.rig.cache) == len(DATA)
+        shared = new_attachment(9, PLACE, store, attachment.manifest, 0, 0)
+        assert shared.cached_bytes(server.rig.cache) == 0
+        store.overwrite("a/b", pattern(len(DATA), 1))
+        async with attached() as node:  # nothing of this version was saved
+            assert await node.read() == pattern(len(DATA), 1)
+            [attachment] = server.service.attachments
+            assert attachment.cache_scope == ""
 
 
 BAD: list[tuple[str, int, int, str]] = [

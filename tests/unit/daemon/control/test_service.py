@@ -121,12 +121,32 @@ async def test_the_way_of_the_daemons_own_user_is_that_of_all(bench: Bench) -> N
 
 async def test_the_way_does_not_change_under_a_reader(bench: Bench) -> None:
     shared = await bench.attach(PLACE_OF_OTHERS, OTHER)
-    with pytest.raises(Busy, match="in use by another way"):
+    with pytest.raises(Busy, match="in use with other cached blocks"):
         await bench.attach(by_way(proxy="http://127.0.0.1:1"), OTHER)
     bench.service.attachments.let_go(shared)  # the attachment lingers
     alone = await bench.attach(by_way(proxy="http://127.0.0.1:1"), OTHER)
     assert alone is not shared
     assert not set(alone.snapshot.digests()) & set(shared.snapshot.digests())
+
+
+async def test_an_attach_for_saving_has_blocks_of_its_own_and_keeps_the_pin(bench: Bench) -> None:
+    shared = await bench.attach(PLACE_OF_OTHERS, OTHER, pinned=True)
+    with pytest.raises(Busy, match="in use with other cached blocks"):
+        await bench.attach(PLACE_OF_OTHERS, OTHER, saves=True)
+    bench.service.attachments.let_go(shared)
+    alone = await bench.attach(PLACE_OF_OTHERS, OTHER, saves=True)
+    assert alone is await bench.attach(PLACE_OF_OTHERS, OTHER)  # also without saving
+    assert alone.leases.pinned
+    assert not set(alone.snapshot.digests()) & set(shared.snapshot.digests())
+    after = await next_daemon(bench)
+    restored = after.service.attachments.find(OTHER, alone.name, None)
+    assert restored.snapshot.digests() == alone.snapshot.digests()
+
+
+async def test_the_daemons_own_user_saves_blocks_for_all(bench: Bench) -> None:
+    mine = await bench.attach(PLACE_OF_OTHERS, saves=True)
+    theirs = await bench.attach(PLACE_OF_OTHERS, OTHER)
+    assert mine.snapshot.digests() == theirs.snapshot.digests()
 
 
 async def test_concurrent_attaches_list_once(bench: Bench, autojump_clock: MockClock) -> None:
