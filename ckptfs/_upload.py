@@ -30,6 +30,7 @@ class Options(NamedTuple):
     overwrite: bool = False
     rate: int = 0
     cache: bool = True
+    merge: bool = False
 
 
 class Done(NamedTuple):
@@ -49,6 +50,7 @@ def upload(
     metadata: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     overwrite: bool = False,
+    merge: bool = False,
     cache: bool = True,
     progress: Progress | bool = False,
 ) -> Checkpoint:
@@ -74,6 +76,10 @@ def upload(
             ``.metadata.json``.
         include: Globs on relative paths (``*`` also matches ``/``); empty for all files.
         overwrite: Whether to replace other content at the target. Files of other names stay.
+        merge: Whether the target may have files of other names, for several programs that upload
+            parts of one checkpoint, also at the same time. Other content in a file of the same name
+            is refused as always. ``.metadata.json`` is replaced as a whole if this upload brings
+            one, and comes after the files of this upload only.
         cache: Whether the cache of this node gets the files.
         progress: True for a bar on the terminal or in the notebook, or a function that gets the
             bytes at the store and the bytes of all files.
@@ -86,7 +92,8 @@ def upload(
             directory, or the target, is a file.
         CannotUpload: The directory has no files, or a file changed meanwhile, cannot be read, is a
             link that leads out of the directory, or has a name that the store cannot hold.
-        TargetExists: The target has other content, and `overwrite` is False.
+        TargetExists: The target has other content, and `overwrite` is False. With `merge`, also if
+            another program has replaced a file by other content meanwhile.
         AccessDenied, StoreError: The store's answer. Finished files stay for another try.
         MetadataError: The directory's ``.metadata.json`` is not a JSON object (with `metadata`).
         TypeError, ValueError: `metadata` cannot be written as JSON, or `include` is a string.
@@ -99,7 +106,7 @@ def upload(
     elif filesystem is not None:
         raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
     with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:
-        options = Options(metadata, include, overwrite, cache=cache)
+        options = Options(metadata, include, overwrite, cache=cache, merge=merge)
         run_upload(directory, target, options, told)
     return target
 
@@ -114,7 +121,8 @@ def run_upload(
     filesystem = filesystem_behind(target)
     _refuse_itself(top, filesystem, target.path)
     metadata = None if options.metadata is None else _metadata(top, options.metadata)
-    wanted = Wanted(list(options.include), metadata, options.overwrite, options.rate)
+    include = list(options.include)
+    wanted = Wanted(include, metadata, options.overwrite, options.rate, options.merge)
     store, uploads = uploads_to(filesystem, target.path)
     with closing(store):
         uploaded, contents = upload_directory(top, store, uploads, wanted, told)

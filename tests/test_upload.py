@@ -6,8 +6,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,128 @@ def test_target_keeps_metadata_that_the_upload_does_not_bring(run: Path, target:
     ckptfs.upload(run, target.uri, metadata={"step": 1})
     assert result(run, target.uri) == (3, 3)
     assert json.loads(target.objects()[".metadata.json"]) == {"step": 1}
+
+
+# -- merges
+
+
+def other_half(run: Path, tmp_path: Path) -> Path:
+    """Another directory of the same checkpoint, which has one file in common with `run`."""
+    top = tmp_path / "other" / "checkpoint"
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "a" / "b" / "other.bin").write_bytes(random.Random(8).randbytes(PART_BYTES + 1))
+    (top / "config.json").write_text("{}")
+    (run / "config.json").write_text("{}")
+    return top
+
+
+def target_of(kind: str, target: Target, tmp_path: Path) -> str:
+    return target.uri if kind == "s3" else str(tmp_path / "target")
+
+
+@pytest.mark.parametrize("kind", ["s3", "local"])
+def test_uploads_at_the_same_time_merge(
+    kind: str, run: Path, target: Target, tmp_path: Path
+) -> None:
+    """Each one begins while the other has a large file under way, and both bring one file."""
+    other, uri = other_half(run, tmp_path), target_of(kind, target, tmp_path)
+    both = files_in(run) | files_in(other)
+    halfway, done = threading.Event(), threading.Event()
+
+    def tell(sent: int, total: int) -> None:
+        halfway.set()
+        assert done.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ckptfs.upload, run, uri, merge=True, progress=tell)
+        assert halfway.wait(60)
+        ckptfs.upload(other, uri, merge=True)
+        done.set()
+        first.result()
+    found = target.objects() if kind == "s3" else files_in(tmp_path / "target")
+    assert found == both
+    with pytest.raises(ckptfs.TargetExists, match="that the directory lacks"):
+        ckptfs.upload(other, uri)
+
+
+@pytest.mark.parametrize("kind", ["s3", "local"])
+def test_merge_refuses_other_content_of_the_same_name(
+    kind: str, run: Path, target: Target, tmp_path: Path
+) -> None:
+    other, uri = other_half(run, tmp_path), target_of(kind, target, tmp_path)
+    ckptfs.upload(run, uri, merge=True)
+    (other / "config.json").write_text("[]")
+    with pytest.raises(ckptfs.TargetExists, match=r"other content in 1 file \(config\.json\)"):
+        ckptfs.upload(other, uri, merge=True)
+    ckptfs.upload(other, uri, merge=True, overwrite=True)
+    found = target.objects() if kind == "s3" else files_in(tmp_path / "target")
+    assert found == files_in(run) | files_in(other)
+
+
+def replaced_before_verification(monkeypatch: pytest.MonkeyPatch, replace: Any) -> None:
+    def verify(upload: Any, verify: Any = _Run._verify) -> None:
+        replace()
+        verify(upload)
+
+    monkeypatch.setattr(_Run, "_verify", verify)
+
+
+@pytest.mark.parametrize("content", [b"same", b"else", b"longer"])
+def test_file_that_another_program_writes_meanwhile_is_compared(
+    content: bytes, run: Path, target: Target, moto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "config.json").write_bytes(b"same")
+    replaced_before_verification(
+        monkeypatch, lambda: moto.put(f"{target.path}/config.json", content)
+    )
+    if content == b"same":
+        ckptfs.upload(run, target.uri, merge=True)
+        assert target.objects() == files_in(run)
+        return
+    with pytest.raises(ckptfs.TargetExists, match=r"other content in 1 file \(config\.json\)"):
+        ckptfs.upload(run, target.uri, merge=True)
+
+
+def test_object_with_another_kind_of_etag_is_compared_in_a_merge(
+    run: Path, target: Target, moto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (run / "large.bin").read_bytes()
+    replaced_before_verification(monkeypatch, lambda: moto.put(f"{target.path}/large.bin", content))
+    ckptfs.upload(run, target.uri, merge=True)
+    assert target.objects() == files_in(run)
+
+
+def test_merge_removes_parts_of_its_own_files_only(run: Path, target: Target) -> None:
+    client = target.store.client
+    for name in ("large.bin", "of another rank.bin"):
+        client.create_multipart_upload(Bucket=BUCKET, Key=f"{target.path}/{name}")
+    ckptfs.upload(run, target.uri, merge=True)
+    (left,) = client.list_multipart_uploads(Bucket=BUCKET, Prefix=target.path)["Uploads"]
+    assert left["Key"] == f"{target.path}/of another rank.bin"
+    client.abort_multipart_upload(Bucket=BUCKET, Key=left["Key"], UploadId=left["UploadId"])
+
+
+@pytest.mark.parametrize("kind", ["s3", "local"])
+def test_merged_metadata_is_that_of_the_last_upload_and_never_missing(
+    kind: str, run: Path, target: Target, tmp_path: Path
+) -> None:
+    other, uri = other_half(run, tmp_path), target_of(kind, target, tmp_path)
+
+    def metadata() -> Any:
+        found = target.objects() if kind == "s3" else files_in(tmp_path / "target")
+        return json.loads(found[".metadata.json"])
+
+    seen: list[Any] = []
+    ckptfs.upload(run, uri, merge=True, metadata={"rank": 0})
+    ckptfs.upload(
+        other, uri, merge=True, metadata={"rank": 1}, progress=lambda *_: seen.append(metadata())
+    )
+    assert {"rank": 0} in seen
+    assert all(each in ({"rank": 0}, {"rank": 1}) for each in seen)
+    assert metadata() == {"rank": 1}
+    (other / "more").touch()
+    ckptfs.upload(other, uri, merge=True)
+    assert metadata() == {"rank": 1}
 
 
 # -- faults of the network and of the store

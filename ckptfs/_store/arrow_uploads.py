@@ -8,9 +8,10 @@ temporary file beside the object, which is renamed when it is complete.
 
 The name of the temporary file has a digest of the object's name and a random part, so two uploads
 never write to one file. An upload first removes the temporary files with the digests of its
-objects. Killed uploads have left them, or another program is writing them. That program finds its
-file missing when it would rename it, and its upload fails. The same holds for the temporary files
-of ``.metadata.json``, which `Store.put` writes in the target's directory.
+objects, which killed uploads have left. A local file has a lock (flock(2)) while a program writes
+it, and stays then. Elsewhere the other program finds its file missing when it would rename it, and
+its upload fails. The same holds for the temporary files of ``.metadata.json``, which `Store.put`
+writes in the target's directory. An upload that merges therefore leaves all files without a lock.
 
 Such a filesystem says nothing of the content that ckptfs could compare. Only a local file is read
 again for that.
@@ -21,6 +22,7 @@ own, and ends in time for the upload (see ``wrappers.within``).
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -32,6 +34,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ckptfs._model.manifest import METADATA_NAME, ListedFile, printable
+from ckptfs._os.filelock import leads_to
 from ckptfs._store.arrow import translate_error
 from ckptfs._store.buffers import leave_thread_buffer
 from ckptfs._store.request_context import current_progress
@@ -73,28 +76,33 @@ class ArrowUploads:
     def fault_of(self, path: str) -> str | None:
         return None
 
-    def prepare(self, paths: Set[str]) -> None:
+    def prepare(self, paths: Set[str], *, merge: bool = False) -> None:
         if not self._renames:
             if self._leaves_metadata:
-                self._remove_left(self._root, "", paths)
+                self._remove_left(self._root, "", paths, merge)
             return
         for folder in {"", *(path.rpartition("/")[0] for path in paths)}:
             full = f"{self._root}/{folder}".rstrip("/")
             with self.translated(folder):
                 within(ANSWER_S, self.name, self._fs.create_dir, full, recursive=True)
-            self._remove_left(full, folder, paths)
+            self._remove_left(full, folder, paths, merge)
 
-    def _remove_left(self, full: str, folder: str, paths: Set[str]) -> None:
-        """Remove the temporary files of objects of one directory."""
+    def _remove_left(self, full: str, folder: str, paths: Set[str], merge: bool) -> None:
+        """Remove the temporary files of objects of one directory, except those of running
+        uploads."""
         wanted = {_digest(path) for path in paths if path.rpartition("/")[0] == folder}
         with self.translated(folder):
             names = within(LISTING_S, self.name, self._names_in, full)
         for name in names:
             match = _TEMPORARY.fullmatch(name)
             path = f"{folder}/{name}" if folder else name
-            is_left = bool(match and match[1] in wanted) or self._is_metadata(path)
-            if is_left and path not in paths:
-                with self.translated(path), contextlib.suppress(FileNotFoundError):
+            is_of_object = bool(match and match[1] in wanted)
+            if path in paths or not (is_of_object or self._is_metadata(path)):
+                continue
+            with self.translated(path), contextlib.suppress(FileNotFoundError):
+                if is_of_object and self._is_local:
+                    _remove_unlocked(f"{full}/{name}")
+                elif not merge:
                     within(ANSWER_S, self.name, self._fs.delete_file, f"{full}/{name}")
 
     def _names_in(self, full: str) -> list[str]:
@@ -203,20 +211,27 @@ class ArrowUpload:
             return
         if self._stream is None:
             # A buffer has a lock. If a thread hangs with it, Python aborts at its exit.
-            self._stream = open(self._written, "xb", buffering=0)  # noqa: SIM115
+            self._stream = _locked_file(self._written)
         done = 0
         while done < len(data):
             done += self._stream.write(data[done:])
 
     def _finish(self) -> None:
         if self._is_local:
-            os.fsync(self._stream.fileno())
+            with self._stream:  # whose lock guards the file until it has its name
+                os.fsync(self._stream.fileno())
+                self._check_written()
+                self._rename()
+            return
         self._stream.close()
         if self._written == self._full:
             return
         self._check_written()
-        if not self._is_local and self._fs.get_file_info(self._full).type == pafs.FileType.File:
+        if self._fs.get_file_info(self._full).type == pafs.FileType.File:
             self._fs.delete_file(self._full)  # HDFS replaces no file
+        self._rename()
+
+    def _rename(self) -> None:
         try:
             self._fs.move(self._written, self._full)
         except FileNotFoundError:
@@ -242,6 +257,34 @@ class ArrowUpload:
             self._stream.close()
         with contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(self._written)
+
+
+def _locked_file(path: str) -> Any:
+    """A new file, with a lock that other programs see until it is closed."""
+    while True:
+        # A buffer has a lock of its own. If a thread hangs with it, Python aborts at its exit.
+        stream = open(path, "xb", buffering=0)  # noqa: SIM115
+        try:
+            with contextlib.suppress(OSError):  # a filesystem without locks
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if leads_to(path, stream.fileno()):  # it was not removed before it had its lock
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _remove_unlocked(path: str) -> None:
+    """Remove a temporary file that no program is writing. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # it is being written, or nothing says whether it is
+            return
+        os.unlink(path)
 
 
 def _digest(path: str) -> str:

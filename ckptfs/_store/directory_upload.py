@@ -60,6 +60,7 @@ error."""
 _FILES_MAX = 10_000_000
 _COMPARED_BYTES = 8 << 20
 _SHOWN_MAX = 3
+_OTHER_CONTENT = "other content in {}"
 
 Told = Callable[[int, int], None]
 """A function that the calling thread calls with the bytes that are at the store, and all bytes."""
@@ -92,12 +93,14 @@ class Wanted(msgspec.Struct, frozen=True):
         metadata: The content of ``.metadata.json``; None for that of the directory's file.
         overwrite: Whether other content at the target is replaced, and other files stay.
         rate: The most bytes per second; 0 for no limit.
+        merge: Whether other files stay, which other uploads may write at the same time.
     """
 
     include: Sequence[str] = ()
     metadata: bytes | None = None
     overwrite: bool = False
     rate: int = 0
+    merge: bool = False
 
 
 def upload_directory(
@@ -201,8 +204,8 @@ class _Run:
         if not self._wanted.overwrite:
             self._refuse(there, others)
         missing = [file for path, file in self._files.items() if path not in same]
-        self._ask(lambda: self._uploads.prepare(set(self._files)))
-        if missing and self._old_metadata is not None:
+        self._ask(lambda: self._uploads.prepare(set(self._files), merge=self._wanted.merge))
+        if missing and self._old_metadata is not None and not self._wanted.merge:
             self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
             self._old_metadata = None
         self._etags = {path: there[path].etag for path in same}
@@ -244,8 +247,8 @@ class _Run:
         threads = WorkerThreads(_THREADS)
 
         def compare(file: SourceFile) -> int:
-            listed, digests = there[file.path], partial(file.md5s, check=threads.check)
-            is_same = self._ask(lambda: self._uploads.is_same(listed, digests))
+            listed = there[file.path]
+            is_same = self._is_same(file, listed, threads.check)
             if is_same is None and not self._wanted.overwrite:
                 is_same = self._reads_same(file, listed, threads.check)
             if is_same:
@@ -257,7 +260,16 @@ class _Run:
         threads.work((partial(compare, file) for file in candidates), self._count)
         return same, sorted(others)
 
-    def _reads_same(self, file: SourceFile, listed: ListedFile, check: Callable[[], None]) -> bool:
+    def _is_same(
+        self, file: SourceFile, listed: ListedFile, check: Callable[[], None] = lambda: None
+    ) -> bool | None:
+        """See Uploads.is_same."""
+        digests = partial(file.md5s, check=check)
+        return self._ask(lambda: self._uploads.is_same(listed, digests))
+
+    def _reads_same(
+        self, file: SourceFile, listed: ListedFile, check: Callable[[], None] = lambda: None
+    ) -> bool:
         """Whether an object of the same size has the bytes of the file."""
         pin = pin_of(listed)
         for offset in range(0, file.size, _COMPARED_BYTES):
@@ -273,12 +285,13 @@ class _Run:
 
     def _refuse(self, there: dict[str, ListedFile], others: list[str]) -> None:
         """Raise TargetExists if the target has other content."""
-        if self._old_metadata not in (None, self._metadata):
+        is_merge = self._wanted.merge
+        if self._old_metadata not in (None, self._metadata) and not is_merge:
             others = [*others, METADATA_NAME]
         foreign = [path for path in sorted(there) if self._is_foreign(path)]
         if others:
-            raise self._exists(others, "other content in {}")
-        if foreign:
+            raise self._exists(others, _OTHER_CONTENT)
+        if foreign and not is_merge:
             raise self._exists(foreign, "{} that the directory lacks")
 
     def _exists(self, paths: Sequence[str], text: str) -> TargetExists:
@@ -298,31 +311,48 @@ class _Run:
         return not os.path.lexists(os.path.join(self._top, path))
 
     def _verify(self) -> None:
-        """Raise StoreError unless the store lists each file with its size and checksum."""
+        """Raise StoreError unless the store lists each file with its size and checksum. A merge
+        accepts the same bytes of another program, and raises TargetExists for others."""
         there = self._listed()
         for path, file in self._files.items():
             what = f"{printable(path)} in {self._store.name}"
             found = there.get(path)
             if found is None:
                 raise StoreError(f"{what}: the store does not list it after its upload; try again")
-            if found.size != file.size:
-                raise other_bytes(what, f"{file.size} bytes", f"{found.size}")
-            if contradicts(self._etags[path], found.etag):
-                raise other_bytes(what, self._etags[path], found.etag)
-            self.contents.append(Content(file, self._shown_etag(path, found.etag)))
+            etag = self._shown_etag(file, found, what)
+            if isinstance(etag, StoreError):
+                if not self._wanted.merge:
+                    raise etag
+                if not self._has_bytes_of(file, found):
+                    raise etag if self._wanted.overwrite else self._exists([path], _OTHER_CONTENT)
+                etag = found.etag
+            self.contents.append(Content(file, etag))
 
-    def _shown_etag(self, path: str, listed: str) -> str:
-        """The ETag that the store shows for the uploaded object; "" if it is not known."""
-        if self._etags[path] == listed:
-            return listed
-        sent = self._sent.get(path)
+    def _shown_etag(self, file: SourceFile, found: ListedFile, what: str) -> str | StoreError:
+        """The ETag that the store shows for the uploaded object; "" if it is not known. An error if
+        the store has another object."""
+        ours = self._etags[file.path]
+        if found.size != file.size:
+            return other_bytes(what, f"{file.size} bytes", f"{found.size}")
+        if contradicts(ours, found.etag):
+            return other_bytes(what, ours, found.etag)
+        if ours == found.etag:
+            return ours
+        sent = self._sent.get(file.path)
         shown = None if sent is None else self._ask(sent.shown_etag)
         if shown == "":
-            raise StoreError(
-                f"{printable(path)} in {self._store.name}: another program has written it "
-                "meanwhile; choose another target, or end that program"
+            return StoreError(
+                f"{what}: another program has written it meanwhile; choose another target, or end "
+                "that program"
             )
         return shown or ""
+
+    def _has_bytes_of(self, file: SourceFile, found: ListedFile) -> bool:
+        """Whether an object has the bytes of the file."""
+        if found.size != file.size:
+            return False
+        is_same = self._is_same(file, found)
+        return self._reads_same(file, found) if is_same is None else is_same
 
     def _check_unchanged(self) -> None:
         """Raise CannotUpload if the directory has changed since the first look at it."""

@@ -70,9 +70,9 @@ class Uploads(Protocol):
         """The reason why the store cannot hold an object of that name, or None if it can."""
         ...
 
-    def prepare(self, paths: Set[str]) -> None:
+    def prepare(self, paths: Set[str], *, merge: bool = False) -> None:
         """Make the directory if the store has directories, and remove what killed uploads of these
-        objects left behind."""
+        objects left behind. With `merge`, leave what a running upload may still need."""
         ...
 
     def is_same(self, listed: ListedFile, digests: Digests) -> bool | None:

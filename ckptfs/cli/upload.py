@@ -40,6 +40,13 @@ def upload(
             "--overwrite", help="Replace other content at the target. Files of other names stay."
         ),
     ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Let files of other names stay, which other programs may upload at the same time.",
+        ),
+    ] = False,
     limit_rate: RateOption = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Leave the cache of this node as it is.")
@@ -59,7 +66,7 @@ def upload(
 
     rate = 0 if limit_rate is None else parse_rate(limit_rate)
     target = Checkpoint(local_path(uri))
-    options = Options(None, include or [], overwrite, rate, cache=not no_cache)
+    options = Options(None, include or [], overwrite, rate, cache=not no_cache, merge=merge)
     begun_s = time.monotonic()
     with _ended_by_sigterm(), progress_bar(f"uploading {directory}") as told:
         done = run_upload(directory, target, options, told)

@@ -50,7 +50,7 @@ class AzureUploads:
             return f"the blob's name would be longer than {_NAME_LENGTH_MAX} characters"
         return "the name holds a backslash, of which Azure makes a slash" if "\\" in path else None
 
-    def prepare(self, paths: Set[str]) -> None:
+    def prepare(self, paths: Set[str], *, merge: bool = False) -> None:
         """Do nothing, because the list of blocks drops those of earlier uploads."""
 
     def is_same(self, listed: ListedFile, digests: Digests) -> bool | None:

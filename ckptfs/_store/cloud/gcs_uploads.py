@@ -54,7 +54,7 @@ class GoogleUploads:
             return fault
         return "the name holds a carriage return" if "\r" in path else None
 
-    def prepare(self, paths: Set[str]) -> None:
+    def prepare(self, paths: Set[str], *, merge: bool = False) -> None:
         """Do nothing, because Google removes unfinished uploads itself."""
 
     def is_same(self, listed: ListedFile, digests: Digests) -> bool | None:

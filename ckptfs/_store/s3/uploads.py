@@ -79,7 +79,8 @@ class S3Uploads:
     def fault_of(self, path: str) -> str | None:
         return fault_of_key(self._prefix + path)
 
-    def prepare(self, paths: Set[str]) -> None:
+    def prepare(self, paths: Set[str], *, merge: bool = False) -> None:
+        # Programs that merge write different large objects, and small ones have no parts.
         keys = {self._prefix + path for path in paths}
         try:
             found = list(_abandoned(self._ask, self._prefix, self.name))

@@ -1,6 +1,7 @@
 """Uploads by streams of pyarrow: a library that hangs or fails leaves no half file."""
 
 import errno
+import fcntl
 import io
 import subprocess
 import sys
@@ -118,7 +119,11 @@ def test_temporary_files_of_killed_uploads_go(tmp_path: Path) -> None:
     left = sorted(file.name for file in tmp_path.iterdir())
     assert len(left) == 2
     assert all(uploads.is_own(name) for name in left)
-    uploads.prepare({"a"})
+    uploads.prepare({"a", "b"})
+    assert sorted(file.name for file in tmp_path.iterdir()) == left  # they are being written
+    for each in begun:
+        each._stream.close()  # as the kernel does for a killed program
+    uploads.prepare({"a"}, merge=True)
     assert len(list(tmp_path.iterdir())) == 1
     for each in begun:
         each.abort()
@@ -130,6 +135,7 @@ def test_temporary_file_that_is_uploaded_itself_stays(is_same_name: bool, tmp_pa
     uploads = ArrowUploads(LocalFileSystem(), str(tmp_path), "uri")
     upload = uploads.begin("a", 4)
     upload.send(1, memoryview(b"data"))
+    upload._stream.close()
     (left,) = (file.name for file in tmp_path.iterdir())
     uploads.prepare({"a", left} if is_same_name else {"a"})
     assert (tmp_path / left).exists() == is_same_name
@@ -158,9 +164,39 @@ def test_two_uploads_to_one_place_share_no_file(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["local", "fsspec"])
-def test_upload_whose_temporary_file_another_one_removes_is_an_error(
-    kind: str, tmp_path: Path
+def test_merge_leaves_the_files_of_other_uploads(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / f".metadata.json.{uuid.uuid4().hex}").touch()
+    first = ArrowUploads(filesystem_of(kind), str(tmp_path), "uri").begin("x", 4)
+    first.send(1, memoryview(b"data"))
+    ArrowUploads(filesystem_of(kind), str(tmp_path), "uri").prepare({"x"}, merge=True)
+    first.finish()
+    assert (tmp_path / "x").read_bytes() == b"data"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_file_that_is_removed_before_it_has_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another program may look for temporary files just then."""
+    flock, removed = fcntl.flock, list[Path]()
+
+    def lock(file: Any, operation: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    upload = ArrowUploads(LocalFileSystem(), str(tmp_path), "uri").begin("x", 4)
+    upload.send(1, memoryview(b"data"))
+    upload.finish()
+    assert removed
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"data"}
+
+
+def test_upload_whose_temporary_file_another_one_removes_is_an_error(tmp_path: Path) -> None:
+    kind = "fsspec"
     (tmp_path / "x").write_bytes(b"old")
     first = ArrowUploads(filesystem_of(kind), str(tmp_path), "uri").begin("x", 4)
     first.send(1, memoryview(b"data"))
