@@ -69,6 +69,7 @@ def control() -> tuple[Callable[[bytes], None], Iterable[bytes]]:
         requests.StartPrefetch(name="x", globs=["*"], rate=1),
         requests.PrefetchProgress(),
         requests.GiveBlocks(name="x", path="a/b", first=1, count=2),
+        requests.FindBlocks(name="x", path="a/b"),
         requests.TakeBlocks(name="x", path="a/b", first=1, etag='"e"', sums=[1, 1 << 63]),
         requests.Attach(
             location=place,

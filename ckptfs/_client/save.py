@@ -8,23 +8,29 @@ through memory that the daemon lends, a piece at a time.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
 from ckptfs._client import blocks, client
 from ckptfs._client.connection import TRIES
+from ckptfs._config.load import load_config
+from ckptfs._config.paths import make_folder
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
+from ckptfs._os.filelock import locked
 from ckptfs._store.directory_upload import Content
 from ckptfs._store.worker_threads import WorkerThreads
-from ckptfs.errors import CkptfsError, ObjectChanged
+from ckptfs.errors import CkptfsError, DaemonError, ObjectChanged
 
 _THREADS = 4
 """Reading a piece and saving it are two steps, and the daemon writes to one disk."""
 _PIECE_BYTES = PIECE_BLOCKS_MAX * BLOCK_BYTES
+_TURN_S = 600.0
+"""Longest wait for other programs that save. Several hundred GB take that long."""
 
 
 class Saved(NamedTuple):
@@ -56,7 +62,9 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
 
     try:
         if known:
-            with client.leased(location, saves=True) as path, contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_turn())
+                path = stack.enter_context(client.leased(location, saves=True))
                 seats: SimpleQueue[_Seat] = SimpleQueue()
                 for _ in range(_THREADS):
                     seat = _Seat(os.path.basename(path))
@@ -65,6 +73,25 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
     except (CkptfsError, OSError) as error:
         errors.insert(0, error)
     return Saved(saved_bytes, next(iter(errors), None))
+
+
+@contextlib.contextmanager
+def _turn() -> Generator[None]:
+    """Wait for this program's turn among those of the user that save.
+
+    Programs that merge their files into one checkpoint would share an attachment otherwise, and its
+    listing would lack the files of those that have finished later. Raises DaemonError.
+    """
+    path = Path(f"{load_config().socket}.save")
+    make_folder(path.parent)
+    try:
+        with locked(str(path), _TURN_S):
+            yield
+    except TimeoutError:
+        raise DaemonError(
+            f"another program has been saving for {_TURN_S:g} s ({path}); upload again if this "
+            "node shall have the checkpoint"
+        ) from None
 
 
 def _save_piece(

@@ -9,6 +9,9 @@ Many nodes
     `broadcast` brings a checkpoint to all nodes of a cluster for the price of one download.
     `RestoreCallback` does so before the workers of a Ray Train run begin. `warm` is for nodes that
     need different files.
+Saving
+    `upload` uploads what the workers of a Ray Train run report. Their nodes keep the bytes in their
+    caches, and `RestoreCallback` takes them from there after a failure.
 
 ``ckptfs help ray`` shows the page about it.
 """
@@ -24,16 +27,18 @@ if TYPE_CHECKING:
     from ckptfs.ray._broadcast import BroadcastReport, NodeReport, broadcast
     from ckptfs.ray._mounting import Checkpoint, MountCallback, install, uninstall
     from ckptfs.ray._restoring import RestoreCallback
+    from ckptfs.ray._uploading import upload
     from ckptfs.ray._warming import Warming, warm
 
 _MODULES = {
     "_broadcast": ("BroadcastReport", "NodeReport", "broadcast"),
     "_mounting": ("Checkpoint", "MountCallback", "install", "uninstall"),
     "_restoring": ("RestoreCallback",),
+    "_uploading": ("upload",),
     "_warming": ("Warming", "warm"),
 }
 __all__ = ["BroadcastReport", "Checkpoint", "MountCallback", "NodeReport", "RestoreCallback"]
-__all__ += ["Warming", "broadcast", "install", "uninstall", "warm"]
+__all__ += ["Warming", "broadcast", "install", "uninstall", "upload", "warm"]
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept any name
     _homes = {name: f"ckptfs.ray.{home}" for home, names in _MODULES.items() for name in names}

@@ -1,9 +1,10 @@
 """A cluster gets a checkpoint for the price of one download."""
 
-# One node reads each part of a checkpoint from the store. Ray's object store brings it to the
-# caches of the others. `_schedule` decides which node reads which part, and `_peer` is a node's
-# end. After a broadcast programs read the checkpoint through a mount of the node's daemon as
-# always, which reads from the store what the broadcast could not bring.
+# One node reads each part of a checkpoint from its cache, or from the store if no node has it.
+# Ray's object store brings it to the caches of the others. `_schedule` decides which node reads
+# which part, and `_peer` is a node's end. After a broadcast programs read the checkpoint through a
+# mount of the node's daemon as always, which reads from the store what the broadcast could not
+# bring.
 #
 # Versions: each node attaches the checkpoint, with its own credentials. The version that most nodes
 # see is the cluster's. A node that sees another version takes no part. The daemons verify each
@@ -28,7 +29,7 @@ from ckptfs._store.filesystems import FileSystem
 from ckptfs.ray import _nodes
 from ckptfs.ray._nodes import AnyCheckpoint, Nodes, answer_of
 from ckptfs.ray._peer import Failure, Gave, Joined
-from ckptfs.ray._schedule import Chunk, Course, chunks_of, length_of
+from ckptfs.ray._schedule import Chunk, Course, Runs, chunks_of, length_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class NodeReport:
     """One node's part of a broadcast.
 
     Attributes:
+        had: Bytes that were in its cache when the broadcast began.
+        fetched: Bytes that its daemon has read from the store to give them.
         read: Bytes that its daemon gave, from the store or from its cache.
         taken: Bytes that it took from other nodes.
         left: Bytes that it lacks, and reads from the store when a program needs them.
@@ -72,6 +75,8 @@ class NodeReport:
     taken: int
     left: int
     error: str = ""
+    had: int = 0
+    fetched: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ class BroadcastReport:
         lines = [
             f"{counted(self.files, 'file')}, {size_text(self.bytes)}, in {self.seconds:.1f} s: "
             f"{complete} of {len(parts)} nodes have all of it",
-            f"given by nodes {size_text(sum(part.read for part in parts))}, "
-            f"taken from other nodes {size_text(sum(part.taken for part in parts))}",
+            f"read from the store {size_text(sum(part.fetched for part in parts))}, "
+            f"taken from other nodes {size_text(sum(part.taken for part in parts))}, "
+            f"in caches before {size_text(sum(part.had for part in parts))}",
         ]
         troubled = [(name, part) for name, part in self.nodes.items() if part.left or part.error]
         troubled.sort(key=lambda each: -each[1].left)
@@ -135,7 +141,7 @@ def broadcast(
         >>> report = ckptfs.ray.broadcast("s3://bucket/run7/checkpoint_000100")
         >>> print(report)
         30 files, 30.0 MiB, in 6.4 s: 3 of 3 nodes have all of it
-        given by nodes 30.0 MiB, taken from other nodes 60.0 MiB
+        read from the store 30.0 MiB, taken from other nodes 60.0 MiB, in caches before 0 B
 
     Args:
         checkpoint: A ``ckptfs.Checkpoint``, one of Ray's, or a URI.
@@ -198,8 +204,8 @@ def _broadcast(
         files = chosen(_files(partners), globs)
         size = sum(length for _, length in files)
         chunk_bytes = _chunk_bytes(size, len(partners), chunk_bytes_max)
-        chunks = chunks_of(files, chunk_bytes)
-        has = _what_is_there(partners, joined, files, chunks)
+        chunks, has = chunks_of(files, chunk_bytes, _what_is_there(partners, joined, files))
+        had = {name: sum(length_of(chunks[i]) for i in own) for name, own in has.items()}
         gives_max = max(2, min(_GIVES_MAX, _GIVE_BYTES_MAX // chunk_bytes))
         course = Course(chunks, has, window_bytes, gives_max)
         show = stack.enter_context(_bar(f"broadcasting {path}")) if progress else None
@@ -210,7 +216,14 @@ def _broadcast(
     for name in ids:
         left = course.left(name) if name in partners else size
         error = failed[name].message if name in failed else ""
-        nodes[name] = NodeReport(run.read_bytes[name], run.taken_bytes[name], left, error)
+        nodes[name] = NodeReport(
+            run.read_bytes[name],
+            run.taken_bytes[name],
+            left,
+            error,
+            had.get(name, 0),
+            run.fetched_bytes[name],
+        )
         if left:
             text = "broadcast of %s: node %s reads %d bytes from the store itself: %s"
             log.warning(text, path, name, left, error or _NOT_BROUGHT)
@@ -251,18 +264,16 @@ def _what_is_there(
     partners: Mapping[str, Any],
     joined: Mapping[str, Joined],
     files: Sequence[tuple[str, int]],
-    chunks: Sequence[Chunk],
-) -> dict[str, set[int]]:
-    """The chunks that each node has, because it has all files of these chunks."""
-    has: dict[str, set[int]] = {name: set() for name in partners}
+) -> dict[str, dict[str, Runs]]:
+    """The blocks that each node has of each file."""
+    has: dict[str, dict[str, Runs]] = {name: {} for name in partners}
     refs = {partners[n].cached.remote(files): n for n in partners if joined[n].cached}
     for ref, name in _nodes.as_they_come(refs):
         answer = answer_of(ref)
-        if not isinstance(answer, Failure):
-            whole = {file[0] for file, is_whole in zip(files, answer, strict=True) if is_whole}
-            has[name] = {
-                i for i, chunk in enumerate(chunks) if all(piece.path in whole for piece in chunk)
-            }
+        if isinstance(answer, Failure):
+            log.info("broadcast: node %s does not say what it has: %s", name, answer.message)
+        else:
+            has[name] = answer
     return has
 
 
@@ -290,6 +301,7 @@ class _Run:
         self._moved_s = now_s
         self._shown_s = 0.0
         self.read_bytes: Counter[str] = Counter()
+        self.fetched_bytes: Counter[str] = Counter()
         self.taken_bytes: Counter[str] = Counter()
         self.failed: dict[str, Failure] = {}
 
@@ -341,6 +353,7 @@ class _Run:
             self._course.gave_not(chunk, name, for_good=answer.code == errors.ObjectChanged.code)
             return
         self.read_bytes[name] += length_of(self._chunks[chunk])
+        self.fetched_bytes[name] += answer.fetched
         takers = self._course.gave(chunk, name)
         if answer.data is None:
             for taker in takers:  # no other node wanted the chunk when it was begun

@@ -2,6 +2,7 @@
 between the node's daemon and Ray's object store."""
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -21,14 +22,17 @@ from ckptfs._client.blocks import SharedMemory, connect
 from ckptfs._model import attributes
 from ckptfs._model.manifest import METADATA_NAME
 from ckptfs._model.plans.plan import Plan, Wanted
-from ckptfs._model.protocol.requests import GiveBlocks, R, Request, TakeBlocks
+from ckptfs._model.protocol.replies import Given
+from ckptfs._model.protocol.requests import FindBlocks, GiveBlocks, R, Request, TakeBlocks
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import FileSystem
 from ckptfs.errors import CkptfsError
-from ckptfs.ray._schedule import Chunk, Piece, length_of
+from ckptfs.ray._schedule import Chunk, Piece, Runs, length_of
 
 if TYPE_CHECKING:
     from ckptfs._client.connection import Connection
+
+log = logging.getLogger(__name__)
 
 _THREADS = 16
 """Number of concurrent messages to the daemon, which has as many requests to a store."""
@@ -62,11 +66,13 @@ class Gave:
 
     Attributes:
         sums: The checksums of each piece.
+        fetched: Bytes that the daemon has read from the store for it.
         data: A reference to the bytes of all pieces, one after the other, as an array of uint8;
             None if no other node needs them.
     """
 
     sums: list[Sums]
+    fetched: int
     data: Any
 
 
@@ -103,9 +109,21 @@ class Peer:
                 found.append((os.path.relpath(path, self._mounted), os.stat(path).st_size))
         return sorted(file for file in found if file[0] != METADATA_NAME)
 
-    def cached(self, files: Sequence[tuple[str, int]]) -> list[bool]:
-        """For each file, whether this node has all of its bytes."""
-        return [self._cached(os.path.join(self._mounted, path)) == size for path, size in files]
+    def cached(self, files: Sequence[tuple[str, int]]) -> dict[str, Runs] | Failure:
+        """The blocks of these files that are in the node's cache, in the version of the store."""
+        try:
+            known = [p for p, _ in files if self._cached(os.path.join(self._mounted, p))]
+        except (CkptfsError, OSError) as error:
+            return _failure(error)
+        runs = self._pool.map(self._blocks_of, known)
+        return {path: each for path, each in zip(known, runs, strict=True) if each}
+
+    def _blocks_of(self, path: str) -> Runs:
+        try:
+            return self._ask(FindBlocks(name=self._name, path=path)).runs
+        except (CkptfsError, OSError) as error:
+            log.info("broadcast: %s of this node does not count: %s", path, error)
+            return []
 
     @staticmethod
     def _cached(path: str) -> int:
@@ -116,8 +134,10 @@ class Peer:
         other nodes, put it into Ray's object store."""
         with self._room() as memory:
             try:
-                sums = self._for_each(chunk, lambda i, at: self._give(chunk[i], memory, at))
-                return Gave(sums, ray.put(memory.array[: length_of(chunk)]) if carried else None)
+                given = self._for_each(chunk, lambda i, at: self._give(chunk[i], memory, at))
+                data = ray.put(memory.array[: length_of(chunk)]) if carried else None
+                sums = [(each.etag, each.sums) for each in given]
+                return Gave(sums, sum(each.fetched for each in given), data)
             except (ObjectStoreFullError, OutOfDiskError) as error:
                 return Failure("ray", f"{type(error).__name__}: {str(error).splitlines()[0]}")
             except (CkptfsError, OSError) as error:
@@ -167,12 +187,11 @@ class Peer:
             future.exception()
         return [future.result() for future in futures]
 
-    def _give(self, piece: Piece, memory: "_Memory", at: int) -> Sums:
+    def _give(self, piece: Piece, memory: "_Memory", at: int) -> Given:
         request = GiveBlocks(
             name=self._name, path=piece.path, first=piece.first, count=piece.count, at=at
         )
-        given = self._ask(request, memory)
-        return given.etag, given.sums
+        return self._ask(request, memory)
 
     def _take(self, piece: Piece, sums: Sums, memory: "_Memory", at: int) -> int:
         request = TakeBlocks(
@@ -180,13 +199,13 @@ class Peer:
         )
         return self._ask(request, memory).taken
 
-    def _ask(self, request: Request[R], memory: "_Memory") -> R:
+    def _ask(self, request: Request[R], memory: "_Memory | None" = None) -> R:
         """Ask on this thread's connection. `Connection.ask` replaces a connection that the daemon
         has closed because it was idle. After an error this thread makes a new one."""
         connection: Connection = getattr(self._local, "connection", None) or connect()
         self._local.connection = None
         try:
-            reply = connection.ask(request, memory.fd)
+            reply = connection.ask(request, -1 if memory is None else memory.fd)
         except BaseException:
             connection.close()
             raise

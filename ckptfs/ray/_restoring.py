@@ -46,6 +46,6 @@ class RestoreCallback(MountCallback, WorkerGroupCallback, ReplicaGroupCallback):
             if checkpoint is not None:
                 workers = execution_group.get_workers()
                 nodes = list(dict.fromkeys(worker.metadata.node_id for worker in workers))
-                broadcast(checkpoint, nodes, self._files)
+                log.info("restoring: %s", broadcast(checkpoint, nodes, self._files))
         except (CkptfsError, RayError, ValueError) as error:
             log.warning("cannot broadcast the checkpoint; each node reads the store: %s", error)

@@ -3,7 +3,8 @@
 The checkpoint is cut into *chunks*. One node *gives* a chunk: it reads the chunk from its cache or
 from the store, and puts it into Ray's object store. The other nodes *take* it. A node that has the
 chunk gives it. If no node has it, the node with the least to do reads it from the store for all of
-them. A slow node reads less, because a node gets its next chunk when it has finished one.
+them. A slow node reads less, because a node gets its next chunk when it has finished one. If all
+nodes with a chunk are busy, other chunks go first.
 
 **Window.** The chunks under way have at most `window_bytes` together, because one node's object
 store has to hold them. A chunk is under way from its `next_give` until no node waits for it.
@@ -15,8 +16,12 @@ chunks that it lacks when they have everything. Each node reads the rest (`left`
 when a program needs it.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from types import MappingProxyType
 
 from ckptfs._model.blocks import BLOCK_BYTES, block_count, blocks_length
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX
@@ -39,25 +44,68 @@ class Piece:
 
 Chunk = tuple[Piece, ...]
 
+Runs = Sequence[tuple[int, int]]
+"""Consecutive blocks of a file that a node has: the first block and their number, ascending."""
 
-def chunks_of(files: Sequence[tuple[str, int]], chunk_bytes: int) -> list[Chunk]:
-    """Cut files (path and size) into chunks of at most `chunk_bytes`, a whole number of blocks."""
+
+def chunks_of(
+    files: Sequence[tuple[str, int]],
+    chunk_bytes: int,
+    nodes: Mapping[str, Mapping[str, Runs]] = MappingProxyType({}),
+) -> tuple[list[Chunk], dict[str, set[int]]]:
+    """Cut files into chunks of at most `chunk_bytes`, a whole number of blocks.
+
+    All blocks of a chunk are on the same nodes, or on none, so a chunk that a node gives from its
+    cache needs no byte from the store.
+
+    Args:
+        files: The path and the size of each.
+        chunk_bytes: Maximum size of a chunk.
+        nodes: For each node, the blocks that it has of each file.
+
+    Returns:
+        The chunks, in about the order of the files, and for each node the positions of those that
+        it has.
+    """
     blocks_max = min(PIECE_BLOCKS_MAX, chunk_bytes // BLOCK_BYTES)
-    chunks: list[Chunk] = []
-    pending: list[Piece] = []
-    pending_bytes = 0
+    begun: dict[frozenset[str], list[Piece]] = {}
+    begun_bytes: Counter[frozenset[str]] = Counter()
+    found: list[tuple[Chunk, frozenset[str]]] = []
     for path, size in files:
-        for first in range(0, block_count(size), blocks_max):
-            blocks = range(first, min(first + blocks_max, block_count(size)))
-            piece = Piece(path, first, len(blocks), blocks_length(blocks, size))
-            if pending_bytes + piece.length > chunk_bytes or len(pending) == _PIECES_MAX:
-                chunks.append(tuple(pending))
-                pending, pending_bytes = [], 0
-            pending.append(piece)
-            pending_bytes += piece.length
-    if pending:
-        chunks.append(tuple(pending))
-    return chunks
+        for blocks, owners in _owned(path, block_count(size), nodes):
+            for first in range(blocks.start, blocks.stop, blocks_max):
+                part = range(first, min(first + blocks_max, blocks.stop))
+                piece = Piece(path, first, len(part), blocks_length(part, size))
+                pieces = begun.setdefault(owners, [])
+                begun_bytes[owners] += piece.length
+                if begun_bytes[owners] > chunk_bytes or len(pieces) == _PIECES_MAX:
+                    found.append((tuple(pieces), owners))
+                    pieces = begun[owners] = []
+                    begun_bytes[owners] = piece.length
+                pieces.append(piece)
+    found += [(tuple(pieces), owners) for owners, pieces in begun.items()]
+    has = {name: {i for i, (_, owners) in enumerate(found) if name in owners} for name in nodes}
+    return [chunk for chunk, _ in found], has
+
+
+def _owned(
+    path: str, count: int, nodes: Mapping[str, Mapping[str, Runs]]
+) -> Iterator[tuple[range, frozenset[str]]]:
+    """Cut a file of `count` blocks where other nodes have the blocks: the parts, and their
+    nodes."""
+    runs = {name: list(files[path]) for name, files in nodes.items() if files.get(path)}
+    cuts = {0, count}
+    for each in runs.values():
+        cuts.update(edge for first, length in each for edge in (first, first + length))
+    edges = sorted(cut for cut in cuts if cut <= count)
+    for begin, end in pairwise(edges):
+        owners = frozenset(name for name, each in runs.items() if _contains(each, begin))
+        yield range(begin, end), owners
+
+
+def _contains(runs: Runs, block: int) -> bool:
+    at = bisect_right(runs, block, key=lambda run: run[0]) - 1
+    return at >= 0 and block < runs[at][0] + runs[at][1]
 
 
 def length_of(chunk: Chunk) -> int:
@@ -69,7 +117,7 @@ def length_of(chunk: Chunk) -> int:
 class _Node:
     """A node, with the chunks that it has, and those that it gives and takes now."""
 
-    has: set[int]
+    has: set[int] = field(default_factory=set[int])
     giving: set[int] = field(default_factory=set[int])
     taking: set[int] = field(default_factory=set[int])
     failed_gives: int = 0
@@ -104,7 +152,7 @@ class Course:
         gives_max: int,
     ) -> None:
         self._bytes = [length_of(chunk) for chunk in chunks]
-        self._nodes = {name: _Node(set(has)) for name, has in nodes.items()}
+        self._nodes = {name: _Node() for name in nodes}
         self._window_bytes = window_bytes
         self._gives_max = gives_max
         self._tries = [0] * len(chunks)
@@ -112,7 +160,11 @@ class Course:
         self._queue = list(range(len(chunks)))[::-1]  # the next one last
         self._under_way: dict[int, set[str]] = {}  # by chunk: its takers; none while it is given
         self._under_way_bytes = 0
-        self._bytes_there = sum(self._bytes[c] for has in nodes.values() for c in has)
+        self._owners: list[set[str]] = [set() for _ in chunks]  # by chunk: the nodes that have it
+        self._bytes_there = 0
+        for name, has in nodes.items():
+            for chunk in has:
+                self._is_there(name, chunk)
         self._dropped: set[int] = set()  # chunks that no node can get
 
     # -- what is next
@@ -121,27 +173,37 @@ class Course:
         """Begin a chunk: its position, its giver, and whether other nodes will take it. None if no
         chunk can begin now."""
         while self._queue or self._bring_back():
-            chunk = self._queue[-1]
-            wanting = self._wanting(chunk)
-            if not wanting:
-                self._queue.pop()
-                continue
-            length = self._bytes[chunk]
-            if self._under_way and self._under_way_bytes + length > self._window_bytes:
+            busy = {n for n, node in self._nodes.items() if len(node.giving) >= self._gives_max}
+            able = {n for n, node in self._nodes.items() if node.gives and not node.is_aside}
+            if busy and able <= busy:
                 return None
-            able = self._could_give(chunk)
-            if not able:
-                self._dropped.add(self._queue.pop())
-                continue
-            giver = min(able, key=lambda name: len(self._nodes[name].giving))
-            if len(self._nodes[giver].giving) >= self._gives_max:
-                return None  # all nodes are busy
-            self._queue.pop()
-            self._tries[chunk] += 1
-            self._under_way[chunk] = set()
-            self._under_way_bytes += length
-            self._nodes[giver].giving.add(chunk)
-            return chunk, giver, wanting != [giver]
+            for at in reversed(range(len(self._queue))):
+                chunk = self._queue[at]
+                if self._owners[chunk] and self._owners[chunk] <= busy:
+                    continue
+                wanting = self._wanting(chunk)
+                if not wanting:
+                    del self._queue[at]
+                    continue
+                length = self._bytes[chunk]
+                if self._under_way and self._under_way_bytes + length > self._window_bytes:
+                    return None
+                givers = self._could_give(chunk, able)
+                if not givers:
+                    self._dropped.add(chunk)
+                    del self._queue[at]
+                    continue
+                giver = min(givers, key=lambda name: len(self._nodes[name].giving))
+                if giver in busy:
+                    continue
+                del self._queue[at]
+                self._tries[chunk] += 1
+                self._under_way[chunk] = set()
+                self._under_way_bytes += length
+                self._nodes[giver].giving.add(chunk)
+                return chunk, giver, wanting != [giver]
+            if self._queue:
+                return None  # the nodes that could give are busy
         return None
 
     def _wanting(self, chunk: int) -> list[str]:
@@ -151,13 +213,12 @@ class Course:
             if node.takes and not node.is_aside and chunk not in node.has
         ]
 
-    def _could_give(self, chunk: int) -> list[str]:
-        failed = self._failed_at.get(chunk, set())
-        able = [n for n, node in self._nodes.items() if node.gives and not node.is_aside]
-        fresh = [n for n in able if n not in failed]
-        having = [n for n in fresh if chunk in self._nodes[n].has]
+    def _could_give(self, chunk: int, able: set[str]) -> list[str]:
+        fresh = able - self._failed_at.get(chunk, set())
         # A full node would read the chunk, but not keep it in its cache.
-        return having or [n for n in fresh if not self._nodes[n].is_full]
+        having = fresh & self._owners[chunk]
+        could = having or {n for n in fresh if not self._nodes[n].is_full}
+        return [name for name in self._nodes if name in could]  # in an order that can be repeated
 
     def _bring_back(self) -> bool:
         """When all others are done, continue with the idle nodes among those set aside. Return
@@ -176,7 +237,7 @@ class Course:
         """Note that the chunk is in the object store. Return the nodes that must take it."""
         node = self._nodes[giver]
         node.giving.discard(chunk)
-        self._is_there(node, chunk)
+        self._is_there(giver, chunk)
         takers = self._wanting(chunk) if chunk in self._under_way else []
         if not takers:
             self._over(chunk)
@@ -191,6 +252,7 @@ class Course:
         node = self._nodes[giver]
         node.giving.discard(chunk)
         self._failed_at.setdefault(chunk, set()).add(giver)
+        self._is_not_there(giver, chunk)  # although it may have said so
         if for_good:
             self._dropped.add(chunk)
         else:
@@ -202,7 +264,7 @@ class Course:
         node = self._nodes[name]
         node.taking.discard(chunk)
         if whole:
-            self._is_there(node, chunk)
+            self._is_there(name, chunk)
         self._wait_no_more(chunk, name)
 
     def lost(self, name: str) -> None:
@@ -225,10 +287,17 @@ class Course:
             for chunk in self._nodes[name].taking:
                 self._wait_no_more(chunk, name)
 
-    def _is_there(self, node: _Node, chunk: int) -> None:
-        if chunk not in node.has:
-            node.has.add(chunk)
+    def _is_there(self, name: str, chunk: int) -> None:
+        if name not in self._owners[chunk]:
+            self._owners[chunk].add(name)
+            self._nodes[name].has.add(chunk)
             self._bytes_there += self._bytes[chunk]
+
+    def _is_not_there(self, name: str, chunk: int) -> None:
+        if name in self._owners[chunk]:
+            self._owners[chunk].discard(name)
+            self._nodes[name].has.discard(chunk)
+            self._bytes_there -= self._bytes[chunk]
 
     def _wait_no_more(self, chunk: int, name: str) -> None:
         takers = self._under_way.get(chunk, set())

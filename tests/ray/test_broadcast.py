@@ -286,7 +286,7 @@ def test_a_silent_node_is_given_up(
 class Refusing(Peer):
     """Its daemon does not exchange blocks with this user."""
 
-    def _ask(self, request: Any, memory: Any) -> Any:
+    def _ask(self, request: Any, memory: Any = None) -> Any:
         raise ckptfs.AccessDenied("refused, as the test wants it")
 
 

@@ -20,10 +20,10 @@ def report(nodes: dict[str, NodeReport]) -> BroadcastReport:
 
 
 def test_a_complete_broadcast_is_two_lines() -> None:
-    half = NodeReport(15 * MIB, 15 * MIB, 0)
+    half = NodeReport(15 * MIB, 15 * MIB, 0, had=5 * MIB, fetched=10 * MIB)
     assert str(report({"a": half, "b": half})) == (
         "3 files, 30.0 MiB, in 6.4 s: 2 of 2 nodes have all of it\n"
-        "given by nodes 30.0 MiB, taken from other nodes 30.0 MiB"
+        "read from the store 20.0 MiB, taken from other nodes 30.0 MiB, in caches before 10.0 MiB"
     )
 
 
@@ -53,7 +53,7 @@ def test_a_summary_has_an_end() -> None:
 def test_the_representation_has_all_of_it() -> None:
     shown = repr(report({"a": NodeReport(1, 2, 3, "x")}))
     assert shown.startswith("BroadcastReport(version='v1', files=3, bytes=31457280, nodes={'a': ")
-    assert "NodeReport(read=1, taken=2, left=3, error='x')" in shown
+    assert "NodeReport(read=1, taken=2, left=3, error='x', had=0, fetched=0)" in shown
 
 
 @pytest.mark.parametrize("nodes", [None, "all"])

@@ -31,7 +31,7 @@ because further blocks would evict the first ones.
 import fcntl
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ckptfs._daemon.attachment.attachment import Attachment
@@ -44,10 +44,10 @@ from ckptfs._daemon.fetch.remote_file import RemoteFile
 from ckptfs._daemon.fetch.scheduler import Priority
 from ckptfs._daemon.quotas import is_ours
 from ckptfs._daemon.usage.counters import current
-from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_length
+from ckptfs._model.blocks import BLOCK_BYTES, block_count, block_length, blocks_length, runs
 from ckptfs._model.manifest import METADATA_NAME, printable
-from ckptfs._model.protocol.replies import Given, Taken
-from ckptfs._model.protocol.requests import GiveBlocks, SaveBlocks, TakeBlocks
+from ckptfs._model.protocol.replies import Found, Given, Taken
+from ckptfs._model.protocol.requests import FindBlocks, GiveBlocks, SaveBlocks, TakeBlocks
 from ckptfs._os.write_all import pwrite_all
 from ckptfs.errors import (
     AccessDenied,
@@ -82,6 +82,8 @@ class Exchange:
         _check_memfd(memfd, request.at + blocks_length(blocks, file.size))
         sums: list[int] = []
         with self.fetcher.opened(file):
+            await self.fetcher.fetch(file, range(0))  # the first check
+            fetched_bytes = _bytes_of(file, file.entry.absent(blocks))
             await self.fetcher.fetch(file, blocks, Priority.DEMAND)
             about, at = file.entry.about, request.at
             for index in blocks:
@@ -95,7 +97,17 @@ class Exchange:
             if file.entry.about.etag != about.etag:
                 raise ObjectChanged(f"{file.name} changed while another node copied it")
             current(file.activity.background).given_bytes += at - request.at
-            return Given(etag=about.etag, sums=sums)
+            return Given(etag=about.etag, sums=sums, fetched=fetched_bytes)
+
+    async def find(self, attachment: Attachment, request: FindBlocks) -> Found:
+        """The blocks of a file in the cache. Raises what the first check of the file raises."""
+        file = _file(attachment, request.path)
+        with self.fetcher.opened(file):
+            await self.fetcher.fetch(file, range(0))  # which drops those of another version
+            blocks = range(block_count(file.size))
+            absent = set(file.entry.absent(blocks))
+            present = runs((index for index in blocks if index not in absent), len(blocks))
+        return Found(runs=[(run.start, len(run)) for run in present])
 
     async def take(self, attachment: Attachment, request: TakeBlocks, memfd: int) -> Taken:
         """Put the blocks from `memfd` into the cache that it neither has nor is fetching.
@@ -196,6 +208,10 @@ def _blocks(file: RemoteFile, first: int, count: int) -> range:
     if first + count > block_count(file.size):
         raise ProtocolError(f"{file.name} has no blocks {first} to {first + count - 1}")
     return range(first, first + count)
+
+
+def _bytes_of(file: RemoteFile, blocks: Iterable[int]) -> int:
+    return sum(block_length(index, file.size) for index in blocks)
 
 
 def _check_memfd(memfd: int, size: int) -> None:

@@ -24,6 +24,7 @@ from ckptfs._model.protocol.replies import (
     Attached,
     CacheResults,
     Done,
+    Found,
     Given,
     Prefetching,
     Reloaded,
@@ -42,6 +43,7 @@ from ckptfs._model.protocol.requests import (
     ClearCache,
     CollectCache,
     Detach,
+    FindBlocks,
     GetTrace,
     GiveBlocks,
     ListCache,
@@ -245,6 +247,11 @@ class Commands:
         with self.service.attachments.holding(attachment), client.passed.used() as memfd:
             return await self.service.exchange.give(attachment, request, memfd)
 
+    async def find_blocks(self, request: FindBlocks, client: ConnectionState) -> Found:
+        attachment = self.service.attachments.find(client.peer.uid, request.name, None)
+        with self.service.attachments.holding(attachment):
+            return await self.service.exchange.find(attachment, request)
+
     async def take_blocks(self, request: TakeBlocks, client: ConnectionState) -> Taken:
         attachment = self.service.attachments.find(client.peer.uid, request.name, None)
         with self.service.attachments.holding(attachment), client.passed.used() as memfd:
@@ -308,6 +315,7 @@ COMMANDS: dict[type[Request[Any]], Command] = {
     ClearCache: Command(Commands.start_cache_command),
     CacheProgress: Command(Commands.cache_progress, is_frequent=True),
     GiveBlocks: Command(Commands.give_blocks, is_for_owners=True, is_frequent=True),
+    FindBlocks: Command(Commands.find_blocks, is_for_owners=True, is_frequent=True),
     TakeBlocks: Command(Commands.take_blocks, is_for_owners=True, is_frequent=True),
     BorrowMemory: Command(Commands.borrow_memory, is_frequent=True),
     SaveBlocks: Command(Commands.save_blocks, is_frequent=True),

@@ -55,10 +55,22 @@ class Given(Reply, frozen=True, tag="given"):
     Attributes:
         etag: The file's ETag; "" if the store has none.
         sums: Checksums of the blocks, from the cache.
+        fetched: Bytes of the blocks that the cache lacked.
     """
 
     etag: str
     sums: list[int]
+    fetched: int = 0
+
+
+class Found(Reply, frozen=True, tag="found"):
+    """Reply to `FindBlocks`.
+
+    Attributes:
+        runs: The first block, and the number of blocks, of each run of consecutive blocks.
+    """
+
+    runs: list[tuple[int, int]]
 
 
 class Taken(Reply, frozen=True, tag="taken"):

@@ -137,6 +137,17 @@ class GiveBlocks(Request[replies.Given], frozen=True, tag="give-blocks"):
     at: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
 
 
+class FindBlocks(Request[replies.Found], frozen=True, tag="find-blocks"):
+    """Return which blocks of a file are in the cache, in the version that the store has.
+
+    Attributes:
+        name, path: See `GiveBlocks`.
+    """
+
+    name: str
+    path: _Path
+
+
 class TakeBlocks(Request[replies.Taken], frozen=True, tag="take-blocks"):
     """Insert consecutive blocks of a file into the cache, from the memfd that the client passes
     along (SCM_RIGHTS).

@@ -129,6 +129,38 @@ def test_who_has_it_gives_it() -> None:
     assert course.left("c") == 0
 
 
+def test_a_busy_owner_stops_no_other() -> None:
+    """The first chunks are on one node only, which gives two at a time."""
+    course = Course(chunks(6), {"a": {0, 1, 2, 3}, "b": {4, 5}, "c": set()}, 1 << 40, 2)
+    begun = [course.next_give() for _ in range(5)]
+    assert begun == [(0, "a", True), (1, "a", True), (4, "b", True), (5, "b", True), None]
+    course.gave(0, "a")
+    assert course.next_give() == (2, "a", True)
+
+
+def test_an_owner_that_fails_gets_the_chunk_from_another() -> None:
+    course = Course(chunks(1), {"a": {0}, "b": set()}, 1 << 40, 2)
+    assert course.bytes_there() == (4 * MIB, 8 * MIB)
+    assert course.next_give() == (0, "a", True)
+    course.gave_not(0, "a")
+    assert course.bytes_there() == (0, 8 * MIB)
+    assert course.next_give() == (0, "b", True)
+    assert course.gave(0, "b") == ["a"]
+    course.took(0, "a", whole=True)
+    assert course.is_done
+    assert course.left("a") == course.left("b") == 0
+
+
+def test_a_lost_owner_is_replaced_by_the_store() -> None:
+    course = Course(chunks(2), {"a": {0, 1}, "b": set(), "c": set()}, 1 << 40, 1)
+    cluster = Cluster(course)
+    cluster.begin()
+    assert cluster.gives == [(0, "a")]
+    cluster.lose("a")
+    cluster.run()
+    assert course.left("b") == course.left("c") == 0
+
+
 def test_nothing_is_carried_to_nobody() -> None:
     course = Course(chunks(1), {"a": set()}, 1 << 40, 2)
     assert course.next_give() == (0, "a", False)
@@ -209,7 +241,7 @@ def test_chunks_hold_every_byte_once(chunk_bytes: int) -> None:
         *((f"s{i}", 9) for i in range(600)),
     ]
     found: dict[str, int] = {}
-    for chunk in chunks_of(files, chunk_bytes):
+    for chunk in chunks_of(files, chunk_bytes)[0]:
         assert 0 < sum(piece.length for piece in chunk) <= chunk_bytes
         assert len(chunk) <= 256
         for piece in chunk:
@@ -217,3 +249,35 @@ def test_chunks_hold_every_byte_once(chunk_bytes: int) -> None:
             assert piece.first * MIB == found.get(piece.path, 0)
             found[piece.path] = found.get(piece.path, 0) + piece.length
     assert found == {path: size for path, size in files if size}
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40 * MIB), max_size=4),
+    owned=st.lists(
+        st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=3), max_size=3
+    ),
+    chunk_bytes=st.sampled_from([MIB, 4 * MIB, 64 * MIB]),
+)
+def test_all_blocks_of_a_chunk_are_on_the_same_nodes(
+    sizes: list[int], owned: list[list[tuple[int, int]]], chunk_bytes: int
+) -> None:
+    files = [(str(i), size) for i, size in enumerate(sizes)]
+    nodes: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    blocks_of: dict[str, set[tuple[str, int]]] = {}
+    for number, runs in enumerate(owned):
+        name = f"n{number}"
+        nodes[name], blocks_of[name] = {}, set()
+        for path, size in files[number % 2 :]:  # no node has all files
+            present = {b for first, count in runs for b in range(first, first + count)}
+            present &= set(range(-(-size // MIB)))
+            blocks_of[name] |= {(path, block) for block in present}
+            nodes[name][path] = [(block, 1) for block in sorted(present)]
+    found, has = chunks_of(files, chunk_bytes, nodes)
+    seen: Counter[tuple[str, int]] = Counter()
+    for at, chunk in enumerate(found):
+        assert 0 < sum(piece.length for piece in chunk) <= chunk_bytes
+        blocks = {(p.path, b) for p in chunk for b in range(p.first, p.first + p.count)}
+        seen.update(blocks)
+        for name, own in blocks_of.items():
+            assert (at in has[name]) == bool(blocks & own) == (blocks <= own)
+    assert seen == {(path, b): 1 for path, size in files for b in range(-(-size // MIB))}

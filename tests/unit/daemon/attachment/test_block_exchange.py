@@ -4,6 +4,7 @@ import array
 import contextlib
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ckptfs._model.protocol.replies import (
     Attached,
     Done,
     Failed,
+    Found,
     Given,
     Reply,
     StatusReply,
@@ -31,6 +33,8 @@ from ckptfs._model.protocol.requests import (
     PIECE_BLOCKS_MAX,
     Attach,
     BorrowMemory,
+    Detach,
+    FindBlocks,
     GiveBlocks,
     Request,
     SaveBlocks,
@@ -335,6 +339,52 @@ async def test_exchange_beyond_the_cache_capacity_is_refused(
         assert isinstance(await node.take(memfd, 0, await node.give(memfd, 0, 2)), Taken)
 
 
+async def test_exchange_finds_the_blocks_that_are_there(
+    nodes: list[Node], memfd: int, store: FakeStore
+) -> None:
+    async def found(node: Node, path: str = "a/b") -> Reply:
+        return await node.ask(FindBlocks(name=node.name, path=path))
+
+    node = nodes[0]
+    assert await found(node) == Found(runs=[])
+    given = await node.give(memfd, 1, 2)
+    assert isinstance(given, Given)
+    assert given.fetched == 2 * MIB
+    await node.give(memfd, 5, 1)
+    assert await found(node) == Found(runs=[(1, 2), (5, 1)])
+    given = await node.give(memfd, 0, 6)
+    assert isinstance(given, Given)
+    assert given.fetched == 3 * MIB
+    assert await found(node) == Found(runs=[(0, 6)])
+    assert await found(node, "empty") == Found(runs=[])
+    assert await found(nodes[1]) == Found(runs=[])
+    failed = await found(node, ".metadata.json")
+    assert isinstance(failed, Failed)
+    assert failed.code == "not-attached"
+
+
+async def test_exchange_finds_no_blocks_of_another_version(
+    nodes: list[Node], memfd: int, store: FakeStore
+) -> None:
+    node, mtime_ns = nodes[0], time.time_ns() - 10 * 10**9
+
+    async def attach_another_version(seed: int) -> None:
+        """Same size and time: only the ETag tells them apart."""
+        assert isinstance(await node.client.ask(Detach(name=node.name, force=True)), Done)
+        store.overwrite("a/b", pattern(len(DATA), seed), mtime_ns=mtime_ns)
+        attached = await node.client.ask(Attach(location=PLACE))
+        assert isinstance(attached, Attached)
+        node.name = attached.name
+
+    await attach_another_version(1)
+    await node.give(memfd, 0, 6)
+    await node.quiet()
+    find = FindBlocks(name=node.name, path="a/b")
+    assert await node.ask(find) == Found(runs=[(0, 6)])
+    await attach_another_version(2)
+    assert await node.ask(find) == Found(runs=[])
+
+
 async def test_exchange_by_other_users_is_refused(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, memfd: int, as_other: None
 ) -> None:
@@ -347,6 +397,7 @@ async def test_exchange_by_other_users_is_refused(
         node = Node(server, client, attached.name)
         before = len(os.listdir("/proc/self/fd"))
         for request in (
+            FindBlocks(name=node.name, path="a/b"),
             GiveBlocks(name=node.name, path="a/b", first=0, count=1),
             TakeBlocks(name=node.name, path="a/b", first=0, etag="", sums=[1]),
         ):
