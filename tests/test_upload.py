@@ -667,6 +667,10 @@ def test_upload_command_prints_what_it_did(node: Node, run: Path, target: Target
     assert told == expected | {"cached_bytes": 0, "cache_error": ""}
     told = json.loads(node.here("upload", *arguments, "--limit-rate", "1G").stdout)
     assert (told["files"], told["skipped_files"], told["skipped_bytes"]) == (3, 2, size)
+    merged = json.loads(
+        node.here("upload", "--merge", *arguments[:1], str(run / "a"), target.uri).stdout
+    )
+    assert (merged["files"], merged["skipped_files"]) == (2, 0)
     (run / "large.bin").write_bytes(b"")
     done = node.here("upload", str(run), target.uri, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
@@ -674,7 +678,7 @@ def test_upload_command_prints_what_it_did(node: Node, run: Path, target: Target
     assert "--overwrite" in done.stderr
     done = node.here("upload", "--overwrite", str(run), target.uri)
     assert done.stdout.startswith("3 files, 1000 B: 0 B uploaded in ")
-    assert target.objects() == files_in(run)
+    assert target.objects() == files_in(run) | files_in(run / "a")
     assert node.here("upload", str(run), check=False).returncode == 2
     done = node.here("upload", "--limit-rate", "nonsense", str(run), target.uri, check=False)
     assert (done.returncode, "is not a rate" in done.stderr) == (1, True)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import Node
 from support.s3server import S3Server
 
 import ckptfs
-from ckptfs import xattrs
+from ckptfs import _upload, xattrs
 from ckptfs._client import client
 from ckptfs._model import attributes
 from ckptfs.errors import CannotMount
@@ -79,6 +80,28 @@ def test_a_second_upload_gives_the_cache_what_it_lacks(node: Node, run: Path, ur
     assert uploaded(node, run, uri, "--no-cache")["cached_bytes"] == 0
     assert not node.socket.exists()
     assert uploaded(node, run, uri, "--overwrite")["cached_bytes"] == SIZE + 5
+
+
+def test_uploads_that_merge_at_the_same_time_give_the_cache_all_files(
+    node: Node, run: Path, uri: str, tmp_path: Path, s3: S3Server
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "other.bin").write_bytes(random.Random(6).randbytes(SIZE))
+    options = _upload.Options(merge=True)
+
+    def upload(top: Path) -> _upload.Done:
+        return _upload.run_upload(top, ckptfs.Checkpoint(uri), options, None)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(upload, [run, other]))
+    assert [each.cached_bytes for each in done] == [SIZE + 5, SIZE]
+    s3.reset_traffic()
+    with ckptfs.Checkpoint(uri).as_directory() as path:
+        assert xattrs.get(path, attributes.CACHED) == str(2 * SIZE + 5)
+        for top, name in ((run, "large.bin"), (other, "other.bin")):
+            assert Path(path, name).read_bytes() == (top / name).read_bytes()
+    assert s3.traffic().bytes_to_client < MIB
 
 
 def test_an_object_that_is_replaced_after_the_upload_is_not_taken_for_it(
