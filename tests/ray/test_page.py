@@ -1,10 +1,12 @@
 """The code of the Ray page: each block does what the page says of it."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+import inspect
 import os
 import pickle
 import re
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import ray
 import ray.train
 from conftest import Node
 from pyarrow.fs import S3FileSystem
+from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 from support.raycluster import Member
@@ -33,7 +36,7 @@ Connect = Callable[..., None]
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "ckptfs" / "RAY.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-TRAINER, DRIVER, TASKS, OWN, BROADCAST, CHOSEN, WARM = BLOCKS
+TRAINER, DRIVER, TASKS, OWN, SAVE, BROADCAST, CHOSEN, WARM = BLOCKS
 URI = "s3://bucket/run7/step_3"
 
 # Torch is not installed here, and Ray would take any module of that name for it. The page's trainer
@@ -146,6 +149,24 @@ def test_a_checkpoint_of_one_s_own(
     assert found["path"].startswith(f"{node.mount}/checkpoint-")
     assert issubclass(found["Checkpoint"], ray.train.Checkpoint)
     assert "config.json" in capsys.readouterr().out
+
+
+def test_a_rank_saves_by_ckptfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[inspect.BoundArguments] = []
+    signature = inspect.signature(ray.train.report)
+    storage = StorageContext(str(tmp_path), "run7")
+    context = types.SimpleNamespace(get_world_rank=lambda: 1, get_storage=lambda: storage)
+    monkeypatch.setattr(ray.train, "report", lambda *a, **k: told.append(signature.bind(*a, **k)))
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    torch = types.ModuleType("torchlike")
+    exec(TORCH, torch.__dict__)
+    run(SAVE, train=ray.train, torch=torch, tempfile=tempfile)["save"](3, {"step": 3})
+    (call,) = (each.arguments for each in told)
+    assert call["checkpoint_upload_mode"] == ray.train.CheckpointUploadMode.ASYNC
+    saved = call["checkpoint_upload_fn"](call["checkpoint"], call["checkpoint_dir_name"])
+    assert saved.path == str(tmp_path / "run7" / "step_3")
+    assert pickle.loads(Path(saved.path, "rank-1.pt").read_bytes()) == {"step": 3}
 
 
 def test_many_nodes(
