@@ -87,31 +87,41 @@ def mounts() -> set[str]:
     return {at for line in lines if (at := line.split(" ")[4]).startswith(tempfile.gettempdir())}
 
 
-def workers() -> set[int]:
-    """Processes of this run in which libraries of stores run."""
-    return daemons(modules=(b"ckptfs._workers",))
+DAEMONS = b"ckptfs._keeper", b"ckptfs._daemon"
+WORKERS = (b"ckptfs._workers",)
 
 
-def daemons(
-    argument: bytes = b"", modules: tuple[bytes, ...] = (b"ckptfs._keeper", b"ckptfs._daemon")
-) -> set[int]:
-    """Processes of this run that are a keeper or a daemon, and have `argument` on their command
-    line."""
+def processes() -> dict[int, bytes]:
+    """The command lines of the processes of this run that belong to ckptfs."""
     ours = tempfile.gettempdir().encode()
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    found: dict[int, bytes] = {}
+    # Without Path and buffers, because each test looks twice at all processes of the machine.
+    for name in os.listdir("/proc"):
+        if name.isdigit():
             with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes()
-                is_one = argument in command and any(module in command for module in modules)
-                if is_one and ours in (entry / "environ").read_bytes():
-                    found.add(int(entry.name))
+                with open(f"/proc/{name}/cmdline", "rb", buffering=0) as file:
+                    command = file.read()
+                if has_module(command, DAEMONS + WORKERS):
+                    with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                        if ours in file.read():
+                            found[int(name)] = command
     return found
 
 
-def workers_left(kept: set[int]) -> set[int]:
-    """The workers of daemons that are not among `kept`."""
-    return {pid for pid in workers() if parent_of(pid) not in kept}
+def has_module(command: bytes, modules: tuple[bytes, ...]) -> bool:
+    return any(module in command for module in modules)
+
+
+def workers() -> set[int]:
+    """Processes of this run in which libraries of stores run."""
+    return {pid for pid, command in processes().items() if has_module(command, WORKERS)}
+
+
+def daemons(argument: bytes = b"") -> set[int]:
+    """Processes of this run that are a keeper or a daemon, and have `argument` on their command
+    line."""
+    found = processes().items()
+    return {pid for pid, command in found if argument in command and has_module(command, DAEMONS)}
 
 
 def parent_of(pid: int) -> int:
@@ -128,15 +138,30 @@ def temporary() -> set[str]:
     return {name for name in names if not name.startswith("pytest-of-")}
 
 
+def daemons_after_workers(kept: set[int]) -> set[int]:
+    """The keepers and daemons, as soon as all workers have ended but those of `kept`: the kernel
+    ends a worker a moment after its daemon. Raises TimeoutError."""
+    found: dict[int, bytes] = {}
+
+    def have_ended() -> bool:
+        nonlocal found
+        found = processes()
+        workers = [pid for pid, command in found.items() if has_module(command, WORKERS)]
+        return all(parent_of(pid) in kept for pid in workers)
+
+    wait_until(have_ended)
+    return {pid for pid, command in found.items() if has_module(command, DAEMONS)}
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     before = mounts(), daemons(), temporary()
     yield
-    try:  # the kernel ends them a moment after their daemon
-        wait_until(lambda: not workers_left(before[1]))
+    try:
+        left_daemons = daemons_after_workers(before[1])
     except TimeoutError:
         pytest.fail("left behind: workers")
-    after = mounts(), daemons(), temporary()
+    after = mounts(), left_daemons, temporary()
     left = [sorted(now - then) for now, then in zip(after, before, strict=True)]  # type: ignore[type-var]
     assert left == [[], [], []], f"left behind: mounts, processes, temporary files: {left}"
 
