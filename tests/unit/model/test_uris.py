@@ -76,14 +76,14 @@ for _blob, _dfs, _scheme in (
 
 
 @pytest.mark.parametrize("place", _PLACES, ids=lambda place: place.uri)
-@pytest.mark.parametrize("key", ["", *_ODD])
-def test_what_is_printed_is_attached_again(place: Location, key: str) -> None:
-    location = msgspec.structs.replace(place, path=f"{place.path}/{key}".removesuffix("/"))
-    again = parse_uri(location.uri)
-    assert again == location
-    assert again.identity == location.identity
-    assert location.uri.isprintable()
-    assert not set(location.uri) & set("# ")
+def test_what_is_printed_is_attached_again(place: Location) -> None:
+    for key in ("", *_ODD):
+        location = msgspec.structs.replace(place, path=f"{place.path}/{key}".removesuffix("/"))
+        again = parse_uri(location.uri)
+        assert again == location
+        assert again.identity == location.identity
+        assert location.uri.isprintable()
+        assert not set(location.uri) & set("# ")
 
 
 @given(st.sampled_from(_PLACES), _keys)
