@@ -126,11 +126,17 @@ def json_lines(output: str) -> list[Any]:
 
 
 HOMES = {"/": "HOME=/", "none": "", "not there": "HOME=/nonexistent", "read-only root": "HOME=/"}
+PLACES = [
+    *((home, True, True) for home in HOMES),
+    *((home, home in ("/", "not there"), False) for home in HOMES),
+    ("/", False, True),
+    ("not there", False, True),
+]
+"""A home, whether there is a device, and whether the user has a line in /etc/passwd: all machines
+that can mount, and of the others each pair of two values."""
 
 
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("device", [True, False], ids=["fuse", "no-fuse"])
-@pytest.mark.parametrize("passwd", [True, False], ids=["passwd", "no-passwd"])
+@pytest.mark.parametrize(("home", "device", "passwd"), PLACES)
 def test_any_user_mounts_or_copies(
     node: Node, small: Path, uri_of: UriOf, passwd: bool, device: bool, home: str
 ) -> None:
