@@ -181,6 +181,7 @@ class Node:
         self.cache_dir = folder / "cache"
         self.socket = folder / "sock"
         self.expected_in_log: list[str] = []
+        self._others = daemons()
         self.environment = {
             "CKPTFS_SOCKET": str(self.socket),
             "CKPTFS_MOUNT": str(self.mount),
@@ -278,7 +279,8 @@ class Node:
             with client.connect() as connection:
                 connection.stop(force=True)
             assert client.wait_ended(load_config(), COMMAND_TIMEOUT_S)
-        wait_until(lambda: not daemons())  # the keeper gives its lock back before its last breath
+        # The keeper gives its lock back before its last breath.
+        wait_until(lambda: daemons() <= self._others)
 
     def check_log(self, log: str) -> None:
         """Fail for every line above INFO that the test did not announce in `expected_in_log`."""
@@ -287,14 +289,15 @@ class Node:
                 pytest.fail(f"unexpected line in the daemon's log: {line}\n\n{log}")
 
 
-@pytest.fixture
-def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    """A node. Its path is short: the socket's name has a limit of 107 bytes (unix(7))."""
+@contextlib.contextmanager
+def node_in(patch: pytest.MonkeyPatch) -> Iterator[Node]:
+    """A node to which the environment points. Its path is short: the socket's name has a limit of
+    107 bytes (unix(7))."""
     node = Node(Path(tempfile.mkdtemp(prefix="ckptfs-")))
     for name, value in node.environment.items():
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
+        patch.delenv(name, raising=False)
     try:
         yield node
     finally:
@@ -302,6 +305,32 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
         log = node.log()
         shutil.rmtree(node.folder)
     node.check_log(log)
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    """A node of the test's own."""
+    with node_in(monkeypatch) as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def running_node() -> Iterator[Node]:
+    """A node whose daemon runs from the start, because an idle one would end between the tests."""
+    with pytest.MonkeyPatch.context() as patch, node_in(patch) as node:
+        node.configure(idle_exit_s=0)
+        node.here("mount")
+        yield node
+
+
+@pytest.fixture
+def shared_node(running_node: Node) -> Iterator[Node]:
+    """The node of a module's tests that read checkpoints of their own, with a daemon that none of
+    them ends or configures. Nothing is attached when a test begins."""
+    running_node.wait_detached()
+    yield running_node
+    running_node.wait_detached()
+    running_node.check_log(running_node.log())
 
 
 # -- stores

@@ -43,7 +43,9 @@ def pread(path: str, length: int, offset: int) -> bytes:
         os.close(fd)
 
 
-def test_listxattr_has_the_documented_attributes(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_listxattr_has_the_documented_attributes(
+    shared_node: Node, small: Path, uri_of: UriOf
+) -> None:
     os.utime(small / "layers/0/weights.bin", (WHOLE_S, WHOLE_S))
     place = {"user.ckptfs.uri", "user.xdg.origin.url"}
     both = place | {"user.ckptfs.version", "user.ckptfs.size"}
@@ -55,8 +57,8 @@ def test_listxattr_has_the_documented_attributes(node: Node, small: Path, uri_of
         assert set(os.listxattr(weights)) == both | {"user.ckptfs.mtime", "user.ckptfs.etag"}
         (small / ".metadata.json").write_text('{"a": 1}')
         wait_until(lambda: set(os.listxattr(path)) == root | {"user.ckptfs.meta.a"})
-        assert os.listxattr(node.mount) == []
-        for place in (path, f"{path}/layers", f"{path}/config.json", str(node.mount)):
+        assert os.listxattr(shared_node.mount) == []
+        for place in (path, f"{path}/layers", f"{path}/config.json", str(shared_node.mount)):
             for name in ("user.ckptfs.nothing", "user.other", "security.x", "trusted.x"):
                 with pytest.raises(OSError, check=lambda error: error.errno == errno.ENODATA):
                     os.getxattr(place, name)
@@ -113,7 +115,7 @@ def test_attributes_describe_the_checkpoint_and_its_files(
 
 
 def test_uris_hold_no_secret_and_can_be_attached(
-    node: Node,
+    shared_node: Node,
     s3: S3Server,
     bucket: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -160,7 +162,7 @@ FORMATS: dict[str, dict[str, bytes]] = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_attribute_names_each_format(
-    node: Node, bucket: Path, uri_of: UriOf, name: str
+    shared_node: Node, bucket: Path, uri_of: UriOf, name: str
 ) -> None:
     for path, data in FORMATS[name].items():
         (bucket / path).parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,7 @@ def test_format_attribute_names_each_format(
 
 
 def test_format_attribute_of_a_large_torch_archive_is_known(
-    node: Node, bucket: Path, uri_of: UriOf
+    shared_node: Node, bucket: Path, uri_of: UriOf
 ) -> None:
     with zipfile.ZipFile(bucket / "model.pth", "w") as archive:
         archive.writestr("archive/data.pkl", os.urandom(3 * MIB))
@@ -180,7 +182,9 @@ def test_format_attribute_of_a_large_torch_archive_is_known(
         assert int(attribute(path, "cached")) <= MIB
 
 
-def test_tensors_are_those_that_safetensors_has(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_tensors_are_those_that_safetensors_has(
+    shared_node: Node, bucket: Path, uri_of: UriOf
+) -> None:
     tensors = {
         "größe.weight": np.arange(600_000, dtype=np.float32).reshape(2, 3, -1),
         "half": np.ones((5, 7), np.float16),
@@ -210,7 +214,7 @@ def test_tensors_are_those_that_safetensors_has(node: Node, bucket: Path, uri_of
         assert xattrs.read_all(f"{path}/broken.safetensors")["user.ckptfs.size"] == "100"
 
 
-def test_many_tensors_are_cut_at_a_line(node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_many_tensors_are_cut_at_a_line(shared_node: Node, bucket: Path, uri_of: UriOf) -> None:
     save_file({f"{'x' * 50}.{i}": np.zeros(1) for i in range(2000)}, bucket / "a.safetensors")
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
         value = attribute(f"{path}/a.safetensors", "tensors")
@@ -275,7 +279,9 @@ def test_prefetch_and_evict_attributes_change_the_cache(
             assert Path(path, name).read_bytes() == (bucket / name).read_bytes()
 
 
-def test_evict_attribute_of_an_open_file_is_refused(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_evict_attribute_of_an_open_file_is_refused(
+    shared_node: Node, small: Path, uri_of: UriOf
+) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         file = f"{path}/layers/0/weights.bin"
         fd = os.open(file, os.O_RDONLY)
@@ -293,7 +299,7 @@ def test_evict_attribute_of_an_open_file_is_refused(node: Node, small: Path, uri
 
 
 def test_only_what_is_read_is_fetched(
-    node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+    shared_node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
     data = os.urandom(4 * MIB)
     (bucket / "large.bin").write_bytes(data)
@@ -319,7 +325,9 @@ def test_only_what_is_read_is_fetched(
         os.close(held)
 
 
-def test_state_attribute_follows_the_fetched_bytes(node: Node, s3: S3Server, bucket: Path) -> None:
+def test_state_attribute_follows_the_fetched_bytes(
+    shared_node: Node, s3: S3Server, bucket: Path
+) -> None:
     data = os.urandom(3 * MIB + 1)
     (bucket / "model.bin").write_bytes(data)
     with Forwarder(s3.endpoint) as forwarder:
@@ -334,7 +342,7 @@ def test_state_attribute_follows_the_fetched_bytes(node: Node, s3: S3Server, buc
             reader.start()
             wait_until(lambda: attribute(file, "state") == "fetching")
             assert attribute(path, "state") == "fetching"
-            assert node.status()["attachments"][0]["state"] == "fetching"
+            assert shared_node.status()["attachments"][0]["state"] == "fetching"
             forwarder.release()
             reader.join()
             assert got == [data]
