@@ -324,11 +324,13 @@ def running_node() -> Iterator[Node]:
 
 
 @pytest.fixture
-def shared_node(running_node: Node) -> Iterator[Node]:
+def module_node(running_node: Node) -> Iterator[Node]:
     """The node of a module's tests that read checkpoints of their own, with a daemon that none of
     them ends or configures. Nothing is attached when a test begins."""
-    running_node.wait_detached()
     yield running_node
+    for attachment in running_node.status()["attachments"]:
+        if attachment["pinned"]:
+            running_node.here("detach", attachment["path"])
     running_node.wait_detached()
     running_node.check_log(running_node.log())
 

@@ -44,7 +44,7 @@ def pread(path: str, length: int, offset: int) -> bytes:
 
 
 def test_listxattr_has_the_documented_attributes(
-    shared_node: Node, small: Path, uri_of: UriOf
+    module_node: Node, small: Path, uri_of: UriOf
 ) -> None:
     os.utime(small / "layers/0/weights.bin", (WHOLE_S, WHOLE_S))
     place = {"user.ckptfs.uri", "user.xdg.origin.url"}
@@ -57,8 +57,8 @@ def test_listxattr_has_the_documented_attributes(
         assert set(os.listxattr(weights)) == both | {"user.ckptfs.mtime", "user.ckptfs.etag"}
         (small / ".metadata.json").write_text('{"a": 1}')
         wait_until(lambda: set(os.listxattr(path)) == root | {"user.ckptfs.meta.a"})
-        assert os.listxattr(shared_node.mount) == []
-        for place in (path, f"{path}/layers", f"{path}/config.json", str(shared_node.mount)):
+        assert os.listxattr(module_node.mount) == []
+        for place in (path, f"{path}/layers", f"{path}/config.json", str(module_node.mount)):
             for name in ("user.ckptfs.nothing", "user.other", "security.x", "trusted.x"):
                 with pytest.raises(OSError, check=lambda error: error.errno == errno.ENODATA):
                     os.getxattr(place, name)
@@ -69,7 +69,7 @@ def test_listxattr_has_the_documented_attributes(
 
 
 def test_attributes_describe_the_checkpoint_and_its_files(
-    node: Node, small: Path, uri_of: UriOf
+    module_node: Node, small: Path, uri_of: UriOf
 ) -> None:
     os.utime(small / "config.json", (WHOLE_S, WHOLE_S))
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
@@ -108,14 +108,14 @@ def test_attributes_describe_the_checkpoint_and_its_files(
         with ckptfs.Checkpoint(uri_of(small)).as_directory():
             told = json.loads(attribute(path, "attached"))
             assert (told["holders"], told["pinned"]) == ([os.getpid()], False)
-            since = node.status()["attachments"][0]["attached"]
+            since = module_node.status()["attachments"][0]["attached"]
             assert told["since"] == pytest.approx(since, abs=0.001)
-        node.here("attach", uri_of(small))
+        module_node.here("attach", uri_of(small))
         assert json.loads(attribute(path, "attached"))["pinned"] is True
 
 
 def test_uris_hold_no_secret_and_can_be_attached(
-    shared_node: Node,
+    module_node: Node,
     s3: S3Server,
     bucket: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +162,7 @@ FORMATS: dict[str, dict[str, bytes]] = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_attribute_names_each_format(
-    shared_node: Node, bucket: Path, uri_of: UriOf, name: str
+    module_node: Node, bucket: Path, uri_of: UriOf, name: str
 ) -> None:
     for path, data in FORMATS[name].items():
         (bucket / path).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def test_format_attribute_names_each_format(
 
 
 def test_format_attribute_of_a_large_torch_archive_is_known(
-    shared_node: Node, bucket: Path, uri_of: UriOf
+    module_node: Node, bucket: Path, uri_of: UriOf
 ) -> None:
     with zipfile.ZipFile(bucket / "model.pth", "w") as archive:
         archive.writestr("archive/data.pkl", os.urandom(3 * MIB))
@@ -183,7 +183,7 @@ def test_format_attribute_of_a_large_torch_archive_is_known(
 
 
 def test_tensors_are_those_that_safetensors_has(
-    shared_node: Node, bucket: Path, uri_of: UriOf
+    module_node: Node, bucket: Path, uri_of: UriOf
 ) -> None:
     tensors = {
         "größe.weight": np.arange(600_000, dtype=np.float32).reshape(2, 3, -1),
@@ -214,7 +214,7 @@ def test_tensors_are_those_that_safetensors_has(
         assert xattrs.read_all(f"{path}/broken.safetensors")["user.ckptfs.size"] == "100"
 
 
-def test_many_tensors_are_cut_at_a_line(shared_node: Node, bucket: Path, uri_of: UriOf) -> None:
+def test_many_tensors_are_cut_at_a_line(module_node: Node, bucket: Path, uri_of: UriOf) -> None:
     save_file({f"{'x' * 50}.{i}": np.zeros(1) for i in range(2000)}, bucket / "a.safetensors")
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
         value = attribute(f"{path}/a.safetensors", "tensors")
@@ -280,7 +280,7 @@ def test_prefetch_and_evict_attributes_change_the_cache(
 
 
 def test_evict_attribute_of_an_open_file_is_refused(
-    shared_node: Node, small: Path, uri_of: UriOf
+    module_node: Node, small: Path, uri_of: UriOf
 ) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         file = f"{path}/layers/0/weights.bin"
@@ -299,7 +299,7 @@ def test_evict_attribute_of_an_open_file_is_refused(
 
 
 def test_only_what_is_read_is_fetched(
-    shared_node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
+    module_node: Node, s3: S3Server, bucket: Path, uri_of: UriOf
 ) -> None:
     data = os.urandom(4 * MIB)
     (bucket / "large.bin").write_bytes(data)
@@ -326,7 +326,7 @@ def test_only_what_is_read_is_fetched(
 
 
 def test_state_attribute_follows_the_fetched_bytes(
-    shared_node: Node, s3: S3Server, bucket: Path
+    module_node: Node, s3: S3Server, bucket: Path
 ) -> None:
     data = os.urandom(3 * MIB + 1)
     (bucket / "model.bin").write_bytes(data)
@@ -342,7 +342,7 @@ def test_state_attribute_follows_the_fetched_bytes(
             reader.start()
             wait_until(lambda: attribute(file, "state") == "fetching")
             assert attribute(path, "state") == "fetching"
-            assert shared_node.status()["attachments"][0]["state"] == "fetching"
+            assert module_node.status()["attachments"][0]["state"] == "fetching"
             forwarder.release()
             reader.join()
             assert got == [data]

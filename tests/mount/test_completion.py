@@ -55,18 +55,16 @@ def test_commands_and_topics(ask: Ask) -> None:
     assert ask("fish", "ckptfs help sem") == ["semantics\tthe guarantees of a mounted checkpoint"]
 
 
-@pytest.mark.parametrize("command", ["detach", "ls", "prefetch", "meta get", "meta list"])
-def test_attached_checkpoints(
-    node: Node, ask: Ask, small: Path, uri_of: UriOf, command: str
-) -> None:
+def test_attached_checkpoints(node: Node, ask: Ask, small: Path, uri_of: UriOf) -> None:
     path = node.here("attach", uri_of(small)).stdout.strip()
-    assert ask("bash", f"ckptfs {command} ") == [path]
-    assert ask("bash", f"ckptfs {command} {path[:-3]}") == [path]
-    assert ask("bash", f"ckptfs {command} /elsewhere") == []  # then the shell offers files
-    assert ask("bash", f"ckptfs {command} s3") == []  # it has a query, which had to be quoted
     bucket = small.parent.parent.name
-    assert ask("fish", f"ckptfs {command} ") == [f"{path}\ts3://{bucket}/run/checkpoint"]
-    assert path in ask("zsh", f"ckptfs {command} ")[0]
+    for command in ("detach", "ls", "prefetch", "meta get", "meta list"):
+        assert ask("bash", f"ckptfs {command} ") == [path]
+        assert ask("bash", f"ckptfs {command} {path[:-3]}") == [path]
+        assert ask("bash", f"ckptfs {command} /elsewhere") == []  # then the shell offers files
+        assert ask("bash", f"ckptfs {command} s3") == []  # it has a query, which had to be quoted
+        assert ask("fish", f"ckptfs {command} ") == [f"{path}\ts3://{bucket}/run/checkpoint"]
+        assert path in ask("zsh", f"ckptfs {command} ")[0]
 
 
 def test_completion_of_uris_needs_no_quotes(node: Node, ask: Ask, small: Path) -> None:

@@ -51,14 +51,19 @@ def command_of(words: tuple[str, ...]) -> Any:
 
 
 @pytest.fixture
-def attached(node: Node, small: Path, uri_of: UriOf) -> dict[str, str]:
+def attached(module_node: Node, small: Path, uri_of: UriOf, tmp_path: Path) -> dict[str, str]:
     """A checkpoint with metadata that was read of, and the words that name it and its like."""
     (small / ".metadata.json").write_text('{"loss": NaN, "best": -Infinity, "step": 3}')
     uri = uri_of(small)
-    path = node.here("attach", uri).stdout.strip()
+    path = module_node.here("attach", uri).stdout.strip()
     Path(path, "layers/0/weights.bin").read_bytes()
-    node.wait_quiet()
-    return {"URI": uri, "PATH": path, "OUT": str(node.folder / "out"), "RUN": uri_of(small.parent)}
+    module_node.wait_quiet()
+    return {
+        "URI": uri,
+        "PATH": path,
+        "OUT": str(tmp_path / "out"),
+        "RUN": uri_of(small.parent),
+    }
 
 
 PRINTING = [
@@ -214,17 +219,17 @@ def plan_for(node: Node, attached: dict[str, str], number: int, words: str) -> d
 
 @pytest.mark.parametrize("part", range(3))
 def test_command_with_a_closed_pipe_ends_without_traceback(
-    node: Node, attached: dict[str, str], subtests: pytest.Subtests, part: int
+    module_node: Node, attached: dict[str, str], subtests: pytest.Subtests, part: int
 ) -> None:
     for number, words in enumerate(PRINTING[part::3]):
         with subtests.test(words):
-            line = line_of(words, plan_for(node, attached, number, words))
+            line = line_of(words, plan_for(module_node, attached, number, words))
             # Its reader has gone before it begins: the pipe of a process that has ended.
-            done = shell(node, f"exec 3> >(true); wait $!; {line} >&3; echo $?")
+            done = shell(module_node, f"exec 3> >(true); wait $!; {line} >&3; echo $?")
             assert (done.stdout, done.stderr) == ("141\n", "")
             if "--json" in words:  # written like the text
                 continue
-            first = shell(node, f"{line} | head -n 1; echo ${{PIPESTATUS[0]}}")
+            first = shell(module_node, f"{line} | head -n 1; echo ${{PIPESTATUS[0]}}")
             assert first.stderr == "" or "warning" in first.stderr
             allowed = ("0", "1" if words.startswith("doctor") else "0", "141")
             assert first.stdout.splitlines()[-1] in allowed
@@ -234,38 +239,38 @@ UNWRITABLE = {">/dev/full": "No space left on device", ">&-": "Bad file descript
 
 
 def test_an_output_that_cannot_be_written(
-    node: Node, attached: dict[str, str], subtests: pytest.Subtests
+    module_node: Node, attached: dict[str, str], subtests: pytest.Subtests
 ) -> None:
     commands = "status", "ls --json", "doctor", "help semantics", "config"
     for words, (place, reason) in itertools.product(commands, UNWRITABLE.items()):
         with subtests.test(words, place=place):
-            done = shell(node, f"{line_of(words, attached)} {place}")
+            done = shell(module_node, f"{line_of(words, attached)} {place}")
             assert done.returncode == 1
             assert done.stderr == f"ckptfs: error: cannot write to standard output: {reason}\n"
 
 
 def test_other_streams_that_are_closed(
-    node: Node, attached: dict[str, str], subtests: pytest.Subtests
+    module_node: Node, attached: dict[str, str], subtests: pytest.Subtests
 ) -> None:
     for place in ("2>&-", "2>/dev/full", "<&-"):
         with subtests.test(place):
-            good = shell(node, f"{line_of('ls --json', attached)} {place}")
+            good = shell(module_node, f"{line_of('ls --json', attached)} {place}")
             assert good.returncode == 0
             assert json.loads(good.stdout)[0]["path"] == attached["PATH"]
-            bad = shell(node, f"{COMMAND} detach file:///nothing {place}")
+            bad = shell(module_node, f"{COMMAND} detach file:///nothing {place}")
             assert (bad.returncode, bad.stdout) == (1, "")
 
 
 def test_a_command_that_prints_nothing_needs_no_output(
-    node: Node, attached: dict[str, str]
+    module_node: Node, attached: dict[str, str]
 ) -> None:
-    done = shell(node, f"{line_of('detach URI', attached)} >&-")
+    done = shell(module_node, f"{line_of('detach URI', attached)} >&-")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["top --once --interval 1min", "prefetch --limit-rate 1k HUGE"])
 def test_ctrl_c(
-    node: Node, attached: dict[str, str], bucket: Path, uri_of: UriOf, words: str
+    module_node: Node, attached: dict[str, str], bucket: Path, uri_of: UriOf, words: str
 ) -> None:
     (bucket / "huge").mkdir()
     (bucket / "huge" / "x").write_bytes(bytes(8 << 20))
@@ -292,11 +297,13 @@ def _refuse(text: str) -> None:
     raise AssertionError(f"{text} is not JSON")
 
 
-def test_json_is_json(node: Node, attached: dict[str, str], subtests: pytest.Subtests) -> None:
+def test_json_is_json(
+    module_node: Node, attached: dict[str, str], subtests: pytest.Subtests
+) -> None:
     for number, words in enumerate(each for each in PRINTING if "--json" in each or "get" in each):
         with subtests.test(words):
-            given = plan_for(node, attached, number, words)
-            done = node.here(*(given.get(word, word) for word in words.split()), check=False)
+            given = plan_for(module_node, attached, number, words)
+            done = module_node.here(*(given.get(word, word) for word in words.split()), check=False)
             found = json.loads(done.stdout, parse_constant=_refuse)
             if words.startswith("meta list"):
                 assert found == {"loss": "NaN", "best": "-Infinity", "step": 3}
@@ -327,25 +334,25 @@ def _spellings(node: Node, uri: str, path: str) -> dict[str, str]:
 
 
 def test_detach_takes_what_attach_took(
-    node: Node, small: Path, uri_of: UriOf, subtests: pytest.Subtests
+    module_node: Node, small: Path, uri_of: UriOf, subtests: pytest.Subtests
 ) -> None:
     uri = uri_of(small)
-    path = node.here("attach", uri).stdout.strip()
-    for number, (spelling, text) in enumerate(_spellings(node, uri, path).items()):
+    path = module_node.here("attach", uri).stdout.strip()
+    for number, (spelling, text) in enumerate(_spellings(module_node, uri, path).items()):
         with subtests.test(spelling):
-            assert node.here("attach", uri).stdout.strip() == path
+            assert module_node.here("attach", uri).stdout.strip() == path
             if spelling != "what is not there":
-                assert "weights.bin" in node.here("ls", text).stdout or "config.json" in text
-                out = str(node.folder / f"report{number}")
-                assert node.here("report", text, "-o", out).returncode == 0
-                assert node.here("prefetch", text).stdout
-                assert node.here("cache", "ls", text).stderr == ""
-            node.here("detach", text)
-            node.wait_detached()
+                assert "weights.bin" in module_node.here("ls", text).stdout or "config.json" in text
+                out = str(module_node.folder / f"report{number}")
+                assert module_node.here("report", text, "-o", out).returncode == 0
+                assert module_node.here("prefetch", text).stdout
+                assert module_node.here("cache", "ls", text).stderr == ""
+            module_node.here("detach", text)
+            module_node.wait_detached()
 
 
 def test_local_directories(
-    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+    module_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
     folder = tmp_path / "run" / "ckpt"
     folder.mkdir(parents=True)
@@ -362,19 +369,19 @@ def test_local_directories(
     for how, text in texts.items():
         with subtests.test(how):
             monkeypatch.chdir(folder if how == "dot" else tmp_path)
-            path = node.here("attach", text).stdout.strip()
+            path = module_node.here("attach", text).stdout.strip()
             assert os.listdir(path) == ["a.json"]
-            assert "a.json" in node.here("ls", text).stdout
-            assert "1 file" in node.here("prefetch", text).stdout
-            node.here("detach", text)
-            node.wait_detached()
+            assert "a.json" in module_node.here("ls", text).stdout
+            assert "1 file" in module_node.here("prefetch", text).stdout
+            module_node.here("detach", text)
+            module_node.wait_detached()
     # Also when the directory itself has gone.
     monkeypatch.chdir(tmp_path)
-    node.here("attach", str(folder))
+    module_node.here("attach", str(folder))
     (folder / "a.json").unlink()
     folder.rmdir()
-    node.here("detach", str(folder))
-    node.wait_detached()
+    module_node.here("detach", str(folder))
+    module_node.wait_detached()
 
 
 def test_a_uri_without_its_beginning(node: Node) -> None:
@@ -384,54 +391,58 @@ def test_a_uri_without_its_beginning(node: Node) -> None:
         assert "is not in this directory; write a place in a store like s3://" in done.stderr
 
 
-def test_a_path_in_the_mount_is_attached_already(node: Node, attached: dict[str, str]) -> None:
-    done = node.here("attach", attached["PATH"], check=False)
+def test_a_path_in_the_mount_is_attached_already(
+    module_node: Node, attached: dict[str, str]
+) -> None:
+    done = module_node.here("attach", attached["PATH"], check=False)
     assert "is inside the mount, so its checkpoint is attached already" in done.stderr
 
 
 # -- what matches nothing
 
 
-def test_a_glob_that_matches_nothing(node: Node, attached: dict[str, str]) -> None:
-    done = node.here("prefetch", attached["PATH"], "*.json", "*.pt", "nothing", check=False)
+def test_a_glob_that_matches_nothing(module_node: Node, attached: dict[str, str]) -> None:
+    done = module_node.here("prefetch", attached["PATH"], "*.json", "*.pt", "nothing", check=False)
     assert done.returncode == 1
     assert "2 files, 56 B" in done.stdout
     assert "matches *.pt, nothing (others are fetched); ckptfs ls lists the files" in done.stderr
     told = json.loads(
-        node.here("prefetch", "--json", f"{attached['PATH']}/layers", "*.pt", check=False).stdout
+        module_node.here(
+            "prefetch", "--json", f"{attached['PATH']}/layers", "*.pt", check=False
+        ).stdout
     )
     assert (told["files"], told["unmatched"]) == (0, ["*.pt"])
     # Each of these matches, though the first has all that the second has.
-    assert node.here("prefetch", attached["PATH"], "*", "config.json").stderr == ""
+    assert module_node.here("prefetch", attached["PATH"], "*", "config.json").stderr == ""
 
 
-def test_an_empty_plan(node: Node, attached: dict[str, str]) -> None:
-    plan = node.folder / "plan.json"
+def test_an_empty_plan(module_node: Node, attached: dict[str, str]) -> None:
+    plan = module_node.folder / "plan.json"
     nothing = {"plan": 1, "uri": "s3://b/c", "version": "v", "files": [], "steps": []}
     plan.write_text(json.dumps(nothing))
-    assert "the plan is empty" in node.here("plan", "show", str(plan)).stdout
+    assert "the plan is empty" in module_node.here("plan", "show", str(plan)).stdout
     for rank in ("-1", "3"):
-        done = node.here(
+        done = module_node.here(
             "plan", "apply", attached["PATH"], "--plan", str(plan), "--rank", rank, check=False
         )
         assert done.returncode == 1
         assert "is empty; restore a checkpoint, and save a plan again" in done.stderr
     step = [0, "", 0, 5, [0, 1]]
     plan.write_text(json.dumps(nothing | {"files": ["config.json"], "steps": [step]}))
-    done = node.here(
+    done = module_node.here(
         "plan", "apply", attached["PATH"], "--plan", str(plan), "--rank", "7", check=False
     )
     assert "has nothing for rank 7; it has ranks 0-1" in done.stderr
     plan.write_text(json.dumps(nothing | {"files": ["other"], "steps": [step]}))
-    done = node.here("plan", "apply", attached["PATH"], "--plan", str(plan), check=False)
+    done = module_node.here("plan", "apply", attached["PATH"], "--plan", str(plan), check=False)
     assert "has no file that the plan names" in done.stderr
 
 
-def test_keys_that_no_checkpoint_has(node: Node, attached: dict[str, str]) -> None:
-    done = node.here("find", attached["RUN"], "--sort", "stpe")
+def test_keys_that_no_checkpoint_has(module_node: Node, attached: dict[str, str]) -> None:
+    done = module_node.here("find", attached["RUN"], "--sort", "stpe")
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == "ckptfs: warning: no metadata has the key 'stpe'; did you mean 'step'?\n"
-    done = node.here("find", attached["RUN"], "--where", "name == baseline")
+    done = module_node.here("find", attached["RUN"], "--where", "name == baseline")
     assert "no metadata has the key 'baseline'; write text in quotes: 'baseline'" in done.stderr
 
 
@@ -439,14 +450,14 @@ def test_keys_that_no_checkpoint_has(node: Node, attached: dict[str, str]) -> No
 
 
 def test_unknown_variables_are_named(
-    node: Node, attached: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    module_node: Node, attached: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CKPTFS_CACHEDIR", "/x")
     monkeypatch.setenv("CKPTFS_ZZZ", "/x")
     monkeypatch.setenv("CKPTFS_SERVICE_HOST", "10.0.0.1")  # of Kubernetes
     monkeypatch.setenv("CKPTFS_METRICS_PORT_9467_TCP_ADDR", "10.0.0.1")
     monkeypatch.setenv("CKPTFS_PORT", "tcp://10.0.0.1:80")
-    lines = node.here("ls").stderr.splitlines()
+    lines = module_node.here("ls").stderr.splitlines()
     assert lines[0].removeprefix("ckptfs: warning: the variable ") == (
         "CKPTFS_CACHEDIR has no effect; did you mean CKPTFS_CACHE_DIR?"
     )
@@ -454,14 +465,14 @@ def test_unknown_variables_are_named(
         "ckptfs: warning: the variable CKPTFS_ZZZ has no effect; ckptfs knows"
     )
     assert len(lines) == 2
-    checked = node.here("doctor").stdout
+    checked = module_node.here("doctor").stdout
     assert re.search(
         "^warning +config +valid; .*; CKPTFS_CACHEDIR, CKPTFS_ZZZ have no effect → did you mean "
         "CKPTFS_CACHE_DIR\\?; ckptfs knows CKPTFS_CONFIG",
         checked,
         re.MULTILINE,
     ), checked
-    told = json.loads(node.here("config", "--json").stdout)
+    told = json.loads(module_node.here("config", "--json").stdout)
     assert told["unknown_variables"] == ["CKPTFS_CACHEDIR", "CKPTFS_ZZZ"]
 
 
@@ -495,15 +506,15 @@ def test_the_pager(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_status_without_colours(
-    node: Node, attached: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    module_node: Node, attached: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("NO_COLOR", "1")
-    shown = node.run("script", "-qec", f"{COMMAND} status", "/dev/null").stdout
+    shown = module_node.run("script", "-qec", f"{COMMAND} status", "/dev/null").stdout
     assert not re.search(r"\x1b\[(?:\d+;)*3\d", shown)
     monkeypatch.setenv("COLUMNS", "40")
     uri = f"s3://{attached['URI'].partition('@')[2].partition('?')[0]}"
-    assert uri in node.run("script", "-qec", f"{COMMAND} status", "/dev/null").stdout
+    assert uri in module_node.run("script", "-qec", f"{COMMAND} status", "/dev/null").stdout
 
 
 def test_what_a_configuration_shows(node: Node, s3: S3Server) -> None:

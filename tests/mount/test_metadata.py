@@ -167,7 +167,7 @@ def check_round_trip(
     assert text(attributes(path)) == text(carried)
 
 
-def test_round_trips_on_a_local_disk(node: Node, local: Path) -> None:
+def test_round_trips_on_a_local_disk(module_node: Node, local: Path) -> None:
     checkpoint = ckptfs.Checkpoint.from_directory(local)
     with mounted(local) as path:
 
@@ -177,13 +177,13 @@ def test_round_trips_on_a_local_disk(node: Node, local: Path) -> None:
         @example({"": 1, "n\0": 2, "\ud800": 3, "x" * 239: 5, "x" * 238: 6})
         @example({"a": {"": {"n\0": "\ud800"}}, "a.b": "\udfff \u2028 \x1f", "new\nline": None})
         def check(values: dict[str, Any]) -> None:
-            check_round_trip(node, checkpoint, str(local), path, values)
+            check_round_trip(module_node, checkpoint, str(local), path, values)
             assert text(file_of(local)) == text({**gate(values), **values})
 
         check()
 
 
-def test_round_trips_on_s3(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_round_trips_on_s3(module_node: Node, small: Path, uri_of: UriOf) -> None:
     checkpoint = ckptfs.Checkpoint(uri_of(small))
     with checkpoint.as_directory() as path:
 
@@ -191,13 +191,13 @@ def test_round_trips_on_s3(node: Node, small: Path, uri_of: UriOf) -> None:
         @given(_metadata)
         @example({"nan": float("nan"), "": 1, "größe": {"a": [10**300, None]}, "x" * 239: 2})
         def check(values: dict[str, Any]) -> None:
-            check_round_trip(node, checkpoint, uri_of(small), path, values)
+            check_round_trip(module_node, checkpoint, uri_of(small), path, values)
             assert text(file_of(small)) == text({**gate(values), **values})
 
         check()
 
 
-def test_metadata_is_shared_with_ray(node: Node, local: Path) -> None:
+def test_metadata_is_shared_with_ray(module_node: Node, local: Path) -> None:
     rays = {"preprocessor_pkl": "gASVCg==", "_metric": float("nan"), "größe": 2**70, "nested": {}}
     with (local / FILE).open("w") as file:  # ray.train._checkpoint.Checkpoint.set_metadata
         json.dump(rays, file)
@@ -233,23 +233,27 @@ for number in range(int(sys.argv[3])):
 
 
 @pytest.mark.parametrize("other", ["the mount", "the API"])
-def test_two_processes_set_two_hundred_keys_each(node: Node, local: Path, other: str) -> None:
+def test_two_processes_set_two_hundred_keys_each(
+    module_node: Node, local: Path, other: str
+) -> None:
     (local / FILE).write_text('{"first": true}')
     with mounted(local) as path:
         second = (SETTER, path) if other == "the mount" else (UPDATER, str(local))
-        set_together(node, 200, (SETTER, path), second)
+        set_together(module_node, 200, (SETTER, path), second)
         expected = numbered(200) | {"first": True}
         assert file_of(local) == file_of(path) == attributes(path) == expected
         assert os.listdir(local).count(FILE) == 1
         assert sorted(os.listdir(local)) == [FILE, "sub"]  # no temporary file is left
 
 
-def test_metadata_through_two_regions_is_one_place(node: Node, s3: S3Server, small: Path) -> None:
+def test_metadata_through_two_regions_is_one_place(
+    module_node: Node, s3: S3Server, small: Path
+) -> None:
     uri = s3.uri(str(small.relative_to(s3.root)))
     with ckptfs.Checkpoint(uri).as_directory() as path:
         other = uri.replace(f"region={s3.region}", "region=eu-west-1")
         assert other != uri
-        set_together(node, 20, (SETTER, path), (UPDATER, other))
+        set_together(module_node, 20, (SETTER, path), (UPDATER, other))
         assert file_of(small) == attributes(path) == numbered(20)
 
 
@@ -277,7 +281,7 @@ def numbered(count: int) -> dict[str, int]:
 # -- visible at once
 
 
-def test_a_change_is_visible_everywhere_at_once(node: Node, local: Path) -> None:
+def test_a_change_is_visible_everywhere_at_once(module_node: Node, local: Path) -> None:
     checkpoint = ckptfs.Checkpoint.from_directory(local)
     with mounted(local) as path:
         file = Path(path, FILE)
@@ -293,14 +297,16 @@ def test_a_change_is_visible_everywhere_at_once(node: Node, local: Path) -> None
                 checkpoint.set_metadata(values)
             else:
                 for key in gate(values):
-                    node.run("setfattr", "-n", META + key, "-v", json.dumps(values[key]), path)
+                    module_node.run(
+                        "setfattr", "-n", META + key, "-v", json.dumps(values[key]), path
+                    )
                 values = gate(values)
             raw = (local / FILE).read_bytes()
             assert json.loads(raw) == values
             assert file.stat().st_size == len(raw)  # before a listing tells the kernel
             with os.scandir(path) as entries:
                 assert {entry.name: entry.stat().st_size for entry in entries}[FILE] == len(raw)
-            assert f" {len(raw)} " in node.run("ls", "-la", path).stdout
+            assert f" {len(raw)} " in module_node.run("ls", "-la", path).stdout
             assert file.read_bytes() == raw
             assert attributes(path) == gate(values)
             assert checkpoint.get_metadata() == values
@@ -318,7 +324,7 @@ def test_a_change_is_visible_everywhere_at_once(node: Node, local: Path) -> None
         assert os.getxattr(path, "user.ckptfs.size") == str(len(raw) + 4).encode()
 
 
-def test_what_another_node_does_is_seen_soon(node: Node, local: Path) -> None:
+def test_what_another_node_does_is_seen_soon(module_node: Node, local: Path) -> None:
     with mounted(local) as path:
         file = Path(path, FILE)
         assert not file.exists()
@@ -344,7 +350,7 @@ def test_what_another_node_does_is_seen_soon(node: Node, local: Path) -> None:
         assert file_of(path) == {"again": 1}
 
 
-def test_the_same_text_written_again_stays_readable(node: Node, local: Path) -> None:
+def test_the_same_text_written_again_stays_readable(module_node: Node, local: Path) -> None:
     (local / FILE).write_text('{"n": 1}')
     with mounted(local) as path:
         assert file_of(path) == {"n": 1}
@@ -359,7 +365,7 @@ def test_the_same_text_written_again_stays_readable(node: Node, local: Path) -> 
         assert file_of(path) == {"n": 1}
 
 
-def test_versions_of_one_size_and_second_are_not_mixed(node: Node, local: Path) -> None:
+def test_versions_of_one_size_and_second_are_not_mixed(module_node: Node, local: Path) -> None:
     """A disk's clock may tick slowly: here it stands still."""
     file = local / FILE
     file.write_text('{"n": 10}')
@@ -410,12 +416,12 @@ def test_attaching_again_joins_and_shows_what_is_stored(
 # -- errors
 
 
-def test_metadata_attributes_fail_with_the_documented_errno(node: Node, local: Path) -> None:
+def test_metadata_attributes_fail_with_the_documented_errno(module_node: Node, local: Path) -> None:
     with mounted(local) as path:
         file, folder = f"{path}/sub/a.bin", f"{path}/sub"
         stated = {name for place in (path, file, folder) for name in os.listxattr(place)}
         stated |= STATED
-        places = (path, file, folder, str(node.mount))
+        places = (path, file, folder, str(module_node.mount))
         value = b"1"
         for place in places:
             for name in ("user.foo", "user.ckptfs.color", "user.ckptfs.prefetch", META + "absent"):
@@ -449,12 +455,12 @@ def test_metadata_attributes_fail_with_the_documented_errno(node: Node, local: P
         for action in ("prefetch", "evict"):
             name = f"user.ckptfs.{action}"
             assert code_of(lambda n=name: os.removexattr(path, n)) == "ENODATA"
-            assert code_of(lambda n=name: os.setxattr(node.mount, n, b"")) == "ENOTSUP"
+            assert code_of(lambda n=name: os.setxattr(module_node.mount, n, b"")) == "ENOTSUP"
         assert file_of(local) == {"a": 3, "k" * 238: 0}
         assert attributes(path) == {"a": 3, "k" * 238: 0}
 
 
-def test_short_buffers_are_erange(node: Node, local: Path) -> None:
+def test_short_buffers_are_erange(module_node: Node, local: Path) -> None:
     (local / FILE).write_text('{"a": "0123456789"}')
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -477,7 +483,9 @@ def test_short_buffers_are_erange(node: Node, local: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [120, 3000])
-def test_all_keys_are_read_by_name_whatever_is_listed(node: Node, local: Path, count: int) -> None:
+def test_all_keys_are_read_by_name_whatever_is_listed(
+    module_node: Node, local: Path, count: int
+) -> None:
     values: dict[str, Any] = {f"eval/{'k' * 100}_{n}": n % 7 for n in range(count)}
     values["big"] = "x" * 60_000
     (local / FILE).write_text(json.dumps(values))
@@ -491,11 +499,11 @@ def test_all_keys_are_read_by_name_whatever_is_listed(node: Node, local: Path, c
         assert listed == [*values][: len(listed)]
         assert "user.ckptfs.metadata_keys" in os.listxattr(path)
         assert os.getxattr(path, "user.ckptfs.metadata_keys") == b"%d" % (count + 1)
-        assert json.loads(node.here("meta", "list", path, "--json").stdout) == values
+        assert json.loads(module_node.here("meta", "list", path, "--json").stdout) == values
 
 
 def test_the_views_of_the_mapping_read_the_file_once(
-    node: Node, local: Path, monkeypatch: pytest.MonkeyPatch
+    module_node: Node, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {f"k{n}": n for n in range(50)}
     (local / FILE).write_text(json.dumps(values))
@@ -613,7 +621,7 @@ def test_a_dark_store_ends_at_the_deadline(node: Node, s3: S3Server, small: Path
         assert attributes(path) == file_of(path) == file_of(small) == {**old, "n": 4}
 
 
-def test_metadata_that_is_no_object(node: Node, local: Path) -> None:
+def test_metadata_that_is_no_object(module_node: Node, local: Path) -> None:
     for stored in ("[1, 2]", "no json", ""):
         (local / FILE).write_text(stored)
         with mounted(local) as path:
@@ -629,7 +637,7 @@ def test_metadata_that_is_no_object(node: Node, local: Path) -> None:
             assert attributes(path) == {"a": 1}
 
 
-def test_a_checkpoint_that_is_gone(node: Node, local: Path) -> None:
+def test_a_checkpoint_that_is_gone(module_node: Node, local: Path) -> None:
     with mounted(local) as path:
         shutil.rmtree(local)
         assert code_of(lambda: os.setxattr(path, META + "a", b"1")) == "EIO"
@@ -675,9 +683,9 @@ def test_read_from_any_place_inside(
         link.unlink()
 
 
-def test_xattrs_read_outside_a_mount_is_not_attached(node: Node, local: Path) -> None:
+def test_xattrs_read_outside_a_mount_is_not_attached(module_node: Node, local: Path) -> None:
     with mounted(local) as path:
-        for place in (local, local / "sub" / "a.bin", "/", "/proc/self", node.mount):
+        for place in (local, local / "sub" / "a.bin", "/", "/proc/self", module_node.mount):
             for function in (xattrs.read, xattrs.metadata, xattrs.root_of, xattrs.read_all):
                 with pytest.raises(ckptfs.NotAttached, match="is not in a mounted checkpoint"):
                     function(place)
@@ -687,7 +695,7 @@ def test_xattrs_read_outside_a_mount_is_not_attached(node: Node, local: Path) ->
                     function(place)
 
 
-def test_metadata_is_a_mapping(node: Node, local: Path) -> None:
+def test_metadata_is_a_mapping(module_node: Node, local: Path) -> None:
     with mounted(local) as path:
         found = xattrs.metadata(f"{path}/sub")
         assert found == {}
@@ -729,7 +737,7 @@ def test_metadata_is_a_mapping(node: Node, local: Path) -> None:
         assert xattrs.read(path).metadata["long"] == "x" * 65534
 
 
-def test_metadata_set_by_another_process_is_visible(node: Node, local: Path) -> None:
+def test_metadata_set_by_another_process_is_visible(module_node: Node, local: Path) -> None:
     code = "import sys; from ckptfs import xattrs; xattrs.metadata(sys.argv[1])['seen'] = 'ja'"
     with mounted(local) as path:
         subprocess.run([sys.executable, "-c", code, path], check=True, timeout=COMMAND_TIMEOUT_S)

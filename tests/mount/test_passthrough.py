@@ -32,10 +32,10 @@ def uri(bucket: Path, uri_of: Callable[[Path], str]) -> str:
 
 
 @pytest.fixture
-def root(node: Node, uri: str) -> Iterator[str]:
+def root(module_node: Node, uri: str) -> Iterator[str]:
     """A checkpoint, on a node that can pass files through."""
     with Checkpoint(uri).as_directory() as path:
-        if (why := node.status()["passthrough"]) != "on":
+        if (why := module_node.status()["passthrough"]) != "on":
             pytest.skip(f"passthrough is {why}")
         yield path
 
@@ -66,14 +66,14 @@ def complete(path: str) -> None:
     wait_until(lambda: os.getxattr(path, "user.ckptfs.state") == b"cached")
 
 
-def test_a_complete_file_is_read_without_the_daemon(node: Node, root: str) -> None:
+def test_a_complete_file_is_read_without_the_daemon(module_node: Node, root: str) -> None:
     path = f"{root}/a.bin"
     complete(path)
     with open(path, "rb", buffering=0) as file:
         fd = file.fileno()
-        assert without_daemon(node, lambda: os.pread(fd, SIZE + 1, 0)) == CONTENT
+        assert without_daemon(module_node, lambda: os.pread(fd, SIZE + 1, 0)) == CONTENT
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as memory:
-            assert without_daemon(node, lambda: memory[:]) == CONTENT
+            assert without_daemon(module_node, lambda: memory[:]) == CONTENT
         assert os.pread(fd, 10, SIZE) == b""
         assert os.fstat(fd).st_size == SIZE
         with open(os.devnull, "wb") as sink:
@@ -81,7 +81,7 @@ def test_a_complete_file_is_read_without_the_daemon(node: Node, root: str) -> No
     assert Path(path).read_bytes() == CONTENT
 
 
-def test_o_direct(node: Node, root: str) -> None:
+def test_o_direct(module_node: Node, root: str) -> None:
     path = f"{root}/a.bin"
     complete(path)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -94,7 +94,7 @@ def test_o_direct(node: Node, root: str) -> None:
 
 
 def test_a_file_opened_incomplete_stays_ordinary_until_its_last_handle_is_gone(
-    node: Node, root: str
+    module_node: Node, root: str
 ) -> None:
     path = f"{root}/a.bin"
     with open(path, "rb", buffering=0) as first:
@@ -109,25 +109,29 @@ def test_a_file_opened_incomplete_stays_ordinary_until_its_last_handle_is_gone(
     memory.close()
     with open(path, "rb", buffering=0) as last:
         fd = last.fileno()
-        assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
+        assert without_daemon(module_node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
 
 
-def test_a_file_that_was_just_read_is_in_memory_and_stays_there(node: Node, root: str) -> None:
+def test_a_file_that_was_just_read_is_in_memory_and_stays_there(
+    module_node: Node, root: str
+) -> None:
     path = f"{root}/a.bin"
     assert Path(path).read_bytes() == CONTENT
     wait_until(lambda: os.getxattr(path, "user.ckptfs.state") == b"cached")
     with open(path, "rb", buffering=0) as file:
         fd = file.fileno()
-        assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT  # from its pages
+        assert (
+            without_daemon(module_node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
+        )  # from its pages
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(fd, SIZE, 0) == CONTENT  # the daemon is asked: it was no passthrough
     with open(path, "rb", buffering=0) as file:  # but now it is: memory seems to be short
         fd = file.fileno()
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        assert without_daemon(node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
+        assert without_daemon(module_node, lambda: os.pread(fd, SIZE, 0)) == CONTENT
 
 
-def test_many_handles_at_the_same_time(node: Node, root: str) -> None:
+def test_many_handles_at_the_same_time(module_node: Node, root: str) -> None:
     path = f"{root}/a.bin"
     complete(path)
     files = [open(path, "rb", buffering=0) for _ in range(20)]  # noqa: SIM115
@@ -135,7 +139,7 @@ def test_many_handles_at_the_same_time(node: Node, root: str) -> None:
         file.close()
     fds = [file.fileno() for file in files[1::2]]
     for fd in fds:
-        assert without_daemon(node, lambda fd=fd: os.pread(fd, SIZE, 0)) == CONTENT
+        assert without_daemon(module_node, lambda fd=fd: os.pread(fd, SIZE, 0)) == CONTENT
     for file in files:
         file.close()
 
@@ -172,13 +176,13 @@ def test_eviction_leaves_what_is_passed_through(node: Node, uri: str) -> None:
         assert Path(root, "a.bin").read_bytes() == CONTENT
 
 
-def test_passthrough_outlives_a_detach_by_force(node: Node, uri: str) -> None:
-    root = node.here("attach", uri).stdout.strip()
-    if (why := node.status()["passthrough"]) != "on":
+def test_passthrough_outlives_a_detach_by_force(module_node: Node, uri: str) -> None:
+    root = module_node.here("attach", uri).stdout.strip()
+    if (why := module_node.status()["passthrough"]) != "on":
         pytest.skip(f"passthrough is {why}")
     complete(f"{root}/a.bin")
     with open(f"{root}/a.bin", "rb", buffering=0) as file:
-        node.here("detach", "--force", uri)
+        module_node.here("detach", "--force", uri)
         assert file.readall() == CONTENT
     with Checkpoint(uri).as_directory() as root:
         assert Path(root, "a.bin").read_bytes() == CONTENT
@@ -195,9 +199,9 @@ def test_reads_without_passthrough_return_the_same_bytes(node: Node, uri: str) -
             assert file.readall() == CONTENT
 
 
-def test_status_says_whether_the_machine_has_passthrough(node: Node, uri: str) -> None:
+def test_status_says_whether_the_machine_has_passthrough(module_node: Node, uri: str) -> None:
     with Checkpoint(uri).as_directory():
-        why = node.status()["passthrough"]
+        why = module_node.status()["passthrough"]
         assert why == "on" or why.startswith("off: ")
         release = tuple(int(part) for part in os.uname().release.split(".")[:2])
         assert why == "on" or release < (6, 9) or not HAS_FUSE or os.geteuid() != 0

@@ -44,7 +44,7 @@ def needed_bytes(file: Path, tensor: str) -> int:
 
 @pytest.mark.parametrize("tensor", ["a.large", "b.large", "c.medium", "d.large", "e.medium.norm"])
 def test_one_tensor_fetches_little_more_than_its_bytes(
-    node: Node, s3: S3Server, shard: Path, uri_of: Callable[[Path], str], tensor: str
+    module_node: Node, s3: S3Server, shard: Path, uri_of: Callable[[Path], str], tensor: str
 ) -> None:
     with safe_open(shard, framework="np") as original:
         expected = original.get_tensor(tensor)
@@ -53,7 +53,7 @@ def test_one_tensor_fetches_little_more_than_its_bytes(
         with safe_open(f"{path}/model.safetensors", framework="np") as file:
             assert np.array_equal(file.get_tensor(tensor), expected)
         # The readahead may still be on its way, and its bytes count, too.
-        node.wait_quiet()
+        module_node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     # A block each for the header, both edges and the kernel's own readahead behind the tensor; for
     # a large one that is less than a tenth. The rest: heads of the answers.
@@ -63,7 +63,7 @@ def test_one_tensor_fetches_little_more_than_its_bytes(
 
 
 def test_a_whole_shard_is_fetched_once(
-    node: Node, s3: S3Server, shard: Path, uri_of: Callable[[Path], str]
+    module_node: Node, s3: S3Server, shard: Path, uri_of: Callable[[Path], str]
 ) -> None:
     expected = load_file(shard)
     with ckptfs.Checkpoint(uri_of(shard.parent)).as_directory() as path:
@@ -71,7 +71,7 @@ def test_a_whole_shard_is_fetched_once(
         loaded = load_file(f"{path}/model.safetensors")
         assert loaded.keys() == expected.keys()
         assert all(np.array_equal(loaded[name], expected[name]) for name in expected)
-        node.wait_quiet()
+        module_node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     assert fetched <= 1.02 * shard.stat().st_size
 
@@ -91,7 +91,7 @@ def begin_to_read(file: Path, start: int) -> bytes:
 
 
 def test_a_tensor_of_an_archive_is_fetched_and_little_more(
-    node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
+    module_node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
 ) -> None:
     (bucket / "run").mkdir()
     tensors = [os.urandom(mib * MIB) for mib in (8, 24, 8)]
@@ -102,24 +102,24 @@ def test_a_tensor_of_an_archive_is_fetched_and_little_more(
         with file.open("rb", buffering=0) as raw:
             assert raw.read(4) == b"PK\x03\x04"
         assert zipfile.is_zipfile(file)  # reads its end
-        node.wait_quiet()
+        module_node.wait_quiet()
         assert begin_to_read(file, places[1][0]) == tensors[1][:BEGUN_BYTES]
-        node.wait_quiet()
+        module_node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     assert 24 * MIB <= fetched <= 1.1 * 24 * MIB + 2 * MIB + 100_000
 
 
 def test_an_item_of_a_sharded_checkpoint_is_fetched_and_little_more(
-    node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
+    module_node: Node, s3: S3Server, bucket: Path, uri_of: Callable[[Path], str]
 ) -> None:
     items = [os.urandom(16 * MIB - 1000) for _ in range(3)]
     write_checkpoint(bucket / "run", {"__0_0.distcp": items[:1], "__1_0.distcp": items})
     with ckptfs.Checkpoint(uri_of(bucket / "run")).as_directory() as path:
         s3.reset_traffic()
         assert Path(path, ".metadata").read_bytes()
-        node.wait_quiet()
+        module_node.wait_quiet()
         read = begin_to_read(Path(path, "__1_0.distcp"), len(items[0]))
         assert read == items[1][:BEGUN_BYTES]
-        node.wait_quiet()
+        module_node.wait_quiet()
         fetched = s3.traffic().bytes_to_client
     assert 16 * MIB <= fetched <= 1.1 * 16 * MIB + 2 * MIB + 100_000

@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mounted(node: Node, source: Path) -> Iterator[str]:
+def mounted(module_node: Node, source: Path) -> Iterator[str]:
     """Its path in the mount."""
     with client.leased(Location("local", str(source))) as path:
         yield path
@@ -61,24 +61,26 @@ def dump(node: Node, path: "str | Path", *options: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines[1:] if line)
 
 
-def test_getfattr(node: Node, mounted: str) -> None:
-    found = dump(node, mounted)
+def test_getfattr(module_node: Node, mounted: str) -> None:
+    found = dump(module_node, mounted)
     assert set(found) == {os.fsencode(name).decode() for name in os.listxattr(mounted)}
     assert found[f"{META}loss"] == '"0.25"'
     assert found[f"{META}note"] == r'"\"x y\""'
     assert found["user.ckptfs.files"] == '"2"'
     assert found["user.xdg.origin.url"] == found["user.ckptfs.uri"]
     assert all(value.startswith('"') for value in found.values())  # nothing is binary
-    only = node.run("getfattr", "--only-values", "-n", "user.ckptfs.state", mounted).stdout
+    only = module_node.run("getfattr", "--only-values", "-n", "user.ckptfs.state", mounted).stdout
     assert only == "lazy"
-    below = node.run("getfattr", "--absolute-names", "-R", "-d", "-m", "size", mounted).stdout
+    below = module_node.run(
+        "getfattr", "--absolute-names", "-R", "-d", "-m", "size", mounted
+    ).stdout
     assert below.count("# file: ") == 3
-    absent = node.run("getfattr", "-n", "user.ckptfs.meta.no", mounted, check=False)
+    absent = module_node.run("getfattr", "-n", "user.ckptfs.meta.no", mounted, check=False)
     assert absent.returncode == 1
     assert "No such attribute" in absent.stderr
 
 
-def test_setfattr(node: Node, mounted: str, source: Path, subtests: pytest.Subtests) -> None:
+def test_setfattr(module_node: Node, mounted: str, source: Path, subtests: pytest.Subtests) -> None:
     cases: dict[str, object] = {
         "12": 12,
         "text": "text",
@@ -91,24 +93,24 @@ def test_setfattr(node: Node, mounted: str, source: Path, subtests: pytest.Subte
     }
     for given, expected in cases.items():
         with subtests.test(given):
-            node.run("setfattr", "-n", f"{META}new.key", "-v", given, mounted)
+            module_node.run("setfattr", "-n", f"{META}new.key", "-v", given, mounted)
             assert xattrs.metadata(mounted)["new.key"] == expected
-            node.run("setfattr", "-x", f"{META}new.key", mounted)
-            assert f"{META}new.key" not in dump(node, mounted)
-    again = node.run("setfattr", "-x", f"{META}new.key", mounted, check=False)
+            module_node.run("setfattr", "-x", f"{META}new.key", mounted)
+            assert f"{META}new.key" not in dump(module_node, mounted)
+    again = module_node.run("setfattr", "-x", f"{META}new.key", mounted, check=False)
     assert again.returncode == 1
     assert "No such attribute" in again.stderr
     assert (source / FILE).read_text() == STORED
 
 
-def test_a_dump_can_be_restored(node: Node, mounted: str, source: Path) -> None:
+def test_a_dump_can_be_restored(module_node: Node, mounted: str, source: Path) -> None:
     command = ("getfattr", "--absolute-names", "-d", "-m", "^user.ckptfs.meta", mounted)
-    (node.folder / "dump").write_text(node.run(*command).stdout)
+    (module_node.folder / "dump").write_text(module_node.run(*command).stdout)
     for name in os.listxattr(mounted):
         if name.startswith(META):
-            node.run("setfattr", "-x", name, mounted)
+            module_node.run("setfattr", "-x", name, mounted)
     assert (source / FILE).read_text() == "{}"
-    node.run("setfattr", f"--restore={node.folder / 'dump'}")
+    module_node.run("setfattr", f"--restore={module_node.folder / 'dump'}")
     assert ckptfs.Checkpoint.from_directory(source).get_metadata() == {
         "loss": 0.25,
         "größe": {"a": [1]},
@@ -116,13 +118,13 @@ def test_a_dump_can_be_restored(node: Node, mounted: str, source: Path) -> None:
     }
 
 
-def test_attr(node: Node, mounted: str, source: Path) -> None:
-    listed = node.run("attr", "-l", mounted).stdout
+def test_attr(module_node: Node, mounted: str, source: Path) -> None:
+    listed = module_node.run("attr", "-l", mounted).stdout
     assert f'Attribute "ckptfs.meta.loss" has a 4 byte value for {mounted}\n' in listed
     assert 'Attribute "ckptfs.files" has a 1 byte value' in listed
-    assert node.run("attr", "-q", "-g", "ckptfs.meta.loss", mounted).stdout == "0.25"
-    node.run("attr", "-s", "ckptfs.meta.loss", "-V", "0.125", mounted)
-    node.run("attr", "-r", "ckptfs.meta.note", mounted)
+    assert module_node.run("attr", "-q", "-g", "ckptfs.meta.loss", mounted).stdout == "0.25"
+    module_node.run("attr", "-s", "ckptfs.meta.loss", "-V", "0.125", mounted)
+    module_node.run("attr", "-r", "ckptfs.meta.note", mounted)
     assert ckptfs.Checkpoint.from_directory(source).get_metadata() == {
         "loss": 0.125,
         "größe": {"a": [1]},
@@ -153,7 +155,7 @@ def copy_by_tar(node: Node, path: str, target: Path) -> None:
     "copy", [copy_by_cp, copy_by_cp_with_attributes, copy_by_rsync, copy_by_tar]
 )
 def test_a_copy_with_its_attributes_is_not_taken_for_mounted(
-    node: Node,
+    module_node: Node,
     mounted: str,
     source: Path,
     target: Path,
@@ -161,12 +163,12 @@ def test_a_copy_with_its_attributes_is_not_taken_for_mounted(
 ) -> None:
     for name in ("sub/a.bin", FILE):  # from then on the ETag is known
         Path(mounted, name).read_bytes()
-    node.wait_quiet()
-    expected = dump(node, mounted)
-    copy(node, mounted, target)
+    module_node.wait_quiet()
+    expected = dump(module_node, mounted)
+    copy(module_node, mounted, target)
     for name in ("sub/a.bin", FILE):
         assert (target / name).read_bytes() == (source / name).read_bytes()
-    found = dump(node, target)
+    found = dump(module_node, target)
     assert found.keys() == expected.keys()
     for name in ("user.ckptfs.uri", "user.ckptfs.id", "user.ckptfs.version", f"{META}loss"):
         assert found[name] == expected[name]
@@ -176,11 +178,11 @@ def test_a_copy_with_its_attributes_is_not_taken_for_mounted(
         for function in (xattrs.read, xattrs.metadata, xattrs.root_of, xattrs.read_all):
             with pytest.raises(ckptfs.NotAttached, match="is not in a mounted checkpoint"):
                 function(place)
-    node.run("setfattr", "-n", f"{META}loss", "-v", "7", str(target))  # it is the copy's own
+    module_node.run("setfattr", "-n", f"{META}loss", "-v", "7", str(target))  # it is the copy's own
     assert xattrs.metadata(mounted)["loss"] == 0.25
 
 
-def test_no_tool_writes_files(node: Node, mounted: str, source: Path, target: Path) -> None:
+def test_no_tool_writes_files(module_node: Node, mounted: str, source: Path, target: Path) -> None:
     (target / "new").write_text("new")
     commands = [
         ("cp", f"{target}/new", mounted),
@@ -201,8 +203,8 @@ def test_no_tool_writes_files(node: Node, mounted: str, source: Path, target: Pa
     ]
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     for command in commands:
-        done = node.run(*command, check=False)
+        done = module_node.run(*command, check=False)
         assert done.returncode != 0, command
         assert "Read-only file system" in done.stderr, (command, done.stderr)
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
-    assert node.run("diff", "-r", str(source), mounted).stdout == ""
+    assert module_node.run("diff", "-r", str(source), mounted).stdout == ""

@@ -47,7 +47,7 @@ def walk(top: Path) -> dict[str, os.stat_result]:
     return {str(path.relative_to(top)): path.lstat() for path in paths}
 
 
-def test_stat(node: Node, source: Path, uri_of: UriOf) -> None:
+def test_stat(module_node: Node, source: Path, uri_of: UriOf) -> None:
     expected = walk(source)
     with ckptfs.Checkpoint(uri_of(source)).as_directory() as path:
         found = walk(Path(path))
@@ -85,16 +85,16 @@ def forget_unused_inodes(mount: Path) -> None:
     assert libc.mount(None, os.fsencode(mount), None, flags, None) == 0, ctypes.get_errno()
 
 
-def test_inodes_are_unique_and_stay(node: Node, source: Path, uri_of: UriOf) -> None:
+def test_inodes_are_unique_and_stay(module_node: Node, source: Path, uri_of: UriOf) -> None:
     with (
         ckptfs.Checkpoint(uri_of(source)).as_directory() as path,
         ckptfs.Checkpoint(uri_of(source / "layers")).as_directory() as other,
     ):
         first = {name: info.st_ino for name, info in walk(Path(path)).items()}
-        forget_unused_inodes(node.mount)
+        forget_unused_inodes(module_node.mount)
         assert {name: info.st_ino for name, info in walk(Path(path)).items()} == first
         others = [info.st_ino for info in walk(Path(other)).values()]
-        numbers = [*first.values(), *others, os.stat(node.mount).st_ino]
+        numbers = [*first.values(), *others, os.stat(module_node.mount).st_ino]
         assert len(set(numbers)) == len(numbers)
         for folder, _, _ in os.walk(path):
             with os.scandir(folder) as entries:
@@ -103,10 +103,10 @@ def test_inodes_are_unique_and_stay(node: Node, source: Path, uri_of: UriOf) -> 
 
 
 def test_the_mounts_root_shows_what_is_attached_now(
-    node: Node, source: Path, uri_of: UriOf
+    module_node: Node, source: Path, uri_of: UriOf
 ) -> None:
     with ckptfs.Checkpoint(uri_of(source)).as_directory():
-        top = os.stat(node.mount)
+        top = os.stat(module_node.mount)
         assert (stat.S_ISDIR(top.st_mode), stat.S_IMODE(top.st_mode)) == (True, 0o711)
         assert (top.st_uid, top.st_gid) == (os.geteuid(), os.getegid())
         assert (top.st_ino, top.st_nlink, top.st_size, top.st_blocks) == (1, 3, 0, 0)
@@ -114,13 +114,13 @@ def test_the_mounts_root_shows_what_is_attached_now(
         assert abs(time.time() - top.st_mtime) < 60
         assert top.st_atime_ns == top.st_ctime_ns == top.st_mtime_ns
         with ckptfs.Checkpoint(uri_of(source / "layers")).as_directory():
-            both = os.stat(node.mount)
+            both = os.stat(module_node.mount)
             assert both.st_nlink == 4
             assert both.st_mtime_ns > top.st_mtime_ns
-        wait_until(lambda: os.stat(node.mount) == top)
+        wait_until(lambda: os.stat(module_node.mount) == top)
 
 
-def test_statvfs(node: Node, source: Path, uri_of: UriOf) -> None:
+def test_statvfs(module_node: Node, source: Path, uri_of: UriOf) -> None:
     with ckptfs.Checkpoint(uri_of(source)).as_directory() as path:
         space = os.statvfs(path)
         assert not space.f_flag & os.ST_RDONLY  # or the kernel would refuse to set attributes
@@ -132,7 +132,7 @@ def test_statvfs(node: Node, source: Path, uri_of: UriOf) -> None:
         assert space.f_bfree == space.f_bavail == space.f_ffree == 0
 
 
-def test_directory_entries_carry_their_type(node: Node, source: Path, uri_of: UriOf) -> None:
+def test_directory_entries_carry_their_type(module_node: Node, source: Path, uri_of: UriOf) -> None:
     with ckptfs.Checkpoint(uri_of(source)).as_directory() as path, os.scandir(path) as entries:
         # With DT_UNKNOWN, is_dir would call stat, which this path no longer allows.
         kinds = {entry.name: entry for entry in entries}
@@ -140,7 +140,9 @@ def test_directory_entries_carry_their_type(node: Node, source: Path, uri_of: Ur
     assert kinds["config.json"].is_file(follow_symlinks=False)
 
 
-def test_names_that_are_not_there(node: Node, s3: S3Server, source: Path, uri_of: UriOf) -> None:
+def test_names_that_are_not_there(
+    module_node: Node, s3: S3Server, source: Path, uri_of: UriOf
+) -> None:
     with ckptfs.Checkpoint(uri_of(source)).as_directory() as path:
         s3.reset_traffic()
         for _ in range(3):
@@ -154,13 +156,13 @@ def test_names_that_are_not_there(node: Node, s3: S3Server, source: Path, uri_of
         with pytest.raises(IsADirectoryError):
             Path(path, "layers").read_bytes()
         with pytest.raises(FileNotFoundError):
-            os.stat(node.mount / "nothing")
-        assert os.path.samefile(f"{path}/..", node.mount)
+            os.stat(module_node.mount / "nothing")
+        assert os.path.samefile(f"{path}/..", module_node.mount)
         assert os.path.samefile(f"{path}/layers/..", path)
         assert s3.traffic().requests == []
 
 
-def test_find_and_ls_agree_with_the_source(node: Node, source: Path, uri_of: UriOf) -> None:
+def test_find_and_ls_agree_with_the_source(module_node: Node, source: Path, uri_of: UriOf) -> None:
     commands = [
         ("find", ".", "-type", "f", "-size", "+1k", "-newermt", "2020-09-14"),
         ("find", ".", "-type", "d", "-name", "deep*"),
@@ -169,12 +171,14 @@ def test_find_and_ls_agree_with_the_source(node: Node, source: Path, uri_of: Uri
     ]
     with ckptfs.Checkpoint(uri_of(source)).as_directory() as path:
         for command in commands:
-            ours, theirs = (node.run(*command, cwd=top).stdout for top in (path, source))
+            ours, theirs = (module_node.run(*command, cwd=top).stdout for top in (path, source))
             assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
         files = ("find", ".", "-type", "f", "-printf", "%P %y %s %T@\n")
-        found = [line.partition(".")[0] for line in node.run(*files, cwd=path).stdout.splitlines()]
+        found = [
+            line.partition(".")[0] for line in module_node.run(*files, cwd=path).stdout.splitlines()
+        ]
         assert len(found) == 9
-        long = node.run("ls", "-lR", cwd=path).stdout
+        long = module_node.run("ls", "-lR", cwd=path).stdout
         assert long.count("-rw------- 1 root root") == 9
 
 
