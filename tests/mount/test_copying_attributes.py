@@ -115,7 +115,7 @@ WAYS: dict[str, Callable[[str, Path], list[str]]] = {
 
 @pytest.mark.parametrize("kind", ["ext4 4096", "xfs", "btrfs", "tmpfs"])
 def test_copies_work_whatever_the_file_system_keeps(
-    node: Node, source: Path, tmp_path: Path, kind: str, subtests: pytest.Subtests
+    module_node: Node, source: Path, tmp_path: Path, kind: str, subtests: pytest.Subtests
 ) -> None:
     with file_system(tmp_path, kind) as place:
         for number, (which, metadata) in enumerate(METADATA.items()):
@@ -127,7 +127,7 @@ def test_copies_work_whatever_the_file_system_keeps(
                         continue
                     with subtests.test(way, metadata=which):
                         target = place / f"{number} {way}"
-                        done = node.run(*command(path, target))
+                        done = module_node.run(*command(path, target))
                         assert done.stderr == ""
                         check_copy(path, target, way)
 
@@ -159,7 +159,7 @@ def attributes(path: Path) -> dict[str, bytes]:
         return {}
 
 
-def test_each_attribute_is_read_by_name_and_in_python(node: Node, source: Path) -> None:
+def test_each_attribute_is_read_by_name_and_in_python(module_node: Node, source: Path) -> None:
     (source / FILE).write_text(json.dumps(METADATA["many"]))
     with mounted(source) as path:
         model = f"{path}/model.safetensors"
@@ -209,7 +209,7 @@ OVERLAY_STEPS = {
 @pytest.mark.parametrize("options", ["", ",metacopy=on"])
 @pytest.mark.parametrize("which", METADATA)
 def test_an_overlay_copies_up(
-    node: Node, source: Path, tmp_path: Path, options: str, which: str
+    module_node: Node, source: Path, tmp_path: Path, options: str, which: str
 ) -> None:
     (source / FILE).write_text(json.dumps(METADATA[which]))
     up, work, merged = (tmp_path / name for name in ("up", "work", "merged"))
@@ -217,16 +217,16 @@ def test_an_overlay_copies_up(
         folder.mkdir()
     with mounted(source) as path:
         said = f"lowerdir={path},upperdir={up},workdir={work}{options}"
-        done = node.run("mount", "-t", "overlay", "-o", said, "o", str(merged), check=False)
+        done = module_node.run("mount", "-t", "overlay", "-o", said, "o", str(merged), check=False)
         if done.returncode:
             pytest.skip(f"NO OVERLAY CAN BE MOUNTED HERE: {done.stderr.strip()}")
         try:
             assert os.access(merged / "config.json", os.W_OK)  # it is the overlay that is written
             for step in OVERLAY_STEPS.values():
-                node.run("sh", "-ec", step.replace("LONG", LONG), "sh", str(merged))
+                module_node.run("sh", "-ec", step.replace("LONG", LONG), "sh", str(merged))
             copied = (merged / "model.safetensors").read_bytes()
             assert copied == (source / "model.safetensors").read_bytes() + b"x\n"
             for place in (up, up / "model.safetensors"):
                 assert not set(os.listxattr(place)) & NODES_OWN
         finally:
-            node.run("umount", str(merged))
+            module_node.run("umount", str(merged))

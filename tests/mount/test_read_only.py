@@ -81,17 +81,19 @@ def writes(path: str) -> "dict[str, Callable[[], object]]":
     }
 
 
-def test_access_says_that_nothing_can_be_written(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_access_says_that_nothing_can_be_written(
+    module_node: Node, small: Path, uri_of: UriOf
+) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
-        for place in (path, f"{path}/layers", f"{path}/config.json", str(node.mount)):
+        for place in (path, f"{path}/layers", f"{path}/config.json", str(module_node.mount)):
             assert os.access(place, os.F_OK)
             assert os.access(place, os.R_OK)
             for mask in (os.W_OK, os.R_OK | os.W_OK, os.W_OK | os.X_OK):
                 assert not os.access(place, mask)
                 assert not os.access(place, mask, effective_ids=True)
             assert os.access(place, os.X_OK) is os.path.isdir(place)
-            assert node.run("test", "-w", place, check=False).returncode == 1
-            assert node.run("test", "-r", place).returncode == 0
+            assert module_node.run("test", "-w", place, check=False).returncode == 1
+            assert module_node.run("test", "-r", place).returncode == 0
         for place in (path, f"{path}/config.json"):
             assert _libc.access(place.encode(), os.W_OK) == -1
             # As of a disk that is mounted read-only.
@@ -101,7 +103,7 @@ def test_access_says_that_nothing_can_be_written(node: Node, small: Path, uri_of
         assert not os.access(f"{path}/nothing", os.F_OK)
 
 
-def test_access_of_the_metadata_file(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_access_of_the_metadata_file(module_node: Node, small: Path, uri_of: UriOf) -> None:
     """The one file that changes, and by attributes only."""
     (small / ".metadata.json").write_text('{"a": 1}')
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
@@ -113,7 +115,7 @@ def test_access_of_the_metadata_file(node: Node, small: Path, uri_of: UriOf) -> 
         assert not os.access(file, os.W_OK)
 
 
-def test_each_write_is_erofs(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_each_write_is_erofs(module_node: Node, small: Path, uri_of: UriOf) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         found = {name: code_of(action) for name, action in writes(path).items()}
         unsupported = {"tmpfile": "ENOTSUP"}  # the kernel does not ask a daemon that lacks it
@@ -122,7 +124,7 @@ def test_each_write_is_erofs(node: Node, small: Path, uri_of: UriOf) -> None:
 
 
 def test_attributes_can_be_set_where_nothing_can_be_written(
-    node: Node, small: Path, uri_of: UriOf
+    module_node: Node, small: Path, uri_of: UriOf
 ) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         set_each_attribute(path)
@@ -181,11 +183,13 @@ def check_read_only_bind(place: str) -> None:
     assert os.getxattr(place, "user.ckptfs.state")
 
 
-def test_a_read_only_bind_mount_says_all_of_it(node: Node, small: Path, uri_of: UriOf) -> None:
+def test_a_read_only_bind_mount_says_all_of_it(
+    module_node: Node, small: Path, uri_of: UriOf
+) -> None:
     with ckptfs.Checkpoint(uri_of(small)).as_directory() as path:
         # The kernel ties "read-only" of statvfs(3) and "attributes cannot be set" together.
         assert not os.statvfs(path).f_flag & os.ST_RDONLY
-        with bound_read_only(path, node.folder / "bound") as place:
+        with bound_read_only(path, module_node.folder / "bound") as place:
             check_read_only_bind(place)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -28,10 +29,18 @@ class _Empty(io.BytesIO):
         return iter([b""])
 
 
+@functools.cache
+def _session() -> Any:
+    from botocore.session import Session
+
+    session = Session()
+    session.set_credentials("key", "secret")
+    return session
+
+
 def botocore_url(bucket: str, region: str, endpoint: str, is_virtual: bool) -> str:
     from botocore.awsrequest import AWSResponse
     from botocore.config import Config
-    from botocore.session import Session
 
     sent: list[str] = []
 
@@ -39,9 +48,7 @@ def botocore_url(bucket: str, region: str, endpoint: str, is_virtual: bool) -> s
         sent.append(request.url)
         return AWSResponse(request.url, 200, {}, _Empty())
 
-    session = Session()
-    session.set_credentials("key", "secret")
-    client: Any = session.create_client(
+    client: Any = _session().create_client(
         "s3",
         region_name=region,
         endpoint_url=endpoint or None,
