@@ -126,7 +126,7 @@ def json_lines(output: str) -> list[Any]:
 
 
 HOMES = {"/": "HOME=/", "none": "", "not there": "HOME=/nonexistent", "read-only root": "HOME=/"}
-PLACES = [
+MACHINES = [
     *((home, True, True) for home in HOMES),
     *((home, home in ("/", "not there"), False) for home in HOMES),
     ("/", False, True),
@@ -136,7 +136,7 @@ PLACES = [
 that can mount, and of the others each pair of two values."""
 
 
-@pytest.mark.parametrize(("home", "device", "passwd"), PLACES)
+@pytest.mark.parametrize(("home", "device", "passwd"), MACHINES)
 def test_any_user_mounts_or_copies(
     node: Node, small: Path, uri_of: UriOf, passwd: bool, device: bool, home: str
 ) -> None:
