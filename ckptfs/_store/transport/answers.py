@@ -1,7 +1,8 @@
 """Answers of a server, whose reads end in time.
 
-**The head** of an answer has to arrive before the caller's deadline. The client's `Patience` limits
-the silence before the first byte of the body.
+**The head** of an answer has to arrive before the caller's deadline, and within twice the longest
+silence. So a server that sends interim answers for ever keeps no caller. The client's `Patience`
+limits the silence before the first byte of the body.
 
 **The body** may come slowly. The client never throws away bytes that keep coming, so the deadline
 of an answer that `may_last` counts from the last byte. Its read ends after `silence_s` seconds
@@ -153,6 +154,8 @@ class Incoming(io.RawIOBase):
         elapsed_s = now_s - self._counted_s
         silence_s = self._limits.silence_s if self._is_body else self._limits.first_s
         if count and elapsed_s > 2 * silence_s:
+            if self.is_head:
+                raise TimeoutError(f"the head of the answer has not ended after {elapsed_s:.1f} s")
             if self._count < _PROGRESS_BYTES:
                 raise TimeoutError(f"no more than {self._count} bytes in {elapsed_s:.1f} s")
             self._counted_s, self._count = now_s, 0
