@@ -7,6 +7,8 @@ Reads are those of S3: each answer names its ETag, and Azure honours conditions.
 and the names of errors are Azure's own.
 """
 
+import base64
+
 from ckptfs._model.manifest import ListedFile, Listing
 from ckptfs._store.base import is_file, not_found
 from ckptfs._store.cloud.azure_listing import Blobs
@@ -15,6 +17,7 @@ from ckptfs._store.cloud.requests import Service
 from ckptfs._store.s3.client import Asked
 from ckptfs._store.s3.retry import repeat
 from ckptfs._store.s3.store import S3Store
+from ckptfs._store.s3.uploads import md5_of
 from ckptfs._store.uploads import Uploads
 
 _VERSION = "2021-12-02"
@@ -25,6 +28,7 @@ _CODES = {
     "BlobNotFound": "NoSuchKey",
     "ContainerNotFound": "NoSuchBucket",
     "InvalidAuthenticationInfo": "AccessDenied",
+    "Md5Mismatch": "BadDigest",
     "PublicAccessNotPermitted": "AccessDenied",
     "ServerBusy": "SlowDown",
 }
@@ -60,6 +64,7 @@ class AzureStore(S3Store):
 
     def put(self, path: str, data: bytes) -> None:
         headers = {"x-ms-blob-type": "BlockBlob", "content-type": "application/octet-stream"}
+        headers["content-md5"] = base64.b64encode(md5_of(data)).decode()
         asked = Asked("PUT", self._key(path), {}, headers, data, expected=frozenset([201]))
 
         def attempt() -> None:

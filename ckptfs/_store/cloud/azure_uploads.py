@@ -111,8 +111,9 @@ class AzureUpload:
         numbers = sorted(self._digests)
         blocks = "".join(f"<Latest>{self._block_id(number)}</Latest>" for number in numbers)
         text = f'<?xml version="1.0" encoding="utf-8"?><BlockList>{blocks}</BlockList>'
-        headers = {_MARK: _mark_of([self._digests[number] for number in numbers]), **_TYPE}
         query, body = {"comp": "blocklist"}, text.encode()
+        headers = {_MARK: _mark_of([self._digests[number] for number in numbers]), **_TYPE}
+        headers["content-md5"] = _base64(md5_of(body))
         asked = Asked("PUT", self._key, query, headers, body, _CREATED, _PATIENCE_S)
         answered, _ = answer_to(self._client, asked, self._what)
         return etag_in(answered.get("etag", ""))

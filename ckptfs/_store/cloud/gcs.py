@@ -13,17 +13,14 @@ and then knows neither length nor ranges. Requests for objects accept gzip, so a
 they are stored.
 """
 
-import json
-from typing import Any, cast
-
-from ckptfs._store.cloud.gcs_uploads import GoogleUploads
+from ckptfs._store.cloud.gcs_uploads import GoogleUploads, check_object, hash_of
 from ckptfs._store.cloud.requests import AuthorizedClient, Service
 from ckptfs._store.s3.client import Asked
 from ckptfs._store.s3.retry import repeat
 from ckptfs._store.s3.store import S3Store
+from ckptfs._store.s3.uploads import md5_of
 from ckptfs._store.transport.answers import read_all
 from ckptfs._store.uploads import Uploads
-from ckptfs.errors import StoreError
 
 HOST = "storage.googleapis.com"
 _ANSWER_BYTES_MAX = 1 << 20
@@ -50,18 +47,15 @@ class GoogleStore(S3Store):
     def put(self, path: str, data: bytes) -> None:
         """Upload by the JSON API ("Objects: insert"), which more servers know."""
         query = {"uploadType": "media", "name": self._key(path)}
-        headers = {"content-type": "application/octet-stream"}
+        digest = md5_of(data)
+        headers = {"content-type": "application/octet-stream", **hash_of(digest)}
         key = f"storage/v1/b/{self._client.address.bucket}/o"
         asked = Asked("POST", key, query, headers, data)
 
         def attempt() -> None:
             with self._uploads.request(asked) as response:
                 answer = read_all(response, _ANSWER_BYTES_MAX)
-            if _name_in(answer) != query["name"]:
-                raise StoreError(
-                    f"{self._name_of(path)}: the store's answer to the upload is not Google's; "
-                    "check the endpoint, and whether the object was written"
-                )
+            check_object(answer, query["name"], digest, self._name_of(path))
 
         repeat(attempt, self._name_of(path))
 
@@ -71,12 +65,3 @@ class GoogleStore(S3Store):
     def close(self) -> None:
         super().close()
         self._uploads.close()
-
-
-def _name_in(answer: bytes) -> object:
-    """The name of the object in a JSON answer; None without one."""
-    try:
-        found: Any = json.loads(answer)
-    except (ValueError, RecursionError):
-        return None
-    return cast("dict[str, object]", found).get("name") if isinstance(found, dict) else None

@@ -124,8 +124,7 @@ class GoogleUpload:
         end = begin + len(data)
         headers = {"content-type": "application/octet-stream"}
         if end == self._size:
-            md5 = base64.b64encode(self._digest.digest()).decode()
-            headers["x-goog-hash"] = f"md5={md5}"
+            headers |= hash_of(self._digest.digest())
         if self._query["uploadType"] == "media":
             asked = Asked("POST", self._key, self._query, headers, data, _DONE, _PATIENCE_S)
             return *answer_to(self._client, asked, self._what), 200
@@ -136,17 +135,7 @@ class GoogleUpload:
         return answered, body, _MORE if end < self._size else 200
 
     def _check(self, answer: bytes) -> None:
-        """Check the description of the finished object."""
-        found: Any = {}
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(answer)
-        fields = cast("dict[str, object]", found) if isinstance(found, dict) else {}
-        if fields.get("name") != self._name:
-            raise _not_googles(self._what)
-        expected = base64.b64encode(self._digest.digest()).decode()
-        md5 = fields.get("md5Hash", expected)
-        if md5 != expected:
-            raise other_bytes(self._what, f"MD5 {expected}", f"{md5}")
+        check_object(answer, self._name, self._digest.digest(), self._what)
         self._etag = f'"{self._digest.hexdigest()}"'
 
     def finish(self) -> str:
@@ -159,6 +148,26 @@ class GoogleUpload:
         if self._query["uploadType"] != "media":
             asked = Asked("DELETE", self._key, self._query, expected=_GONE)
             answer_to(self._client, asked, self._what)
+
+
+def hash_of(digest: bytes) -> dict[str, str]:
+    """The header with the MD5 of the content, which Google verifies."""
+    return {"x-goog-hash": f"md5={base64.b64encode(digest).decode()}"}
+
+
+def check_object(answer: bytes, name: str, digest: bytes, what: str) -> None:
+    """Check the description of a finished object. Raises StoreError unless it is that of the object
+    `name` with the MD5 `digest`."""
+    found: Any = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(answer)
+    fields = cast("dict[str, object]", found) if isinstance(found, dict) else {}
+    if fields.get("name") != name:
+        raise _not_googles(what)
+    expected = base64.b64encode(digest).decode()
+    md5 = fields.get("md5Hash", expected)
+    if md5 != expected:
+        raise other_bytes(what, f"MD5 {expected}", f"{md5}")
 
 
 def _not_googles(what: str) -> StoreError:

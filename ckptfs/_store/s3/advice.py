@@ -118,6 +118,7 @@ _BY_CODE: dict[str, _Advice] = {
         "access denied ({}); check the secret key, and that nothing on the way changes requests",
     ),
     "TokenRefreshRequired": _EXPIRED,
+    "XAmzContentSHA256Mismatch": _DIGEST,
     **dict.fromkeys(VIRTUAL_ONLY, _VIRTUAL),
 }
 _BY_STATUS: dict[int, _Advice] = {
