@@ -39,6 +39,7 @@ from ckptfs.errors import (
     CannotUpload,
     CheckpointNotFound,
     CkptfsError,
+    ObjectChanged,
     StoreError,
     StoreUnavailable,
     TargetExists,
@@ -278,7 +279,10 @@ class _Run:
             ours = memoryview(bytearray(length))
             theirs = memoryview(bytearray(length))
             file.read_into(offset, ours)
-            retry(partial(self._store.read_into, pin, offset, theirs), self._places)
+            try:
+                retry(partial(self._store.read_into, pin, offset, theirs), self._places)
+            except ObjectChanged as error:
+                raise self._written_meanwhile(file.path) from error
             if ours != theirs:
                 return False
         return True
@@ -341,11 +345,14 @@ class _Run:
         sent = self._sent.get(file.path)
         shown = None if sent is None else self._ask(sent.shown_etag)
         if shown == "":
-            return StoreError(
-                f"{what}: another program has written it meanwhile; choose another target, or end "
-                "that program"
-            )
+            return self._written_meanwhile(file.path)
         return shown or ""
+
+    def _written_meanwhile(self, path: str) -> StoreError:
+        return StoreError(
+            f"{printable(path)} in {self._store.name}: another program has written it "
+            "meanwhile; choose another target, or end that program"
+        )
 
     def _has_bytes_of(self, file: SourceFile, found: ListedFile) -> bool:
         """Whether an object has the bytes of the file."""

@@ -159,6 +159,8 @@ class _S3Object:
     def shown_etag(self) -> str:
         """See ObjectUpload.shown_etag."""
         headers, _ = answer_to(self._client, Asked("HEAD", self._key), self._what)
+        if is_web_page(headers):
+            raise _web_page(self._what)
         return etag_in(headers.get("etag", "")) if headers.get(_MARK) == self._mark else ""
 
 
