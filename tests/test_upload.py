@@ -373,35 +373,6 @@ def test_store_that_dies_between_parts_is_an_error_and_the_next_upload_cleans_up
     assert target.objects() == files_in(run)
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        ("unavailable", ckptfs.StoreUnavailable),
-        ("reset", ckptfs.StoreUnavailable),
-        ("denied", ckptfs.AccessDenied),
-        ("garbage", ckptfs.StoreError),
-    ],
-)
-@pytest.mark.parametrize(
-    "within", ["list-type=2", "uploads=", "partNumber=2", "uploadId=", "/.metadata.json"]
-)
-def test_fault_at_each_request_is_an_error_and_later_goes_away(
-    within: str, fault: str, error: type[Exception], run: Path, target: Target
-) -> None:
-    (run / "large.bin").write_bytes(bytes(PART_BYTES + 1))
-    target.break_down(fault, within)
-    with pytest.raises(error) as caught:
-        ckptfs.upload(run, target.uri, metadata={"step": 1})
-    assert "\n" not in str(caught.value)
-    assert target.store.secrets[0] not in str(caught.value)
-    assert ".metadata.json" not in target.objects()
-    target.heal()
-    ckptfs.upload(run, target.uri, metadata={"step": 1})
-    found = target.objects()
-    assert json.loads(found.pop(".metadata.json")) == {"step": 1}
-    assert found == files_in(run)
-
-
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "cut", "slow"])
 def test_faults_that_pass_do_not_fail_an_upload(fault: str, run: Path, target: Target) -> None:
     for number in range(20):
@@ -434,17 +405,6 @@ def test_object_that_another_program_replaces_meanwhile_is_an_error(
 
     with pytest.raises(ckptfs.StoreError, match=r"we ird.*other bytes than were sent"):
         ckptfs.upload(run, target.uri, include=["a/we*"], progress=tell)
-
-
-def test_silent_store_is_an_error_in_time(
-    run: Path, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "_PATIENCE_S", 0.2)
-    monkeypatch.setattr(retrying, "_TRIES", 2)
-    target.break_down("dark", "partNumber=2")
-    with pytest.raises(ckptfs.StoreTimeout, match=r"large\.bin.*did not answer"):
-        ckptfs.upload(run, target.uri)
-    assert target.unfinished() == []
 
 
 def test_missing_bucket_is_an_error(run: Path, moto: Any) -> None:
