@@ -1,8 +1,8 @@
 """Faults and other actions. Each function does one of them once, and undoes it.
 
-Three lanes run beside each other, one for the store, one for the node and one for the disk of its
-cache. Each has its own stream of chance, so the order of the actions depends on the seed only, and
-not on the speed of the machine.
+Four lanes run beside each other, for the store, for the node, for the disk of its cache, and for
+uploads. Each has its own stream of chance, so the order of the actions depends on the seed only,
+and not on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -240,6 +240,14 @@ def change_metadata(chaos: Chaos, chance: random.Random) -> None:
     chaos.write_note()
 
 
+# -- uploads
+
+
+def upload(chaos: Chaos, chance: random.Random) -> None:
+    """A program uploads a directory, is killed at times, and tries again until it succeeds."""
+    chaos.uploads.upload(chance)
+
+
 # -- cache and disk
 
 
@@ -403,7 +411,8 @@ DISK: dict[str, tuple[int, Action]] = {
     "disk fails": (3, disk_fails),
     "disk hangs": (2, disk_hangs),
 }
-LANES = {"store": STORE, "node": NODE, "disk": DISK}
+UPLOADS: dict[str, tuple[int, Action]] = {"upload": (1, upload)}
+LANES = {"store": STORE, "node": NODE, "disk": DISK, "uploads": UPLOADS}
 """The actions of each lane, with weights: how often each comes."""
 
 SLOW = {"daemon stuck"}

@@ -26,6 +26,7 @@ from chaostest.content import LOCAL, MIB, Contents, File
 from chaostest.node import DAEMON, KEEPER, Node
 from chaostest.reader import NOTED
 from chaostest.report import Outcome
+from chaostest.uploads import Uploads, unfinished
 from chaostest.verdict import Breach, Timeline, Verdict
 from ckptfs._store.describe import describe
 from ckptfs._store.filesystems import filesystem_of
@@ -95,6 +96,8 @@ class Chaos:
         self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)
+        self.uploads = Uploads(self)
+        self._scheme = "scheme=http"
         self._readers = readers
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._incarnations: Counter[int] = Counter()
@@ -119,14 +122,12 @@ class Chaos:
             self._staging = self._server.root.parent / "staging"
             self._staging.mkdir()
             self.board = Board(self.node.folder / "board", len(self.contents.files))
+            self._direct = self._server.endpoint
             self._server.endpoint = self.proxy.endpoint
-            self.uris = {
-                name: self._server.uri(f"{BUCKET}/{name}") for name in self.contents.checkpoints
-            }
-            self.uris[LOCAL] = f"disk:{LOCAL}"
             if pems:
-                secured = f"scheme=https&tls_ca_file_path={pems[0]}"
-                self.uris = {k: v.replace("scheme=http", secured) for k, v in self.uris.items()}
+                self._scheme = f"scheme=https&tls_ca_file_path={pems[0]}"
+            self.uris = {name: self.uri_of(name) for name in self.contents.checkpoints}
+            self.uris[LOCAL] = f"disk:{LOCAL}"
             for file in self.contents.files:
                 self._write(file, 0)
             self.verdict = Verdict(
@@ -192,6 +193,25 @@ class Chaos:
             return False
         return True
 
+    def uri_of(self, path: str) -> str:
+        """The URI of a directory in the bucket, by the proxy."""
+        return self._server.uri(f"{BUCKET}/{path}").replace("scheme=http", self._scheme)
+
+    def stored(self, path: str) -> Path:
+        """The place at which the store keeps a directory of the bucket."""
+        return self._server.bucket_dir(BUCKET) / path
+
+    def put(self, name: str, data: bytes) -> None:
+        """Make an object like another program."""
+        staged = self._staging / "upload"
+        staged.write_bytes(data)
+        self._replace(staged, name)
+
+    def unfinished_uploads(self) -> list[str]:
+        """The keys of the uploads that have not ended, as the store itself says."""
+        keys = self._server.access_key, self._server.secret_key
+        return unfinished(self._direct, *keys, BUCKET)
+
     def location(self, checkpoint: str) -> Location:
         """The location of a checkpoint, for the control socket."""
         return describe(*filesystem_of(self.uris[checkpoint]))
@@ -224,7 +244,7 @@ class Chaos:
         self.board.set_note(value)
 
     def _replace(self, staged: Path, name: str) -> None:
-        target = self._server.bucket_dir(BUCKET) / name
+        target = self.stored(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.proxy.ask({"pause": True})
         try:

@@ -27,6 +27,8 @@ class Outcome:
         errors_allowed: Number of allowed errors, by "operation: error".
         longest_s: Longest time of each operation.
         undisturbed_s: Longest time of all operations without a fault, if above a second.
+        uploads: Number of uploads that have begun, that were complete, read back and wrong, and of
+            their tries that were killed and that have failed.
         samples: Memory, descriptors and threads, by process ("daemon", "keeper") and moment
             ("first" and "last" at rest, "most").
         cache_cannot: Failed operations of the cache in the log, by verb.
@@ -46,6 +48,7 @@ class Outcome:
     longest_s: dict[str, float] = field(default_factory=dict[str, float])
     undisturbed_s: float = 0.0
     daemons: int = 0
+    uploads: Counter[str] = field(default_factory=Counter[str])
     samples: dict[str, dict[str, list[int]]] = field(default_factory=dict[str, Any])
     breaches: list[Breach] = field(default_factory=list[Breach])
     cache_cannot: Counter[str] = field(default_factory=Counter[str])
@@ -79,6 +82,9 @@ def show(outcome: Outcome, console: Console) -> None:
         longest_s = f"{outcome.longest_s.get(name, 0.0):.2f}"
         table.add_row(name, str(times), longest_s, ", ".join(errors))
     console.print(table)
+    if outcome.uploads:
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(outcome.uploads.items()))
+        console.print(f"uploads, and their tries: {counts}")
     if outcome.undisturbed_s:
         console.print(f"longest while nothing was wrong: {outcome.undisturbed_s:.2f} s")
     table = Table(box=None, title="what it took", title_justify="left")

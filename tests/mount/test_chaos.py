@@ -24,7 +24,8 @@ WORKERS = {"kill worker", "stop worker", "starve worker"}
 
 
 def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
-    """The seed decides what happens, in lanes of seven actions; root has one of the disk."""
+    """The seed decides what happens, in lanes of seven actions and two uploads; root has one of the
+    disk."""
     command = [sys.executable, "-m", "chaostest", "--seed", "366775", "--actions", "7"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("scripts", "tests"))
     done = subprocess.run(
@@ -38,9 +39,9 @@ def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     lanes = {"store", "node", *(["disk"] if "disk fails" not in outcome["left_out"] else [])}
-    assert {lane: len(names) for lane, names in outcome["sequence"].items()} == dict.fromkeys(
-        lanes, 7
-    )
+    expected = {**dict.fromkeys(lanes, 7), "uploads": 2}
+    assert {lane: len(names) for lane, names in outcome["sequence"].items()} == expected
+    assert outcome["uploads"]["complete"] == 2
     assert outcome["bytes_verified"] > 0
     assert {*WORKERS, "kill daemon", "crash daemon", "crash loop"} <= set(outcome["actions"])
     assert outcome["breaches"] == []

@@ -3,14 +3,22 @@
 import errno
 import json
 import os
+import random
+import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chaostest import uploads
 from chaostest import verdict as judge
 from chaostest.board import Board
 from chaostest.content import MIB, Contents, File
+from chaostest.report import Outcome
+from chaostest.uploads import Upload, Uploads
 from chaostest.verdict import Timeline, Verdict, Window
 from chaostest.watch import Handle, Lease, OperationFailed, Watch
 
@@ -255,3 +263,101 @@ def test_a_version_has_the_bytes_of_its_pieces(contents: Contents) -> None:
         assert len(whole) == size
         for offset in (0, 5, size // 2, max(0, size - 3)):
             assert contents.expected(file, 2, offset, 100) == whole[offset : offset + 100]
+
+
+# -- uploads
+
+
+class UploadedTo:
+    """What an upload of a run needs, without a run."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "node").mkdir()
+        self.node = SimpleNamespace(folder=folder / "node")
+        self.outcome = Outcome(1, {})
+        self.timeline = Timeline()
+        self.breaches: list[str] = []
+        self._root = folder / "bucket"
+
+    def uri_of(self, name: str) -> str:
+        return str(self.stored(name))
+
+    def stored(self, name: str) -> Path:
+        return self._root / name
+
+    def put(self, name: str, data: bytes) -> None:
+        self.stored(name).parent.mkdir(parents=True, exist_ok=True)
+        self.stored(name).write_bytes(data)
+
+    def wait(self, seconds: float, until: Any = None) -> None:
+        end_s = time.monotonic() + seconds
+        while not until() and time.monotonic() < end_s:
+            time.sleep(0.01)
+
+    def breach(self, kind: str, text: str) -> None:
+        self.breaches.append(text)
+
+    def unfinished_uploads(self) -> list[str]:
+        return ["uploads/9/x"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> UploadedTo:
+    return UploadedTo(tmp_path)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_an_upload_with_other_bytes_is_seen(
+    is_wrong: bool, run: UploadedTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Upload(run, 1, random.Random(1))  # type: ignore[arg-type]
+    upload._write()
+    shutil.rmtree(run.stored("uploads/1"), ignore_errors=True)
+    shutil.copytree(upload._top, run.stored("uploads/1"))
+    if is_wrong:
+        (run.stored("uploads/1") / "a" / "small.bin").write_bytes(bytes(70_000))
+    answer = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(uploads.subprocess, "run", lambda *_, **__: answer)
+    upload._verify()
+    assert bool(run.breaches) is is_wrong
+    assert run.outcome.uploads["complete"] == 1
+    assert run.outcome.uploads["wrong"] == is_wrong
+
+
+def test_a_mount_with_other_bytes_of_an_upload_is_seen(
+    run: UploadedTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Upload(run, 1, random.Random(1))  # type: ignore[arg-type]
+    upload._write()
+    shutil.rmtree(run.stored("uploads/1"), ignore_errors=True)
+    shutil.copytree(upload._top, run.stored("uploads/1"))
+    answer = subprocess.CompletedProcess([], uploads.DIFFERS, "large.bin", "")
+    monkeypatch.setattr(uploads.subprocess, "run", lambda *_, **__: answer)
+    upload._verify()
+    assert run.breaches == ["the mount has other bytes of uploads/1: large.bin"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "has_fault", "is_breach"),
+    [
+        (0, "ckptfs: warning: a\n", False, False),
+        (-signal.SIGKILL, "", False, False),
+        (1, "ckptfs: error: the store is away\n", True, False),
+        (1, "ckptfs: error: the store is away\n", False, True),
+        (1, "Traceback\nValueError\n", True, True),
+        (-signal.SIGSEGV, "", True, True),
+    ],
+)
+def test_ends_of_uploads_are_judged(
+    status: int, said: str, has_fault: bool, is_breach: bool, run: UploadedTo
+) -> None:
+    if has_fault:
+        run.timeline.windows.append(Window("dark", 0))
+    upload = Upload(run, 1, random.Random(1))  # type: ignore[arg-type]
+    assert upload._judge(status, said, time.monotonic()) is (status == 0)
+    assert bool(run.breaches) is is_breach
+
+
+def test_uploads_that_are_left_at_the_store_are_seen(run: UploadedTo) -> None:
+    Uploads(run).end()  # type: ignore[arg-type]
+    assert run.breaches == ["an upload of uploads/9/x was left at the store"]
