@@ -90,6 +90,16 @@ def test_a_failed_copy_shows_no_half_file_and_goes_on_later(tmp_path: Path) -> N
     assert [call.operation for call in healed.calls].count("read_into") == 6 - parts
 
 
+def test_parts_file_of_a_copy_that_was_killed_at_its_end_goes(tmp_path: Path) -> None:
+    store = FakeStore({"large": pattern(5)}, mtime_ns=1_700_000_000 * 10**9)
+    copy_directory(store, tmp_path / "copy")
+    assert os.listdir(tmp_path / "copy") == ["large"]
+    (tmp_path / "copy" / ".large.ckptfs-parts").write_bytes(b"5 5 0 \n+")
+    copy_directory(store, tmp_path / "copy")
+    assert files_in(tmp_path / "copy") == {"large": pattern(5)}
+    assert store.reads("large") == store.reads("large")[:1]
+
+
 def test_parts_of_another_version_are_not_used(tmp_path: Path) -> None:
     store = FakeStore({"large": pattern(4 * PART_BYTES)})
     store.fail("read_into", ckptfs.AccessDenied("no longer"), at=3, times=100)

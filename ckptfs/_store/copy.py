@@ -251,6 +251,8 @@ class _Copy:
         try:
             for file in self._files:
                 if file.is_complete():
+                    if file.parts_file.exists():  # a process was killed just before its end
+                        _remove_partial(file)
                     self._count(file.pin.size)
                 else:
                     file.path.parent.mkdir(parents=True, exist_ok=True)
