@@ -66,10 +66,12 @@ def save(location: Location, contents: Sequence[Content]) -> Saved:
                 stack.enter_context(_turn())
                 path = stack.enter_context(client.leased(location, saves=True))
                 seats: SimpleQueue[_Seat] = SimpleQueue()
+                interrupts = contextlib.ExitStack()
                 for _ in range(_THREADS):
                     seat = _Seat(os.path.basename(path))
                     seats.put(stack.enter_context(contextlib.closing(seat)))
-                WorkerThreads(_THREADS).work(works(seats), count)
+                    interrupts.callback(seat.interrupt)
+                WorkerThreads(_THREADS, interrupt=interrupts.close).work(works(seats), count)
     except (CkptfsError, OSError) as error:
         errors.insert(0, error)
     return Saved(saved_bytes, next(iter(errors), None))
@@ -151,6 +153,10 @@ class _Seat:
         )
         self._connection.ask_once(request)
         return length
+
+    def interrupt(self) -> None:
+        """End the request of another thread, whose caller waits no longer."""
+        self._connection.interrupt()
 
     def close(self) -> None:
         """Close the connection, and give the memory back."""

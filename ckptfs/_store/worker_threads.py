@@ -40,11 +40,18 @@ class Pace:
 
 
 class WorkerThreads:
-    """`count` threads, whose requests send bytes at `pace`."""
+    """`count` threads, whose requests send bytes at `pace`. `interrupt` is called when the work
+    ends. It ends what the threads wait for besides their requests to a store."""
 
-    def __init__(self, count: int, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        pace: Pace | None = None,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
         self._threads = count
         self._pace = pace
+        self._interrupt = interrupt
         self._ends = threading.Event()
         self._events: SimpleQueue[int | BaseException | None] = SimpleQueue()
         self._next = threading.Lock()  # guards the iterator of `work`
@@ -70,6 +77,7 @@ class WorkerThreads:
                 self._ends.set()
                 for each in progress:
                     each.give_up()
+                self._interrupt()
 
     def report(self, length: int) -> None:
         """Report bytes of a work that goes on."""
