@@ -31,5 +31,7 @@ class SharedMemory:
             raise
 
     def close(self) -> None:
-        """Close the descriptor. The memory ends with its last view."""
-        os.close(self.fd)
+        """Close the descriptor, if it is open. The memory ends with its last view."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -50,7 +50,6 @@ class Connection:
         self.path = path
         self.mount = mount
         self._timeout_s = timeout_s
-        self._is_interrupted = False
         self._connect()
 
     @property
@@ -65,7 +64,6 @@ class Connection:
         try:
             self._socket.connect(self.path)
             self._check_server()
-            self._check_interrupted()
         except BaseException:
             self._socket.close()
             raise
@@ -74,19 +72,12 @@ class Connection:
         """Connect to the next daemon, because this one has died. Raises DaemonError if there is no
         next daemon."""
         self._socket.close()
-        self._check_interrupted()
         try:
             self._connect()
         except OSError:
             raise errors.DaemonError(
                 f"the ckptfs daemon at {self.path} has ended; see its log"
             ) from None
-
-    def _check_interrupted(self) -> None:
-        if self._is_interrupted:
-            raise errors.DaemonError(
-                f"the request to the ckptfs daemon at {self.path} was given up"
-            )
 
     def _check_server(self) -> None:
         """Check that the daemon is ours or root's, because credentials go to it."""
@@ -109,8 +100,7 @@ class Connection:
         self._socket.close()
 
     def interrupt(self) -> None:
-        """End the requests of other threads, which raise DaemonError. Later ones do the same."""
-        self._is_interrupted = True  # first, because a thread may connect again now
+        """End the `ask_once` of another thread, which raises ConnectionResetError."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -117,11 +117,14 @@ class _Seat:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._is_interrupted = False
         self._open()
 
     def _open(self) -> None:
         self._connection = blocks.connect()
         try:
+            if self._is_interrupted:
+                raise DaemonError("the user has interrupted the upload")
             fd = self._connection.borrow_memory()
             self._shared = blocks.SharedMemory(_PIECE_BYTES, fd)
         except BaseException:
@@ -155,7 +158,8 @@ class _Seat:
         return length
 
     def interrupt(self) -> None:
-        """End the request of another thread, whose caller waits no longer."""
+        """End the `save` of another thread, which raises DaemonError."""
+        self._is_interrupted = True  # first, because the thread may open another connection now
         self._connection.interrupt()
 
     def close(self) -> None:

@@ -69,7 +69,8 @@ def test_interrupted_save_ends_the_requests_that_wait_for_the_daemon(
     monkeypatch.setattr(save, "_THREADS", THREADS)
     monkeypatch.setattr(save._Seat, "save", note)
     monkeypatch.setattr(blocks, "connect", lambda: Connection(silent, 150.0))
-    monkeypatch.setattr(client, "leased", lambda _: contextlib.nullcontext("/mount/name"))
+    monkeypatch.setattr(Connection, "borrow_memory", lambda _: os.memfd_create("blocks"))
+    monkeypatch.setattr(client, "leased", lambda *_, **__: contextlib.nullcontext("/mount/name"))
     with pytest.raises(KeyboardInterrupt):
         save.save(Location("s3", "bucket/run"), [content])
-    assert said == ["the request to the ckptfs daemon at sock was given up"] * THREADS
+    assert said == ["the user has interrupted the upload"] * THREADS

@@ -1,20 +1,17 @@
 """Whatever the cache's disk does while uploaded blocks are saved, the bytes that are read are
 right, and the blocks are saved when it works again."""
 
-import array
-import os
-import socket
 from pathlib import Path
 
 import pytest
 from support.bench import PLACE, server_in
 from support.diskfaults import Fault, can, planned
 from support.fakes import MIB, FakeStore, pattern
+from unit.daemon.attachment.test_block_exchange import Node
 from unit.daemon.cache.test_disk_faults import ALL
 
-from ckptfs._model.protocol.replies import Attached, Failed, Reply, Taken
-from ckptfs._model.protocol.requests import Attach, SaveBlocks
-from ckptfs._model.protocol.wire import decode_reply, encode
+from ckptfs._model.protocol.replies import Attached, Failed, Taken
+from ckptfs._model.protocol.requests import Attach
 from ckptfs.errors import BY_CODE
 
 DATA = pattern(5 * MIB + 7)
@@ -33,47 +30,27 @@ CELLS = [
 async def test_each_fault_of_the_caches_disk_while_uploaded_blocks_are_saved(
     fault: Fault, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    store = FakeStore({"a": DATA})
-    etag = store.etag("a")
-    memfd = os.memfd_create("blocks")
-    try:
-        os.pwrite(memfd, DATA, 0)
-        sock = tmp_path_factory.mktemp("s") / "s"
-        async with server_in(tmp_path, sock) as server:
-            server.stores[PLACE.path] = store
-            client = await server.connect()
-            attached = await client.ask(Attach(location=PLACE))
-            assert isinstance(attached, Attached)
-            request = SaveBlocks(name=attached.name, path="a", first=0, count=6, etag=etag)
-
-            async def save() -> Reply:
-                passed = array.array("i", [memfd])
-                await client.stream.socket.sendmsg(
-                    [encode(request)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)]
-                )
-                return decode_reply(await client.line())
-
-            async def read() -> bytes:
-                attachment = next(iter(server.service.attachments))
-                file = attachment.file(0)
-                with server.rig.fetcher.opened(file):
-                    return await server.rig.read(file, 0, file.pin.size)
-
-            with planned(fault) as plan:
-                plan.active = True
-                said = await save()
-                if isinstance(said, Failed):
-                    assert said.code in BY_CODE
-                    assert "\n" not in said.message
-                else:
-                    assert isinstance(said, Taken)
-                assert await read() == DATA
-                await server.rig.quiet()
-                plan.active = False
-                assert plan.hits
-            assert isinstance(await save(), Taken)
-            assert await read() == DATA
+    store = FakeStore({"a/b": DATA})
+    etag = store.etag("a/b")
+    async with server_in(tmp_path, tmp_path_factory.mktemp("s") / "s") as server:
+        server.stores[PLACE.path] = store
+        client = await server.connect()
+        attached = await client.ask(Attach(location=PLACE))
+        assert isinstance(attached, Attached)
+        node = Node(server, client, attached.name)
+        with planned(fault) as plan:
+            plan.active = True
+            said = await node.save(DATA, etag)
+            if isinstance(said, Failed):
+                assert said.code in BY_CODE
+                assert "\n" not in said.message
+            else:
+                assert isinstance(said, Taken)
+            assert await node.read() == DATA
             await server.rig.quiet()
-            assert await read() == DATA
-    finally:
-        os.close(memfd)
+            plan.active = False
+            assert plan.hits
+        assert isinstance(await node.save(DATA, etag), Taken)
+        assert await node.read() == DATA
+        await server.rig.quiet()
+        assert await node.read() == DATA
