@@ -644,6 +644,13 @@ def test_upload_command_prints_what_it_did(node: Node, run: Path, target: Target
     assert (done.returncode, "is not a rate" in done.stderr) == (1, True)
 
 
+def test_upload_command_prints_warnings_as_its_own(node: Node, run: Path, target: Target) -> None:
+    target.break_down("denied", "uploads=")
+    done = node.here("upload", str(run), target.uri, "--include", "a/*")
+    assert done.stderr.startswith("ckptfs: warning: cannot look for parts that killed uploads have")
+    assert done.stderr.count("\n") == 1
+
+
 def test_upload_to_a_named_store(node: Node, run: Path, target: Target) -> None:
     with (node.folder / "ckptfs.toml").open("a") as file:
         file.write(target.store.table("main", ""))

@@ -1,6 +1,7 @@
 """``upload``: a local directory becomes a checkpoint in a store, with a progress bar."""
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Generator
@@ -68,7 +69,8 @@ def upload(
     target = Checkpoint(local_path(uri))
     options = Options(None, include or [], overwrite, rate, cache=not no_cache, merge=merge)
     begun_s = time.monotonic()
-    with _ended_by_sigterm(), progress_bar(f"uploading {directory}") as told:
+    bar = progress_bar(f"uploading {directory}")
+    with _ended_by_sigterm(), _warnings_shown(), bar as told:
         done = run_upload(directory, target, options, told)
     seconds = time.monotonic() - begun_s
     uploaded = done.uploaded
@@ -85,6 +87,24 @@ def upload(
         f"{seconds:.1f} s, {output.size(uploaded.skipped_bytes)} were there, "
         f"{output.size(done.cached_bytes)} are in the cache of this node"
     )
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings as the command's own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        output.warn(record.getMessage())
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Generator[None]:
+    """Print the warnings of ckptfs in the context."""
+    logger, handler = logging.getLogger("ckptfs"), _Warnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -157,7 +157,8 @@ class Upload:
             return False
         self._counts["failed"] += 1
         lines = said.strip().splitlines()
-        if status != 1 or len(lines) != 1 or not lines[0].startswith("ckptfs: error: "):
+        errors = [line for line in lines if not line.startswith("ckptfs: warning: ")]
+        if status != 1 or len(errors) != 1 or not errors[0].startswith("ckptfs: error: "):
             self._chaos.breach("upload", f"{self._name} ended with {status}: {lines[-3:]}")
         elif not self._chaos.timeline.overlapping(begin_s, time.monotonic()):
             self._chaos.breach("upload", f"{self._name} failed while nothing was wrong: {lines}")

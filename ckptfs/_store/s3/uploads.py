@@ -30,7 +30,6 @@ from xml.sax.saxutils import escape
 from ckptfs._model.manifest import ListedFile, printable
 from ckptfs._store.s3.advice import translate_error
 from ckptfs._store.s3.client import Asked, S3Client
-from ckptfs._store.s3.listing import parsed
 from ckptfs._store.s3.sigv4 import UNSIGNED
 from ckptfs._store.transport.answers import read_all
 from ckptfs._store.transport.errors import BrokenConnection, S3Error
@@ -88,7 +87,9 @@ class S3Uploads:
             raise
         except (AccessDenied, StoreError) as error:  # the upload itself needs no such list
             cause = error.__cause__
-            if not isinstance(cause, S3Error) or cause.code != "NoSuchUpload":  # rclone: none
+            if not isinstance(cause, S3Error):  # a login page, which says nothing of the store
+                raise
+            if cause.code != "NoSuchUpload":  # rclone: none
                 _log.warning("cannot look for parts that killed uploads have left: %s", error)
             return
         for key, upload_id in found:
@@ -286,7 +287,12 @@ def _abandoned(ask: Callable[[Asked], bytes], prefix: str, name: str) -> Iterato
     """The keys and ids of the unfinished uploads below `prefix`. Keys may be encoded."""
     query = {"uploads": "", "prefix": prefix, "encoding-type": "url"}
     while True:
-        root = parsed(ask(Asked("GET", "", query)), name, "ListMultipartUploadsResult")
+        root = _root(ask(Asked("GET", "", query)), name)
+        if _tag(root).lower() == "html":
+            raise _web_page(name)
+        if _tag(root) != "ListMultipartUploadsResult":  # it ignores the parameter
+            _log.warning("%s: the store lists no parts that killed uploads have left", name)
+            return
         for child in root:
             if _tag(child) == "Upload":
                 yield _text(child, "Key"), _text(child, "UploadId")

@@ -181,6 +181,23 @@ def test_prepare_goes_on_without_a_list_of_uploads(
     assert bool(caplog.records) == (code != "NoSuchUpload")  # rclone's word for none
 
 
+@pytest.mark.parametrize(
+    ("body", "is_of_a_store"),
+    [(b"<html>login</html>", False), (b"<p>login", False), (b"<ListBucketResult/>", True)],
+)
+def test_prepare_takes_no_login_page_for_a_store_without_a_list_of_uploads(
+    body: bytes, is_of_a_store: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ScriptedClient(Reply(body=body))
+    uploads = S3Uploads(client, "run/", "s3://b/run")  # type: ignore[arg-type]
+    if is_of_a_store:
+        uploads.prepare({"a"})
+        assert "lists no parts" in caplog.text
+    else:
+        with pytest.raises(StoreError, match=r"s3://b/run.*not that of S3"):
+            uploads.prepare({"a"})
+
+
 def test_begin_after_a_lost_answer_ends_what_may_have_begun() -> None:
     created = Reply(
         body=b"<InitiateMultipartUpload><UploadId>2</UploadId></InitiateMultipartUpload>"
