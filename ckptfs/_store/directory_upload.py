@@ -92,12 +92,14 @@ class Wanted(msgspec.Struct, frozen=True):
         metadata: The content of ``.metadata.json``; None for that of the directory's file.
         overwrite: Whether other content at the target is replaced, and other files stay.
         rate: The most bytes per second; 0 for no limit.
+        left_out: Further paths that may be at the target, as those of the directory may.
     """
 
     include: Sequence[str] = ()
     metadata: bytes | None = None
     overwrite: bool = False
     rate: int = 0
+    left_out: frozenset[str] = frozenset()
 
 
 def upload_directory(
@@ -294,6 +296,8 @@ class _Run:
     def _is_foreign(self, path: str) -> bool:
         """Whether an object of the target belongs to no file of the directory."""
         if path in self._files or path == METADATA_NAME or self._uploads.is_own(path):
+            return False
+        if path in self._wanted.left_out:
             return False
         return not os.path.lexists(os.path.join(self._top, path))
 

@@ -13,9 +13,10 @@ from ckptfs._daemon.attachment.prefetch import Prefetch
 from ckptfs._daemon.cache.jobs import CacheJob
 from ckptfs._daemon.control.descriptors import Passed
 from ckptfs._daemon.control.named_stores import Peer, Stores
-from ckptfs._daemon.control.permissions import may_see
+from ckptfs._daemon.control.permissions import check_files, check_namespace, may_see
 from ckptfs._daemon.control.service import Service
 from ckptfs._daemon.quotas import is_ours
+from ckptfs._daemon.uploads.handing_over import Staging
 from ckptfs._model.location import Location
 from ckptfs._model.plans.plan import Wanted
 from ckptfs._model.protocol.replies import (
@@ -24,30 +25,42 @@ from ckptfs._model.protocol.replies import (
     CacheResults,
     Done,
     Given,
+    PendingUpload,
     Prefetching,
     Reloaded,
     Reply,
     StatusReply,
     Taken,
     Trace,
+    UploadBegun,
+    UploadReply,
+    UploadsReply,
 )
 from ckptfs._model.protocol.requests import (
     Activity,
     Attach,
+    AwaitUpload,
+    BeginUpload,
     CacheProgress,
     CacheRequest,
     ClearCache,
     CollectCache,
+    CommitUpload,
     Detach,
+    DropUpload,
+    FindUpload,
     GetTrace,
     GiveBlocks,
     ListCache,
+    ListUploads,
     MetadataChanged,
     PrefetchProgress,
     Reload,
     Request,
     Restart,
+    RetryUpload,
     SaveBlocks,
+    StageFile,
     StartPrefetch,
     Status,
     Stop,
@@ -75,6 +88,8 @@ class ConnectionState:
         pid: The client's process.
         attachments: The attachments that the connection holds.
         passed: The descriptor that came with the last request.
+        stagings: The uploads whose files arrive by the connection, by id.
+        leaves: Functions to call at its end.
     """
 
     def __init__(self, peer: Peer, pid: int = 0) -> None:
@@ -82,6 +97,8 @@ class ConnectionState:
         self.pid = pid
         self.attachments: list[Attachment] = []
         self.passed = Passed()
+        self.stagings: dict[str, Staging] = {}
+        self.leaves: list[Callable[[], None]] = []
         self._jobs: dict[str, Job] = {}
 
     def require_no(self, name: str) -> None:
@@ -105,6 +122,8 @@ class ConnectionState:
         self.passed.close()
         for job in self._jobs.values():
             job.cancel()
+        for leave in self.leaves:
+            leave()
 
 
 @dataclass(eq=False)
@@ -125,8 +144,8 @@ class Commands:
         command = COMMANDS[type(request)]
         if command.is_for_owners and not is_ours(client.peer.uid):
             raise AccessDenied(
-                f"only root and uid {os.geteuid()} may reload, restart or stop {self.name}, or "
-                "exchange blocks with it"
+                f"only root and uid {os.geteuid()} may reload, restart or stop {self.name}, "
+                "exchange blocks with it, or have it upload"
             )
         return await command.run(self, request, client)
 
@@ -249,6 +268,51 @@ class Commands:
         with self.service.attachments.holding(attachment), client.passed.used() as memfd:
             return await self.service.exchange.save(attachment, request, memfd)
 
+    # -- uploads
+
+    async def begin_upload(self, request: BeginUpload, client: ConnectionState) -> UploadBegun:
+        uid, gid, _ = client.peer
+        location, _ = self.stores.target(request.location, uid, gid)
+        check_files(location)
+        check_namespace(location, request.namespace)
+        handing_over = self.service.handing_over
+        staging = await handing_over.begin(request, location.identity, uid, gid)
+        if staging is None:
+            return UploadBegun("")
+        client.stagings[staging.record.id] = staging
+        client.leaves.append(lambda: handing_over.leave(staging))
+        return UploadBegun(staging.record.id)
+
+    async def stage_file(self, request: StageFile, client: ConnectionState) -> Done:
+        with client.passed.used() as fd:
+            await self.service.handing_over.stage(_staging(client, request.id), request, fd)
+        return Done()
+
+    async def commit_upload(self, request: CommitUpload, client: ConnectionState) -> UploadReply:
+        staging = _staging(client, request.id)
+        return UploadReply(await self.service.handing_over.commit(staging))
+
+    async def await_upload(self, request: AwaitUpload, client: ConnectionState) -> UploadReply:
+        uid = client.peer.uid
+        return UploadReply(await self.service.uploads.wait_ended(request.id, uid, request.seconds))
+
+    async def list_uploads(self, request: ListUploads, client: ConnectionState) -> UploadsReply:
+        return self.service.reporter.all_uploads(client.peer.uid)
+
+    async def drop_upload(self, request: DropUpload, client: ConnectionState) -> Done:
+        await self.service.uploads.drop(request.id, client.peer.uid)
+        return Done()
+
+    async def retry_upload(self, request: RetryUpload, client: ConnectionState) -> Done:
+        check_files(request.location)
+        await self.service.uploads.retry(request.id, client.peer.uid, request.location)
+        return Done()
+
+    async def find_upload(self, request: FindUpload, client: ConnectionState) -> PendingUpload:
+        uid, gid, _ = client.peer
+        place = self.stores.target(request.location, uid, gid)[0].identity
+        return PendingUpload(self.service.uploads.hold_newest(place, uid, client.leaves))
+
     # -- the daemon
 
     async def reload(self, request: Reload, client: ConnectionState) -> Reloaded:
@@ -263,6 +327,13 @@ class Commands:
     async def stop(self, request: Stop, client: ConnectionState) -> Done:
         self.service.lifetime.stop(force=request.force)
         return Done()
+
+
+def _staging(client: ConnectionState, upload: str) -> Staging:
+    staging = client.stagings.get(upload)
+    if staging is None:
+        raise ProtocolError(f"this connection has begun no upload {upload}")
+    return staging
 
 
 class Command(NamedTuple):
@@ -300,6 +371,14 @@ COMMANDS: dict[type[Request[Any]], Command] = {
     GiveBlocks: Command(Commands.give_blocks, is_for_owners=True, is_frequent=True),
     TakeBlocks: Command(Commands.take_blocks, is_for_owners=True, is_frequent=True),
     SaveBlocks: Command(Commands.save_blocks, is_for_owners=True, is_frequent=True),
+    BeginUpload: Command(Commands.begin_upload, is_for_owners=True),
+    StageFile: Command(Commands.stage_file, is_for_owners=True, is_frequent=True),
+    CommitUpload: Command(Commands.commit_upload, is_for_owners=True),
+    AwaitUpload: Command(Commands.await_upload, is_for_owners=True, is_frequent=True),
+    ListUploads: Command(Commands.list_uploads, is_for_owners=True, is_frequent=True),
+    DropUpload: Command(Commands.drop_upload, is_for_owners=True),
+    RetryUpload: Command(Commands.retry_upload, is_for_owners=True),
+    FindUpload: Command(Commands.find_upload, is_for_owners=True),
     Reload: Command(Commands.reload, is_for_owners=True),
     Restart: Command(Commands.restart, is_for_owners=True),
     Stop: Command(Commands.stop, is_for_owners=True),

@@ -316,6 +316,63 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     fetched_bytes_per_s: float = 0.0
 
 
+class UploadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """State of an upload in the background.
+
+    Attributes:
+        id: Its id.
+        uri: The target's URI, without credentials.
+        state: See ``ckptfs._model.uploads.State``.
+        files, bytes: Number of its files, and their bytes.
+        sent: Bytes that are at the store.
+        begun: Time when the daemon accepted it, in seconds since the epoch; 0 before.
+        attempts: Attempts since the last one that has sent something.
+        code, message: The error of the last attempt, as in `Failed`; "" without one.
+        cached: Bytes that the cache got.
+        cache_error: The error because of which the cache got no more; "" without one.
+    """
+
+    id: str
+    uri: str
+    uid: int
+    state: Literal["staging", "waiting", "running", "failed", "done"]
+    files: int
+    bytes: int
+    sent: int
+    begun: float = 0.0
+    attempts: int = 0
+    code: str = ""
+    message: str = ""
+    cached: int = 0
+    cache_error: str = ""
+
+
+class UploadBegun(Reply, frozen=True, tag="upload-begun"):
+    """Reply to `BeginUpload`. `id` is "" as long as other uploads take the space (the setting
+    `upload_bytes_max`). The client then asks again."""
+
+    id: str
+
+
+class UploadReply(Reply, frozen=True, tag="upload-reply"):
+    """Reply to `CommitUpload` and `AwaitUpload`."""
+
+    upload: UploadStatus
+
+
+class UploadsReply(Reply, frozen=True, tag="uploads-reply"):
+    """Reply to `ListUploads`. `left_out` uploads had no space in the message."""
+
+    uploads: list[UploadStatus]
+    left_out: int = 0
+
+
+class PendingUpload(Reply, frozen=True, tag="upload-found"):
+    """Reply to `FindUpload`: the directory with its files; "" if there is no such upload."""
+
+    path: str
+
+
 class DaemonReply(Reply, frozen=True, kw_only=True):
     """The part that `StatusReply` and `ActivityReply` share. Counters start with the daemon.
 
@@ -354,6 +411,8 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
         given_bytes: Bytes that went to other nodes.
         log: Where the daemon's log is: a file, a command, or a description.
         worker_bytes: Memory of these processes.
+        uploads: The uploads in the background that the client may see, without those that are done.
+        uploads_left_out: Number of uploads for which the message has no space.
     """
 
     cache_dir: str
@@ -363,6 +422,8 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
     given_bytes: int = 0
     log: str = ""
     worker_bytes: int = 0
+    uploads: list[UploadStatus] = msgspec.field(default_factory=list[UploadStatus])
+    uploads_left_out: int = 0
 
 
 class ProcessActivity(msgspec.Struct, frozen=True):
@@ -426,6 +487,10 @@ class ActivityReply(DaemonReply, frozen=True, tag="activity-reply"):
         worker_starts: Number of such processes that the daemon has started.
         worker_ends: Number of such processes that have ended, by reason.
         retries, failures: As in `counts`, for clients of the previous release.
+        uploads: Number of uploads in the background, by state; of all users.
+        uploads_bytes: Bytes of the files that they keep on the disk.
+        uploaded_bytes: Bytes that they have brought to stores.
+        uploads_ended: Number of uploads that have ended, by result (done, failed, dropped).
     """
 
     at_s: float
@@ -447,3 +512,7 @@ class ActivityReply(DaemonReply, frozen=True, tag="activity-reply"):
     worker_ends: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     retries: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    uploads: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    uploads_bytes: int = 0
+    uploaded_bytes: int = 0
+    uploads_ended: dict[str, int] = msgspec.field(default_factory=dict[str, int])
