@@ -39,6 +39,11 @@ class BackgroundUpload:
         self._accepted = accepted
         self._end: UploadStatus | None = None
 
+    @property
+    def socket(self) -> str:
+        """The control socket of the daemon that uploads."""
+        return self._accepted.socket
+
     def __repr__(self) -> str:
         return f"<ckptfs.BackgroundUpload {self.id} to {self.checkpoint}>"
 

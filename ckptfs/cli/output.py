@@ -115,6 +115,7 @@ def share(part: int, whole: int) -> Text:
 
 
 _STATE_STYLES = {"cached": "green", "fetching": "cyan", "changed": "yellow", "failing": "red"}
+_STATE_STYLES |= {"done": "green", "running": "cyan", "failed": "red"}
 
 
 def state(value: str) -> Text:
