@@ -12,8 +12,9 @@ from typing import NamedTuple
 import msgspec
 
 from ckptfs._client import client
-from ckptfs._client.connection import TRIES, Connection
+from ckptfs._client.connection import TRIES, Connection, connect_to
 from ckptfs._config.load import load_config
+from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME, printable
 from ckptfs._model.protocol.replies import UploadStatus
@@ -22,6 +23,7 @@ from ckptfs._model.protocol.requests import (
     AwaitUpload,
     BeginUpload,
     CommitUpload,
+    FindUpload,
     StageFile,
 )
 from ckptfs._model.uploads import UploadOptions
@@ -225,6 +227,39 @@ def _accepted(connection: Connection, upload: str) -> Accepted:
             return Accepted(upload, another.path)
         raise
     return Accepted(upload, connection.path)
+
+
+class Staged(NamedTuple):
+    """The files of an upload that is not done, and the function that connects to its daemon."""
+
+    location: Location
+    to: Callable[[Config, float | None], Connection]
+
+
+@contextlib.contextmanager
+def staged(location: Location) -> Generator[Staged | None]:
+    """Find the newest upload to `location` that is not done; None if there is none. Its files stay
+    for the length of the context, and as long as an attachment shows them. Raises as `connect`."""
+    with connect(starts=True) as connection:
+        found = connection.ask(FindUpload(location=location)).path
+
+        def to_same(_: Config, timeout_s: float | None) -> Connection:
+            return connect_to(connection.path, timeout_s or _ANSWER_S, connection.mount)
+
+        yield Staged(Location("local", found), to_same) if found else None
+
+
+@contextlib.contextmanager
+def pending(location: Location, timeout_s: float | None = None) -> Generator[str]:
+    """Attach the files of `staged`, and yield their directory in the mount; "" without any. Raises
+    as ``client.leased``."""
+    with contextlib.ExitStack() as lease:
+        path = ""
+        with staged(location) as found:
+            if found is not None:
+                attached = client.leased(found.location, timeout_s=timeout_s, to=found.to)
+                path = lease.enter_context(attached)
+        yield path
 
 
 def state_of(accepted: Accepted, seconds: float = 0.0) -> UploadStatus:

@@ -13,6 +13,7 @@ from ckptfs._model.protocol.replies import UploadStatus
 from ckptfs._model.protocol.requests import AwaitUpload, DropUpload, ListUploads, RetryUpload
 from ckptfs._model.wording import counted
 from ckptfs.cli import output
+from ckptfs.cli.target import local_path
 from ckptfs.errors import CannotUpload, NoDaemon, NoUpload
 
 _POLL_S = 5.0
@@ -27,6 +28,12 @@ def uploads(
         str,
         typer.Option(
             "--retry", metavar="ID", help="Send a failed upload again, with your credentials."
+        ),
+    ] = "",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="URI", help="With --retry: the target, if its URI has credentials of its own."
         ),
     ] = "",
     drop: Annotated[
@@ -52,7 +59,7 @@ def uploads(
         if drop:
             connection.ask(DropUpload(id=drop))
         elif retry:
-            _retry(connection, retry)
+            _retry(connection, retry, target)
         elif wait:
             _wait(connection)
         reply = connection.ask(ListUploads())
@@ -63,7 +70,7 @@ def uploads(
         raise CannotUpload(f"{failed[0].uri} was not uploaded: {failed[0].message}")
 
 
-def _retry(connection: Connection, upload: str) -> None:
+def _retry(connection: Connection, upload: str, uri: str) -> None:
     # Not at the top, because these imports bring pyarrow.
     from ckptfs._store.describe import describe
     from ckptfs.checkpoint import Checkpoint, filesystem_behind
@@ -71,7 +78,7 @@ def _retry(connection: Connection, upload: str) -> None:
     known = [each for each in connection.ask(ListUploads()).uploads if each.id == upload]
     if not known:
         raise NoUpload(f"there is no upload {printable(upload)}; ckptfs uploads lists them")
-    target = Checkpoint(known[0].uri)
+    target = Checkpoint(local_path(uri or known[0].uri))
     location = describe(filesystem_behind(target), target.path)
     connection.ask(RetryUpload(id=upload, location=location))
 

@@ -1,5 +1,6 @@
 """Uploads in the background: whole and verified at the store, or failed with their files kept."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node, wait_until
+from conftest import Node, parent_of, wait_until
 from support.s3server import S3Server
 
 import ckptfs
@@ -81,6 +82,24 @@ def slowly(run: Path, uri: str, rate: int = 8 * MIB) -> BackgroundUpload:
 
 def begun(upload: BackgroundUpload) -> bool:
     return upload.progress()[0] > 0
+
+
+def hold(node: Node) -> int:
+    """Stop the process that sends, as soon as there is one, and return its pid."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                pid = int(path.parent.name)
+                if b"ckptfs._upload_process" in path.read_bytes() and parent_of(pid) == daemon:
+                    found.append(pid)
+        return bool(found)
+
+    daemon = serving(node)
+    wait_until(is_there)
+    os.kill(found[0], signal.SIGSTOP)
+    return found[0]
 
 
 def serving(node: Node) -> int:
@@ -155,8 +174,8 @@ def test_secrets_are_in_memory_only_and_an_upload_without_them_fails_until_a_ret
 ) -> None:
     node.expected_in_log += ["its credentials were in the memory"]
     before = contents(run)
-    upload = slowly(run, uri_of(place), MIB)
-    wait_until(lambda: begun(upload))
+    upload = ckptfs.upload(run, uri_of(place), wait=False)
+    hold(node)
     for path in node.cache_dir.rglob("*"):
         assert not path.is_file() or s3.secret_key.encode() not in path.read_bytes(), path
     with client.connect() as connection, pytest.raises(Busy, match="1 upload is not at the store"):
@@ -172,8 +191,7 @@ def test_secrets_are_in_memory_only_and_an_upload_without_them_fails_until_a_ret
     assert "its credentials were in the memory" in node.here("status").stdout
     assert "1 upload failed" in node.here("doctor", check=False).stdout
     assert f"{upload.id}/files/large.bin" in spooled(node)
-    # The rate stays that of the first call, so its bytes that are at the store are not sent again.
-    node.here("uploads", "--retry", upload.id)
+    node.here("uploads", "--retry", upload.id, "--target", uri_of(place))
     upload.wait(60)
     assert contents(place) == before
 
@@ -181,7 +199,8 @@ def test_secrets_are_in_memory_only_and_an_upload_without_them_fails_until_a_ret
 def test_a_cancelled_upload_leaves_nothing(
     node: Node, run: Path, place: Path, uri_of: UriOf
 ) -> None:
-    upload = slowly(run, uri_of(place), MIB)
+    (run / "large.bin").write_bytes(bytes(2 * SIZE))
+    upload = slowly(run, uri_of(place), 4 * MIB)
     wait_until(lambda: begun(upload))
     upload.cancel()
     with pytest.raises(NoUpload, match=upload.id):
@@ -254,3 +273,26 @@ def test_the_command_begins_an_upload_and_prints_its_id(
         "running": 0,
         "failed": 0,
     }
+
+
+def test_pending_shows_the_files_until_the_store_has_them(
+    node: Node, run: Path, place: Path, uri_of: UriOf
+) -> None:
+    before = contents(run)
+    checkpoint = Checkpoint(uri_of(place))
+    upload = ckptfs.upload(run, checkpoint, wait=False)
+    sender = hold(node)
+    with checkpoint.as_directory(pending=True) as path:
+        os.kill(sender, signal.SIGCONT)
+        upload.wait(60)
+        assert spooled(node) != [f"{upload.id}/upload.json"]
+        assert contents(Path(path)) == before
+        with pytest.raises(OSError, match="Read-only"):
+            os.truncate(Path(path, "large.bin"), 0)
+    wait_until(lambda: spooled(node) == [f"{upload.id}/upload.json"])
+    with checkpoint.as_directory(pending=True) as path:
+        assert path.startswith(str(node.mount / "checkpoint"))
+        assert contents(Path(path)) == before
+    shown = Path(node.here("attach", "--pending", uri_of(place)).stdout.strip())
+    assert contents(shown) == before
+    node.here("detach", str(shown))

@@ -19,11 +19,16 @@ class Attempts:
 
     Attributes:
         count: Their number.
-        since_s: The time of the last progress, or of the begin.
+        since_s: The time of the last progress, or of the begin of the first of them.
     """
 
-    since_s: float
+    since_s: float = 0.0
     count: int = 0
+
+    def begun(self, now_s: float) -> None:
+        """An attempt begins. An upload may have waited long for its turn."""
+        if not self.count:
+            self.since_s = now_s
 
     def progressed(self, now_s: float) -> None:
         """More bytes are at the store."""

@@ -78,7 +78,7 @@ class Upload:
 
     record: Record
     asked: Location | None
-    attempts: Attempts
+    attempts: Attempts = field(default_factory=Attempts)
     sent: int = 0
     sender: Sender | None = None
     not_before_s: float = 0.0
@@ -136,8 +136,12 @@ class Queue:
     async def restore(self) -> None:
         """Take over what the daemon before this one has left. Call it once, before `run`."""
         try:
-            found = await self.offload.spool(self.spool.recover)
             asked = credentials.kept(self.journal)
+        except msgspec.DecodeError as error:  # of a daemon of another version
+            log.error("uploads: cannot read the credentials of the daemon before: %s", error)
+            asked = {}
+        try:
+            found = await self.offload.spool(self.spool.recover)
         except OSError as error:
             log.error("uploads: cannot read their directory: %s", error.strerror)
             return
@@ -173,7 +177,7 @@ class Queue:
         self.changes.tell()
 
     def _add(self, record: Record, asked: Location | None) -> Upload:
-        upload = Upload(record, asked, Attempts(trio.current_time()))
+        upload = Upload(record, asked)
         if record.state == "done":
             upload.sent = record.bytes
         self._order = max(self._order, record.order)
@@ -206,6 +210,7 @@ class Queue:
                 next_s = min(next_s, upload.not_before_s)
             elif running < _RUNNING_MAX:
                 running += 1
+                upload.attempts.begun(now_s)
                 upload.sender = Sender()
                 nursery.start_soon(self._send, upload, upload.sender)
         return next_s
