@@ -7,6 +7,7 @@ process uses the user's own daemon, and starts it if there is none.
 import contextlib
 import os
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -66,7 +67,19 @@ def connect(*, starts: bool, timeout_s: float = _ANSWER_S) -> Connection:
             f"no ckptfs daemon of yours is running at {config.socket}; it begins with an upload or "
             "ckptfs mount"
         )
-    return client.connect_or_start(msgspec.structs.replace(config, node_socket=""), timeout_s)
+    connection = client.connect_or_start(msgspec.structs.replace(config, node_socket=""), timeout_s)
+    if connection.is_owned:
+        return connection
+    connection.close()
+    raise CannotMount(f"{config.socket} is another user's; set CKPTFS_SOCKET to a socket of yours")
+
+
+def has_left() -> bool:
+    """Whether the cache's directory has uploads, which a daemon takes over when it starts."""
+    try:
+        return any(Path(load_config().cache_dir, "uploads").iterdir())
+    except OSError:
+        return False
 
 
 class Directory:

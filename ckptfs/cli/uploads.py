@@ -49,7 +49,8 @@ def uploads(
     if sum((wait, bool(retry), bool(drop))) > 1:
         raise typer.BadParameter("give one of --wait, --retry and --drop")
     try:
-        connection = background.connect(starts=bool(retry))
+        # A daemon that starts continues what another one has left.
+        connection = background.connect(starts=background.has_left())
     except NoDaemon:
         if drop or retry:
             raise

@@ -31,11 +31,11 @@ from ckptfs._model.uploads import Record, Sent, State
 from ckptfs._mount.handoff import Journal
 from ckptfs.errors import (
     AccessDenied,
+    Busy,
     CacheError,
     CkptfsError,
     LocationError,
     NoUpload,
-    ProtocolError,
 )
 
 if TYPE_CHECKING:
@@ -221,6 +221,9 @@ class Queue:
             result = await sender.run(setup, lambda count: self._progressed(upload, count))
         except CkptfsError as error:
             result = NotSent(error.code, str(error))
+        except Exception:  # an upload must not end the daemon
+            log.exception("unexpected error in the upload %s", upload.record.id)
+            result = NotSent(CkptfsError.code, "internal error of the daemon; see its log")
         if upload.is_dropped:
             pass  # `drop` waits for this
         elif isinstance(result, Sent):
@@ -340,7 +343,7 @@ class Queue:
 
     async def retry(self, upload_id: str, uid: int, asked: Location) -> None:
         """Begin a failed upload again, after all others, with the credentials in `asked`. Raises
-        NoUpload, LocationError for another target, ProtocolError for one that has not failed."""
+        NoUpload, LocationError for another target, Busy for one that has not failed."""
         upload = self.find(upload_id, uid)
         record = upload.record
         if self.resolve(asked, uid, record.gid)[0].identity != record.place:
@@ -349,7 +352,7 @@ class Queue:
                 "its own target"
             )
         if record.state != "failed":
-            raise ProtocolError(f"the upload {upload_id} has not failed; it is {upload.state}")
+            raise Busy(f"the upload {upload_id} has not failed; it is {upload.state}")
         del self._uploads[upload_id]
         public = msgspec.structs.replace(asked, secrets={})
         again = msgspec.structs.replace(

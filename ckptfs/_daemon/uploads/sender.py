@@ -39,15 +39,19 @@ class Sender:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._kill = trio.CancelScope(deadline=math.inf)
+        self._is_ended = False
 
     def end(self) -> None:
         """Ask the process to remove its unfinished objects and end."""
+        self._is_ended = True
         self._kill.deadline = min(self._kill.deadline, trio.current_time() + _KILL_S)
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     async def run(self, setup: Setup, progressed: Callable[[int], None]) -> Sent | NotSent:
         """Send, and return the result. `progressed` is called with the bytes at the store."""
+        if self._is_ended:
+            return NotSent(DaemonError.code, "the upload was ended before its process started")
         try:
             process = self._process = _start(setup)
         except OSError as error:

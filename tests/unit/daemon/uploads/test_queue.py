@@ -12,9 +12,9 @@ from ckptfs._daemon.uploads.queue import Queue
 from ckptfs._model.upload_messages import NotSent
 from ckptfs.errors import (
     AccessDenied,
+    Busy,
     LocationError,
     NoUpload,
-    ProtocolError,
     StoreUnavailable,
     TargetExists,
 )
@@ -133,7 +133,7 @@ async def test_a_failure_keeps_the_files_and_a_retry_sends_other_credentials(
     await queue.retry(upload, UID, TARGET)
     await wait_all_tasks_blocked()
     assert state(queue, upload) == "running"
-    with pytest.raises(ProtocolError, match="it is running"):
+    with pytest.raises(Busy, match="it is running"):
         await queue.retry(upload, UID, TARGET)
     processes[0].finish()
     assert (await queue.wait_ended(upload, UID, 10)).message == ""
