@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckptfs import errors
 from ckptfs._client import background
-from ckptfs._model.protocol.requests import DropUpload
+from ckptfs._model.protocol.uploads import DropUpload
 
 if TYPE_CHECKING:
-    from ckptfs._model.protocol.replies import UploadStatus
+    from ckptfs._model.uploads import UploadStatus
     from ckptfs.checkpoint import Checkpoint
 
 _POLL_S = 5.0

@@ -18,8 +18,7 @@ from ckptfs._config.load import load_config
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME, printable
-from ckptfs._model.protocol.replies import UploadStatus
-from ckptfs._model.protocol.requests import (
+from ckptfs._model.protocol.uploads import (
     STAGED_BYTES_MAX,
     AwaitUpload,
     BeginUpload,
@@ -27,7 +26,7 @@ from ckptfs._model.protocol.requests import (
     FindUpload,
     StageFile,
 )
-from ckptfs._model.uploads import UploadOptions
+from ckptfs._model.uploads import UploadOptions, UploadStatus
 from ckptfs._os.write_all import write_all
 from ckptfs._store.environment.draft import mount_namespace
 from ckptfs._store.source import SourceFile, files_in

@@ -88,3 +88,34 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     sent: Sent | None = None
     code: str = ""
     message: str = ""
+
+
+class UploadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """State of an upload in the background.
+
+    Attributes:
+        id: Its id.
+        uri: The target's URI, without credentials.
+        state: See `State`.
+        files, bytes: Number of its files, and their bytes.
+        sent: Bytes that are at the store.
+        begun: Time when the daemon accepted it, in seconds since the epoch; 0 before.
+        attempts: Attempts since the last one that has sent something.
+        code, message: The error of the last attempt, as in ``replies.Failed``; "" without one.
+        cached: Bytes that the cache got.
+        cache_error: The error because of which the cache got no more; "" without one.
+    """
+
+    id: str
+    uri: str
+    uid: int
+    state: State
+    files: int
+    bytes: int
+    sent: int
+    begun: float = 0.0
+    attempts: int = 0
+    code: str = ""
+    message: str = ""
+    cached: int = 0
+    cache_error: str = ""

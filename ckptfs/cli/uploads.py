@@ -9,8 +9,8 @@ import typer
 from ckptfs._client import background
 from ckptfs._client.connection import Connection
 from ckptfs._model.manifest import printable
-from ckptfs._model.protocol.replies import UploadStatus
-from ckptfs._model.protocol.requests import AwaitUpload, DropUpload, ListUploads, RetryUpload
+from ckptfs._model.protocol.uploads import AwaitUpload, DropUpload, ListUploads, RetryUpload
+from ckptfs._model.uploads import UploadStatus
 from ckptfs._model.wording import counted
 from ckptfs.cli import output
 from ckptfs.cli.target import local_path

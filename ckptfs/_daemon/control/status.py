@@ -35,8 +35,8 @@ from ckptfs._model.protocol.replies import (
     ProcessActivity,
     StatusReply,
     Trace,
-    UploadsReply,
 )
+from ckptfs._model.protocol.uploads import UploadsReply
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import Handoff
 from ckptfs._store.request_metrics import REQUESTS

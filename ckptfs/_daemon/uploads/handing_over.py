@@ -16,10 +16,9 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.uploads.queue import Queue
 from ckptfs._daemon.uploads.staging import StagedTree
 from ckptfs._model.location import Location
-from ckptfs._model.protocol.replies import UploadStatus
-from ckptfs._model.protocol.requests import BeginUpload, StageFile
+from ckptfs._model.protocol.uploads import BeginUpload, StageFile
 from ckptfs._model.units import size_text
-from ckptfs._model.uploads import Record
+from ckptfs._model.uploads import Record, UploadStatus
 from ckptfs.errors import CacheError, CannotUpload, CkptfsError, LimitExceeded, ProtocolError
 
 log = logging.getLogger(__name__)

@@ -13,37 +13,28 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
 from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.uploads import credentials
-from ckptfs._daemon.uploads.attempts import Attempts
 from ckptfs._daemon.uploads.changes import Changes
+from ckptfs._daemon.uploads.removal import Removal
 from ckptfs._daemon.uploads.sender import Sender
 from ckptfs._daemon.uploads.spool import Spool
+from ckptfs._daemon.uploads.upload import Upload
 from ckptfs._model.location import Location
-from ckptfs._model.protocol.replies import UploadStatus
 from ckptfs._model.upload_messages import NotSent, Setup
-from ckptfs._model.uploads import Record, Sent, State
+from ckptfs._model.uploads import Record, Sent, UploadStatus
 from ckptfs._mount.handoff import Journal
-from ckptfs.errors import (
-    AccessDenied,
-    Busy,
-    CacheError,
-    CkptfsError,
-    LocationError,
-    NoUpload,
-)
+from ckptfs.errors import AccessDenied, Busy, CacheError, CkptfsError, LocationError, NoUpload
 
 if TYPE_CHECKING:
     from ckptfs._model.named_store import Credentials
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _RUNNING_MAX = 2
 """One upload fills a usual link with its 16 threads. The second one uses the time in which the
@@ -58,43 +49,6 @@ _LOOK_S = 1.0
 Resolve = Callable[[Location, int, int], "tuple[Location, Credentials]"]
 """Returns the place that a client's location names, and the credentials of its named store; for a
 user and group. Raises LocationError, AccessDenied."""
-
-
-@dataclass(eq=False)
-class Upload:
-    """An accepted upload.
-
-    Attributes:
-        record: What the disk has of it.
-        asked: The target with credentials, as the client names it; None if these are lost.
-        attempts: See `Attempts`.
-        sent: The bytes at the store.
-        sender: The process that sends it now.
-        not_before_s: The earliest time of the next attempt.
-        has_files: Whether its files are on the disk.
-        is_dropped: Whether it ends without a result.
-        holders: The connections that are about to attach its files.
-    """
-
-    record: Record
-    asked: Location | None
-    attempts: Attempts = field(default_factory=Attempts)
-    sent: int = 0
-    sender: Sender | None = None
-    not_before_s: float = 0.0
-    has_files: bool = True
-    is_dropped: bool = False
-    holders: int = 0
-
-    @property
-    def state(self) -> State:
-        """The state, for users."""
-        return "running" if self.sender is not None else self.record.state
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it waits or runs."""
-        return self.record.state == "waiting"
 
 
 @dataclass(eq=False)
@@ -127,9 +81,13 @@ class Queue:
     ended: dict[str, int] = field(
         default_factory=lambda: {"done": 0, "failed": 0, "dropped": 0}, init=False
     )
+    _removal: Removal = field(init=False)
     _uploads: dict[str, Upload] = field(default_factory=dict[str, Upload], init=False)
     _unfinished: list[str] = field(default_factory=list[str], init=False)
     _order: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._removal = Removal(self.spool, self.offload, self.shows)
 
     # -- the life of an upload
 
@@ -288,8 +246,9 @@ class Queue:
         )
         upload.record = record
         self.ended[state] += 1
-        credentials.forget(self.journal, record.id)
-        await self._on_disk("record the end of", record.id, self.spool.save, record)
+        upload_id = record.id
+        if await self._removal.on_disk("record the end of", upload_id, self.spool.save, record):
+            credentials.forget(self.journal, upload_id)
         self.changes.tell()
 
     # -- the commands of users
@@ -298,7 +257,7 @@ class Queue:
         """The uploads that a user may see, the oldest first."""
         uploads = sorted(self._uploads.values(), key=lambda each: each.record.order)
         return [
-            status_of(upload)
+            upload.status()
             for upload in uploads
             if uid in (0, upload.record.uid) and (with_done or upload.record.state != "done")
         ]
@@ -307,7 +266,7 @@ class Queue:
         """The state of an upload when it has ended, or after `seconds`. Raises NoUpload."""
         upload = self.find(upload_id, uid)
         await self.changes.wait_until(lambda: not upload.goes_on or upload.is_dropped, seconds)
-        return status_of(self.find(upload_id, uid))
+        return self.find(upload_id, uid).status()
 
     def find(self, upload_id: str, uid: int) -> Upload:
         """The user's upload. Raises NoUpload."""
@@ -325,12 +284,15 @@ class Queue:
         upload = self.find(upload_id, uid)
         if upload.record.state == "done":
             return
-        if not await self._on_disk("drop", upload_id, self.spool.remove_record, upload_id):
+        upload.is_dropped = True
+        remove = self.spool.remove_record
+        if not await self._removal.on_disk("drop", upload_id, remove, upload_id):
+            upload.is_dropped = False
+            self.changes.tell()
             raise CacheError(
                 f"the upload {upload_id} cannot be dropped, because the disk of cache_dir refuses "
                 "that; see the daemon's log"
             )
-        upload.is_dropped = True
         if upload.sender is not None:
             upload.sender.end()
         self.changes.tell()
@@ -339,7 +301,7 @@ class Queue:
         self._log(upload.record, "dropped")
         self.ended["dropped"] += 1
         credentials.forget(self.journal, upload_id)
-        await self._remove(upload)
+        await self._forget(upload)
 
     async def retry(self, upload_id: str, uid: int, asked: Location) -> None:
         """Begin a failed upload again, after all others, with the credentials in `asked`. Raises
@@ -353,7 +315,6 @@ class Queue:
             )
         if record.state != "failed":
             raise Busy(f"the upload {upload_id} has not failed; it is {upload.state}")
-        del self._uploads[upload_id]
         public = msgspec.structs.replace(asked, secrets={})
         again = msgspec.structs.replace(
             record,
@@ -364,11 +325,7 @@ class Queue:
             location=public,
             had_secrets=bool(asked.secrets),
         )
-        try:
-            await self.accept(again, asked)
-        except CacheError:
-            self._uploads[upload_id] = upload
-            raise
+        await self.accept(again, asked)
 
     def newest(self, place: str, uid: int) -> Upload | None:
         """The user's newest upload to a place that is not done."""
@@ -423,13 +380,14 @@ class Queue:
         """Remove what nobody needs any more, until cancelled: unfinished uploads of the daemon
         before, files of uploads that are done, dropped uploads, and old records."""
         for upload_id in self._unfinished:
-            await self._on_disk("remove", upload_id, self.spool.remove, upload_id)
+            await self._removal.on_disk("remove", upload_id, self.spool.remove, upload_id)
         while True:
             for upload in self._uploads.copy().values():
                 if upload.is_dropped and upload.sender is None:
-                    await self._remove(upload)
+                    await self._forget(upload)
                 elif upload.record.state == "done" and upload.has_files:
-                    await self._remove_files(upload)
+                    await self._removal.files(upload)
+                    self.changes.tell()
             await self._remove_old()
             left = any(
                 upload.is_dropped or (upload.record.state == "done" and upload.has_files)
@@ -444,61 +402,15 @@ class Queue:
         before = time.time() - _DONE_S
         for position, upload in enumerate(done):
             if len(done) - position > _DONE_MAX or upload.record.ended < before:
-                await self._remove(upload)
+                await self._forget(upload)
 
-    async def _remove_files(self, upload: Upload) -> None:
-        upload_id = upload.record.id
-        if self._is_shown(upload):
-            return
-        if await self._on_disk("remove", upload_id, self.spool.remove_files, upload_id):
-            upload.has_files = False
-            self.changes.tell()
-
-    async def _remove(self, upload: Upload) -> None:
+    async def _forget(self, upload: Upload) -> None:
         """Remove all of an upload, unless an attachment shows it."""
-        upload_id = upload.record.id
-        if self._is_shown(upload):
-            return
-        if await self._on_disk("remove", upload_id, self.spool.remove, upload_id):
-            self._uploads.pop(upload_id, None)
+        if await self._removal.all(upload):
+            self._uploads.pop(upload.record.id, None)
             self.changes.tell()
-
-    def _is_shown(self, upload: Upload) -> bool:
-        return upload.holders > 0 or self.shows(self.spool.path_of(upload.record.id))
-
-    async def _on_disk(
-        self, verb: str, upload_id: str, call: "Callable[[T], None]", argument: T
-    ) -> bool:
-        """Have the disk do something. Returns whether it does; the log says why not."""
-        try:
-            await self.offload.spool(call, argument)
-        except OSError as error:
-            about = {"once_for": f"upload-{verb}"}
-            log.error("uploads: cannot %s %s: %s", verb, upload_id, error.strerror, extra=about)
-            return False
-        return True
 
     def _log(self, record: Record, event: str) -> None:
         uri = record.location.uri
         about = {"event": f"upload-{event}", "checkpoint": uri, "uid": record.uid}
         log.info("upload %s to %s: %s", record.id, uri, event, extra=about)
-
-
-def status_of(upload: Upload) -> UploadStatus:
-    """The state of an upload, for a reply."""
-    record = upload.record
-    return UploadStatus(
-        id=record.id,
-        uri=record.location.uri,
-        uid=record.uid,
-        state=upload.state,
-        files=record.files,
-        bytes=record.bytes,
-        sent=upload.sent,
-        begun=record.accepted,
-        attempts=upload.attempts.count,
-        code=record.code,
-        message=record.message,
-        cached=record.sent.cached_bytes if record.sent else 0,
-        cache_error=record.sent.cache_error if record.sent else "",
-    )

@@ -21,6 +21,7 @@ from ckptfs._model.counters import Counts, RequestCounts
 from ckptfs._model.manifest import Skipped
 from ckptfs._model.plans.trace import Access, Fetch, TracedFile, TracedProcess
 from ckptfs._model.protocol.message import Message
+from ckptfs._model.uploads import UploadStatus
 
 
 class Reply(Message, frozen=True):
@@ -314,63 +315,6 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     reads_per_s: float = 0.0
     read_bytes_per_s: float = 0.0
     fetched_bytes_per_s: float = 0.0
-
-
-class UploadStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """State of an upload in the background.
-
-    Attributes:
-        id: Its id.
-        uri: The target's URI, without credentials.
-        state: See ``ckptfs._model.uploads.State``.
-        files, bytes: Number of its files, and their bytes.
-        sent: Bytes that are at the store.
-        begun: Time when the daemon accepted it, in seconds since the epoch; 0 before.
-        attempts: Attempts since the last one that has sent something.
-        code, message: The error of the last attempt, as in `Failed`; "" without one.
-        cached: Bytes that the cache got.
-        cache_error: The error because of which the cache got no more; "" without one.
-    """
-
-    id: str
-    uri: str
-    uid: int
-    state: Literal["staging", "waiting", "running", "failed", "done"]
-    files: int
-    bytes: int
-    sent: int
-    begun: float = 0.0
-    attempts: int = 0
-    code: str = ""
-    message: str = ""
-    cached: int = 0
-    cache_error: str = ""
-
-
-class UploadBegun(Reply, frozen=True, tag="upload-begun"):
-    """Reply to `BeginUpload`. `id` is "" as long as other uploads take the space (the setting
-    `upload_bytes_max`). The client then asks again."""
-
-    id: str
-
-
-class UploadReply(Reply, frozen=True, tag="upload-reply"):
-    """Reply to `CommitUpload` and `AwaitUpload`."""
-
-    upload: UploadStatus
-
-
-class UploadsReply(Reply, frozen=True, tag="uploads-reply"):
-    """Reply to `ListUploads`. `left_out` uploads had no space in the message."""
-
-    uploads: list[UploadStatus]
-    left_out: int = 0
-
-
-class PendingUpload(Reply, frozen=True, tag="upload-found"):
-    """Reply to `FindUpload`: the directory with its files; "" if there is no such upload."""
-
-    path: str
 
 
 class DaemonReply(Reply, frozen=True, kw_only=True):

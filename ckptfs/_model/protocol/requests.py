@@ -12,7 +12,6 @@ from ckptfs._model.plans.plan import Plan
 from ckptfs._model.protocol import replies
 from ckptfs._model.protocol.message import Message
 from ckptfs._model.units import AGE_S_MAX, RATE_MAX
-from ckptfs._model.uploads import UploadOptions
 
 PIECE_BLOCKS_MAX = 16
 """Most blocks in one message. They are 16 MiB, so the round trip counts for little."""
@@ -225,88 +224,6 @@ class CacheProgress(Request[replies.CacheResults], frozen=True, tag="cache-progr
 
 
 CacheRequest = ListCache | CollectCache | VerifyCache | ClearCache
-
-
-STAGED_BYTES_MAX = 64 << 20
-"""Most bytes of a file in one message of `StageFile`, so that the reply does not take long."""
-UploadId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12}\Z")]
-
-
-class BeginUpload(Request[replies.UploadBegun], frozen=True, tag="upload-begin"):
-    """Begin to hand a directory over, for an upload in the background. The upload ends with the
-    connection unless `CommitUpload` follows on it.
-
-    Attributes:
-        location: The target, with credentials.
-        files, bytes: The number and the bytes of the files that will follow.
-        options: The options that count when it is sent.
-        namespace: The client's mount namespace if the target is a local directory.
-    """
-
-    needs_secrets: ClassVar[bool] = True
-    location: Location
-    files: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
-    bytes: _Size
-    options: UploadOptions
-    namespace: Annotated[str, msgspec.Meta(max_length=64)] = ""
-
-
-class StageFile(Request[replies.Done], frozen=True, tag="upload-stage"):
-    """Take over a piece of a file from the descriptor that the client passes along (SCM_RIGHTS).
-    The pieces of a file come in their order, and an empty file is one empty piece.
-
-    Attributes:
-        id: The upload.
-        path: The file's path in the checkpoint.
-        size: Bytes of the file.
-        offset, length: The piece, in bytes.
-    """
-
-    id: UploadId
-    path: _Path
-    size: _Size
-    offset: _Size
-    length: Annotated[int, msgspec.Meta(ge=0, le=STAGED_BYTES_MAX)]
-
-
-class CommitUpload(Request[replies.UploadReply], frozen=True, tag="upload-commit"):
-    """Accept an upload whose files are all there. The reply comes when they are on the disk, or
-    after some seconds. Its state is then `staging`, and the client asks again."""
-
-    id: UploadId
-
-
-class AwaitUpload(Request[replies.UploadReply], frozen=True, tag="upload-wait"):
-    """Return the state of an upload. The reply comes when the upload has ended, or after
-    `seconds`."""
-
-    id: UploadId
-    seconds: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
-
-
-class ListUploads(Request[replies.UploadsReply], frozen=True, tag="uploads"):
-    """Return the state of all uploads of this user. Root sees those of all users."""
-
-
-class DropUpload(Request[replies.Done], frozen=True, tag="upload-drop"):
-    """End an upload, and remove its files from the disk. It has no effect on one that is done."""
-
-    id: UploadId
-
-
-class RetryUpload(Request[replies.Done], frozen=True, tag="upload-retry"):
-    """Begin a failed upload again. `location` is its target, with credentials."""
-
-    needs_secrets: ClassVar[bool] = True
-    id: UploadId
-    location: Location
-
-
-class FindUpload(Request[replies.PendingUpload], frozen=True, tag="upload-find"):
-    """Return the newest upload to `location` that is not done. Its files stay until the connection
-    closes, or longer if an attachment shows them."""
-
-    location: Location
 
 
 class Restart(Request[replies.Done], frozen=True, tag="restart"):

@@ -11,26 +11,21 @@ from support.bench import PLACE, Client, Server, server_in
 from trio.testing import MockClock
 
 from ckptfs._model.location import Location
-from ckptfs._model.protocol.replies import (
-    Done,
-    Failed,
-    PendingUpload,
-    Reply,
-    UploadBegun,
-    UploadReply,
-    UploadsReply,
-)
-from ckptfs._model.protocol.requests import (
+from ckptfs._model.protocol.replies import Done, Failed, Reply
+from ckptfs._model.protocol.requests import Request, Stop
+from ckptfs._model.protocol.uploads import (
     AwaitUpload,
     BeginUpload,
     CommitUpload,
     DropUpload,
     FindUpload,
     ListUploads,
-    Request,
+    PendingUpload,
     RetryUpload,
     StageFile,
-    Stop,
+    UploadBegun,
+    UploadReply,
+    UploadsReply,
 )
 from ckptfs._model.protocol.wire import decode_reply, encode
 from ckptfs._model.uploads import UploadOptions

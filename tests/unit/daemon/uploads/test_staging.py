@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ckptfs._daemon.uploads import staging as staging_module
 from ckptfs._daemon.uploads.handing_over import HandingOver, Staging
 from ckptfs._daemon.uploads.queue import Queue
-from ckptfs._model.protocol.requests import BeginUpload, StageFile
+from ckptfs._model.protocol.uploads import BeginUpload, StageFile
 from ckptfs._model.upload_messages import NotSent
 from ckptfs._model.uploads import UploadOptions
 from ckptfs.errors import CacheError, CannotUpload, LimitExceeded, ProtocolError
