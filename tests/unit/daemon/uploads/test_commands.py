@@ -96,6 +96,7 @@ async def test_a_connection_begins_stages_and_commits_its_own_uploads(server: Se
     status = server.service.reporter.status(os.geteuid())
     assert (status.uploads, status.uploads_left_out) == ([found.upload], 0)
     pending = await second.ask(FindUpload(location=PLACE))
+    assert isinstance(pending, PendingUpload)
     assert pending == PendingUpload(server.service.uploads.spool.path_of(begun.id))
     assert Path(pending.path, "file").read_bytes() == b"data"
     stopped = await second.ask(Stop())
