@@ -23,7 +23,7 @@ from ckptfs._os.write_all import write_all
 from ckptfs._store import directory_upload
 from ckptfs._store.source import files_in
 from ckptfs._store.target import open_target
-from ckptfs._workers.lifeline import end_with
+from ckptfs._workers.lifeline import end_before_others, end_with
 from ckptfs.errors import CannotUpload, CkptfsError, StoreError, StoreUnavailable
 
 _PROGRESS_S = 0.2
@@ -34,6 +34,7 @@ _MESSAGE_CHARACTERS_MAX = 4_000
 def main() -> None:
     """Send what standard input describes, and say how that ended."""
     end_with(int(sys.argv[1]))
+    end_before_others()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal; the daemon decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)

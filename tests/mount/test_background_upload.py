@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from conftest import Node, parent_of, wait_until
+from mount.test_named_stores import configure, key_file, store_toml
 from support.s3server import S3Server
 
 import ckptfs
@@ -296,3 +298,36 @@ def test_pending_shows_the_files_until_the_store_has_them(
     shown = Path(node.here("attach", "--pending", uri_of(place)).stdout.strip())
     assert contents(shown) == before
     node.here("detach", str(shown))
+
+
+def test_a_local_directory_is_a_target_and_not_one_in_the_directory(
+    node: Node, run: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "disk" / "checkpoint"
+    assert ckptfs.upload(run, target, wait=False).wait(60).path == str(target)
+    assert contents(target) == contents(run)
+    with pytest.raises(ckptfs.LocationError, match="in the directory to upload"):
+        ckptfs.upload(run, run / "a", wait=False)
+
+
+def test_a_filesystem_that_the_daemon_cannot_get_is_an_error_that_says_what_to_do(
+    node: Node, run: Path
+) -> None:
+    memory = fsspec.filesystem("memory")
+    with pytest.raises(ckptfs.LocationError, match="upload with wait=True"):
+        ckptfs.upload(run, "bucket/checkpoint", filesystem=memory, wait=False)
+
+
+def test_an_upload_to_a_named_store_goes_on_after_daemon_and_keeper_have_ended(
+    node: Node, run: Path, place: Path, s3: S3Server
+) -> None:
+    credentials = f'{{ file = "{key_file(node, s3)}" }}'
+    bucket = place.parts[len(s3.root.parts)]
+    configure(node, store_toml(f"s3://{bucket}/run", s3.endpoint, credentials))
+    upload = ckptfs.upload(run, "prod:checkpoint", wait=False)
+    hold(node)
+    node.end()
+    assert upload.wait(60).path == "checkpoint"
+    assert contents(place) == contents(run)
+    assert listed(node)[upload.id]["uri"] == "prod:checkpoint"
+    assert listed(node)[upload.id]["cached"] == SIZE + 5
