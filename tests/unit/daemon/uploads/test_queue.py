@@ -7,9 +7,12 @@ import trio
 from support.background import ELSEWHERE, SENT, TARGET, THIRD, UID, Process, World
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ckptfs._daemon.attachment import journal
+from ckptfs._daemon.uploads import credentials
 from ckptfs._daemon.uploads.attempts import PATIENCE_S, Attempts
 from ckptfs._daemon.uploads.queue import Queue
 from ckptfs._model.upload_messages import NotSent
+from ckptfs._mount import handoff
 from ckptfs.errors import (
     AccessDenied,
     Busy,
@@ -276,3 +279,14 @@ async def test_old_records_go(
         nursery.cancel_scope.cancel()
     assert [each.id for each in queue.statuses(UID, with_done=True)] == uploads[2:]
     assert world.files() == sorted(f"{upload}/upload.json" for upload in uploads[2:])
+
+
+def test_the_journal_of_attachments_leaves_uploads_alone(world: World) -> None:
+    memory = handoff.Handoff(world.fds).journal
+    credentials.keep(memory, "000000000005", ELSEWHERE)
+    credentials.keep(memory, "000000000005", TARGET)
+    journal.forget(memory, 5)
+    assert journal.recorded(memory) == {}
+    assert credentials.kept(handoff.Handoff(world.fds).journal) == {"000000000005": TARGET}
+    credentials.forget(memory, "000000000005")
+    assert credentials.kept(memory) == {}
