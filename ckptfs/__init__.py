@@ -8,7 +8,8 @@
     A directory of files in a store. `Checkpoint.as_directory` mounts it, `Checkpoint.to_directory`
     copies it, and `Checkpoint.get_metadata` and its siblings read and write its metadata.
 `upload`
-    A local directory, uploaded as a checkpoint: in parallel, and verified.
+    A local directory, uploaded as a checkpoint: in parallel, and verified. Also in the background,
+    as a `BackgroundUpload`.
 `mount`
     The same directory, for longer than a ``with`` block, for example in a notebook.
 `explain`
@@ -41,6 +42,7 @@ from ckptfs.errors import *  # noqa: F403
 if TYPE_CHECKING:
     from ckptfs import ray as ray
     from ckptfs import xattrs
+    from ckptfs._background_upload import BackgroundUpload
     from ckptfs._client.failures import explain
     from ckptfs._handle import MountedCheckpoint, mount
     from ckptfs._upload import upload
@@ -49,13 +51,15 @@ if TYPE_CHECKING:
     __version__: str
 
 # Not `ray`: a star import would hide Ray itself.
-__all__ = ["Checkpoint", "MountedCheckpoint", "explain", "mount", "upload", "xattrs"]
+__all__ = ["BackgroundUpload", "Checkpoint", "MountedCheckpoint", "explain", "mount", "upload"]
+__all__ += ["xattrs"]
 __all__ += errors.__all__
 
 if not TYPE_CHECKING:  # otherwise a type checker would accept any name
     _load, __dir__ = _lazy(
         "ckptfs",
         {
+            "BackgroundUpload": "ckptfs._background_upload",
             "Checkpoint": "ckptfs.checkpoint",
             "MountedCheckpoint": "ckptfs._handle",
             "explain": "ckptfs._client.failures",

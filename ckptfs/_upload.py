@@ -1,24 +1,25 @@
 """`upload`: a local directory becomes a checkpoint in a store."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, overload
 
 from ckptfs import errors
-from ckptfs._client import client, save
+from ckptfs._background_upload import BackgroundUpload
+from ckptfs._client import background
+from ckptfs._client.uploading import Done, upload_and_save
+from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME, printable
+from ckptfs._model.uploads import UploadOptions
 from ckptfs._store.copy import Progress
-from ckptfs._store.describe import describe
-from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_directory
+from ckptfs._store.describe import NotDescribable, describe
+from ckptfs._store.directory_upload import Told, Wanted
 from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
 from ckptfs._store.source import file_in
 from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
-
-_log = logging.getLogger(__name__)
 
 
 class Options(NamedTuple):
@@ -33,13 +34,52 @@ class Options(NamedTuple):
     merge: bool = False
 
 
-class Done(NamedTuple):
-    """What was uploaded, the bytes of it in the cache of this node, and the error that has kept the
-    cache from having all of them; "" without an error."""
+@overload
+def upload(
+    directory: "str | os.PathLike[str]",
+    uri_or_checkpoint: "str | os.PathLike[str] | Checkpoint",
+    *,
+    filesystem: object = None,
+    metadata: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    merge: bool = False,
+    cache: bool = True,
+    progress: Progress | bool = False,
+    wait: Literal[True] = True,
+) -> Checkpoint: ...
 
-    uploaded: Uploaded
-    cached_bytes: int
-    cache_error: str
+
+@overload
+def upload(
+    directory: "str | os.PathLike[str]",
+    uri_or_checkpoint: "str | os.PathLike[str] | Checkpoint",
+    *,
+    filesystem: object = None,
+    metadata: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    merge: bool = False,
+    cache: bool = True,
+    progress: Progress | bool = False,
+    wait: Literal[False],
+) -> BackgroundUpload: ...
+
+
+@overload
+def upload(
+    directory: "str | os.PathLike[str]",
+    uri_or_checkpoint: "str | os.PathLike[str] | Checkpoint",
+    *,
+    filesystem: object = None,
+    metadata: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    merge: bool = False,
+    cache: bool = True,
+    progress: Progress | bool = False,
+    wait: bool,
+) -> Checkpoint | BackgroundUpload: ...
 
 
 def upload(
@@ -53,7 +93,8 @@ def upload(
     merge: bool = False,
     cache: bool = True,
     progress: Progress | bool = False,
-) -> Checkpoint:
+    wait: bool = True,
+) -> Checkpoint | BackgroundUpload:
     """Upload a local directory as a checkpoint, and return that checkpoint.
 
         >>> ckptfs.upload("./checkpoint_000100", "s3://bucket/run7/checkpoint_000100")
@@ -66,6 +107,10 @@ def upload(
     Then the cache of this node gets the files, too, so that a restore here reads none of them from
     the store. If it cannot have them, the logger ``ckptfs`` says why (at INFO), and the upload has
     succeeded all the same.
+
+    With ``wait=False`` the node's daemon uploads in the background. The call returns when the
+    daemon has the files on its disk, where the file system shares the blocks or copies them. From
+    then on the program may change or delete the directory, or end.
 
     Args:
         directory: The directory. No program may write to its files meanwhile.
@@ -82,10 +127,13 @@ def upload(
             one, and comes after the files of this upload only.
         cache: Whether the cache of this node gets the files.
         progress: True for a bar on the terminal or in the notebook, or a function that gets the
-            bytes at the store and the bytes of all files.
+            bytes at the store and the bytes of all files. With ``wait=False``, the bytes that the
+            daemon has.
+        wait: Whether to return when the store has the checkpoint. Otherwise the upload goes on in
+            the background.
 
     Returns:
-        The checkpoint at the target.
+        The checkpoint at the target, or a `BackgroundUpload` with ``wait=False``.
 
     Raises:
         CheckpointNotFound, CheckpointIsFile: The directory, or the bucket, does not exist. The
@@ -97,7 +145,11 @@ def upload(
         AccessDenied, StoreError: The store's answer. Finished files stay for another try.
         MetadataError: The directory's ``.metadata.json`` is not a JSON object (with `metadata`).
         TypeError, ValueError: `metadata` cannot be written as JSON, or `include` is a string.
-        LocationError: The URI is invalid.
+        LocationError: The URI is invalid, or with ``wait=False`` the daemon cannot get this type of
+            filesystem.
+        LimitExceeded, CacheError, CannotMount, DaemonError, ConfigError: With ``wait=False``, the
+            files exceed the setting ``upload_bytes_max``, the cache's disk fails, no daemon can
+            run here, or its error.
     """
     # A checkpoint of Ray has another class.
     target: Any = uri_or_checkpoint
@@ -105,8 +157,11 @@ def upload(
         target = Checkpoint(target, cast("Any", filesystem))
     elif filesystem is not None:
         raise TypeError("a checkpoint has its own filesystem; leave filesystem out")
-    with shown(progress, f"uploading {os.path.basename(os.path.abspath(directory))}") as told:
+    verb = "uploading" if wait else "taking over"
+    with shown(progress, f"{verb} {os.path.basename(os.path.abspath(directory))}") as told:
         options = Options(metadata, include, overwrite, cache=cache, merge=merge)
+        if not wait:
+            return begin_upload(directory, target, options, told)
         run_upload(directory, target, options, told)
     return target
 
@@ -115,30 +170,48 @@ def run_upload(
     directory: "str | os.PathLike[str]", target: Checkpoint, options: Options, told: Told | None
 ) -> Done:
     """Upload a directory to a checkpoint, and return what was uploaded. Raises as `upload`."""
-    if isinstance(options.include, str):  # would be a Sequence[str] of characters
-        raise TypeError(f"include must be a list of globs, not the string {options.include!r}")
-    top = os.path.abspath(os.path.expanduser(directory))
+    top = _top_of(directory, target, options)
     filesystem = filesystem_behind(target)
-    _refuse_itself(top, filesystem, target.path)
     metadata = None if options.metadata is None else _metadata(top, options.metadata)
     include = list(options.include)
     wanted = Wanted(include, metadata, options.overwrite, options.rate, options.merge)
     store, uploads = uploads_to(filesystem, target.path)
+
+    def locate() -> Location:
+        return describe(filesystem, target.path)
+
     with closing(store):
-        uploaded, contents = upload_directory(top, store, uploads, wanted, told)
-    # The store has all of it, so an error from here on must not look like one of the upload.
-    saved = save.Saved(0, None)
+        return upload_and_save(top, store, uploads, wanted, locate, told, cache=options.cache)
+
+
+def begin_upload(
+    directory: "str | os.PathLike[str]", target: Checkpoint, options: Options, told: Told | None
+) -> BackgroundUpload:
+    """Have the daemon upload a directory to a checkpoint. Raises as `upload`."""
+    top = _top_of(directory, target, options)
+    filesystem = filesystem_behind(target)
     try:
         location = describe(filesystem, target.path)
-        client.tell_metadata_changed(location)
-        if options.cache:
-            saved = save.save(location, contents)
-    except (errors.CkptfsError, OSError) as error:  # it cannot be described
-        saved = save.Saved(0, error if options.cache else None)
-    if saved.error is not None:
-        text = "the cache of this node does not have all of %s: %s"
-        _log.info(text, uploaded.uri, saved.error)
-    return Done(uploaded, saved.bytes, str(saved.error or ""))
+    except NotDescribable as error:
+        raise NotDescribable(f"{error}; upload with wait=True") from None
+    metadata = None if options.metadata is None else _metadata(top, options.metadata)
+    store, uploads = uploads_to(filesystem, target.path)
+    with closing(store):
+        found = background.Directory(top, list(options.include), uploads.fault_of, metadata)
+    kept = UploadOptions(
+        options.overwrite, options.merge, options.cache, options.rate, found.left_out()
+    )
+    return BackgroundUpload(background.hand_over(found, location, kept, told), target)
+
+
+def _top_of(directory: "str | os.PathLike[str]", target: Checkpoint, options: Options) -> str:
+    """The absolute path of a directory to upload. Raises TypeError for wrong options, LocationError
+    for a target in the directory."""
+    if isinstance(options.include, str):  # would be a Sequence[str] of characters
+        raise TypeError(f"include must be a list of globs, not the string {options.include!r}")
+    top = os.path.abspath(os.path.expanduser(directory))
+    _refuse_itself(top, filesystem_behind(target), target.path)
+    return top
 
 
 def _refuse_itself(top: str, filesystem: FileSystem, path: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ckptfs import errors, xattrs
-from ckptfs._client import client, plans, private_daemon, shared_copies
+from ckptfs._client import background, client, plans, private_daemon, shared_copies
 from ckptfs._client.failures import noting
 from ckptfs._client.waiting import wait_fetched
 from ckptfs._model.units import size_text
@@ -153,6 +153,7 @@ class Checkpoint:
         mode: Mode = "auto",
         include: Sequence[str] = (),
         plan: "bool | str | os.PathLike[str]" = False,
+        pending: bool = False,
     ) -> Generator[str]:
         """Make the checkpoint a local directory for the length of the context.
 
@@ -192,6 +193,10 @@ class Checkpoint:
                 file, or the URI of a checkpoint with a plan. True takes the plan in this user's
                 cache for the checkpoints beside this one. If there is none, this restore becomes
                 the plan at the end of the context. It has no effect on a copy.
+            pending: Whether to show the files of an upload in the background to this place that
+                this node has begun last and that is not done (``ckptfs.upload(wait=False)``). If
+                there is none, the directory shows what the store has. These files are on the
+                node's disk, so `prefetch`, `wait` and `plan` have no effect on them.
 
         Yields:
             The path of the directory.
@@ -205,7 +210,7 @@ class Checkpoint:
                 fetched.
             PlanError: `plan` does not exist or is not a plan.
             DaemonError, ConfigError: The daemon's error.
-            ValueError: `wait` without `prefetch`.
+            ValueError: `wait` without `prefetch`, or `pending` with mode "copy".
             PrefetchFailed: With `wait`, no file matches, some files could not be fetched (the
                 message has their names and causes), or `timeout_s` was over.
             StoreTimeout, CacheError, LimitExceeded: With `wait`, the store does not answer, the
@@ -221,12 +226,17 @@ class Checkpoint:
             raise ValueError(
                 "wait=True waits for the files that prefetch names; give prefetch='all' for all"
             )
+        if pending and mode == "copy":
+            raise ValueError("pending=True mounts files of the daemon; leave mode='copy' out")
         awaited = progress if wait else None
         included = _globs("include", include)
         local = local_path_of(filesystem_behind(self), self.path)
         began_s = time.monotonic()
         with contextlib.ExitStack() as stack:
-            if mode == "copy":
+            path = _pending(self, stack, timeout_s) if pending else ""
+            if path:
+                how = "the files of an upload that is not done"
+            elif mode == "copy":
                 path, how = _copied(self, stack, included, timeout_s), "copied, as mode='copy' asks"
             elif local is not None:
                 path, how = _existing(local), "a local directory"
@@ -353,6 +363,16 @@ def filesystem_behind(checkpoint: Any) -> FileSystem:
     """The filesystem of a checkpoint, or the description of a URI. Checkpoints of Ray always have
     filesystems."""
     return getattr(checkpoint, "_filesystem", None) or checkpoint.filesystem
+
+
+def _pending(checkpoint: Any, stack: contextlib.ExitStack, timeout_s: float | None) -> str:
+    """The directory of an upload that is not done, as long as `stack` lasts; "" if there is none,
+    or if no daemon can have one."""
+    try:
+        location = describe(filesystem_behind(checkpoint), checkpoint.path)
+        return stack.enter_context(background.pending(location, timeout_s))
+    except (errors.CannotMount, NotDescribable):
+        return ""
 
 
 def _tell_changed(filesystem: FileSystem, path: str) -> None:

@@ -12,10 +12,11 @@ from typing import ClassVar
 __all__: list[str] = ["AccessDenied", "AgeError", "Busy", "CacheError", "CannotCopy"]
 __all__ += ["CannotMount", "CannotUpload", "CheckpointIsFile", "CheckpointNotFound"]
 __all__ += ["CkptfsError", "ConfigError", "DaemonError", "ExpressionError", "LimitExceeded"]
-__all__ += ["LocationError", "MetadataError", "MetadataNotDict", "NoDaemon", "NotAttached"]
-__all__ += ["ObjectChanged", "PlaceUnusable", "PlanError", "PrefetchFailed", "ProtocolError"]
-__all__ += ["RateError", "RightsNotLent", "SizeError", "StoreError", "StoreNotAllowed"]
-__all__ += ["StoreTimeout", "StoreUnavailable", "TargetExists", "UnknownStore"]
+__all__ += ["LocationError", "MetadataError", "MetadataNotDict", "NoDaemon", "NoUpload"]
+__all__ += ["NotAttached", "ObjectChanged", "PlaceUnusable", "PlanError", "PrefetchFailed"]
+__all__ += ["ProtocolError", "RateError", "RightsNotLent", "SizeError", "StoreError"]
+__all__ += ["StoreNotAllowed", "StoreTimeout", "StoreUnavailable", "TargetExists"]
+__all__ += ["UnknownStore"]
 
 
 class CkptfsError(Exception):
@@ -84,6 +85,10 @@ class CannotUpload(CkptfsError, OSError, code="cannot-upload"):
 
 class TargetExists(CannotUpload, FileExistsError, code="target-exists"):
     """The target of an upload has other content, and the caller did not ask to overwrite it."""
+
+
+class NoUpload(CkptfsError, LookupError, code="no-upload"):
+    """The daemon has no upload of that id. The upload was cancelled, or ended long ago."""
 
 
 class StoreUnavailable(StoreError, code="store-unavailable"):

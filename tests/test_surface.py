@@ -26,7 +26,15 @@ from ckptfs import Checkpoint, errors, xattrs
 
 UriOf = Callable[[Path], str]
 PAGE = Path(__file__).parents[1] / "ckptfs" / "PYTHON.md"
-PUBLIC = {"Checkpoint", "MountedCheckpoint", "explain", "mount", "upload", "xattrs"}
+PUBLIC = {
+    "BackgroundUpload",
+    "Checkpoint",
+    "MountedCheckpoint",
+    "explain",
+    "mount",
+    "upload",
+    "xattrs",
+}
 
 
 # -- names

@@ -44,6 +44,7 @@ class Connection:
     Attributes:
         path: Path of the socket.
         mount: The mount point, as this process sees it; "" for the daemon's own view.
+        is_owned: Whether the daemon is this user's own, or this user is root.
     """
 
     def __init__(self, path: str, timeout_s: float, mount: str = "") -> None:
@@ -88,6 +89,7 @@ class Connection:
                 "tell whether that is root; in a container, use the node's user namespace "
                 "(hostUsers: true)"
             )
+        self.is_owned = os.geteuid() in (0, uid)
         self._origin = "" if uid == os.geteuid() else f" (said by root's daemon at {self.path})"
         if uid not in (0, os.geteuid()):
             raise errors.CannotMount(
@@ -126,9 +128,9 @@ class Connection:
         """
         return _located(request, lambda located: self._ask_until_answered(located, fd))
 
-    def ask_once(self, request: Request[R]) -> R:
+    def ask_once(self, request: Request[R], fd: int = -1) -> R:
         """As `ask`, but raise ConnectionResetError if the daemon dies."""
-        return _located(request, self._exchange)
+        return _located(request, lambda located: self._exchange(located, fd))
 
     def status(self) -> replies.StatusReply:
         """The daemon's state."""

@@ -167,6 +167,7 @@ async def _run(
             nursery=nursery,
             forget_name=forget_name,
             open_store=stores.open,
+            upload_target=stores.target,
             handoff=inherited.handoff,
             passthrough=why_passthrough,
         )
@@ -176,6 +177,8 @@ async def _run(
             await restore(service)
             relay.take_over()
             service.attachments.release_all()
+        if cache.index.root.lock_fd >= 0:  # otherwise the cache has said why
+            await service.uploads.restore()
         await _start(nursery, service, stores, relay, inherited, limiter)
         await service.lifetime.stopped.wait()
         log.info("ending")
@@ -230,6 +233,7 @@ async def _start(
     await nursery.start(_obey_signals, service.lifetime, reload)
     # No await from here to "ready", so only a ready daemon answers clients.
     nursery.start_soon(control.serve, socket.socket(fileno=inherited.listen_fd))
+    nursery.start_soon(service.uploads.run)
     nursery.start_soon(_stop_when_idle, service.lifetime)
     nursery.start_soon(_serve_fuse, service.lifetime, relay)
     if config.metrics:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 _DISK_THREADS = 8
 """Enough to keep an NVMe disk busy with 1 MiB reads. More threads would only wait for each
 other."""
+_SPOOL_THREADS = 4
+"""Enough to keep a disk busy with copies of 64 MiB, which the kernel makes."""
 _CONTROL_THREADS = 16
 """The threads of listings and version checks, which must not wait behind data."""
 _DARK_THREADS = 4
@@ -52,6 +54,7 @@ class Offload:
         dark: Small requests to stores that did not answer last time.
         disk: Disk IO.
         upkeep: Disk IO of maintenance tasks, one thread for all of them.
+        spool: Disk IO of uploads in the background.
         compute: Computations that are too long for the event loop.
         names: Functions that read the state of other processes, which may wait for this one.
     """
@@ -62,13 +65,14 @@ class Offload:
         self.dark = Lane(_DARK_THREADS, _ABANDONED_MAX)
         self.disk = Lane(_DISK_THREADS, 0)
         self.upkeep = Lane(1, 0)
+        self.spool = Lane(_SPOOL_THREADS, 0)
         self.compute = Lane(_COMPUTE_THREADS, 0)
         self.names = Lane(1, 0)
 
     def threads(self) -> int:
         """The number of threads that work, or wait, now."""
-        lanes = (self.data, self.control, self.dark, self.disk, self.upkeep, self.compute)
-        return sum(lane.threads for lane in (*lanes, self.names))
+        lanes = (self.data, self.control, self.dark, self.disk, self.upkeep, self.spool)
+        return sum(lane.threads for lane in (*lanes, self.compute, self.names))
 
 
 class Lane:

@@ -71,6 +71,13 @@ class Serving:
         )
         if reply.workers:
             facts += f", {counted(reply.workers, 'worker')} with {reply.worker_bytes >> 20} MiB"
+        failed_uploads = [each for each in reply.uploads if each.state == "failed"]
+        if failed_uploads:
+            return warning(
+                f"{facts}, {counted(len(failed_uploads), 'upload')} failed: "
+                f"{failed_uploads[0].message}",
+                "ckptfs uploads lists them, --retry sends one again, --drop removes its files",
+            )
         troubled = [a for a in reply.attachments if a.state in ("failing", "changed")]
         if troubled:
             return warning(

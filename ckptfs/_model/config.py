@@ -62,6 +62,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cache_free_share_min: Annotated[
         Share, _live("Share of the disk that the cache leaves free for others.")
     ] = 0.1
+    upload_bytes_max: Annotated[
+        Bytes,
+        _live("""Maximum size of the files that wait in `cache_dir` for an upload in the background.
+        Over it `ckptfs.upload(wait=False)` waits. With 0, only the free share limits them."""),
+    ] = 0
     linger_s: Annotated[
         Seconds,
         _live("""Time for which an attachment stays after its last user, so that the next user of

@@ -143,6 +143,10 @@ NODE = (
     _histogram(
         "store_request_seconds", "Time until the end of the answer.", _request_times, "kind"
     ),
+    _gauge("uploads", "Uploads in the background.", "uploads", "state"),
+    _gauge("uploads_bytes", "Bytes of the files that these keep on the disk."),
+    _counter("uploaded_bytes", "Bytes that these have brought to stores."),
+    _counter("uploads_ended", "Uploads in the background that have ended.", "", "result"),
     _gauge("cache_bytes", "Bytes of the cache on the disk."),
     _gauge(
         "cache_limit_bytes",

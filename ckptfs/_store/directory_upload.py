@@ -95,6 +95,7 @@ class Wanted(msgspec.Struct, frozen=True):
         overwrite: Whether other content at the target is replaced, and other files stay.
         rate: The most bytes per second; 0 for no limit.
         merge: Whether other files stay, which other uploads may write at the same time.
+        left_out: Further paths that may be at the target, as those of the directory may.
     """
 
     include: Sequence[str] = ()
@@ -102,6 +103,7 @@ class Wanted(msgspec.Struct, frozen=True):
     overwrite: bool = False
     rate: int = 0
     merge: bool = False
+    left_out: frozenset[str] = frozenset()
 
 
 def upload_directory(
@@ -311,6 +313,8 @@ class _Run:
     def _is_foreign(self, path: str) -> bool:
         """Whether an object of the target belongs to no file of the directory."""
         if path in self._files or path == METADATA_NAME or self._uploads.is_own(path):
+            return False
+        if path in self._wanted.left_out:
             return False
         return not os.path.lexists(os.path.join(self._top, path))
 

@@ -16,13 +16,12 @@ from ckptfs._store.base import Store
 from ckptfs._store.build import TIMEOUT_S, plain_store
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import FileSystem, built, store_name_of, unwrapped
-from ckptfs._store.http.store import HttpStore
 from ckptfs._store.kinds import KINDS
 from ckptfs._store.named import open_place
 from ckptfs._store.resolve import open_store
-from ckptfs._store.uploads import HasUploads, Uploads
+from ckptfs._store.target import own_uploads
+from ckptfs._store.uploads import Uploads
 from ckptfs._store.wrappers import ANSWER_S, within
-from ckptfs.errors import AccessDenied
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,13 +45,9 @@ def uploads_to(filesystem: FileSystem, path: str) -> tuple[Store, Uploads]:
     """The store at `path`, and the uploads to it. Raises AccessDenied for a kind of store to which
     ckptfs cannot upload, and as `store_of`."""
     store = store_of(filesystem, path)
-    uploads = store.uploads() if isinstance(store, HasUploads) else None
+    uploads = own_uploads(store)
     if uploads is not None:
         return store, uploads
-    if isinstance(store, HttpStore):
-        raise AccessDenied(
-            f"{store.name}: ckptfs cannot upload to a server of files by HTTP; choose another store"
-        )
     inner, path = unwrapped(filesystem, path)
     if store_name_of(inner):
         inner, path = unwrapped(inner.handler.filesystem, path)

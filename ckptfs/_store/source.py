@@ -54,7 +54,7 @@ class SourceFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on. Raises CannotUpload, AccessDenied."""
-        with self._opened() as file:
+        with self.opened() as file:
             self._read(file, offset, buffer)
 
     def read(self) -> bytes:
@@ -65,7 +65,7 @@ class SourceFile:
 
     def md5s(self, part_bytes: int, check: Callable[[], None] = lambda: None) -> list[bytes]:
         """The MD5 of each part. `check` is called often, and may raise. Raises as `read_into`."""
-        with self._opened() as file:
+        with self.opened() as file:
             return [
                 self._md5(file, part * part_bytes, part_bytes, check)
                 for part in range(parts_of(self.size, part_bytes))
@@ -96,8 +96,9 @@ class SourceFile:
             done += count
 
     @contextlib.contextmanager
-    def _opened(self) -> Generator[int]:
-        """A descriptor of the file, which is the same before and after the context."""
+    def opened(self) -> Generator[int]:
+        """A descriptor of the file, which is the same before and after the context. Raises as
+        `read_into`."""
         with self._translated():
             file = os.open(self._full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

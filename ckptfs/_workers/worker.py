@@ -29,15 +29,12 @@ from ckptfs._os.write_all import pwrite_all
 from ckptfs._store.base import HasWholeAnswers, Pin, Store
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._workers import messages
-from ckptfs._workers.lifeline import end_with
+from ckptfs._workers.lifeline import end_before_others, end_with
 from ckptfs.errors import CkptfsError, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from ckptfs._store.resolve import OpenStore
 
-_OOM_SCORE = "500"
-"""The score that lets the kernel kill a worker rather than the daemon when memory runs out, because
-the pool replaces workers."""
 _MESSAGE_CHARACTERS_MAX = 4_000
 _CLOSED = b""
 _CLOSED_MAX = 1000
@@ -52,8 +49,7 @@ def main() -> None:
     end_with(parent_pid)
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal; the daemon decides
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(_OOM_SCORE)
+    end_before_others()
     control = socket.socket(fileno=control_fd)
     text, fds = _received(control)
     if text != messages.encode(messages.PROTOCOL) or len(fds) != 2:

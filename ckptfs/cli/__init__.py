@@ -27,6 +27,7 @@ from ckptfs.cli import (
     top,
     topics,
     upload,
+    uploads,
 )
 from ckptfs.cli.help_text import HELP_OPTIONS, Group, command
 
@@ -113,7 +114,14 @@ of_checkpoints(
     f"ckptfs upload ./checkpoint_000100 {_URI}",
     f"ckptfs upload --include '*.json' --include 'model-*' ./checkpoint_000100 {_URI}",
     f"ckptfs upload --limit-rate 100M --overwrite ./checkpoint_000100 {_URI}",
+    f"ckptfs upload --background ./checkpoint_000100 {_URI}",
 )(upload.upload)
+of_checkpoints(
+    "uploads",
+    "ckptfs uploads                                 # those in the background",
+    "ckptfs uploads --wait",
+    "ckptfs uploads --retry 3f2a90c1d4e7",
+)(uploads.uploads)
 app.add_typer(plan.app, name="plan", rich_help_panel=_CHECKPOINTS)
 of_checkpoints("report", f"ckptfs report {_URI} -o report.html", f"ckptfs report --json {_URI}")(
     report.report

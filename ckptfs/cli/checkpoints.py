@@ -1,5 +1,6 @@
 """``attach``, ``detach`` and ``ls``: checkpoints."""
 
+import contextlib
 import os
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import msgspec
 import typer
 
 from ckptfs import xattrs
-from ckptfs._client import client
+from ckptfs._client import background, client
 from ckptfs._model import attributes
 from ckptfs._model.formats.tensors import tensors_of_file
 from ckptfs._model.manifest import printable
@@ -39,7 +40,17 @@ AnonymousOption = Annotated[
 
 
 def attach(
-    uri: UriArgument, anonymous: AnonymousOption = False, as_json: output.JsonOption = False
+    uri: UriArgument,
+    anonymous: AnonymousOption = False,
+    pending: Annotated[
+        bool,
+        typer.Option(
+            "--pending",
+            help="Show the files of this node's last upload to URI in the background, if it is not "
+            "done.",
+        ),
+    ] = False,
+    as_json: output.JsonOption = False,
 ) -> None:
     """Attach a checkpoint until it is detached. Prints only its path.
 
@@ -52,7 +63,10 @@ def attach(
             f"{target.shown} is inside the mount, so its checkpoint is attached already; give the "
             "URI of a checkpoint"
         )
-    with client.attached(target.place, pinned=True) as (path, reply):
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(background.staged(target.place)) if pending else None
+        place, to = (target.place, None) if found is None else found
+        path, reply = stack.enter_context(client.attached(place, pinned=True, to=to))
         if as_json:
             output.print_json(
                 {

@@ -69,7 +69,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """The activity of the node and of its checkpoints between two snapshots.
 
     The requests are those to all stores, of every kind. `queue` has the waiting transfers, by
-    priority.
+    priority. `uploads` has the number of uploads in the background, by state, and `uploads_bytes`
+    the bytes of their files on the disk.
     """
 
     interval_s: float
@@ -94,6 +95,9 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     queue: dict[str, int]
     checkpoints: list[Line]
     checkpoints_left_out: int
+    uploads: dict[str, int] = {}
+    uploads_bytes: int = 0
+    upload_bytes_per_s: float = 0.0
 
 
 def percentile(histogram: Sequence[int], share: float) -> float | None:
@@ -156,6 +160,9 @@ def picture(before: ActivityReply, after: ActivityReply, now_s: float, sort: Sor
         queue=after.queue,
         checkpoints=_sorted(lines, sort),
         checkpoints_left_out=after.checkpoints_left_out,
+        uploads=after.uploads,
+        uploads_bytes=after.uploads_bytes,
+        upload_bytes_per_s=_rate(after.uploaded_bytes - before.uploaded_bytes, seconds),
     )
 
 

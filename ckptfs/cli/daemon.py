@@ -18,7 +18,7 @@ from ckptfs._model.protocol.replies import AttachmentStatus, StatusReply
 from ckptfs._model.protocol.requests import Restart
 from ckptfs._model.wording import counted
 from ckptfs.cli import config as flags
-from ckptfs.cli import output
+from ckptfs.cli import output, uploads
 from ckptfs.errors import DaemonError, NoDaemon
 
 _END_WAIT_S = 20.0
@@ -107,7 +107,8 @@ def status(as_json: output.JsonOption = False) -> None:
 
     The STATE of a checkpoint is lazy (the cache has a part of it), fetching, cached (the cache has
     all of it), changed (the store now has another version) or failing (the last fetch failed).
-    Below the table is the path of each checkpoint, with the processes that hold it.
+    Below the table is the path of each checkpoint, with the processes that hold it. Uploads in the
+    background come last, without those that are done.
     """
     with client.connect() as connection:
         reply = connection.status()
@@ -117,9 +118,16 @@ def status(as_json: output.JsonOption = False) -> None:
     for name, value in _facts(reply):
         print(f"{name:{_NAME_WIDTH}}  {value}")
     print()
-    if not reply.attachments:
+    if reply.attachments:
+        _print_attachments(reply)
+    else:
         print("no checkpoint is attached; ckptfs attach URI attaches one")
-        return
+    if reply.uploads:
+        print()
+        uploads.print_uploads(reply.uploads, reply.uploads_left_out)
+
+
+def _print_attachments(reply: StatusReply) -> None:
     rows = [
         [
             output.state(attachment.state),

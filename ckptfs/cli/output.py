@@ -114,7 +114,11 @@ def share(part: int, whole: int) -> Text:
     return bar + f" {int(100 * ratio):3}%"  # rounded down, so that 100 % means all
 
 
-_STATE_STYLES = {"cached": "green", "fetching": "cyan", "changed": "yellow", "failing": "red"}
+_STATE_STYLES = {"cached": "green", "fetching": "cyan", "changed": "yellow", "failing": "red"} | {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+}
 
 
 def state(value: str) -> Text:

@@ -276,6 +276,10 @@ def _head(found: Picture, width: int) -> list[Text]:
         cache += f"   {brief_size(found.cache_bytes)} of {brief_size(found.cache_bytes_max)}"
     cache += f"   evicted {brief_size(found.evicted_bytes)}"
     head = [*map(Text, lines), cache]
+    if any(found.uploads.values()):
+        states = "  ".join(f"{state} {count}" for state, count in found.uploads.items())
+        rate, kept = brief_size(found.upload_bytes_per_s), brief_size(found.uploads_bytes)
+        head.append(Text(f"uploads {rate:>10}/s  {states}  on the disk {kept}"))
     for text in head:
         text.no_wrap = True
         text.truncate(width, overflow="ellipsis")

@@ -52,22 +52,38 @@ def upload(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Leave the cache of this node as it is.")
     ] = False,
+    in_background: Annotated[
+        bool,
+        typer.Option(
+            "--background",
+            help="Return when the daemon has the files on its disk, and print the upload's id.",
+        ),
+    ] = False,
     as_json: output.JsonOption = False,
 ) -> None:
     """Upload a local directory as a checkpoint.
 
     Files are uploaded in parallel and verified by checksums. .metadata.json comes last. If the
     command fails or is interrupted, the next one uploads only what is missing. A target with other
-    content is refused. The cache of this node gets the files, too.
+    content is refused. The cache of this node gets the files, too. With --background, the daemon
+    uploads, and ckptfs uploads shows how far it has come.
     """
     # Not at the top, because these imports bring pyarrow.
     from ckptfs._os.progress_bar import progress_bar
-    from ckptfs._upload import Options, run_upload
+    from ckptfs._upload import Options, begin_upload, run_upload
     from ckptfs.checkpoint import Checkpoint
 
     rate = 0 if limit_rate is None else parse_rate(limit_rate)
     target = Checkpoint(local_path(uri))
     options = Options(None, include or [], overwrite, rate, cache=not no_cache, merge=merge)
+    if in_background:
+        with progress_bar(f"taking over {directory}") as told:
+            begun = begin_upload(directory, target, options, told)
+        if as_json:
+            output.print_json({"id": begun.id, "socket": begun.socket})
+        else:
+            print(begun.id)
+        return
     begun_s = time.monotonic()
     bar = progress_bar(f"uploading {directory}")
     with _ended_by_sigterm(), _warnings_shown(), bar as told:

@@ -36,6 +36,8 @@ STATUS_FIELDS = {
         "log",
         "workers",
         "worker_bytes",
+        "uploads",
+        "uploads_left_out",
     ),
 }
 

@@ -301,7 +301,7 @@ class InlineOffload(Offload):
         super().__init__(1)
         self.latency_s: dict[str, float] = {}
         self.reply_s: dict[str, float] = {}
-        for kind in ("data", "control", "disk", "upkeep", "compute", "names"):
+        for kind in ("data", "control", "disk", "upkeep", "spool", "compute", "names"):
             setattr(self, kind, _InlineLane(self, kind))
         self.dark = self.control
 

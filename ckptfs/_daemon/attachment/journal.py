@@ -119,6 +119,8 @@ def unrecorded(event: Event) -> None:
     del event
 
 
+UPLOADS = 1 << 63
+"""Keys with this bit belong to uploads in the background (``_daemon.uploads``)."""
 _ORDINAL_BITS = 32
 """As in inode numbers (``inodes``)."""
 
@@ -138,7 +140,7 @@ def recorder(journal: Journal, ordinal: int) -> Record:
 
 def forget(journal: Journal, ordinal: int) -> None:
     """Drop all events of an attachment."""
-    of_it = [key for key in journal.known() if _ordinal_of(key) == ordinal]
+    of_it = [key for key in journal.known() if not key & UPLOADS and _ordinal_of(key) == ordinal]
     for key in sorted(of_it, reverse=True):  # its beginning last
         journal.forget(key)
 
@@ -152,6 +154,8 @@ def recorded(journal: Journal) -> dict[int, list[Event]]:
     found: dict[int, list[Event]] = {}
     try:
         for key, data in journal.frames():
+            if key & UPLOADS:
+                continue
             found.setdefault(_ordinal_of(key), []).append(_decoder.decode(data))
     except msgspec.DecodeError as error:
         raise DaemonError(

@@ -6,6 +6,7 @@ from ckptfs._daemon.cache import block_io
 from ckptfs._daemon.cache.buffer_pool import Buffer
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.cache.cached_object import CachedObject
+from ckptfs._daemon.cache.object_dir import pages
 from ckptfs._daemon.offload import Offload
 from ckptfs._model.blocks import blocks_length
 
@@ -43,6 +44,17 @@ class Storing:
     async def shrink(self) -> None:
         """Have the cache within its limit, which may have become lower."""
         await self._make_room(None, 0)
+
+    async def free_disk(self, length: int) -> bool:
+        """Have `length` bytes of the disk for others than the cache, which leaves the free share.
+        Objects are evicted for that. Returns whether there are so many."""
+        spare_bytes = self._cache.index.spare_bytes()
+        if spare_bytes is None or spare_bytes >= length:
+            return spare_bytes is not None
+        if not await self._make_room(None, length):
+            return False
+        self._cache.index.used_bytes -= pages(length)
+        return True
 
     async def _make_room(self, entry: CachedObject | None, length: int) -> bool:
         has_room = False

@@ -13,9 +13,10 @@ from ckptfs._daemon.attachment.prefetch import Prefetch
 from ckptfs._daemon.cache.jobs import CacheJob
 from ckptfs._daemon.control.descriptors import Lent, Passed
 from ckptfs._daemon.control.named_stores import Peer, Stores
-from ckptfs._daemon.control.permissions import may_see
+from ckptfs._daemon.control.permissions import check_files, check_namespace, may_see
 from ckptfs._daemon.control.service import Service
 from ckptfs._daemon.quotas import is_ours
+from ckptfs._daemon.uploads.handing_over import Staging
 from ckptfs._model.blocks import BLOCK_BYTES
 from ckptfs._model.location import Location
 from ckptfs._model.plans.plan import Wanted
@@ -59,6 +60,20 @@ from ckptfs._model.protocol.requests import (
     TakeBlocks,
     VerifyCache,
 )
+from ckptfs._model.protocol.uploads import (
+    AwaitUpload,
+    BeginUpload,
+    CommitUpload,
+    DropUpload,
+    FindUpload,
+    ListUploads,
+    PendingUpload,
+    RetryUpload,
+    StageFile,
+    UploadBegun,
+    UploadReply,
+    UploadsReply,
+)
 from ckptfs.errors import AccessDenied, Busy, CkptfsError, ProtocolError
 
 if TYPE_CHECKING:
@@ -81,6 +96,8 @@ class ConnectionState:
         attachments: The attachments that the connection holds.
         passed: The descriptor that came with the last request.
         lent: The memory that the client has borrowed.
+        stagings: The uploads whose files arrive by the connection, by id.
+        leaves: Functions to call at its end.
     """
 
     def __init__(self, peer: Peer, pid: int = 0) -> None:
@@ -89,6 +106,8 @@ class ConnectionState:
         self.attachments: list[Attachment] = []
         self.passed = Passed()
         self.lent = Lent()
+        self.stagings: dict[str, Staging] = {}
+        self.leaves: list[Callable[[], None]] = []
         self._jobs: dict[str, Job] = {}
 
     def require_no(self, name: str) -> None:
@@ -113,6 +132,8 @@ class ConnectionState:
         self.lent.close()
         for job in self._jobs.values():
             job.cancel()
+        for leave in self.leaves:
+            leave()
 
 
 @dataclass(eq=False)
@@ -133,8 +154,8 @@ class Commands:
         command = COMMANDS[type(request)]
         if command.is_for_owners and not is_ours(client.peer.uid):
             raise AccessDenied(
-                f"only root and uid {os.geteuid()} may reload, restart or stop {self.name}, or "
-                "exchange blocks of other nodes with it"
+                f"only root and uid {os.geteuid()} may reload, restart or stop {self.name}, "
+                "exchange blocks of other nodes with it, or have it upload"
             )
         return await command.run(self, request, client)
 
@@ -266,6 +287,51 @@ class Commands:
         with self.service.attachments.holding(attachment):
             return await self.service.exchange.save(attachment, request, client.lent.fd)
 
+    # -- uploads
+
+    async def begin_upload(self, request: BeginUpload, client: ConnectionState) -> UploadBegun:
+        uid, gid, _ = client.peer
+        location, _ = self.stores.target(request.location, uid, gid)
+        check_files(location)
+        check_namespace(location, request.namespace)
+        handing_over = self.service.handing_over
+        staging = await handing_over.begin(request, location.identity, uid, gid)
+        if staging is None:
+            return UploadBegun("")
+        client.stagings[staging.record.id] = staging
+        client.leaves.append(lambda: handing_over.leave(staging))
+        return UploadBegun(staging.record.id)
+
+    async def stage_file(self, request: StageFile, client: ConnectionState) -> Done:
+        with client.passed.used() as fd:
+            await self.service.handing_over.stage(_staging(client, request.id), request, fd)
+        return Done()
+
+    async def commit_upload(self, request: CommitUpload, client: ConnectionState) -> UploadReply:
+        staging = _staging(client, request.id)
+        return UploadReply(await self.service.handing_over.commit(staging))
+
+    async def await_upload(self, request: AwaitUpload, client: ConnectionState) -> UploadReply:
+        uid = client.peer.uid
+        return UploadReply(await self.service.uploads.wait_ended(request.id, uid, request.seconds))
+
+    async def list_uploads(self, request: ListUploads, client: ConnectionState) -> UploadsReply:
+        return self.service.reporter.all_uploads(client.peer.uid)
+
+    async def drop_upload(self, request: DropUpload, client: ConnectionState) -> Done:
+        await self.service.uploads.drop(request.id, client.peer.uid)
+        return Done()
+
+    async def retry_upload(self, request: RetryUpload, client: ConnectionState) -> Done:
+        check_files(request.location)
+        await self.service.uploads.retry(request.id, client.peer.uid, request.location)
+        return Done()
+
+    async def find_upload(self, request: FindUpload, client: ConnectionState) -> PendingUpload:
+        uid, gid, _ = client.peer
+        place = self.stores.target(request.location, uid, gid)[0].identity
+        return PendingUpload(self.service.uploads.hold_newest(place, uid, client.leaves))
+
     # -- the daemon
 
     async def reload(self, request: Reload, client: ConnectionState) -> Reloaded:
@@ -280,6 +346,13 @@ class Commands:
     async def stop(self, request: Stop, client: ConnectionState) -> Done:
         self.service.lifetime.stop(force=request.force)
         return Done()
+
+
+def _staging(client: ConnectionState, upload: str) -> Staging:
+    staging = client.stagings.get(upload)
+    if staging is None:
+        raise ProtocolError(f"this connection has begun no upload {upload}")
+    return staging
 
 
 class Command(NamedTuple):
@@ -319,6 +392,14 @@ COMMANDS: dict[type[Request[Any]], Command] = {
     TakeBlocks: Command(Commands.take_blocks, is_for_owners=True, is_frequent=True),
     BorrowMemory: Command(Commands.borrow_memory, is_frequent=True),
     SaveBlocks: Command(Commands.save_blocks, is_frequent=True),
+    BeginUpload: Command(Commands.begin_upload, is_for_owners=True),
+    StageFile: Command(Commands.stage_file, is_for_owners=True, is_frequent=True),
+    CommitUpload: Command(Commands.commit_upload, is_for_owners=True),
+    AwaitUpload: Command(Commands.await_upload, is_for_owners=True, is_frequent=True),
+    ListUploads: Command(Commands.list_uploads, is_for_owners=True, is_frequent=True),
+    DropUpload: Command(Commands.drop_upload, is_for_owners=True),
+    RetryUpload: Command(Commands.retry_upload, is_for_owners=True),
+    FindUpload: Command(Commands.find_upload, is_for_owners=True),
     Reload: Command(Commands.reload, is_for_owners=True),
     Restart: Command(Commands.restart, is_for_owners=True),
     Stop: Command(Commands.stop, is_for_owners=True),

@@ -153,6 +153,14 @@ class Stores:
             )
         return known.table.location(name, location.path)
 
+    def target(self, location: Location, uid: int, gid: int) -> tuple[Location, Credentials]:
+        """The place that a location of a client names for an upload, and the credentials of its
+        named store. Raises as `find`."""
+        found = self.find(location, Peer(uid, gid))
+        if found.store is None:
+            return found, "default"
+        return found, self.known[found.store.name].table.credentials
+
     def open(self, location: Location, timeout_s: float, uid: int) -> Store:
         """Open a store, as ``resolve.open_store``. Raises LocationError also if the table of the
         location's named store has changed since `find`."""

@@ -15,7 +15,7 @@ from ckptfs._model.location import Location
 from ckptfs._store.builders import NAMESPACE
 from ckptfs._store.environment.draft import OF_CALLER, mount_namespace
 from ckptfs._store.kinds import daemon_rights_for
-from ckptfs.errors import LimitExceeded, RightsNotLent
+from ckptfs.errors import LimitExceeded, LocationError, RightsNotLent
 
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that can run
@@ -60,6 +60,16 @@ def check_files(location: Location) -> None:
         raise RightsNotLent(
             f"{location.uri} names files of another mount namespace than the ckptfs daemon's; "
             "start a daemon of your own (CKPTFS_SOCKET)"
+        )
+
+
+def check_namespace(location: Location, namespace: str) -> None:
+    """Raise LocationError if a local target is a path of another container. `namespace` is the
+    client's."""
+    if location.kind == "local" and namespace != mount_namespace():
+        raise LocationError(
+            f"{location.uri} is a path of another mount namespace than the ckptfs daemon's; upload "
+            "with wait=True"
         )
 
 

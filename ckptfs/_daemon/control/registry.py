@@ -141,6 +141,10 @@ class Attachments:
         attachment.use_store(store)
         self._opened[attachment.key] = location
 
+    def show_directory(self, path: str) -> bool:
+        """Whether an attachment shows the local directory `path`."""
+        return any(a.location.kind == "local" and a.location.path == path for a in self)
+
     # -- holders
 
     def hold(self, attachment: Attachment) -> None:

@@ -23,6 +23,9 @@ from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fs.xattrs import Xattrs
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.uploads.handing_over import HandingOver
+from ckptfs._daemon.uploads.queue import Queue, Resolve
+from ckptfs._daemon.uploads.spool import Spool
 from ckptfs._daemon.usage.counters import Activities, Usage
 from ckptfs._daemon.usage.procfs import command
 from ckptfs._mount.handoff import Handoff
@@ -33,6 +36,7 @@ class Service:
 
     Args:
         forget_name: Tells the kernel that an attachment's directory is gone.
+        upload_target: See ``ckptfs._daemon.uploads.queue.Resolve``.
         passthrough: "on", or the reason why not, for `status`.
     """
 
@@ -46,6 +50,7 @@ class Service:
         nursery: trio.Nursery,
         forget_name: Callable[[str], None],
         open_store: OpenFor,
+        upload_target: Resolve,
         handoff: Handoff,
         passthrough: str = "off",
     ) -> None:
@@ -84,7 +89,36 @@ class Service:
         )
         self.exchange = Exchange(fetcher, cache)
         self.cache_commands = CacheCommands(cache, offload, nursery, self.attachments)
-        self.reporter = Reporter(
-            current, self.attachments, cache, fetcher, handoff, offload, passthrough
+        self.uploads = Queue(
+            spool=Spool(cache.index.root.path, cache.directory),
+            offload=offload,
+            journal=handoff.journal,
+            resolve=upload_target,
+            shows=self.attachments.show_directory,
+            store_timeout_s=lambda: current.config.store_timeout_s,
+            socket=current.config.socket,
         )
-        self.lifetime = Lifetime(current, self.attachments)
+        self.handing_over = HandingOver(
+            queue=self.uploads,
+            offload=offload,
+            nursery=nursery,
+            limit_bytes=lambda: current.config.upload_bytes_max,
+            has_disk=lambda: cache.index.root.lock_fd >= 0,
+            free_disk=fetcher.free_disk,
+        )
+        self.reporter = Reporter(
+            current,
+            self.attachments,
+            cache,
+            fetcher,
+            handoff,
+            offload,
+            passthrough,
+            self.uploads,
+            self.handing_over,
+        )
+        self.lifetime = Lifetime(
+            current,
+            self.attachments,
+            lambda: self.uploads.active() + self.handing_over.active(),
+        )

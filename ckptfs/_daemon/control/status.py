@@ -21,6 +21,8 @@ from ckptfs._daemon.control.permissions import may_see
 from ckptfs._daemon.control.registry import Attachments
 from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.offload import Offload
+from ckptfs._daemon.uploads.handing_over import HandingOver
+from ckptfs._daemon.uploads.queue import Queue
 from ckptfs._daemon.usage.counters import Usage
 from ckptfs._model.counters import total
 from ckptfs._model.location import Location
@@ -34,6 +36,7 @@ from ckptfs._model.protocol.replies import (
     StatusReply,
     Trace,
 )
+from ckptfs._model.protocol.uploads import UploadsReply
 from ckptfs._mount import logs
 from ckptfs._mount.handoff import Handoff
 from ckptfs._store.request_metrics import REQUESTS
@@ -46,8 +49,10 @@ _HOLDERS_IN_STATUS = 64
 _PROCESSES_IN_STATUS = 16
 _PROCESSES_IN_ACTIVITY = 32
 _CHECKPOINTS_IN_ACTIVITY = 200
-_HEAD_BYTES = 16 << 10
-"""Space in a message for everything but its longest list."""
+_LIST_BYTES = LINE_BYTES_MAX - (16 << 10)
+"""Space in a message for its longest list."""
+_UPLOADS_BYTES = 128 << 10
+"""Space in a status for uploads."""
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -63,6 +68,8 @@ class Reporter:
     handoff: Handoff
     offload: Offload
     passthrough: str
+    uploads: Queue
+    handing_over: HandingOver
     _started_s: float = field(default_factory=time.time, init=False)
     _log: str = field(default_factory=logs.where_log_is, init=False)
 
@@ -75,7 +82,14 @@ class Reporter:
     def status(self, uid: int) -> StatusReply:
         """The daemon's state, with the attachments that this user may see."""
         visible = [a for a in self.attachments if may_see(uid, a)]
-        listed = _fitting(self._status_of(a, uid) for a in visible)
+        pending = [
+            *self.uploads.statuses(uid, with_done=False),
+            *self.handing_over.statuses(uid),
+        ]
+        uploads = _fitting(pending, _UPLOADS_BYTES)
+        listed = _fitting(
+            (self._status_of(a, uid) for a in visible), _LIST_BYTES - len(_encoded(uploads))
+        )
         counts = self.attachments.activities.total()
         worker_bytes = COUNTS.memory_bytes()
         return StatusReply(
@@ -96,7 +110,15 @@ class Reporter:
             log=self._log,
             workers=len(worker_bytes),
             worker_bytes=sum(worker_bytes),
+            uploads=uploads,
+            uploads_left_out=len(pending) - len(uploads),
         )
+
+    def all_uploads(self, uid: int) -> UploadsReply:
+        """The uploads that this user may see, also those that are done, the newest first."""
+        found = [*self.uploads.statuses(uid, with_done=True), *self.handing_over.statuses(uid)]
+        listed = _fitting(reversed(found))
+        return UploadsReply(uploads=listed, left_out=len(found) - len(listed))
 
     def _status_of(self, attachment: Attachment, uid: int) -> AttachmentStatus:
         manifest = attachment.manifest
@@ -199,6 +221,10 @@ class Reporter:
             worker_memory_bytes=sum(worker_bytes),
             worker_starts=COUNTS.starts,
             worker_ends=dict(COUNTS.ends),
+            uploads={"staging": self.handing_over.active(), **self.uploads.count()},
+            uploads_bytes=self.uploads.kept_bytes() + self.handing_over.kept_bytes(),
+            uploaded_bytes=self.uploads.sent_bytes,
+            uploads_ended=dict(self.uploads.ended),
         )
 
 
@@ -247,12 +273,15 @@ def _command_of(usage: Usage, uid: int) -> str:
     return usage.command if not usage.pid or uid in (0, usage.owner) else ""
 
 
-def _fitting(items: Iterable[S]) -> list[S]:
-    """The first items, as many as fit into a message."""
+_encoded = msgspec.json.encode
+
+
+def _fitting(items: Iterable[S], bytes_max: int = _LIST_BYTES) -> list[S]:
+    """The first items, as many as fit into so many bytes of a message."""
     found: list[S] = []
-    left_bytes = LINE_BYTES_MAX - _HEAD_BYTES
+    left_bytes = bytes_max
     for item in items:
-        left_bytes -= len(msgspec.json.encode(item)) + 1
+        left_bytes -= len(_encoded(item)) + 1
         if left_bytes < 0:
             break
         found.append(item)

@@ -106,6 +106,10 @@ class Fetcher:
         )
         await self._parts.writer.shrink()
 
+    async def free_disk(self, length: int) -> bool:
+        """See ``writer.Storing.free_disk``."""
+        return await self._parts.writer.free_disk(length)
+
     # -- files
 
     def open(self, file: RemoteFile) -> None:

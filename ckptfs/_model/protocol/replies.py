@@ -21,6 +21,7 @@ from ckptfs._model.counters import Counts, RequestCounts
 from ckptfs._model.manifest import Skipped
 from ckptfs._model.plans.trace import Access, Fetch, TracedFile, TracedProcess
 from ckptfs._model.protocol.message import Message
+from ckptfs._model.uploads import UploadStatus
 
 
 class Reply(Message, frozen=True):
@@ -366,6 +367,8 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
         given_bytes: Bytes that went to other nodes.
         log: Where the daemon's log is: a file, a command, or a description.
         worker_bytes: Memory of these processes.
+        uploads: The uploads in the background that the client may see, without those that are done.
+        uploads_left_out: Number of uploads for which the message has no space.
     """
 
     cache_dir: str
@@ -375,6 +378,8 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
     given_bytes: int = 0
     log: str = ""
     worker_bytes: int = 0
+    uploads: list[UploadStatus] = msgspec.field(default_factory=list[UploadStatus])
+    uploads_left_out: int = 0
 
 
 class ProcessActivity(msgspec.Struct, frozen=True):
@@ -438,6 +443,10 @@ class ActivityReply(DaemonReply, frozen=True, tag="activity-reply"):
         worker_starts: Number of such processes that the daemon has started.
         worker_ends: Number of such processes that have ended, by reason.
         retries, failures: As in `counts`, for clients of the previous release.
+        uploads: Number of uploads in the background, by state; of all users.
+        uploads_bytes: Bytes of the files that they keep on the disk.
+        uploaded_bytes: Bytes that they have brought to stores.
+        uploads_ended: Number of uploads that have ended, by result (done, failed, dropped).
     """
 
     at_s: float
@@ -459,3 +468,7 @@ class ActivityReply(DaemonReply, frozen=True, tag="activity-reply"):
     worker_ends: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     retries: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    uploads: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    uploads_bytes: int = 0
+    uploaded_bytes: int = 0
+    uploads_ended: dict[str, int] = msgspec.field(default_factory=dict[str, int])

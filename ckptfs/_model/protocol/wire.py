@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Union
 
 import msgspec
 
+from ckptfs._model.protocol import uploads as uploads  # its messages belong to the unions
 from ckptfs._model.protocol.message import Message
 from ckptfs._model.protocol.replies import Reply
 from ckptfs._model.protocol.requests import Request

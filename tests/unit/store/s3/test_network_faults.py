@@ -358,6 +358,7 @@ class Daemon:
             nursery=rig.nursery,
             forget_name=lambda _: None,
             open_store=lambda location, timeout_s, _: open_store(location, timeout_s),
+            upload_target=lambda location, *_: (location, "default"),
             handoff=Handoff(rig.new_memory()),
         )
 

@@ -1,0 +1,54 @@
+"""One upload: a directory goes to its store, and then into the cache of this node."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ckptfs._client import client, save
+from ckptfs._model.location import Location
+from ckptfs._store.base import Store
+from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_directory
+from ckptfs._store.uploads import Uploads
+from ckptfs.errors import CkptfsError
+
+_log = logging.getLogger("ckptfs._upload")
+
+
+class Done(NamedTuple):
+    """What was uploaded, the bytes of it in the cache of this node, and the error that has kept the
+    cache from having all of them; "" without an error."""
+
+    uploaded: Uploaded
+    cached_bytes: int
+    cache_error: str
+
+
+def upload_and_save(
+    top: str,
+    store: Store,
+    uploads: Uploads,
+    wanted: Wanted,
+    locate: Callable[[], Location],
+    told: Told | None,
+    *,
+    cache: bool,
+) -> Done:
+    """Upload the directory `top`, and give it to the node's daemon unless `cache` is False.
+
+    `locate` returns the target as the daemon gets it, or raises LocationError. Raises as
+    `upload_directory`.
+    """
+    uploaded, contents = upload_directory(top, store, uploads, wanted, told)
+    # The store has all of it, so an error from here on must not look like one of the upload.
+    saved = save.Saved(0, None)
+    try:
+        location = locate()
+        client.tell_metadata_changed(location)
+        if cache:
+            saved = save.save(location, contents)
+    except (CkptfsError, OSError) as error:  # it cannot be described
+        saved = save.Saved(0, error if cache else None)
+    if saved.error is not None:
+        text = "the cache of this node does not have all of %s: %s"
+        _log.info(text, uploaded.uri, saved.error)
+    return Done(uploaded, saved.bytes, str(saved.error or ""))
