@@ -109,7 +109,7 @@ def serving(node: Node) -> int:
 
 
 def listed(node: Node) -> dict[str, Any]:
-    """What ``ckptfs uploads`` says, by id."""
+    """The lines of ``ckptfs uploads``, by id."""
     return {each["id"]: each for each in json.loads(node.here("uploads", "--json").stdout)}
 
 

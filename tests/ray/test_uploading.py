@@ -1,4 +1,4 @@
-"""What workers report is uploaded by ckptfs, and restored from the nodes that have saved it."""
+"""ckptfs uploads what workers report, and restores it from the nodes that have saved it."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import functools

@@ -53,7 +53,7 @@ class Process:
 
 
 class World:
-    """What outlives a daemon: the disk, and its memory."""
+    """The disk and the memory that outlive a daemon."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -269,7 +269,7 @@ def test_a_version_has_the_bytes_of_its_pieces(contents: Contents) -> None:
 
 
 class UploadedTo:
-    """What an upload of a run needs, without a run."""
+    """The surroundings of an upload of a run, without a run."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "node").mkdir()
