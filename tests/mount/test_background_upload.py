@@ -277,6 +277,15 @@ def test_the_command_begins_an_upload_and_prints_its_id(
     }
 
 
+def test_the_daemon_takes_over_files_of_its_own_mount(
+    node: Node, run: Path, bucket: Path, place: Path, uri_of: UriOf
+) -> None:
+    shutil.copytree(run, bucket / "source")
+    with Checkpoint(uri_of(bucket / "source")).as_directory() as path:  # nobody has closed a file
+        ckptfs.upload(path, uri_of(place), wait=False).wait(60)
+    assert contents(place) == contents(run)
+
+
 def test_pending_shows_the_files_until_the_store_has_them(
     node: Node, run: Path, place: Path, uri_of: UriOf
 ) -> None:

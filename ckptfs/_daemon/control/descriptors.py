@@ -1,4 +1,8 @@
-"""The descriptors that come and go with messages on the control socket (SCM_RIGHTS, unix(7))."""
+"""The descriptors that come and go with messages on the control socket (SCM_RIGHTS, unix(7)).
+
+A client's descriptor is closed in a thread. It may be that of a file in this daemon's own mount.
+Then close(2) waits for the answer to a FUSE request, which the event loop gives.
+"""
 
 import array
 import contextlib
@@ -51,13 +55,17 @@ class Passed:
         try:
             yield fd
         finally:
-            os.close(fd)
+            _close_in_thread(fd)
 
     def close(self) -> None:
         """Close the descriptor that no request has used."""
         if self._fd >= 0:
-            os.close(self._fd)
+            _close_in_thread(self._fd)
             self._fd = -1
+
+
+def _close_in_thread(fd: int) -> None:
+    trio.lowlevel.start_thread_soon(lambda: os.close(fd), lambda _: None)
 
 
 class Lent:
@@ -73,12 +81,14 @@ class Lent:
         self._is_due = False
 
     def make(self, size: int) -> None:
-        """Make the memory, if there is none yet. The next message brings it to the client."""
+        """Make the memory. The next message brings it to the client. Raises ProtocolError for a
+        second call, because descriptors that no client takes count against the daemon's user."""
+        if self._fd >= 0:
+            raise ProtocolError("this connection has borrowed memory before")
+        self._fd = os.memfd_create("ckptfs-lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, size)
+        fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEALS)
         self._is_due = True
-        if self._fd < 0:
-            self._fd = os.memfd_create("ckptfs-lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self._fd, size)
-            fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEALS)
 
     @property
     def fd(self) -> int:

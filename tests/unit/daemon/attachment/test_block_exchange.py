@@ -87,14 +87,16 @@ class Node:
 
     async def save(self, data: bytes, etag: str) -> Reply:
         """Have the daemon save the first blocks of a file, from borrowed memory."""
-        lent = await self.borrow()
+        other = Node(self.server, await self.server.connect(), self.name)
+        lent = await other.borrow()
         try:
             os.pwrite(lent, data, 0)
             count = -(-len(data) // MIB)
             request = SaveBlocks(name=self.name, path="a/b", first=0, count=count, etag=etag)
-            return await self.ask(request)
+            return await other.ask(request)
         finally:
             os.close(lent)
+            await other.client.stream.aclose()
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight."""
@@ -196,19 +198,25 @@ async def test_exchange_saves_no_blocks_of_another_version(
 async def test_lent_memory_keeps_its_size_and_ends_with_the_connection(nodes: list[Node]) -> None:
     node = nodes[0]
     before = len(os.listdir("/proc/self/fd"))
-    first, again = await node.borrow(), await node.borrow()
-    assert os.path.sameopenfile(first, again)
-    assert os.fstat(first).st_size == PIECE_BLOCKS_MAX * MIB
+    lent = await node.borrow()
+    assert os.fstat(lent).st_size == PIECE_BLOCKS_MAX * MIB
     for size in (0, PIECE_BLOCKS_MAX * MIB + 1):
         with pytest.raises(PermissionError):
-            os.ftruncate(first, size)
-    os.close(first)
-    os.close(again)
+            os.ftruncate(lent, size)
+    os.close(lent)
     assert len(os.listdir("/proc/self/fd")) == before + 1
     await node.client.stream.aclose()
     with trio.fail_after(10):
         while len(os.listdir("/proc/self/fd")) > before - 2:  # noqa: ASYNC110 - of the server
             await trio.sleep(0.002)
+
+
+async def test_a_connection_borrows_memory_once(nodes: list[Node]) -> None:
+    lent = await nodes[0].borrow()
+    os.close(lent)
+    again = await nodes[0].ask(BorrowMemory())
+    assert isinstance(again, Failed)
+    assert again.code == "protocol"
 
 
 async def test_exchange_saves_nothing_without_lent_memory(nodes: list[Node]) -> None:
