@@ -17,7 +17,7 @@ from ckptfs._client.connection import TRIES, Connection, connect_to
 from ckptfs._config.load import load_config
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
-from ckptfs._model.manifest import METADATA_NAME, printable
+from ckptfs._model.manifest import METADATA_NAME, fault_of_name, printable
 from ckptfs._model.protocol.uploads import (
     STAGED_BYTES_MAX,
     AwaitUpload,
@@ -130,8 +130,10 @@ class Directory:
             for folder, _, names in os.walk(self._top)
             for name in names
         ]
-        left = tuple(sorted(path for path in found if path not in self._files))
-        size = sum(len(path.encode("utf-8", "surrogatepass")) + 8 for path in left)
+        # No upload brings a name with a fault, and a request cannot have one that is no UTF-8.
+        named = (path for path in found if fault_of_name(path) is None)
+        left = tuple(sorted(path for path in named if path not in self._files))
+        size = sum(len(path.encode()) + 8 for path in left)
         if len(left) > _LEFT_OUT_MAX or size > _LEFT_OUT_BYTES_MAX:
             raise CannotUpload(
                 f"{printable(self._top)}: include leaves {len(left)} files out, too many for an "

@@ -82,6 +82,7 @@ def test_what_include_leaves_out_is_named_for_the_check_of_the_target(
     for name in ("a/one.bin", "a/two.json", "three.json"):
         (tmp_path / name).write_text("x")
     assert directory(tmp_path).left_out() == ()
+    (tmp_path / os.fsdecode(b"\xff.json")).touch()  # a request cannot name it
     assert directory(tmp_path, ["*.bin"]).left_out() == ("a/two.json", "three.json")
     monkeypatch.setattr(background, "_LEFT_OUT_MAX", 1)
     with pytest.raises(CannotUpload, match="wait=True"):
