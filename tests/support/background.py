@@ -71,6 +71,7 @@ class World:
             journal=handoff.Handoff(self.fds).journal,
             resolve=lambda location, *_: (location, "default"),
             shows=self.shown.__contains__,
+            keeps=self.shown.__contains__,
             store_timeout_s=lambda: 3.0,
             socket="/socket",
         )

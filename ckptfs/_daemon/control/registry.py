@@ -143,7 +143,14 @@ class Attachments:
 
     def show_directory(self, path: str) -> bool:
         """Whether an attachment shows the local directory `path`."""
-        return any(a.location.kind == "local" and a.location.path == path for a in self)
+        return any(self._showing(path))
+
+    def keep_directory(self, path: str) -> bool:
+        """Whether an attachment that has to stay now shows the local directory `path`."""
+        return any(a.leases.stays for a in self._showing(path))
+
+    def _showing(self, path: str) -> "Iterator[Attachment]":
+        return (a for a in self if a.location.kind == "local" and a.location.path == path)
 
     # -- holders
 

@@ -95,6 +95,7 @@ class Service:
             journal=handoff.journal,
             resolve=upload_target,
             shows=self.attachments.show_directory,
+            keeps=self.attachments.keep_directory,
             store_timeout_s=lambda: current.config.store_timeout_s,
             socket=current.config.socket,
         )

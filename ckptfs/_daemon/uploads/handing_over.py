@@ -72,6 +72,7 @@ class HandingOver:
     has_disk: Callable[[], bool]
     free_disk: Callable[[int], Awaitable[bool]]
     _stagings: dict[str, Staging] = field(default_factory=dict[str, Staging], init=False)
+    _beginning_bytes: int = field(default=0, init=False)
 
     def active(self) -> int:
         """The number of uploads that arrive."""
@@ -79,7 +80,8 @@ class HandingOver:
 
     def kept_bytes(self) -> int:
         """The bytes of the files that will have arrived."""
-        return sum(staging.record.bytes for staging in self._stagings.values())
+        staged = sum(staging.record.bytes for staging in self._stagings.values())
+        return staged + self._beginning_bytes
 
     def statuses(self, uid: int) -> list[UploadStatus]:
         """The arriving uploads that a user may see."""
@@ -118,6 +120,7 @@ class HandingOver:
             accepted=0.0,
         )
         spool = self.queue.spool
+        self._beginning_bytes += request.bytes
         try:
             upload = await self.offload.spool(spool.make)
             top = await self.offload.spool(spool.open_files, upload)
@@ -126,6 +129,8 @@ class HandingOver:
                 f"{uri}: cache_dir cannot keep the files: {error.strerror}; check its disk, or "
                 "upload with wait=True"
             ) from None
+        finally:
+            self._beginning_bytes -= request.bytes
         tree = StagedTree(top, spool.path_of(upload), request.files, request.bytes)
         record = msgspec.structs.replace(record, id=upload)
         staging = self._stagings[upload] = Staging(record, request.location, tree)
@@ -148,6 +153,12 @@ class HandingOver:
                 f"{uri}: failed uploads keep {size_text(self.queue.kept_bytes(failed=True))} of "
                 f"the {size_text(limit)} that upload_bytes_max allows; ckptfs uploads lists them, "
                 "--retry sends them again, --drop removes them"
+            )
+        if size + self.queue.kept_bytes(failed=True) + self.queue.shown_bytes() > limit:
+            raise LimitExceeded(
+                f"{uri}: {size_text(self.queue.shown_bytes())} of the {size_text(limit)} that "
+                "upload_bytes_max allows are files of ended uploads that are attached; ckptfs "
+                "status names the processes; end their use, or upload with wait=True"
             )
         return size + self.queue.kept_bytes() + self.kept_bytes() <= limit
 

@@ -61,6 +61,7 @@ class Queue:
         journal: The memory for credentials.
         resolve: See `Resolve`.
         shows: Says whether an attachment shows a directory.
+        keeps: Says whether one does that stays until a user or program ends its use.
         store_timeout_s, socket: See `Setup`.
 
     Attributes:
@@ -74,6 +75,7 @@ class Queue:
     journal: Journal
     resolve: Resolve
     shows: Callable[[str], bool]
+    keeps: Callable[[str], bool]
     store_timeout_s: Callable[[], float]
     socket: str
     changes: Changes = field(default_factory=Changes, init=False)
@@ -82,6 +84,8 @@ class Queue:
         default_factory=lambda: {"done": 0, "failed": 0, "dropped": 0}, init=False
     )
     _removal: Removal = field(init=False)
+    _lock: trio.Lock = field(default_factory=trio.Lock, init=False)
+    """Held while the record of an accepted upload changes on the disk."""
     _uploads: dict[str, Upload] = field(default_factory=dict[str, Upload], init=False)
     _unfinished: list[str] = field(default_factory=list[str], init=False)
     _order: int = field(default=0, init=False)
@@ -104,14 +108,23 @@ class Queue:
             log.error("uploads: cannot read their directory: %s", error.strerror)
             return
         self._unfinished = found.unfinished
+        done = {record.place: record.order for record in found.records if record.state == "done"}
         for record in found.records:
             known = asked.pop(record.id, None if record.had_secrets else record.location)
             upload = self._add(record, known)
-            if upload.goes_on and known is None:
-                uri = record.location.uri
+            uri, again = record.location.uri, f"ckptfs uploads --retry {record.id} sends"
+            if not upload.goes_on:
+                continue
+            if record.order < done.get(record.place, 0):  # its turn was before
                 text = (
-                    f"{uri}: its credentials were in the memory of a daemon that has ended; ckptfs "
-                    f"uploads --retry {record.id} sends them again"
+                    f"{uri}: it has ended, but the disk did not take the record; the place has a "
+                    f"later upload; {again} this one again, --drop removes it"
+                )
+                await self._fail(upload, NotSent(CacheError.code, text))
+            elif known is None:
+                text = (
+                    f"{uri}: its credentials were in the memory of a daemon that has ended; "
+                    f"{again} them again"
                 )
                 await self._fail(upload, NotSent(AccessDenied.code, text))
         for lost in asked:
@@ -136,6 +149,8 @@ class Queue:
 
     def _add(self, record: Record, asked: Location | None) -> Upload:
         upload = Upload(record, asked)
+        if (before := self._uploads.get(record.id)) is not None:
+            upload = before.again(record, asked)
         if record.state == "done":
             upload.sent = record.bytes
         self._order = max(self._order, record.order)
@@ -240,16 +255,24 @@ class Queue:
         self, upload: Upload, state: str, sent: Sent | None, code: str, message: str
     ) -> None:
         """Record the end of an upload. If the disk refuses the record, this daemon knows the end
-        all the same, and the next one sends the upload again."""
+        all the same, and tries again to record it."""
         record = msgspec.structs.replace(
             upload.record, state=state, sent=sent, code=code, message=message, ended=time.time()
         )
         upload.record = record
+        upload.is_recorded = False
         self.ended[state] += 1
-        upload_id = record.id
-        if await self._removal.on_disk("record the end of", upload_id, self.spool.save, record):
-            credentials.forget(self.journal, upload_id)
+        await self._record_end(upload)
         self.changes.tell()
+
+    async def _record_end(self, upload: Upload) -> None:
+        async with self._lock:
+            if upload.is_recorded or upload.is_dropped:
+                return
+            record = upload.record
+            if await self._removal.on_disk("record the end of", record.id, self.spool.save, record):
+                upload.is_recorded = True
+                credentials.forget(self.journal, record.id)
 
     # -- the commands of users
 
@@ -281,18 +304,19 @@ class Queue:
     async def drop(self, upload_id: str, uid: int) -> None:
         """End an upload that is not done, and remove its files. Files that an attachment shows go
         when it ends. Raises NoUpload; CacheError if the disk refuses."""
-        upload = self.find(upload_id, uid)
-        if upload.record.state == "done":
-            return
-        upload.is_dropped = True
-        remove = self.spool.remove_record
-        if not await self._removal.on_disk("drop", upload_id, remove, upload_id):
-            upload.is_dropped = False
-            self.changes.tell()
-            raise CacheError(
-                f"the upload {upload_id} cannot be dropped, because the disk of cache_dir refuses "
-                "that; see the daemon's log"
-            )
+        async with self._lock:
+            upload = self.find(upload_id, uid)
+            if upload.record.state == "done":
+                return
+            upload.is_dropped = True
+            remove = self.spool.remove_record
+            if not await self._removal.on_disk("drop", upload_id, remove, upload_id):
+                upload.is_dropped = False
+                self.changes.tell()
+                raise CacheError(
+                    f"the upload {upload_id} cannot be dropped, because the disk of cache_dir "
+                    "refuses that; see the daemon's log"
+                )
         if upload.sender is not None:
             upload.sender.end()
         self.changes.tell()
@@ -306,14 +330,18 @@ class Queue:
     async def retry(self, upload_id: str, uid: int, asked: Location) -> None:
         """Begin a failed upload again, after all others, with the credentials in `asked`. Raises
         NoUpload, LocationError for another target, Busy for one that has not failed."""
-        upload = self.find(upload_id, uid)
+        async with self._lock:
+            await self._retry(self.find(upload_id, uid), uid, asked)
+
+    async def _retry(self, upload: Upload, uid: int, asked: Location) -> None:
         record = upload.record
+        upload_id = record.id
         if self.resolve(asked, uid, record.gid)[0].identity != record.place:
             raise LocationError(
                 f"the upload {upload_id} is one to {record.location.uri}, not to {asked.uri}; name "
                 "its own target"
             )
-        if record.state != "failed":
+        if upload.state != "failed":
             raise Busy(f"the upload {upload_id} has not failed; it is {upload.state}")
         public = msgspec.structs.replace(asked, secrets={})
         again = msgspec.structs.replace(
@@ -366,6 +394,16 @@ class Queue:
         wanted = [upload for upload in kept if not failed or upload.record.state == "failed"]
         return sum(upload.record.bytes for upload in wanted)
 
+    def shown_bytes(self) -> int:
+        """The bytes of ended uploads on the disk that only the end of an attachment removes."""
+        ended = [
+            upload
+            for upload in self._uploads.values()
+            if upload.has_files and (upload.is_dropped or upload.record.state == "done")
+        ]
+        kept = [upload for upload in ended if self.keeps(self.spool.path_of(upload.record.id))]
+        return sum(upload.record.bytes for upload in kept)
+
     def count(self) -> dict[str, int]:
         """The number of uploads by state."""
         found: dict[str, int] = {"waiting": 0, "running": 0, "failed": 0}
@@ -383,6 +421,8 @@ class Queue:
             await self._removal.on_disk("remove", upload_id, self.spool.remove, upload_id)
         while True:
             for upload in self._uploads.copy().values():
+                if not upload.is_recorded:
+                    await self._record_end(upload)
                 if upload.is_dropped and upload.sender is None:
                     await self._forget(upload)
                 elif upload.record.state == "done" and upload.has_files:
@@ -390,7 +430,9 @@ class Queue:
                     self.changes.tell()
             await self._remove_old()
             left = any(
-                upload.is_dropped or (upload.record.state == "done" and upload.has_files)
+                upload.is_dropped
+                or not upload.is_recorded
+                or (upload.record.state == "done" and upload.has_files)
                 for upload in self._uploads.values()
             )
             with trio.move_on_after(_LOOK_S if left else _DONE_S):

@@ -21,6 +21,7 @@ class Upload:
         not_before_s: The earliest time of the next attempt.
         has_files: Whether its files are on the disk.
         is_dropped: Whether it ends without a result.
+        is_recorded: Whether the disk has `record`.
         holders: The connections that are about to attach its files.
     """
 
@@ -32,7 +33,15 @@ class Upload:
     not_before_s: float = 0.0
     has_files: bool = True
     is_dropped: bool = False
+    is_recorded: bool = True
     holders: int = 0
+
+    def again(self, record: Record, asked: Location | None) -> "Upload":
+        """Wait for another try after a failure."""
+        self.record, self.asked = record, asked
+        self.attempts, self.sent, self.not_before_s = Attempts(), 0, 0.0
+        self.is_recorded = True
+        return self
 
     @property
     def state(self) -> State:

@@ -1,7 +1,9 @@
 """The queue of uploads: the order, the tries, the ends, and the daemon after this one."""
 
+import errno
 import os
 
+import msgspec
 import pytest
 import trio
 from support.background import ELSEWHERE, SENT, TARGET, THIRD, UID, Process, World
@@ -140,6 +142,77 @@ async def test_a_failure_keeps_the_files_and_a_retry_sends_other_credentials(
         await queue.retry(upload, UID, TARGET)
     processes[0].finish()
     assert (await queue.wait_ended(upload, UID, 10)).message == ""
+
+
+async def test_two_retries_at_the_same_time_are_one_and_a_drop_ends_it(
+    world: World, queue: Queue, processes: list[Process]
+) -> None:
+    upload = await world.accepted(queue)
+    leaves = []
+    queue.hold_newest(TARGET.identity, UID, leaves)
+    await wait_all_tasks_blocked()
+    processes[0].finish(FAILS)
+    await wait_all_tasks_blocked()
+    refused: list[str] = []
+
+    async def retry() -> None:
+        try:
+            await queue.retry(upload, UID, TARGET)
+        except (Busy, NoUpload) as error:
+            refused.append(error.code)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(retry)
+        nursery.start_soon(retry)
+    await wait_all_tasks_blocked()
+    assert (len(processes), refused) == (1, [Busy.code])
+    assert queue.find(upload, UID).holders == 1
+    processes[0].finish(FAILS)
+    leaves[0]()
+    await wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(retry)
+        nursery.start_soon(queue.drop, upload, UID)
+    await wait_all_tasks_blocked()
+    assert (processes, queue.active(), world.files()) == ([], 0, [])
+
+
+async def test_the_end_is_recorded_when_the_disk_takes_it(
+    world: World,
+    queue: Queue,
+    processes: list[Process],
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    upload = await world.accepted(queue)
+    await trio.sleep(0.1)
+    with monkeypatch.context() as full:
+        full.setattr(queue.spool, "save", is_full)
+        processes[0].finish()
+        await trio.sleep(5)
+        assert state(queue, upload) == "done"
+    await trio.sleep(5)
+    after = world.queue()
+    await after.restore()
+    assert state(after, upload) == "done"
+
+
+async def test_the_next_daemon_sends_nothing_older_than_what_a_place_has(
+    world: World, processes: list[Process], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = world.queue()
+    older = await world.accepted(before, ELSEWHERE)
+    newer = await world.accepted(before, ELSEWHERE)
+    record = before.find(newer, UID).record
+    before.spool.save(msgspec.structs.replace(record, state="done", sent=SENT))
+    after = world.queue()
+    await after.restore()
+    assert [state(after, upload) for upload in (older, newer)] == ["failed", "done"]
+    assert "has a later upload" in after.find(older, UID).record.message
+    assert f"{older}/files/file" in world.files()
 
 
 async def test_users_see_their_own_uploads_and_root_all(world: World, queue: Queue) -> None:

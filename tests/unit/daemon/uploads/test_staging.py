@@ -260,3 +260,35 @@ async def test_failed_uploads_that_fill_the_limit_are_named_at_once(
     async with trio.open_nursery() as nursery:
         with pytest.raises(LimitExceeded, match="--drop removes them"):
             await begin(world.handing_over(queue, nursery), 1, 3)
+
+
+async def test_attached_files_that_fill_the_limit_are_named_at_once(
+    world: World, queue: Queue, processes: list[Process]
+) -> None:
+    world.limit = 10
+    upload = await world.accepted(queue, data=b"12345678")
+    world.shown.add(queue.spool.path_of(upload))
+    await wait_all_tasks_blocked()
+    processes[0].finish(SENT)
+    await wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(LimitExceeded, match="that are attached"):
+            await begin(world.handing_over(queue, nursery), 1, 3)
+
+
+async def test_uploads_that_begin_at_the_same_time_share_the_limit(
+    world: World, queue: Queue, autojump_clock: MockClock
+) -> None:
+    world.limit = 10
+    found: list[Staging | None] = []
+
+    async def one() -> None:
+        found.append(await begin(handing_over, 1, 6))
+
+    async with trio.open_nursery() as nursery:
+        handing_over = world.handing_over(queue, nursery)
+        async with trio.open_nursery() as both:
+            both.start_soon(one)
+            both.start_soon(one)
+        [staging] = filter(None, found)
+        handing_over.leave(staging)
