@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ckptfs._client import blocks, client
 from ckptfs._client.connection import TRIES
 from ckptfs._config.load import load_config
-from ckptfs._config.paths import make_folder
+from ckptfs._config.paths import chosen, fault_of, make_folder, runtime_places
 from ckptfs._model.blocks import BLOCK_BYTES, block_count
 from ckptfs._model.location import Location
 from ckptfs._model.protocol.requests import PIECE_BLOCKS_MAX, SaveBlocks
@@ -84,7 +84,7 @@ def _turn() -> Generator[None]:
     Programs that merge their files into one checkpoint would share an attachment otherwise, and its
     listing would lack the files of those that have finished later. Raises DaemonError.
     """
-    path = Path(f"{load_config().socket}.save")
+    path = _lock_path()
     make_folder(path.parent)
     try:
         with locked(str(path), _TURN_S):
@@ -94,6 +94,15 @@ def _turn() -> Generator[None]:
             f"another program has been saving for {_TURN_S:g} s ({path}); upload again if this "
             "node shall have the checkpoint"
         ) from None
+
+
+def _lock_path() -> Path:
+    """The lock of `_turn`: beside the socket, or if that is in another user's directory, in this
+    user's own."""
+    path = Path(f"{load_config().socket}.save")
+    if fault_of(path.parent, full_is_fine=True):
+        return chosen(runtime_places(os.environ)) / "save"
+    return path
 
 
 def _save_piece(

@@ -13,6 +13,7 @@ import pytest
 
 from ckptfs._client import blocks, client, save
 from ckptfs._client.connection import Connection
+from ckptfs._config.paths import Place
 from ckptfs._model.location import Location
 from ckptfs._store.directory_upload import Content
 from ckptfs._store.source import SourceFile
@@ -74,3 +75,17 @@ def test_interrupted_save_ends_the_requests_that_wait_for_the_daemon(
     with pytest.raises(KeyboardInterrupt):
         save.save(Location("s3", "bucket/run"), [content])
     assert said == ["the user has interrupted the upload"] * THREADS
+
+
+def test_programs_wait_in_a_directory_of_their_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    monkeypatch.setattr(save, "runtime_places", lambda _: [Place(own, "")])
+    for mode, lock in ((0o700, tmp_path / "node" / "sock.save"), (0o777, own / "save")):
+        (tmp_path / "node").mkdir(exist_ok=True)
+        (tmp_path / "node").chmod(mode)  # 0o777 is one that others write to, too
+        monkeypatch.setenv("CKPTFS_SOCKET", str(tmp_path / "node" / "sock"))
+        with save._turn():
+            assert lock.is_file()
+        assert not lock.exists()
