@@ -180,6 +180,7 @@ class HandingOver:
                         "for it beside the free share; free space, or upload with wait=True"
                     )
                 await self.offload.spool(staging.tree.copy, *piece)
+            staging.tree.arrived(request.length)
             staging.staged += request.length
 
     async def commit(self, staging: Staging) -> UploadStatus:

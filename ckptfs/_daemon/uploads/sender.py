@@ -6,6 +6,7 @@ daemon. The thread that starts it is the event loop's, because the kernel ends t
 thread.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -53,13 +54,12 @@ class Sender:
         if self._is_ended:
             return NotSent(DaemonError.code, "the upload was ended before its process started")
         try:
-            process = self._process = _start(setup)
+            process, output = _start(setup)
         except OSError as error:
             text = f"the process for an upload did not start: {error.strerror}"
             return NotSent(DaemonError.code, text)
-        assert process.stdout is not None
-        lines = trio.lowlevel.FdStream(os.dup(process.stdout.fileno()))
-        process.stdout.close()
+        self._process = process
+        lines = trio.lowlevel.FdStream(output)
         result: Sent | NotSent | None = None
         status = 0
         try:
@@ -76,20 +76,26 @@ class Sender:
         return result
 
 
-def _start(setup: Setup) -> "subprocess.Popen[bytes]":
-    memory = os.memfd_create("ckptfs-upload", os.MFD_CLOEXEC)
-    try:
+def _start(setup: Setup) -> "tuple[subprocess.Popen[bytes], int]":
+    """Start the process. Returns it with a descriptor of its output, which the caller closes."""
+    with contextlib.ExitStack() as on_error, contextlib.ExitStack() as always:
+        memory = os.memfd_create("ckptfs-upload", os.MFD_CLOEXEC)
+        always.callback(os.close, memory)
         write_all(memory, msgspec.json.encode(setup))
         os.lseek(memory, 0, os.SEEK_SET)
-        return subprocess.Popen(
+        # Not subprocess.PIPE: nothing after the start may fail for want of descriptors.
+        reader, writer = os.pipe()
+        on_error.callback(os.close, reader)
+        always.callback(os.close, writer)
+        process = subprocess.Popen(
             [sys.executable, "-m", _PROGRAM, str(os.getpid())],
             stdin=memory,
-            stdout=subprocess.PIPE,
+            stdout=writer,
             stderr=subprocess.DEVNULL,  # the last words of a library can contain URLs and tokens
             cwd="/",  # so that no module comes from the daemon's working directory
         )
-    finally:
-        os.close(memory)
+        on_error.pop_all()
+        return process, reader
 
 
 async def _read(

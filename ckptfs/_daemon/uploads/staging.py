@@ -46,6 +46,7 @@ class StagedTree:
         self._bytes_left = bytes_
         self._path = ""  # the file whose pieces arrive
         self._size = self._end = 0
+        self._arriving = 0  # bytes of pieces that have not arrived, or never will
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -65,10 +66,16 @@ class StagedTree:
         if not is_next or offset + length > size or (not length and size):
             raise ProtocolError(f"{printable(path)}: not the next piece of the upload")
         self._end += length
+        self._arriving += length
+
+    def arrived(self, length: int) -> None:
+        """Count a piece whose bytes the file has."""
+        self._arriving -= length
 
     def is_complete(self) -> bool:
         """Whether all files have arrived that were announced."""
-        return not self._files_left and not self._bytes_left and self._end == self._size
+        is_all_announced = not self._files_left and not self._bytes_left
+        return is_all_announced and self._end == self._size and not self._arriving
 
     def clone(self, source: int, offset: int, length: int) -> bool:
         """Blocking. Make the file if this is its first piece, and share the blocks of the piece if

@@ -1,5 +1,7 @@
 """The process that sends: its lines, its end, and what it refuses to send."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +44,12 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file with the code that runs instead of the process."""
     path = tmp_path / "program.py"
 
-    def start(_: Setup) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE)
+    def start(_: Setup) -> "tuple[subprocess.Popen[bytes], int]":
+        reader, writer = os.pipe()
+        try:
+            return subprocess.Popen([sys.executable, str(path)], stdout=writer), reader
+        finally:
+            os.close(writer)
 
     monkeypatch.setattr(sender_module, "_start", start)
     return path
@@ -105,6 +111,23 @@ async def test_a_process_is_asked_to_end_and_killed_with_the_daemon(
         assert sender._process is not None
         assert sender._process.poll() is not None
         assert len(results) == (how == "end")
+
+
+async def test_no_process_starts_whose_output_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    started: list[object] = []
+    monkeypatch.setattr(os, "pipe", refuse)
+    monkeypatch.setattr(subprocess, "Popen", started.append)
+    before = len(os.listdir("/proc/self/fd"))
+    result = await Sender().run(setup_of(tmp_path), lambda _: None)
+    text = "the process for an upload did not start: Too many open files"
+    assert result == NotSent(DaemonError.code, text)
+    assert started == []
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_an_upload_that_is_ended_before_its_process_starts_sends_nothing(

@@ -181,6 +181,8 @@ async def test_a_source_that_becomes_shorter_is_an_error(
         with descriptor(tmp_path, DATA[:-1]) as fd, pytest.raises(CannotUpload, match="shorter"):
             await stage(handing_over, staging, "file", fd)
         assert staging is not None
+        with pytest.raises(ProtocolError, match="lacks files"):
+            await handing_over.commit(staging)
         handing_over.leave(staging)
 
 
