@@ -237,6 +237,12 @@ class Stream:
         self._file.close()
         self._close()
 
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def break_target(plan: Plan, patched: pytest.MonkeyPatch) -> None:
     """Put the faults of a plan in the place of the operations on the target."""
