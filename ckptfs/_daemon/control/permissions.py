@@ -12,6 +12,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.quotas import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.volume import Volume
 from ckptfs._store.builders import NAMESPACE
 from ckptfs._store.environment.draft import OF_CALLER, mount_namespace
 from ckptfs._store.kinds import daemon_rights_for
@@ -20,6 +21,9 @@ from ckptfs.errors import LimitExceeded, RightsNotLent
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that can run
 (``offload``). So a user whose stores do not answer does not keep others waiting."""
+
+OF_VOLUMES = -1
+"""The user of all volumes together for `StoreCalls`, because pods name their stores."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,13 +34,18 @@ def may_see(uid: int, attachment: Attachment) -> bool:
     return uid in (0, attachment.uid)
 
 
-def check_rights(uid: int, location: Location, config: Config) -> None:
-    """Raise RightsNotLent if another user would read with the daemon's own rights.
+def check_rights(
+    uid: int, location: Location, config: Config, volume: Volume | None = None
+) -> None:
+    """Raise RightsNotLent if another user, or a volume, would read with the daemon's own rights.
 
     The table of a named store has decided which users may use that store. With
     `lend_daemon_rights`, users may read with the daemon's credentials. The daemon still reads no
     files that another user names, because a profile of AWS, for example, can name a program to run.
     """
+    if volume is not None:
+        _check_volume(volume, location)
+        return
     if is_ours(uid) or location.store is not None:
         return
     if (rights := daemon_rights_for(location)) and not config.lend_daemon_rights:
@@ -49,6 +58,21 @@ def check_rights(uid: int, location: Location, config: Config) -> None:
         raise RightsNotLent(
             f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for uid "
             f"{uid}; start a daemon of your own (CKPTFS_SOCKET)"
+        )
+
+
+def _check_volume(volume: Volume, location: Location) -> None:
+    """A pod names the place, so the volume counts as another user, although root attaches it."""
+    rights = "stores" if location.store is not None else daemon_rights_for(location)
+    if rights and not volume.lends:
+        raise RightsNotLent(
+            f"{location.uri} would be read with the ckptfs daemon's own {rights}, which are not "
+            "for this volume; give it credentials"
+        )
+    if named := sorted(OF_CALLER & location.options.keys()):
+        raise RightsNotLent(
+            f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for a volume; "
+            "leave it out"
         )
 
 

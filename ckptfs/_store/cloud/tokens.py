@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timezone
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from ckptfs._model.manifest import printable
@@ -232,8 +233,9 @@ def _google_transport(proxy: str) -> Any:
 def azure_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSource:
     """The tokens for a location on Azure; for `name` and `proxy` see `google_tokens`.
 
-    The options have `tenant_id` and `client_id` with `client_secret` or `federated_token_file`; or
-    a `client_id` alone, of a managed identity; or none, for the credentials of Azure's chain.
+    The options have `tenant_id` and `client_id` with `client_secret`, `federated_token_file` or
+    `federated_token` (the token itself, of a caller who renews it); or a `client_id` alone, of a
+    managed identity; or none, for the credentials of Azure's chain.
     `authority_host` names another token server than that of the public cloud.
     """
     found: list[Any] = []
@@ -274,6 +276,9 @@ def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
     tenant, client = options.get("tenant_id"), options.get("client_id")
     if tenant and client and options.get("client_secret"):
         return identity.ClientSecretCredential(tenant, client, options["client_secret"], **more)
+    if tenant and client and options.get("federated_token"):
+        token = partial(str, options["federated_token"])
+        return identity.ClientAssertionCredential(tenant, client, token, **more)
     if tenant and client and options.get("federated_token_file"):
         file = options["federated_token_file"]
         return identity.WorkloadIdentityCredential(

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ckptfs._model.named_store import Credentials
@@ -157,12 +158,12 @@ def _credentials(options: S3Options, profile: str) -> Any:
     extra: dict[str, str | int] = {}
     if options.session_name:
         extra["RoleSessionName"] = options.session_name
-    if options.web_identity_token_file:
+    if options.web_identity_token_file or options.web_identity_token:
+        load_token: Callable[[], str] = partial(str, options.web_identity_token)
+        if options.web_identity_token_file:
+            load_token = FileWebIdentityTokenLoader(options.web_identity_token_file)
         fetcher: Any = AssumeRoleWithWebIdentityCredentialFetcher(
-            session.create_client,
-            FileWebIdentityTokenLoader(options.web_identity_token_file),
-            options.role_arn,
-            extra_args=extra,
+            session.create_client, load_token, options.role_arn, extra_args=extra
         )
         return DeferredRefreshableCredentials(fetcher.fetch_credentials, "web-identity")
     if options.access_key:  # skips the chain, which may wait for the metadata of an instance
@@ -196,10 +197,12 @@ def _session(options: S3Options, profile: str) -> Any:
     session = CallersSession(profile=profile or None)
     # Certificates for the user's own server are not those of Amazon.
     ca_file = "" if options.endpoint_override else options.tls_ca_file_path
+    # A token that the caller sends is for any region, and the daemon's region need not be set.
+    region = options.region or ("us-east-1" if options.web_identity_token else "")
     for name, value in (
         ("config_file", options.config_file),
         ("credentials_file", options.credentials_file),
-        ("region", options.region),
+        ("region", region),
         ("ca_bundle", ca_file),
     ):
         if value:
