@@ -3,9 +3,9 @@
 A PersistentVolume can be published to several pods of a node, each with an identity of its own. So
 the target path is a part of the key.
 
-The author of a pod chooses the volume's attributes. The keys that begin with `KUBELET` come from the
-kubelet, if the CSIDriver object asks for them (``podInfoOnMount``). The kubelet then overwrites keys
-of that name which the author has chosen.
+The author of a pod chooses the volume's attributes. The keys that begin with `KUBELET` come from
+the kubelet, if the CSIDriver object asks for them (``podInfoOnMount``). The kubelet then overwrites
+keys of that name which the author has chosen.
 """
 
 import hashlib

@@ -68,8 +68,12 @@ def csi(
         raise CannotMount(f"ckptfs csi: {error.name} is not installed; {INSTALL_CSI}") from None
     limiter = logs.configure(load_config())
     stopped = threading.Event()
+
+    def stop(number: int, _: object) -> None:
+        stopped.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, stop)
     settings = server.Settings(
         endpoint, driver_name, node_id or socket.gethostname(), node_credentials_namespace or []
     )

@@ -9,6 +9,7 @@ expired. If the server refuses keys, the chain is searched once more, because th
 been rewritten. Only the chain imports botocore, because that takes a quarter of a second.
 """
 
+import logging
 import math
 import threading
 import time
@@ -131,6 +132,9 @@ def _now(credentials: Any, name: str) -> tuple[Keys, str]:
 def _translated(name: str) -> Generator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
+    logger = logging.getLogger("botocore.credentials")
+    if logger.level == logging.NOTSET:  # it logs each failure with a traceback besides raising it
+        logger.setLevel(logging.ERROR)
     try:
         yield
     # botocore raises RuntimeError for keys not renewed in time, and OSError for a token's file.
