@@ -49,8 +49,6 @@ MESSAGES: dict[str, dict[str, Field]] = {
     },
     "NodePublishVolumeRequest": {
         "volume_id": Field(1),
-        "publish_context": _map(2),
-        "staging_target_path": Field(3),
         "target_path": Field(4),
         "volume_capability": Field(5, "VolumeCapability"),
         "readonly": Field(6, "bool"),
@@ -62,7 +60,6 @@ MESSAGES: dict[str, dict[str, Field]] = {
     "NodeUnpublishVolumeResponse": {},
     "NodeGetVolumeStatsRequest": {"volume_id": Field(1), "volume_path": Field(2)},
     "VolumeUsage": {
-        "available": Field(1, "int64"),
         "total": Field(2, "int64"),
         "used": Field(3, "int64"),
         "unit": Field(4, "int32"),
@@ -79,7 +76,7 @@ MESSAGES: dict[str, dict[str, Field]] = {
         "capabilities": Field(1, "NodeServiceCapability", repeated=True)
     },
     "NodeGetInfoRequest": {},
-    "NodeGetInfoResponse": {"node_id": Field(1), "max_volumes_per_node": Field(2, "int64")},
+    "NodeGetInfoResponse": {"node_id": Field(1)},
 }
 """The fields of each message. A message that the specification nests has its short name."""
 METHODS = {

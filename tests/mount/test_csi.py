@@ -1,4 +1,4 @@
-"""The CSI driver: the kubelet is a gRPC client, and the daemon, the mounts and the pods are real."""
+"""The CSI driver, with a gRPC client as the kubelet, and with real daemons, mounts and pods."""
 
 import concurrent.futures
 import hashlib
@@ -15,6 +15,7 @@ from support.s3server import S3Server
 from support.servers import Moto
 from support.webidentity import WebIdentityAws
 
+from ckptfs._csi import bind_mounts
 from ckptfs._os.mountinfo import mount_table
 
 pytestmark = [
@@ -34,6 +35,8 @@ def kubelet(node: Node) -> Iterator[Kubelet]:
     kubelet.folder.mkdir()
     yield kubelet
     kubelet.close()
+    for target in volumes_at(kubelet):  # of a test that has failed
+        bind_mounts.unmount(target)
 
 
 @pytest.fixture
@@ -105,7 +108,8 @@ def test_publish_read_and_unpublish_leave_nothing(
     [first, second] = node.status()["attachments"]
     for path in (first["path"], second["path"]):
         assert "Permission denied" in in_pod(target, f"ls {path}", users=False).stderr
-    assert first["volume"] and first["pinned"]
+    assert first["volume"]
+    assert first["pinned"]
     options = {line.path: line for line in mount_table()}
     flags = Path("/proc/self/mountinfo").read_text()
     for each in (target, grouped):
