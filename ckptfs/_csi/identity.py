@@ -86,7 +86,7 @@ def wanted(
     lends = _is_nodes(location)
     if lends:
         _check_namespace(location, publication.pod, namespaces)
-    volume = Volume(publication.key, publication.gid, lends)
+    volume = Volume(publication.key, publication.gid, lends, publication.pod.namespace)
     return Wanted(
         publication, location, volume, attributes.get("prefetch", "").split(), _plan(attributes)
     )

@@ -9,8 +9,8 @@ the mount's daemon has ended. If that fails, the volume keeps its former credent
 the daemon does not answer, the pod's part is done nevertheless, and `finish` detaches later.
 
 **After a crash**: `reconcile` undoes what is recorded as "publishing", because the kubelet has no
-answer yet and tries again, and finishes what is recorded as "unpublishing". It detaches volumes of
-the daemon that have neither a record nor a mount.
+answer yet and tries again, and finishes what is recorded as "unpublishing". It ends publications
+whose pod is gone from the disk, and volumes of the daemon that have neither a record nor a mount.
 
 Calls for one publication exclude each other (ABORTED), and calls for different ones run side by
 side.
@@ -210,7 +210,9 @@ class Publishing:
     def reconcile(self) -> None:
         """Undo and finish the calls of a driver that was killed. Raises OSError."""
         for record in self._records.all():
-            if record.state != "published":
+            target = record.publication.target
+            is_gone = bind_mounts.at(target) is None and not os.path.lexists(target)
+            if record.state != "published" or is_gone:
                 self._undo(record.publication)
         known = {record.publication.key for record in self._records.all()}
         with contextlib.suppress(DaemonError):  # without a daemon there are no volumes

@@ -30,8 +30,9 @@ from ckptfs.errors import ConfigError, PlaceUnusable
 log = logging.getLogger(__name__)
 
 _SCHEME = "unix://"
-_THREADS = 32
-"""Calls at the same time. The kubelet makes few, except after a node's start."""
+_THREADS = 128
+"""Calls at the same time, of which most wait for stores. The kubelet makes few, except after a
+node's start."""
 _CALL_S = 110.0
 """The deadline of a call without one, and the longest. The kubelet's is 120 s."""
 _MESSAGE_BYTES_MAX = 4 << 20

@@ -205,6 +205,17 @@ def test_volumes_without_records_are_detached_unless_a_pod_has_them(
     check_nothing_left(node, found, asked)
 
 
+def test_a_publication_whose_pod_is_gone_is_ended(
+    node: Node, found: Records, asked: Wanted
+) -> None:
+    publish(Publishing(found), asked)
+    target = asked.publication.target
+    bind_mounts.unmount(target)
+    os.rmdir(target)  # a node that was started again, and cleaned up
+    Publishing(found).reconcile()
+    check_nothing_left(node, found, asked)
+
+
 def test_a_target_that_something_else_is_mounted_on_is_refused(
     node: Node, found: Records, asked: Wanted
 ) -> None:

@@ -27,7 +27,7 @@ from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.control.current_config import CurrentConfig
 from ckptfs._daemon.control.named_stores import OpenFor
 from ckptfs._daemon.control.permissions import (
-    OF_VOLUMES,
+    Caller,
     StoreCalls,
     check_attached,
     check_files,
@@ -257,9 +257,9 @@ class _Claim(NamedTuple):
     volume: Volume | None
 
     @property
-    def caller(self) -> int:
-        """The user who is charged for calls to stores (`StoreCalls`). All volumes are one."""
-        return self.uid if self.volume is None else OF_VOLUMES
+    def caller(self) -> Caller:
+        """The one who is charged for calls to stores (`StoreCalls`)."""
+        return self.uid if self.volume is None else self.volume.owner
 
 
 def _in_use(attachment: Attachment) -> bool:

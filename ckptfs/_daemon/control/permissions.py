@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import trio
 
@@ -20,10 +20,10 @@ from ckptfs.errors import LimitExceeded, RightsNotLent
 
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that can run
-(``offload``). So a user whose stores do not answer does not keep others waiting."""
-
-OF_VOLUMES = -1
-"""The user of all volumes together for `StoreCalls`, because pods name their stores."""
+(``offload``). So a user whose stores do not answer does not keep others waiting. The volumes of one
+owner count as one user."""
+Caller: TypeAlias = int | str
+"""A user, or the owner of volumes."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,13 +114,15 @@ class StoreCalls:
 
     def __init__(self, offload: Offload) -> None:
         self._offload = offload
-        self._under_way: dict[int, trio.CapacityLimiter] = {}  # by user, for all but ours
+        self._under_way: dict[Caller, trio.CapacityLimiter] = {}  # for all but our users
 
-    async def run(self, uid: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a request for a user. A cancelled call still counts until its thread is free."""
-        if is_ours(uid):
+    async def run(
+        self, caller: Caller, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a request for a caller. A cancelled call still counts until its thread is free."""
+        if isinstance(caller, int) and is_ours(caller):
             return await self._offload.control(call, *args, **kwargs)
-        limiter = self._under_way.setdefault(uid, trio.CapacityLimiter(_AT_STORE_MAX))
+        limiter = self._under_way.setdefault(caller, trio.CapacityLimiter(_AT_STORE_MAX))
         borrower = object()
         loop = trio.lowlevel.current_trio_token()
         begun = False
@@ -129,7 +131,7 @@ class StoreCalls:
             if borrower in limiter.statistics().borrowers:
                 limiter.release_on_behalf_of(borrower)
             if not limiter.statistics().borrowers and not limiter.statistics().tasks_waiting:
-                self._under_way.pop(uid, None)
+                self._under_way.pop(caller, None)
 
         def counted() -> T:
             nonlocal begun

@@ -59,7 +59,7 @@ def test_keys_of_a_secret_are_the_locations() -> None:
         "scheme": "http",
     }
     assert result.prefetch == ["a*", "b/*"]
-    assert (result.volume.gid, result.volume.lends) == (7, False)
+    assert (result.volume.gid, result.volume.lends, result.volume.owner) == (7, False, "team")
     assert result.volume.id == result.publication.key
     of_azure = found({"uri": AZURE}, {"azure_storage_sas_token": "S3CR3T"})
     assert of_azure.location.secrets == {"sas_token": "S3CR3T"}

@@ -1,10 +1,12 @@
 """A publish is taken apart, and each part that the driver cannot honour is refused by name."""
 
+import re
+from importlib.resources import files
 from typing import Any
 
 import pytest
 
-from ckptfs._csi.publication import KUBELET, TOKENS, Capability, Pod, publication_of
+from ckptfs._csi.publication import ATTRIBUTES, KUBELET, TOKENS, Capability, Pod, publication_of
 from ckptfs._csi.refusals import Refusal
 
 URI = "s3://bucket/run"
@@ -82,3 +84,10 @@ def test_modes_for_reading_need_no_flag(mode: int, is_fine: bool) -> None:
     else:
         with pytest.raises(Refusal):
             publication(mode=mode, readonly=False)
+
+
+def test_the_page_has_the_attributes() -> None:
+    page = files("ckptfs").joinpath("KUBERNETES.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+    shown = {name: meaning for name, meaning in rows if name in ATTRIBUTES}
+    assert shown == ATTRIBUTES
