@@ -1,6 +1,3 @@
-# grpc has no type hints; nothing of it leaves this module.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 """The gRPC server of the driver: CSI's services Identity and Node.
 
 Each call runs in a thread. No log line has a message's fields, because they can be secrets and

@@ -85,8 +85,8 @@ def test_publish_read_and_unpublish_leave_nothing(
     assert kubelet.call("NodeGetInfo").node_id == "node-1"
     capabilities = kubelet.call("NodeGetCapabilities").capabilities
     assert [each.rpc.type for each in capabilities] == [2, 4, 6]
-    for _ in range(2):  # each call twice
-        target = kubelet.publish("a", attributes, secrets=keys)
+    target = kubelet.publish("a", attributes, secrets=keys)
+    kubelet.publish("a", attributes, secrets=keys)  # each call twice
     kubelet.publish(
         "b", attributes, secrets=keys, volume_capability=capability(ROX, "4711", ("noexec",))
     )
@@ -154,7 +154,8 @@ def test_refused_requests(
     ]
     for status, text, more, fields in table:
         given = {name: value for name, value in (attributes | more).items() if value}
-        request = kubelet.request("a", given, **({"secrets": keys} | fields))
+        given_fields: dict[str, Any] = {"secrets": keys} | fields
+        request = kubelet.request("a", given, **given_fields)
         found, said = kubelet.refusal("NodePublishVolume", **request)
         assert (found, text in said) == (status, True), said
         assert "S3CR3T" not in said

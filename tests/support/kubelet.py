@@ -53,7 +53,7 @@ class Kubelet:
         try:
             self.call(method, **fields)
         except grpc.RpcError as error:
-            return error.code().name, error.details()
+            return error.code().name, error.details() or ""
         raise AssertionError(f"{method} was not refused")
 
     def target(self, pod: str, volume: str = "vol") -> str:

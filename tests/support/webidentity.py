@@ -79,7 +79,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     owner: WebIdentityAws
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
         pass
 
     def do_POST(self) -> None:
