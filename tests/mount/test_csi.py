@@ -183,8 +183,10 @@ def test_a_deadline_of_the_call_leaves_nothing(
         request = kubelet.request("a", given, secrets=keys)
         found, _ = kubelet.refusal("NodePublishVolume", timeout_s=1.0, **request)
         assert found == "DEADLINE_EXCEEDED"
-        wait_until(lambda: not list(driver.state.glob("*.json")))
+        wait_until(lambda: "DEADLINE_EXCEEDED" in driver.log())
+    wait_until(lambda: not list(driver.state.glob("*.json")))
     assert volumes_at(kubelet) == []
+    wait_until(lambda: not kubelet.is_busy("a"))
     kubelet.publish("a", attributes, secrets=keys)  # the same volume, with a store that answers
     kubelet.unpublish("a")
     check_nothing_left(node, kubelet, driver)
@@ -257,6 +259,15 @@ def test_two_pods_read_what_their_own_roles_may(
             found, said = kubelet.refusal("NodePublishVolume", **request)
             assert found == "PERMISSION_DENIED", said
             assert tokens[team] not in said
+    # Cached bytes are for those only whose own credentials may read them.
+    lister = aws.issue(ROLE.format("lister"), "/bucket/red")
+    aws.list_only.add(ROLE.format("lister"))
+    target = kubelet.publish("lister", web_identity(aws, "red", "lister"), token=lister)
+    assert "Permission denied" in in_pod(target, "cat config.json").stderr
+    condition = kubelet.stats("lister").volume_condition
+    assert (condition.abnormal, "is failing" in condition.message) == (True, True)
+    kubelet.unpublish("lister")
+    node.expected_in_log.append("AccessDenied")
     # Without a token, the node's credentials must not be used instead.
     request = kubelet.request("x", web_identity(aws, "red"))
     assert kubelet.refusal("NodePublishVolume", **request)[0] == "FAILED_PRECONDITION"
@@ -308,6 +319,31 @@ def test_a_renewed_token_is_no_pause_for_a_reader(
     assert Path(target, "config.json").read_text() == "red"
     kubelet.unpublish("red")
     check_nothing_left(node, kubelet, driver)
+
+
+def test_the_nodes_store_is_for_pods_of_a_listed_namespace(
+    node: Node, kubelet: Kubelet, s3: S3Server, small: Path
+) -> None:
+    root = small.parents[1].relative_to(s3.root)
+    keys = node.folder / "keys"
+    keys.write_text(
+        f"[default]\naws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    )
+    keys.chmod(0o600)
+    with (node.folder / "ckptfs.toml").open("a") as file:
+        file.write(
+            f'[store.prod]\nuri = "s3://{root}"\nendpoint = "http://{s3.endpoint}"\n'
+            f'credentials = {{ file = "{keys}" }}\n'
+        )
+    node.here("reload")
+    given = {"store": "prod", "uri": "run/checkpoint"}
+    with DriverProcess(node, kubelet, "--node-credentials-namespace", "training") as driver:
+        target = kubelet.publish("a", given, namespace="training")
+        assert in_pod(target, "cat config.json").stdout == '{"layers": 1}'
+        found, said = kubelet.refusal("NodePublishVolume", **kubelet.request("b", given))
+        assert (found, "namespace default" in said) == ("PERMISSION_DENIED", True)
+        kubelet.unpublish("a")
+        check_nothing_left(node, kubelet, driver)
 
 
 # -- ends of the driver and of the daemon

@@ -105,6 +105,17 @@ class Kubelet:
             target_path=self.target(pod),
         )
 
+    def is_busy(self, pod: str) -> bool:
+        """Whether a call for a pod's volume is running."""
+        fields = {"volume_id": f"csi-{pod}", "target_path": self.target(pod)}
+        try:
+            self.call("NodeUnpublishVolume", **fields)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.ABORTED:
+                raise
+            return True
+        return False
+
     def stats(self, pod: str) -> Any:
         """The stats of a pod's volume."""
         return self.call("NodeGetVolumeStats", volume_id=f"csi-{pod}", volume_path=self.target(pod))

@@ -33,6 +33,7 @@ class WebIdentityAws:
     Attributes:
         roles: For each token the role that it may assume.
         prefixes: For each role "/bucket/prefix", below which its keys may read.
+        list_only: Roles that may list their prefix, and read no object.
         sessions: The names of the sessions.
         keys: The keys that were given out and are valid, with their roles.
     """
@@ -41,6 +42,7 @@ class WebIdentityAws:
         self.upstream = upstream
         self.roles: dict[str, str] = {}
         self.prefixes: dict[str, str] = {}
+        self.list_only: set[str] = set()
         self.sessions: list[str] = []
         self.keys: dict[str, str] = {}
 
@@ -107,7 +109,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = unquote(url.path)
         if "prefix" in asked:
             path = f"{path.rstrip('/')}/{asked['prefix'][0]}"
-        if not f"{path}/".startswith(f"{self.owner.prefixes[role]}/"):
+        is_object = "list-type" not in asked
+        is_below = f"{path}/".startswith(f"{self.owner.prefixes[role]}/")
+        if not is_below or (is_object and role in self.owner.list_only):
             self._refuse(403, "AccessDenied")
             return
         upstream = http.client.HTTPConnection(self.owner.upstream, timeout=60)
