@@ -4,7 +4,8 @@ There are three, and a volume has one of them:
 
 1. The keys in the volume's secret (``nodePublishSecretRef``).
 2. The web identity of the pod: a token of its service account, with which the daemon assumes the
-   role (S3) or acts as the application (Azure) that the attributes name. The token stays in memory.
+   role (S3), acts as the application (Azure) or asks the provider (Google) that the attributes
+   name. The token stays in memory.
 3. The node's own credentials, for the pods of the namespaces that the driver's operator has listed.
 
 The author of a pod chooses the location, so it may name no files of the node.
@@ -33,10 +34,9 @@ from ckptfs._store.environment.draft import OF_CALLER
 from ckptfs._store.kinds import daemon_rights_for
 from ckptfs.errors import PlanError
 
-AUDIENCES = {"s3": "sts.amazonaws.com", "azure": "api://AzureADTokenExchange"}
-"""The audience of the tokens of each kind of store. A driver that gets one token uses that."""
-_ROLE = {"s3": ("roleArn",), "azure": ("clientId", "tenantId")}
-"""The attributes of web identity."""
+_ROLE = {"s3": ("roleArn",), "azure": ("clientId", "tenantId"), "gcs": ("workloadProvider",)}
+"""The attributes of web identity. Further ones may refine it (`_MORE`)."""
+_MORE = {"stsEndpoint": "roleArn", "serviceAccount": "workloadProvider"}
 _ENDPOINT_KEY = "endpoint"
 _SESSION_NAME_LENGTH_MAX = 64  # of AssumeRoleWithWebIdentity
 EVERY_NAMESPACE = "*"
@@ -144,8 +144,9 @@ def _with_identity(
     of_kind = _ROLE.get(kind, ())
     if other := [name for name in given if name not in of_kind]:
         raise invalid(f"{location.uri}: {', '.join(other)} is not for this store; leave it out")
-    if attributes.get("stsEndpoint") and "roleArn" not in given:
-        raise invalid("stsEndpoint needs roleArn")
+    for name, needed in _MORE.items():
+        if attributes.get(name) and needed not in given:
+            raise invalid(f"{name} needs {needed}")
     if keys and given:
         raise invalid(f"give either a Secret or {', '.join(given)}, not both")
     if (keys or given) and kind == "named":
@@ -157,10 +158,18 @@ def _with_identity(
         return location
     if len(given) < len(of_kind):
         raise invalid(f"web identity needs {' and '.join(of_kind)}")
-    token = _token_for(kind, tokens)
+    options: dict[str, Option]
     if kind == "azure":
+        token = _token_for("api://AzureADTokenExchange", tokens)
         options = {"client_id": attributes["clientId"], "tenant_id": attributes["tenantId"]}
         return _with(location, options, {"federated_token": token})
+    if kind == "gcs":
+        token = _token_for(f"//iam.googleapis.com/{attributes['workloadProvider']}", tokens)
+        options = {"workload_provider": attributes["workloadProvider"]}
+        if account := attributes.get("serviceAccount"):
+            options["target_service_account"] = account
+        return _with(location, options, {"federated_token": token})
+    token = _token_for("sts.amazonaws.com", tokens)
     options = {"role_arn": attributes["roleArn"], "session_name": _session_name(pod)}
     if endpoint := attributes.get("stsEndpoint"):
         options["sts_endpoint_url"] = parse_endpoint(endpoint).text
@@ -227,8 +236,8 @@ def _tokens(text: str) -> dict[str, str]:
     }
 
 
-def _token_for(kind: str, tokens: Mapping[str, str]) -> str:
-    audience = AUDIENCES[kind]
+def _token_for(audience: str, tokens: Mapping[str, str]) -> str:
+    """The token for an audience, or the only one, whose audience the operator has chosen."""
     token = tokens.get(audience, "")
     if not token and len(tokens) == 1:
         [token] = tokens.values()

@@ -41,6 +41,9 @@ ATTRIBUTES = {
     "stsEndpoint": "The server that the role is assumed at, if it is not Amazon's (S3).",
     "clientId": "The application to act as with the token of the service account (Azure).",
     "tenantId": "The directory of that application (Azure).",
+    "workloadProvider": "The provider that takes the token of the service account (Google): "
+    "`projects/1/locations/global/workloadIdentityPools/pool/providers/cluster`.",
+    "serviceAccount": "The service account of Google to impersonate with it.",
 }
 """The attributes of a volume."""
 _READ_ONLY_MODES = frozenset([2, 3])

@@ -226,14 +226,19 @@ class Publishing:
                     _detach(attachment.volume)
 
     def finish(self) -> None:
-        """Detach what could not be detached before. Raises OSError."""
-        for record in self._records.all():
-            publication = record.publication
-            if record.state == "unpublishing":
-                with contextlib.suppress(Refusal), self._alone(publication.key, ""):
-                    now = self._records.get(publication.key)
-                    if now is not None and now.state == "unpublishing":
-                        self._undo(publication)
+        """Detach what could not be detached before, once the daemon answers. Raises OSError."""
+        ended = [each.publication for each in self._records.all() if each.state == "unpublishing"]
+        if not ended:
+            return
+        try:
+            is_serving()
+        except DaemonError:
+            return
+        for publication in ended:
+            with contextlib.suppress(Refusal), self._alone(publication.key, ""):
+                now = self._records.get(publication.key)
+                if now is not None and now.state == "unpublishing":
+                    self._undo(publication)
 
     @contextlib.contextmanager
     def _alone(self, key: str, volume_id: str) -> Generator[None]:

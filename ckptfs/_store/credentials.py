@@ -105,6 +105,8 @@ def given_secrets(values: Mapping[str, str], kind: Kind, where: str) -> dict[str
     one has an unknown name.
     """
     known = {name.lower(): name for names in KINDS[kind].in_files.values() for name in names}
+    if not known:
+        raise AccessDenied(f"{where}: this store takes no credentials; leave them out")
     if unknown := sorted(name for name in values if name.lower() not in known):
         raise AccessDenied(
             f"{where}: unknown {', '.join(unknown)}; this store has {', '.join(known.values())}"

@@ -116,6 +116,8 @@ def _own_s3(options: Mapping[str, Option]) -> str:
 def _own_gcs(options: Mapping[str, Option]) -> str:
     if files := _files(options, "application_credentials"):
         return files
+    if options.get("federated_token"):  # which impersonates with its own rights, too
+        return ""
     # Impersonating a service account takes the rights of another identity.
     own = any(options.get(name) for name in ("anonymous", "access_token", "service_account_key"))
     alone = own and not options.get("target_service_account")
@@ -246,8 +248,10 @@ KINDS: dict[Kind, StoreKind] = {
     ),
     "gcs": StoreKind(
         "GcsFileSystem",
-        public=(OF_ARROW_GCS - {"access_token"}) | _NETWORK | {"application_credentials"},
-        secret=_NETWORK_SECRET | {"access_token", "service_account_key"},
+        public=(OF_ARROW_GCS - {"access_token"})
+        | _NETWORK
+        | {"application_credentials", "workload_provider"},
+        secret=_NETWORK_SECRET | {"access_token", "federated_token", "service_account_key"},
         arrow_name="gcs",
         has_own_client=True,
         build=build_gcs,

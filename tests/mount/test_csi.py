@@ -1,10 +1,11 @@
 """The CSI driver, with a gRPC client as the kubelet, and with real daemons, mounts and pods."""
 
-import concurrent.futures
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,6 @@ def test_a_deadline_of_the_call_leaves_nothing(
     attributes: dict[str, str],
     keys: dict[str, str],
 ) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
         given = attributes | {"endpoint": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         request = kubelet.request("a", given, secrets=keys)
@@ -200,7 +199,7 @@ def test_fifty_volumes_at_once(
     keys: dict[str, str],
 ) -> None:
     pods = [f"pod-{number}" for number in range(50)]
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(16) as threads:
         targets = list(
             threads.map(lambda pod: kubelet.publish(pod, attributes, secrets=keys), pods)
         )
@@ -362,6 +361,15 @@ def test_volumes_outlive_a_driver_that_is_killed(
     driver.start()
     kubelet.publish("a", attributes, secrets=keys)
     assert len(volumes_at(kubelet)) == 1
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        given = attributes | {"endpoint": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        request = kubelet.request("b", given, secrets=keys)
+        refused = threads.submit(kubelet.refusal, "NodePublishVolume", **request)
+        wait_until(lambda: len(list(driver.state.glob("*.json"))) == 2)
+        driver.kill()
+        assert refused.result()[0] == "UNAVAILABLE"
+        driver.start()
+        assert len(list(driver.state.glob("*.json"))) == 1
     kubelet.unpublish("a")
     check_nothing_left(node, kubelet, driver)
 

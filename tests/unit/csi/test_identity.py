@@ -90,6 +90,18 @@ def test_web_identity_of_azure_has_the_token_in_memory() -> None:
     assert location.options["tenant_id"] == "tenant"
 
 
+def test_web_identity_of_google_has_the_token_in_memory() -> None:
+    provider = "projects/1/locations/global/workloadIdentityPools/p/providers/c"
+    given = {"uri": "gs://bucket/run", "workloadProvider": provider, "serviceAccount": "a@b"}
+    result = found(given, token=tokens(**{f"//iam.googleapis.com/{provider}": "T0K3N", "x": "y"}))
+    assert result.location.secrets == {"federated_token": "T0K3N"}
+    assert result.location.options == {
+        "workload_provider": provider,
+        "target_service_account": "a@b",
+    }
+    assert not result.volume.lends
+
+
 def test_the_nodes_credentials_are_for_listed_namespaces_only() -> None:
     status, said = refusal({})
     assert status == "PERMISSION_DENIED"
