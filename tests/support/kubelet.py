@@ -107,9 +107,8 @@ class Kubelet:
 
     def is_busy(self, pod: str) -> bool:
         """Whether a call for a pod's volume is running."""
-        fields = {"volume_id": f"csi-{pod}", "target_path": self.target(pod)}
         try:
-            self.call("NodeUnpublishVolume", **fields)
+            self.unpublish(pod)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.ABORTED:
                 raise

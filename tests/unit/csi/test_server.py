@@ -76,7 +76,7 @@ def test_errors_have_a_status_and_bugs_say_nothing(
                 with pytest.raises(grpc.RpcError) as caught:
                     call(CLASSES["NodeUnpublishVolumeRequest"](volume_id="v"), timeout=30)
                 assert caught.value.code().name == status
-                assert caught.value.details().startswith(said)
+                assert str(caught.value.details()).startswith(said)
     finally:
         stopped.set()
         thread.join()
