@@ -139,41 +139,62 @@ def _with_identity(
     tokens: Mapping[str, str],
     pod: Pod,
 ) -> Location:
-    kind = location.kind
+    """The location with the identity that the volume names, if it names one."""
     given = [name for names in _ROLE.values() for name in names if attributes.get(name)]
-    of_kind = _ROLE.get(kind, ())
-    if other := [name for name in given if name not in of_kind]:
-        raise invalid(f"{location.uri}: {', '.join(other)} is not for this store; leave it out")
     for name, needed in _MORE.items():
         if attributes.get(name) and needed not in given:
             raise invalid(f"{name} needs {needed}")
     if keys and given:
         raise invalid(f"give either a Secret or {', '.join(given)}, not both")
-    if (keys or given) and kind == "named":
+    if (keys or given) and location.kind == "named":
         raise invalid("a named store has its own credentials; leave the others out")
     if keys:
-        secrets = given_secrets(keys, kind, "the Secret of nodePublishSecretRef")
+        secrets = given_secrets(keys, location.kind, "the Secret of nodePublishSecretRef")
         return msgspec.structs.replace(location, secrets=secrets)
     if not given:
         return location
+    of_kind = _ROLE.get(location.kind, ())
+    if other := [name for name in given if name not in of_kind]:
+        raise invalid(f"{location.uri}: {', '.join(other)} is not for this store; leave it out")
     if len(given) < len(of_kind):
         raise invalid(f"web identity needs {' and '.join(of_kind)}")
-    options: dict[str, Option]
-    if kind == "azure":
-        token = _token_for("api://AzureADTokenExchange", tokens)
-        options = {"client_id": attributes["clientId"], "tenant_id": attributes["tenantId"]}
-        return _with(location, options, {"federated_token": token})
-    if kind == "gcs":
-        token = _token_for(f"//iam.googleapis.com/{attributes['workloadProvider']}", tokens)
-        options = {"workload_provider": attributes["workloadProvider"]}
-        if account := attributes.get("serviceAccount"):
-            options["target_service_account"] = account
-        return _with(location, options, {"federated_token": token})
+    return _WEB_IDENTITY[location.kind](location, attributes, tokens, pod)
+
+
+def _of_aws(
+    location: Location, attributes: Mapping[str, str], tokens: Mapping[str, str], pod: Pod
+) -> Location:
     token = _token_for("sts.amazonaws.com", tokens)
-    options = {"role_arn": attributes["roleArn"], "session_name": _session_name(pod)}
+    options: dict[str, Option] = {
+        "role_arn": attributes["roleArn"],
+        "session_name": _session_name(pod),
+    }
     if endpoint := attributes.get("stsEndpoint"):
         options["sts_endpoint_url"] = parse_endpoint(endpoint).text
     return _with(location, options, {"web_identity_token": token})
+
+
+def _of_azure(
+    location: Location, attributes: Mapping[str, str], tokens: Mapping[str, str], _: Pod
+) -> Location:
+    token = _token_for("api://AzureADTokenExchange", tokens)
+    options = {"client_id": attributes["clientId"], "tenant_id": attributes["tenantId"]}
+    return _with(location, options, {"federated_token": token})
+
+
+def _of_google(
+    location: Location, attributes: Mapping[str, str], tokens: Mapping[str, str], _: Pod
+) -> Location:
+    provider = attributes["workloadProvider"]
+    token = _token_for(f"//iam.googleapis.com/{provider}", tokens)
+    options: dict[str, Option] = {"workload_provider": provider}
+    if account := attributes.get("serviceAccount"):
+        options["target_service_account"] = account
+    return _with(location, options, {"federated_token": token})
+
+
+_WEB_IDENTITY = {"s3": _of_aws, "azure": _of_azure, "gcs": _of_google}
+"""The function that adds the web identity of a pod, for each kind of store in `_ROLE`."""
 
 
 def _with(location: Location, options: Mapping[str, Option], secrets: dict[str, str]) -> Location:

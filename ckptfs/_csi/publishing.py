@@ -105,6 +105,8 @@ class Publishing:
             _pin(wanted, deadline_s)
             self._records.put(Record(publication, "published", reply.files, reply.size))
         log.info("published %s for pod %s", reply.uri, publication.pod)
+        for file in reply.lacking:
+            log.warning("%s lacks %s: %s", reply.uri, file.name, file.reason)
 
     def _renew(self, wanted: Wanted, deadline_s: float) -> None:
         again = wanted._replace(prefetch=[], plan=None)
@@ -124,6 +126,8 @@ class Publishing:
         os.makedirs(os.path.dirname(target), _TARGET_MODE, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(target, _TARGET_MODE)
+        if os.path.islink(target):
+            raise Refusal("FAILED_PRECONDITION", f"{target} is a link; remove it")
         bind_mounts.bind(path, target, noexec=publication.noexec)
         if line is not None:
             log.warning("%s: replaced the mount at %s, which had ended", reply.uri, target)
@@ -144,7 +148,10 @@ class Publishing:
 
     def _end(self, publication: Publication) -> bool:
         """End a publication. Returns whether the daemon has detached it, too."""
-        self._records.put(Record(publication, "unpublishing"))
+        try:
+            self._records.put(Record(publication, "unpublishing"))
+        except OSError as error:  # a full disk must not keep a pod from its end
+            log.warning("%s is ended without a record of that: %s", publication.directory, error)
         self._remove_target(publication.target)
         try:
             _detach(publication.key)
@@ -361,4 +368,7 @@ def _trouble(found: list[AttachmentStatus], line: MountLine | None, mount: str) 
     [attachment] = found
     if attachment.state in ("changed", "failing"):
         return f"the checkpoint is {attachment.state}: {printable(attachment.error)}"
+    for skipped in attachment.skipped:
+        if skipped.is_lacking:
+            return f"the checkpoint lacks {skipped.name}: {skipped.reason}"
     return ""

@@ -19,7 +19,7 @@ from ckptfs._csi import bind_mounts, publishing, records
 from ckptfs._csi.identity import Wanted, wanted
 from ckptfs._csi.publication import Pod, Publication
 from ckptfs._csi.publishing import Publishing
-from ckptfs._csi.records import Records
+from ckptfs._csi.records import Record, Records
 from ckptfs._os.mountinfo import mount_table
 
 pytestmark = [
@@ -183,6 +183,19 @@ def test_a_step_that_fails_is_undone(
             with pytest.raises(OSError, match="No space left"):
                 publish(driver, asked)
         assert getattr(owner, name) is step
+        check_nothing_left(node, found, asked)
+    # The disk of the records is full from the second record on.
+    put = Records.put
+    with monkeypatch.context() as patched:
+
+        def fail_later(self: Records, record: Record) -> None:
+            if record.state != "publishing":
+                raise OSError(28, "No space left on device")
+            put(self, record)
+
+        patched.setattr(Records, "put", fail_later)
+        with pytest.raises(OSError, match="No space left"):
+            publish(driver, asked)
         check_nothing_left(node, found, asked)
     publish(driver, asked)
     check_shown(asked)

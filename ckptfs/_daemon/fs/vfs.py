@@ -7,11 +7,6 @@ become unknown (`StaleInode`).
 
 A volume (``ckptfs._model.volume``) is in a directory that only the mount's owner can enter, because
 its pod sees it by a bind mount. All users of the pod can read it, or one group.
-
-`fuse.Operations` refuses every change of a file or directory, and access(2) reports that
-(`Vfs.access`). Modes let the owner write nevertheless, as on a disk that is mounted read-only. The
-first reason is that copies get these modes. The second is that with `allow_other` the kernel checks
-that permission before it lets the owner set an attribute (see `session.mount`).
 """
 
 import contextlib
@@ -19,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptfs._daemon.attachment.attachment import Attachment
 from ckptfs._daemon.attachment.format_detection import FormatDetector
@@ -34,11 +29,11 @@ from ckptfs._daemon.attachment.inodes import (
     ReadOnly,
     StaleInode,
     entry_of,
-    is_metadata,
     ordinal_of,
 )
 from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fetch.fetcher import Fetcher, RemoteFile
+from ckptfs._daemon.fs.stats import Stat, stat_of
 from ckptfs._daemon.usage.counters import Usage, count_failed_read
 from ckptfs._model.blocks import blocks_of
 from ckptfs._model.manifest import METADATA_NAME
@@ -53,31 +48,6 @@ if TYPE_CHECKING:
 class Overshoot(Exception):
     """Readahead of the kernel beyond the bytes that will be read. The kernel asks again, page by
     page, for the bytes that a program needs."""
-
-
-_DIRECTORY_MODE, _FILE_MODE = 0o700, 0o600
-"""Copies take these modes over. With fewer bits their owner could not overwrite or delete them."""
-_VOLUME_DIRECTORY_MODE, _VOLUME_FILE_MODE = 0o555, 0o444
-
-
-class Stat(NamedTuple):
-    """Attributes of a file or directory, `mtime_ns` since the epoch, `size` in bytes.
-
-    Attributes:
-        volatile: Whether the kernel has to ask each time. The name of the metadata may soon lead to
-            another inode. A path through a checkpoint's directory must fail when the mount has no
-            daemon any more, although the kernel remembers all names and attributes below it.
-    """
-
-    inode: int
-    is_directory: bool
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-    size: int
-    mtime_ns: int
-    volatile: bool = False
 
 
 @dataclass(slots=True)
@@ -166,7 +136,7 @@ class Vfs:
         if inode == VOLUMES_ROOT:
             return Stat(inode, True, 0o700, 2, self._uid, self._gid, 0, 0)
         attachment, node = self.find(inode)
-        return _stat(attachment, node)
+        return stat_of(attachment, node)
 
     def access(self, inode: int, mask: int) -> bool:
         """Whether the mount's user has the access in `mask` (of `os.R_OK`, `os.W_OK`, `os.X_OK`).
@@ -184,12 +154,12 @@ class Vfs:
             attachment = self._entries[parent].get(name)
             if attachment is None:
                 raise NoEntry(name)
-            return _stat(attachment, attachment.snapshot.tree.root)
+            return stat_of(attachment, attachment.snapshot.tree.root)
         attachment, node = self.find(parent)
         child = node.children.get(name)
         if child is None:
             raise NoEntry(name)
-        return _stat(attachment, child)
+        return stat_of(attachment, child)
 
     def is_lasting(self, parent: int, name: bytes) -> bool:
         """Whether the kernel may remember that the directory has no such name."""
@@ -447,19 +417,3 @@ class Vfs:
         """Bytes and number of the files of all attachments."""
         manifests = [attachment.manifest for attachment in self._by_ordinal.values()]
         return sum(m.size for m in manifests), sum(len(m.files) for m in manifests)
-
-
-def _stat(attachment: Attachment, node: Node) -> Stat:
-    uid, gid = attachment.uid, attachment.gid
-    directory_mode, file_mode = _DIRECTORY_MODE, _FILE_MODE
-    if (volume := attachment.volume) is not None:
-        directory_mode, file_mode = _VOLUME_DIRECTORY_MODE, _VOLUME_FILE_MODE
-        if volume.gid is not None:
-            gid = volume.gid
-            directory_mode, file_mode = directory_mode & 0o770, file_mode & 0o770
-    if node.is_directory:
-        links = 2 + node.subdirectories
-        is_root = node is attachment.snapshot.tree.root
-        return Stat(node.inode, True, directory_mode, links, uid, gid, 0, node.mtime_ns, is_root)
-    volatile = is_metadata(node)
-    return Stat(node.inode, False, file_mode, 1, uid, gid, node.size, node.mtime_ns, volatile)

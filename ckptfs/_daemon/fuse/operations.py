@@ -25,7 +25,8 @@ from ckptfs._daemon.attachment import inodes
 from ckptfs._daemon.attachment.inodes import MOUNT_ROOT, OUTSIDE
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
 from ckptfs._daemon.fs import xattrs
-from ckptfs._daemon.fs.vfs import Stat, Vfs
+from ckptfs._daemon.fs.stats import Stat
+from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fuse.relay import Relay
 from ckptfs._daemon.usage.procfs import process_of
 from ckptfs._mount import session
