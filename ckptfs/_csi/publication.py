@@ -20,16 +20,10 @@ from ckptfs._model.manifest import printable
 from ckptfs._model.volume import FOLDER
 
 KUBELET = "csi.storage.k8s.io/"
+"""The beginning of the kubelet's keys. Later kubelets may have more of them, so unknown ones do not
+count."""
 TOKENS = f"{KUBELET}serviceAccount.tokens"
 """The key of the service account's tokens, in the attributes or the secrets."""
-_OF_KUBELET = frozenset(
-    [
-        *(f"{KUBELET}pod.{name}" for name in ("name", "namespace", "uid")),
-        f"{KUBELET}serviceAccount.name",
-        f"{KUBELET}ephemeral",
-        TOKENS,
-    ]
-)
 ATTRIBUTES = {
     "uri": "The checkpoint: `s3://bucket/run/checkpoint`, or its path in the `store`.",
     "store": "A named store of the daemon's configuration. It is read with the node's credentials.",
@@ -146,9 +140,7 @@ def publication_of(
     checked_target(target)
     _check_capability(capability, attributes, readonly=readonly)
     own = {name: text for name, text in attributes.items() if not name.startswith(KUBELET)}
-    unknown = own.keys() - ATTRIBUTES.keys()
-    unknown |= attributes.keys() - own.keys() - _OF_KUBELET
-    if unknown:
+    if unknown := own.keys() - ATTRIBUTES.keys():
         raise invalid(
             f"unknown volumeAttributes {', '.join(map(printable, sorted(unknown)))}; known ones: "
             f"{', '.join(ATTRIBUTES)}"
