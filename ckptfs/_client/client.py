@@ -21,6 +21,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.plans.plan import Plan
 from ckptfs._model.protocol.replies import Attached
 from ckptfs._model.protocol.requests import Attach, MetadataChanged
+from ckptfs._model.volume import Volume
 from ckptfs._os.callers import is_open_yet, level_of_caller
 from ckptfs._os.filelock import locked, wait_unlocked
 from ckptfs._os.jobs import job_of
@@ -55,6 +56,7 @@ def attached(
     *,
     pinned: bool = False,
     saves: bool = False,
+    volume: Volume | None = None,
     prefetch: Sequence[str] = (),
     plan: Plan | None = None,
     timeout_s: float | None = None,
@@ -68,6 +70,7 @@ def attached(
         location: The checkpoint.
         pinned: Whether the attachment stays until it is detached.
         saves: Whether the caller will save blocks that it has uploaded.
+        volume: The volume that gets an attachment of its own.
         prefetch: Globs of files to fetch in the background.
         plan: A plan to fetch in the background.
         timeout_s: Longest wait for the daemon's answer.
@@ -77,6 +80,7 @@ def attached(
         location=location,
         pinned=pinned,
         saves=saves,
+        volume=volume,
         prefetch=list(prefetch),
         plan=plan,
         rank=rank_of_process(),

@@ -28,7 +28,7 @@ import msgspec
 import trio
 
 from ckptfs._config.load import load_again
-from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
+from ckptfs._daemon.attachment.inodes import entry_of
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.control.commands import Commands
 from ckptfs._daemon.control.current_config import CurrentConfig
@@ -156,7 +156,7 @@ async def _run(
         offload = Offload(limits_of(current.config).connections)
 
         def forget_name(name: str) -> None:
-            forget = functools.partial(relay.forget_name, MOUNT_ROOT, name.encode())
+            forget = functools.partial(relay.forget_name, *entry_of(name))
             nursery.start_soon(offload.control, forget)
 
         service = Service(

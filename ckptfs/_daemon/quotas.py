@@ -11,6 +11,7 @@ import trio
 
 from ckptfs._model.blocks import BLOCK_BYTES
 from ckptfs._model.location import Location
+from ckptfs._model.volume import Volume
 from ckptfs.errors import LimitExceeded
 
 _USERS_SHARE = 4
@@ -23,22 +24,27 @@ _ROUTE_OPTIONS = frozenset(
 """The options and secrets that decide which server answers for a store's name."""
 
 
-def cache_scope(uid: int, location: Location) -> str:
+def cache_scope(uid: int, location: Location, volume: Volume | None = None) -> str:
     """The suffix that separates the cached bytes of an attachment from those that all users of its
     store share; "" if the attachment shares them.
 
     A user who names a proxy, or the certificates to trust, could answer for the store. So the
-    daemon caches bytes that come by such a route for that user only. `location` has its secrets.
+    daemon caches bytes that come by such a route for that user only. A volume counts as a user of
+    its own. `location` has its secrets.
     """
-    if is_ours(uid) or location.store is not None:
+    if (is_ours(uid) and volume is None) or location.store is not None:
         return ""
     chosen = _ROUTE_OPTIONS & {*location.options, *location.secrets}
-    return f" by the way of uid {uid}" if chosen else ""
+    who = f"uid {uid}" if volume is None else f"volume {volume.id}"
+    return f" by the way of {who}" if chosen else ""
 
 
-def saved_scope(uid: int, location: Location) -> str:
+def saved_scope(uid: int, location: Location, volume: Volume | None = None) -> str:
     """`cache_scope` of an attachment that has blocks which the user has uploaded. Another user's
-    blocks are for that user only, because nobody else can trust them."""
+    blocks are for that user only, because nobody else can trust them. Volumes have no such
+    blocks."""
+    if volume is not None:
+        return cache_scope(uid, location, volume)
     if is_ours(uid):
         return ""
     return cache_scope(uid, location) or f" saved by uid {uid}"

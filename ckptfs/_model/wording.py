@@ -10,6 +10,7 @@ from msgspec import inspect
 INSTALL_DAEMON = "install ckptfs with its extra 'daemon' (README, Install)"
 """Remedy for a missing package of the daemon. It names no command, because ckptfs can come from a
 clone, a wheel, or the wheels of the node."""
+INSTALL_CSI = "install ckptfs with its extra 'csi' (README, Install)"
 _SHOWN_CHARACTERS_MAX = 40
 _NOT_SHOWN = ("credentials", "uri", "endpoint")
 """Keys whose values can contain a secret by mistake."""

@@ -98,6 +98,22 @@ def environment_secrets(
     return _picked(values, kind, f"credentials in the environment ({prefix}…)", prefix)
 
 
+def given_secrets(values: Mapping[str, str], kind: Kind, where: str) -> dict[str, str]:
+    """The secrets among `values`, whose names are those in files, in any letter case.
+
+    `where` describes their place, for messages. Raises AccessDenied if they are incomplete, or if
+    one has an unknown name.
+    """
+    known = {name.lower(): name for names in KINDS[kind].in_files.values() for name in names}
+    if not known:
+        raise AccessDenied(f"{where}: this store takes no credentials; leave them out")
+    if unknown := sorted(name for name in values if name.lower() not in known):
+        raise AccessDenied(
+            f"{where}: unknown {', '.join(unknown)}; this store has {', '.join(known.values())}"
+        )
+    return _picked({known[name.lower()]: value for name, value in values.items()}, kind, where)
+
+
 def _picked(
     values: Mapping[str, str], kind: Kind, where: str, prefix: str | None = None
 ) -> dict[str, str]:

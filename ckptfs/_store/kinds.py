@@ -108,13 +108,16 @@ def _files(options: Mapping[str, Option], *more: str) -> str:
 def _own_s3(options: Mapping[str, Option]) -> str:
     if files := _files(options, "web_identity_token_file", "container_token_file"):
         return files
-    # As `s3.keys.keys_for` decides. A role is assumed with the same keys.
-    return "" if options.get("anonymous") or options.get("access_key") else "AWS credentials"
+    # As `s3.keys.keys_for` decides. A role is assumed with the same keys, or with the token.
+    own = any(options.get(name) for name in ("anonymous", "access_key", "web_identity_token"))
+    return "" if own else "AWS credentials"
 
 
 def _own_gcs(options: Mapping[str, Option]) -> str:
     if files := _files(options, "application_credentials"):
         return files
+    if options.get("federated_token"):  # which impersonates with its own rights, too
+        return ""
     # Impersonating a service account takes the rights of another identity.
     own = any(options.get(name) for name in ("anonymous", "access_token", "service_account_key"))
     alone = own and not options.get("target_service_account")
@@ -125,7 +128,8 @@ def _own_azure(options: Mapping[str, Option]) -> str:
     if files := _files(options, "federated_token_file"):
         return files
     # As pyarrow's AzureFileSystem decides. A client_id alone names a managed identity.
-    client = [options.get(name) for name in ("client_id", "tenant_id", "client_secret")]
+    proof = options.get("client_secret") or options.get("federated_token")
+    client = [options.get("client_id"), options.get("tenant_id"), proof]
     key = options.get("account_key") or options.get("sas_token") or options.get("anonymous")
     return "" if all(client) or (key and not any(client)) else "Azure credentials"
 
@@ -189,7 +193,7 @@ KINDS: dict[Kind, StoreKind] = {
             "container_credentials_uri",
             "container_token_file",
         },
-        secret=_S3_SECRET | _NETWORK_SECRET,
+        secret=_S3_SECRET | _NETWORK_SECRET | {"web_identity_token"},
         arrow_name="s3",
         has_own_client=True,
         build=build_s3,
@@ -244,8 +248,10 @@ KINDS: dict[Kind, StoreKind] = {
     ),
     "gcs": StoreKind(
         "GcsFileSystem",
-        public=(OF_ARROW_GCS - {"access_token"}) | _NETWORK | {"application_credentials"},
-        secret=_NETWORK_SECRET | {"access_token", "service_account_key"},
+        public=(OF_ARROW_GCS - {"access_token"})
+        | _NETWORK
+        | {"application_credentials", "workload_provider"},
+        secret=_NETWORK_SECRET | {"access_token", "federated_token", "service_account_key"},
         arrow_name="gcs",
         has_own_client=True,
         build=build_gcs,
@@ -261,15 +267,18 @@ KINDS: dict[Kind, StoreKind] = {
         ),
         travels=("GOOGLE_OAUTH_ACCESS_TOKEN",),
         ignored={"GOOGLE_CLOUD_PROJECT": "reading needs no project"},
-        in_files={"access_token": ("google_oauth_access_token", "access_token")},
-        needed=(("access_token",),),
+        in_files={
+            "access_token": ("google_oauth_access_token", "access_token"),
+            "service_account_key": ("google_service_account_key", "service_account_key"),
+        },
+        needed=(("access_token",), ("service_account_key",)),
     ),
     "azure": StoreKind(
         "AzureFileSystem",
         public=(OF_ARROW_AZURE - _AZURE_SECRET)
         | _NETWORK
         | {"anonymous", "federated_token_file", "authority_host"},
-        secret=_AZURE_SECRET | _NETWORK_SECRET,
+        secret=_AZURE_SECRET | _NETWORK_SECRET | {"federated_token"},
         arrow_name="abfs",
         has_own_client=True,
         build=partial(build_plain, "AzureFileSystem", OF_ARROW_AZURE),
@@ -311,6 +320,8 @@ KINDS: dict[Kind, StoreKind] = {
         variables={"endpoint": ("HF_ENDPOINT",), "token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")},
         handled=("HF_TOKEN_PATH", "HF_HOME", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_OFFLINE"),
         travels=("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+        in_files={"token": ("hf_token", "token")},
+        needed=(("token",),),
         package="huggingface_hub",
     ),
     "http": StoreKind(

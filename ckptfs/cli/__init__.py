@@ -16,6 +16,7 @@ from ckptfs.cli import (
     checkpoints,
     completion,
     config,
+    csi,
     daemon,
     doctor,
     find,
@@ -148,6 +149,11 @@ of_node(
     "ckptfs install-node --dry-run",
     "ckptfs install-node --uninstall",
 )(install_node.install_node)
+of_daemon(
+    "csi",
+    "ckptfs csi --endpoint unix:///csi/csi.sock",
+    "ckptfs csi --endpoint unix:///csi/csi.sock --node-credentials-namespace training",
+)(csi.csi)
 of_daemon("umount", "ckptfs umount", "ckptfs umount --force")(daemon.umount)
 of_daemon("restart", "ckptfs restart")(daemon.restart)
 of_daemon("reload", "ckptfs reload")(config.reload)

@@ -195,6 +195,8 @@ def _holders(attachment: AttachmentStatus) -> list[str]:
         lines.append(f"held by {counted(more, 'more process')}")
     if not lines and attachment.open_files:
         lines.append(f"held by {counted(attachment.open_files, 'open file')}")
-    if attachment.pinned:
+    if attachment.volume:
+        lines.append("a volume of a pod: it stays until the kubelet unpublishes it")
+    elif attachment.pinned:
         lines.append("pinned: it stays until ckptfs detach")
     return lines or ["held by no process, so it ends in a moment"]

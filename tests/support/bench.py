@@ -24,6 +24,7 @@ from ckptfs._model.location import Location
 from ckptfs._model.protocol.replies import Reply
 from ckptfs._model.protocol.requests import Request
 from ckptfs._model.protocol.wire import decode_reply, encode
+from ckptfs._model.volume import Volume
 from ckptfs._mount import handoff
 from ckptfs._mount.handoff import Handoff
 from ckptfs.errors import LocationError
@@ -93,10 +94,11 @@ class Bench:
         *,
         pinned: bool = False,
         saves: bool = False,
+        volume: Volume | None = None,
     ) -> Attachment:
         """Attach. The caller holds the attachment until `let_go`."""
         attach = self.service.attaching.attach
-        return await attach(location, uid, uid, pinned=pinned, saves=saves)
+        return await attach(location, uid, uid, pinned=pinned, saves=saves, volume=volume)
 
     def lists(self, location: Location = PLACE) -> int:
         """How often the service has listed a place."""

@@ -25,7 +25,8 @@ from ckptfs._daemon.cache.object_dir import ObjectKey
 from ckptfs._daemon.fetch.fetcher import Fetcher
 from ckptfs._daemon.fetch.limits import limits_of
 from ckptfs._daemon.fetch.remote_file import RemoteFile
-from ckptfs._daemon.fs.vfs import Stat, Vfs
+from ckptfs._daemon.fs.stats import Stat
+from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fs.xattrs import Xattrs
 from ckptfs._daemon.offload import Offload
 from ckptfs._model.config import Config

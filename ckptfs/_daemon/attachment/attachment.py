@@ -31,9 +31,10 @@ from ckptfs._daemon.cache.object_dir import Origin
 from ckptfs._daemon.fetch.remote_file import RemoteFile, State, stamped
 from ckptfs._daemon.quotas import cache_scope, is_ours, saved_scope
 from ckptfs._daemon.usage.counters import Activity
-from ckptfs._daemon.usage.trace import About, Trace
+from ckptfs._daemon.usage.trace import About, Key, Trace
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
+from ckptfs._model.volume import Volume
 from ckptfs._store.base import Store, pin_of
 from ckptfs.errors import CkptfsError
 
@@ -69,7 +70,7 @@ class Metadata:
 
 
 class Attachment:
-    """One checkpoint of one user.
+    """One checkpoint of one user, or of one volume.
 
     Args:
         ordinal: The upper half of its inode numbers.
@@ -84,7 +85,9 @@ class Attachment:
             `quotas.saved_scope`.
         manifest: The checkpoint's files when it was attached.
         attached_s: When that was, in seconds since the epoch.
-        name: Its directory inside the mount. Users of one place have a directory each.
+        volume: The volume that it is for, or None.
+        name: The path of its directory in the mount. Users and volumes of one place have a
+            directory each.
         origin: The cache's record of where its files come from.
         leases: The reasons why it stays.
         metadata: The checkpoint's own metadata.
@@ -109,15 +112,18 @@ class Attachment:
     ) -> None:
         self.ordinal = ordinal
         scope_of = saved_scope if made.has_saved else cache_scope
-        self.cache_scope = scope_of(made.uid, made.location)
+        self.cache_scope = scope_of(made.uid, made.location, made.volume)
         self.location = msgspec.structs.replace(made.location, secrets={})
         self.manifest = made.manifest
         self.uid = made.uid
         self.gid = made.gid
+        self.volume = made.volume
         self.attached_s = made.attached_s
         self.store = store
         self.name = self.location.directory
-        if self.uid != os.geteuid():
+        if self.volume is not None:
+            self.name = self.volume.name
+        elif self.uid != os.geteuid():
             self.name += f"-{self.uid}"
         self.origin = Origin(
             self.location.directory,
@@ -142,9 +148,9 @@ class Attachment:
         self._files: dict[int, RemoteFile] = {}
 
     @property
-    def key(self) -> tuple[int, str]:
-        """Equal for attachments that can be shared: the same user and the same place."""
-        return self.uid, self.location.identity
+    def key(self) -> Key:
+        """Equal for attachments that can be shared: the same user, place and volume."""
+        return key_of(self.uid, self.location, self.volume)
 
     def about(self) -> About:
         """The head of its trace."""
@@ -249,6 +255,11 @@ class Attachment:
         return max([self.own_error, *(file.health.error for file in self.files.values())])
 
 
+def key_of(uid: int, location: Location, volume: Volume | None = None) -> Key:
+    """The `Attachment.key` of a user's attachment of that place, for a volume if there is one."""
+    return uid, location.identity, "" if volume is None else volume.id
+
+
 def new_attachment(
     ordinal: int,
     location: Location,
@@ -257,10 +268,11 @@ def new_attachment(
     uid: int,
     gid: int,
     *,
+    volume: Volume | None = None,
     has_saved: bool = False,
 ) -> Attachment:
     """Blocking. A new attachment of the checkpoint at `location`, with the digests of its files."""
-    made = Made(location, manifest, uid, gid, time.time(), has_saved)
+    made = Made(location, manifest, uid, gid, time.time(), has_saved, volume)
     attachment = Attachment(ordinal, made, store)
     attachment.snapshot.digests()
     return attachment

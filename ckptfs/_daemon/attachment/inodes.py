@@ -12,6 +12,9 @@ from ckptfs._model.manifest import METADATA_NAME, ListedFile, Manifest
 
 MOUNT_ROOT = 1
 """Inode of the mount point itself, outside every attachment (FUSE_ROOT_ID)."""
+VOLUMES_ROOT = 2
+"""Inode of the directory of volumes, outside every attachment."""
+OUTSIDE = frozenset([MOUNT_ROOT, VOLUMES_ROOT])
 
 
 class VfsError(Exception):
@@ -114,8 +117,14 @@ class Tree:
 
 
 def ordinal_of(inode: int) -> int:
-    """The ordinal of an inode's attachment; 0 for the mount point."""
+    """The ordinal of an inode's attachment; 0 for the directories outside of all attachments."""
     return inode >> 32
+
+
+def entry_of(name: str) -> tuple[int, bytes]:
+    """The entry for an attachment's name: the inode of the directory, and the name in it."""
+    folder, _, last = name.rpartition("/")
+    return VOLUMES_ROOT if folder else MOUNT_ROOT, last.encode()
 
 
 def is_metadata(node: Node) -> bool:

@@ -21,6 +21,7 @@ import msgspec
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import ListedFile, Manifest
 from ckptfs._model.plans.plan import Wanted
+from ckptfs._model.volume import Volume
 from ckptfs._mount.handoff import Journal
 from ckptfs._store.base import TagOf
 from ckptfs.errors import DaemonError
@@ -36,6 +37,7 @@ class Made(msgspec.Struct, frozen=True, tag="made"):
     gid: int
     attached_s: float
     has_saved: bool = False
+    volume: Volume | None = None
 
 
 class StoreChanged(msgspec.Struct, frozen=True, tag="store"):

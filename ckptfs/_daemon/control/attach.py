@@ -2,7 +2,8 @@
 
 An attach of a place that is attached and in use joins the snapshot of the other users. If the place
 is attached and not in use (lingering, or only pinned), the attach lists the store again, and shows
-the new version if there is one.
+the new version if there is one. A volume always counts as in use, because a pod may read it without
+an open handle. So another attach of it only renews its credentials.
 
 A user other than root and the daemon's own may have uploaded the checkpoint from this node, and
 saved its blocks. Then the attachment reads those, which no other user shares (`saved_scope`).
@@ -15,20 +16,29 @@ import functools
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
 
 import trio
 
-from ckptfs._daemon.attachment.attachment import Attachment, new_attachment
+from ckptfs._daemon.attachment.attachment import Attachment, key_of, new_attachment
 from ckptfs._daemon.attachment.journal import Made, recorder
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.control.current_config import CurrentConfig
 from ckptfs._daemon.control.named_stores import OpenFor
-from ckptfs._daemon.control.permissions import StoreCalls, check_attached, check_files, check_rights
-from ckptfs._daemon.control.registry import Attachments, Key
+from ckptfs._daemon.control.permissions import (
+    Caller,
+    StoreCalls,
+    check_attached,
+    check_files,
+    check_rights,
+)
+from ckptfs._daemon.control.registry import Attachments
 from ckptfs._daemon.quotas import cache_scope, saved_scope
+from ckptfs._daemon.usage.trace import Key
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import Manifest, build_manifest
+from ckptfs._model.volume import Volume
 from ckptfs._mount.handoff import Handoff
 from ckptfs._store.base import Store, pin_of
 from ckptfs.errors import Busy, ObjectChanged, StoreTimeout, StoreUnavailable
@@ -56,18 +66,26 @@ class Attaching:
     )
 
     async def attach(
-        self, location: Location, uid: int, gid: int, *, pinned: bool, saves: bool = False
+        self,
+        location: Location,
+        uid: int,
+        gid: int,
+        *,
+        pinned: bool,
+        saves: bool = False,
+        volume: Volume | None = None,
     ) -> Attachment:
-        """Attach `location` for a user. The attachment counts one control connection as its holder.
-        `saves` says whether the user will save blocks of it.
+        """Attach `location` for a user, or for a volume. The attachment counts one control
+        connection as its holder. `saves` says whether the user will save blocks of it.
 
         Raises LocationError, CheckpointNotFound, CheckpointIsFile, AccessDenied, LimitExceeded, and
         StoreError and its kinds. StoreTimeout comes after `attach_deadline_s` at the latest.
         """
         config = self.current.config
-        check_rights(uid, location, config)
+        check_rights(uid, location, config, volume)
         check_files(location)
-        key = (uid, location.identity)
+        key = key_of(uid, location, volume)
+        claim = _Claim(uid, gid, saves, volume)
         lock = self._locks.setdefault(key, trio.Lock())
         try:
             with trio.fail_after(config.attach_deadline_s):
@@ -75,7 +93,7 @@ class Attaching:
                     failed, outage = self._outages.get(key, (None, None))
                     if outage is not None and failed == location:
                         raise type(outage)(*outage.args)
-                    attachment = await self._attach(key, location, uid, gid, saves=saves)
+                    attachment = await self._attach(key, location, claim)
                     self.attachments.hold(attachment)
         except StoreUnavailable as error:
             self._outages[key] = location, error
@@ -94,28 +112,30 @@ class Attaching:
             attachment.pin(True)
         return attachment
 
-    async def _attach(
-        self, key: Key, location: Location, uid: int, gid: int, *, saves: bool
-    ) -> Attachment:
+    async def _attach(self, key: Key, location: Location, claim: "_Claim") -> Attachment:
         while True:
             known = self.attachments.get(key)
-            if known is not None and known.leases.in_use:
-                _check_fits(known, location, uid, saves=saves)
-                attachment = await self._reuse(known, location, uid)
+            if known is not None and _in_use(known):
+                _check_fits(known, location, claim)
+                attachment = await self._reuse(known, location, claim)
             else:
-                attachment = await self._list(known, location, uid, gid, saves=saves)
+                attachment = await self._list(known, location, claim)
             if attachment is not None:
                 return attachment
             # `known` has ended during a call to the store.
 
-    async def _reuse(self, known: Attachment, location: Location, uid: int) -> Attachment | None:
+    async def _reuse(
+        self, known: Attachment, location: Location, claim: "_Claim"
+    ) -> Attachment | None:
         """Join an attachment that is in use, after a proof that other credentials can read it.
         Returns None if it has ended meanwhile."""
+        if known.volume != claim.volume:
+            _refuse_volume(known)
         if location == self.attachments.opened_for(known):
             return known
         with ExitStack() as unused:
-            store = await self._open(location, uid, unused)
-            await self.store_calls.run(uid, _prove_access, store, known.manifest)
+            store = await self._open(location, claim, unused)
+            await self.store_calls.run(claim.caller, _prove_access, store, known.manifest)
             if self.attachments.get(known.key) is not known:
                 return None
             unused.pop_all()
@@ -123,7 +143,7 @@ class Attaching:
         return known
 
     async def _list(
-        self, known: Attachment | None, location: Location, uid: int, gid: int, *, saves: bool
+        self, known: Attachment | None, location: Location, claim: "_Claim"
     ) -> Attachment | None:
         """List the store, and publish an attachment if there is a new version, or if none is known
         that may have these cached bytes. Returns None if the known one was detached meanwhile.
@@ -131,24 +151,25 @@ class Attaching:
         `unused` closes each store that no attachment owns in the end.
         """
         if known is None:
-            check_attached(uid, self.attachments, self.current.config)
+            check_attached(claim.uid, self.attachments, self.current.config)
         reused = self._store_of(known, location)
         shown = ""
-        if known is not None and _fits(known, location, uid, saves=saves):
+        if known is not None and _fits(known, location, claim):
             shown = known.manifest.version
-        build = functools.partial(self._build, shown=shown, saves=saves)
+        build = functools.partial(self._build, shown=shown)
         with ExitStack() as unused:
             with self.attachments.holding(known):
-                store = reused or await self._open(location, uid, unused)
+                store = reused or await self._open(location, claim, unused)
                 manifest, fresh = await self.store_calls.run(
-                    uid, build, self.handoff.next_ordinal(), location, store, uid, gid
+                    claim.caller, build, self.handoff.next_ordinal(), location, store, claim
                 )
                 if reused is not None and fresh is not None:  # `reused` ends with `known`
-                    fresh.store = await self._open(location, uid, unused)
-            now = self.attachments.get((uid, location.identity))  # perhaps ended, or in use again
-            if now is not None and now.leases.in_use:
-                _check_fits(now, location, uid, saves=saves)
-            if now is not None and (now.leases.in_use or fresh is None):
+                    fresh.store = await self._open(location, claim, unused)
+            key = key_of(claim.uid, location, claim.volume)
+            now = self.attachments.get(key)  # perhaps ended, or in use again
+            if now is not None and _in_use(now):
+                _check_fits(now, location, claim)
+            if now is not None and (_in_use(now) or fresh is None):
                 if reused is None:
                     unused.pop_all()
                     self.attachments.use_store(now, location, store)
@@ -161,16 +182,21 @@ class Attaching:
             return fresh
 
     def _publish(self, fresh: Attachment, location: Location, known: Attachment | None) -> None:
-        """Show `fresh`, in place of `known`. Raises LimitExceeded."""
+        """Show `fresh`, in place of `known`. Raises LimitExceeded, and Busy if its volume shows
+        another place."""
         pinned = known is not None and known.leases.pinned
         if known is not None:
             self.attachments.remove(known)
+        for other in self.attachments:
+            if fresh.volume is not None and other.name == fresh.name:
+                _refuse_volume(other)
         manifest = fresh.manifest
         # Other places may have been attached during the listing.
         check_attached(fresh.uid, self.attachments, self.current.config, len(manifest.files))
         fresh.record = recorder(self.handoff.journal, fresh.ordinal)
-        has_saved = fresh.cache_scope != cache_scope(fresh.uid, location)
-        fresh.record(Made(location, manifest, fresh.uid, fresh.gid, fresh.attached_s, has_saved))
+        has_saved = fresh.cache_scope != cache_scope(fresh.uid, location, fresh.volume)
+        of_user = fresh.uid, fresh.gid, fresh.attached_s
+        fresh.record(Made(location, manifest, *of_user, has_saved, fresh.volume))
         fresh.pin(pinned)
         self.attachments.add(fresh, location)
         uri = fresh.location.uri
@@ -180,10 +206,12 @@ class Attaching:
             left_out = {"event": "left-out", "checkpoint": uri, "file": skipped.name}
             log.warning("%s: left out %s: %s", uri, skipped.name, skipped.reason, extra=left_out)
 
-    async def _open(self, location: Location, uid: int, unused: ExitStack) -> Store:
+    async def _open(self, location: Location, claim: "_Claim", unused: ExitStack) -> Store:
         """Open a store in a thread, because that may read a file. `unused` closes it."""
         timeout_s = self.current.config.store_timeout_s
-        store = await self.store_calls.run(uid, self.open_store, location, timeout_s, uid)
+        store = await self.store_calls.run(
+            claim.caller, self.open_store, location, timeout_s, claim.uid
+        )
         unused.callback(store.close)
         return store
 
@@ -200,39 +228,67 @@ class Attaching:
         ordinal: int,
         location: Location,
         store: Store,
-        uid: int,
-        gid: int,
+        claim: "_Claim",
         *,
         shown: str,
-        saves: bool,
     ) -> tuple[Manifest, Attachment | None]:
         """List the store, and make an attachment unless the listing is the version `shown`.
         Blocking."""
         manifest = build_manifest(store.list(self.current.config.files_max))
         if manifest.version == shown:
             return manifest, None
-        make = functools.partial(new_attachment, ordinal, location, store, manifest, uid, gid)
-        if cache_scope(uid, location) != saved_scope(uid, location):
+        uid, gid, saves, volume = claim
+        make = functools.partial(
+            new_attachment, ordinal, location, store, manifest, uid, gid, volume=volume
+        )
+        if cache_scope(uid, location, volume) != saved_scope(uid, location, volume):
             fresh = make(has_saved=True)
             if saves or any(map(self.cache.stored_bytes, fresh.snapshot.digests())):
                 return manifest, fresh
         return manifest, make()
 
 
-def _fits(known: Attachment, location: Location, uid: int, *, saves: bool) -> bool:
+class _Claim(NamedTuple):
+    """The user of an attach, whether that user saves blocks, and the volume that it is for."""
+
+    uid: int
+    gid: int
+    saves: bool
+    volume: Volume | None
+
+    @property
+    def caller(self) -> Caller:
+        """The one who is charged for calls to stores (`StoreCalls`)."""
+        return self.uid if self.volume is None else self.volume.owner
+
+
+def _in_use(attachment: Attachment) -> bool:
+    return attachment.leases.in_use or attachment.volume is not None
+
+
+def _fits(known: Attachment, location: Location, claim: _Claim) -> bool:
     """Whether the attachment may have the cached bytes of an attach of `location`: they come by the
     same way, such as a proxy, and belong to the user if the user saves blocks."""
-    saved = saved_scope(uid, location)
-    return known.cache_scope in ((saved,) if saves else (saved, cache_scope(uid, location)))
+    uid, _, saves, volume = claim
+    saved = saved_scope(uid, location, volume)
+    usual = cache_scope(uid, location, volume)
+    return known.cache_scope in ((saved,) if saves else (saved, usual))
 
 
-def _check_fits(known: Attachment, location: Location, uid: int, *, saves: bool) -> None:
+def _check_fits(known: Attachment, location: Location, claim: _Claim) -> None:
     """Raise Busy unless `_fits`. The attachment is in use."""
-    if not _fits(known, location, uid, saves=saves):
+    if not _fits(known, location, claim):
         raise Busy(
             f"{known.location.uri} is in use with other cached blocks (another proxy or other "
             "certificates, or without those of an upload); end its use, and try again"
         )
+
+
+def _refuse_volume(known: Attachment) -> NoReturn:
+    raise Busy(
+        f"volume {known.name} shows {known.location.uri} with other settings; detach it, and try "
+        "again"
+    )
 
 
 def _prove_access(store: Store, manifest: Manifest) -> None:

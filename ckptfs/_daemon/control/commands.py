@@ -163,9 +163,18 @@ class Commands:
 
     async def attach(self, request: Attach, client: ConnectionState) -> Attached:
         service, peer = self.service, client.peer
+        if request.volume is not None and not is_ours(peer.uid):
+            raise AccessDenied(
+                f"only root and uid {os.geteuid()} may attach volumes at {self.name}"
+            )
         location = self.stores.find(request.location, peer)
         attachment = await service.attaching.attach(
-            location, peer.uid, peer.gid, pinned=request.pinned, saves=request.saves
+            location,
+            peer.uid,
+            peer.gid,
+            pinned=request.pinned,
+            saves=request.saves,
+            volume=request.volume,
         )
         client.attachments.append(attachment)
         self._check_store_again(request.location, location, peer, attachment)
@@ -224,7 +233,7 @@ class Commands:
     # -- reports
 
     async def status(self, request: Status, client: ConnectionState) -> StatusReply:
-        return self.service.reporter.status(client.peer.uid)
+        return self.service.reporter.status(client.peer.uid, request.name)
 
     async def activity(self, request: Activity, client: ConnectionState) -> ActivityReply:
         return self.service.reporter.activity(client.peer.uid)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import trio
 
@@ -12,6 +12,7 @@ from ckptfs._daemon.offload import Offload
 from ckptfs._daemon.quotas import is_ours, limit_for
 from ckptfs._model.config import Config
 from ckptfs._model.location import Location
+from ckptfs._model.volume import Volume
 from ckptfs._store.builders import NAMESPACE
 from ckptfs._store.environment.draft import OF_CALLER, mount_namespace
 from ckptfs._store.kinds import daemon_rights_for
@@ -19,7 +20,10 @@ from ckptfs.errors import LimitExceeded, LocationError, RightsNotLent
 
 _AT_STORE_MAX = 8
 """Listings and checks for one of the other users at the same time, of the sixteen that can run
-(``offload``). So a user whose stores do not answer does not keep others waiting."""
+(``offload``). So a user whose stores do not answer does not keep others waiting. The volumes of one
+owner count as one user."""
+Caller: TypeAlias = int | str
+"""A user, or the owner of volumes."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,13 +34,18 @@ def may_see(uid: int, attachment: Attachment) -> bool:
     return uid in (0, attachment.uid)
 
 
-def check_rights(uid: int, location: Location, config: Config) -> None:
-    """Raise RightsNotLent if another user would read with the daemon's own rights.
+def check_rights(
+    uid: int, location: Location, config: Config, volume: Volume | None = None
+) -> None:
+    """Raise RightsNotLent if another user, or a volume, would read with the daemon's own rights.
 
     The table of a named store has decided which users may use that store. With
     `lend_daemon_rights`, users may read with the daemon's credentials. The daemon still reads no
     files that another user names, because a profile of AWS, for example, can name a program to run.
     """
+    if volume is not None:
+        _check_volume(volume, location)
+        return
     if is_ours(uid) or location.store is not None:
         return
     if (rights := daemon_rights_for(location)) and not config.lend_daemon_rights:
@@ -49,6 +58,21 @@ def check_rights(uid: int, location: Location, config: Config) -> None:
         raise RightsNotLent(
             f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for uid "
             f"{uid}; start a daemon of your own (CKPTFS_SOCKET)"
+        )
+
+
+def _check_volume(volume: Volume, location: Location) -> None:
+    """A pod names the place, so the volume counts as another user, although root attaches it."""
+    rights = "stores" if location.store is not None else daemon_rights_for(location)
+    if rights and not volume.lends:
+        raise RightsNotLent(
+            f"{location.uri} would be read with the ckptfs daemon's own {rights}, which are not "
+            "for this volume; give it credentials"
+        )
+    if named := sorted(OF_CALLER & location.options.keys()):
+        raise RightsNotLent(
+            f"{location.uri} names {named[0]}, which the ckptfs daemon does not read for a volume; "
+            "leave it out"
         )
 
 
@@ -100,13 +124,15 @@ class StoreCalls:
 
     def __init__(self, offload: Offload) -> None:
         self._offload = offload
-        self._under_way: dict[int, trio.CapacityLimiter] = {}  # by user, for all but ours
+        self._under_way: dict[Caller, trio.CapacityLimiter] = {}  # for all but our users
 
-    async def run(self, uid: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a request for a user. A cancelled call still counts until its thread is free."""
-        if is_ours(uid):
+    async def run(
+        self, caller: Caller, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a request for a caller. A cancelled call still counts until its thread is free."""
+        if isinstance(caller, int) and is_ours(caller):
             return await self._offload.control(call, *args, **kwargs)
-        limiter = self._under_way.setdefault(uid, trio.CapacityLimiter(_AT_STORE_MAX))
+        limiter = self._under_way.setdefault(caller, trio.CapacityLimiter(_AT_STORE_MAX))
         borrower = object()
         loop = trio.lowlevel.current_trio_token()
         begun = False
@@ -115,7 +141,7 @@ class StoreCalls:
             if borrower in limiter.statistics().borrowers:
                 limiter.release_on_behalf_of(borrower)
             if not limiter.statistics().borrowers and not limiter.statistics().tasks_waiting:
-                self._under_way.pop(uid, None)
+                self._under_way.pop(caller, None)
 
         def counted() -> T:
             nonlocal begun

@@ -86,6 +86,8 @@ class Exporter:
             yield _OTHER, total([ended, *others])
 
     def _label_of(self, attachment: Attachment) -> str:
+        if attachment.volume is not None:
+            return attachment.volume.id
         if self.is_open and self.config.allow_other:
             return attachment.name[len(attachment.location.name) + 1 :]
         return attachment.name

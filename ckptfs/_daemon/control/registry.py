@@ -1,7 +1,8 @@
 """The attachments, their holders, and their end.
 
-All attaches of the same place by the same user share an attachment. Open directories, open files,
-control connections and the pin hold it. It ends `linger_s` after its last holder is gone.
+All attaches of the same place by the same user share an attachment. A volume has one for itself.
+Open directories, open files, control connections and the pin hold it. It ends `linger_s` after its
+last holder is gone.
 """
 
 import logging
@@ -16,7 +17,7 @@ from ckptfs._daemon.control.current_config import CurrentConfig
 from ckptfs._daemon.control.permissions import may_see
 from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.usage.counters import Activities
-from ckptfs._daemon.usage.trace import Traces
+from ckptfs._daemon.usage.trace import Key, Traces
 from ckptfs._model.attributes import OTHER_CONTAINERS
 from ckptfs._model.location import Location
 from ckptfs._mount.handoff import Journal
@@ -24,9 +25,6 @@ from ckptfs._store.base import Store
 from ckptfs.errors import Busy, NotAttached
 
 log = logging.getLogger(__name__)
-
-Key = tuple[int, str]
-"""See `Attachment.key`."""
 
 
 class Attachments:
@@ -75,9 +73,14 @@ class Attachments:
         return self._by_key.get(key)
 
     def find(self, uid: int, name: str, location: Location | None) -> Attachment:
-        """The user's attachment by directory name or location. Raises NotAttached."""
+        """The user's attachment by directory name or location. A location never names a volume.
+        Raises NotAttached."""
         for attachment in self:
-            same_place = location is not None and attachment.location.identity == location.identity
+            same_place = (
+                location is not None
+                and attachment.volume is None
+                and attachment.location.identity == location.identity
+            )
             if may_see(uid, attachment) and (attachment.name == name or same_place):
                 return attachment
         what = location.uri if location else name

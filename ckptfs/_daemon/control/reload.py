@@ -103,7 +103,7 @@ class Reloading:
     async def _is_allowed(self, attachment: Attachment, location: Location) -> bool:
         uid, gid = attachment.uid, attachment.gid
         try:
-            check_rights(uid, location, self.service.current.config)
+            check_rights(uid, location, self.service.current.config, attachment.volume)
         except AccessDenied:
             return False
         if location.store is None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from ckptfs._daemon.attachment.attachment import Attachment
+from ckptfs._daemon.attachment.attachment import Attachment, key_of
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.control.current_config import CurrentConfig
 from ckptfs._daemon.control.permissions import may_see
@@ -79,9 +79,10 @@ class Reporter:
 
     # -- status
 
-    def status(self, uid: int) -> StatusReply:
-        """The daemon's state, with the attachments that this user may see."""
-        visible = [a for a in self.attachments if may_see(uid, a)]
+    def status(self, uid: int, name: str = "") -> StatusReply:
+        """The daemon's state, with the attachments that this user may see, or with the one that has
+        that name."""
+        visible = [a for a in self.attachments if may_see(uid, a) and name in ("", a.name)]
         pending = [
             *self.uploads.statuses(uid, with_done=False),
             *self.handing_over.statuses(uid),
@@ -141,6 +142,7 @@ class Reporter:
             error=attachment.error,
             skipped=list(manifest.skipped[:_SKIPPED_IN_STATUS]),
             skipped_count=len(manifest.skipped),
+            volume="" if attachment.volume is None else attachment.volume.id,
             processes=_holders_of(attachment, uid),
             reads_per_s=rates.reads,
             read_bytes_per_s=rates.read_bytes,
@@ -152,7 +154,7 @@ class Reporter:
     def trace(self, uid: int, name: str, location: Location | None) -> Trace:
         """How processes have read a checkpoint, which is attached or was. Raises NotAttached."""
         traces = self.attachments.traces
-        trace = traces.find((uid, location.identity)) if location is not None else None
+        trace = traces.find(key_of(uid, location)) if location is not None else None
         attachment = None
         if trace is None or not trace.has_ended:
             attachment = self.attachments.find(uid, name, location)

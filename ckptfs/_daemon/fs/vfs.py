@@ -5,10 +5,8 @@ A checkpoint is a snapshot except for its metadata file, so names and attributes
 it is attached. The mount point itself lists the attachments. At the end of an attachment its inodes
 become unknown (`StaleInode`).
 
-`fuse.Operations` refuses every change of a file or directory, and access(2) reports that
-(`Vfs.access`). Modes let the owner write nevertheless, as on a disk that is mounted read-only. The
-first reason is that copies get these modes. The second is that with `allow_other` the kernel checks
-that permission before it lets the owner set an attribute (see `session.mount`).
+A volume (``ckptfs._model.volume``) is in a directory that only the mount's owner can enter, because
+its pod sees it by a bind mount. All users of the pod can read it, or one group.
 """
 
 import contextlib
@@ -16,26 +14,30 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ckptfs._daemon.attachment.attachment import Attachment
 from ckptfs._daemon.attachment.format_detection import FormatDetector
 from ckptfs._daemon.attachment.inodes import (
     MOUNT_ROOT,
+    OUTSIDE,
+    VOLUMES_ROOT,
     IsDirectory,
     Node,
     NoEntry,
     NotDirectory,
     ReadOnly,
     StaleInode,
-    is_metadata,
+    entry_of,
     ordinal_of,
 )
 from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fetch.fetcher import Fetcher, RemoteFile
+from ckptfs._daemon.fs.stats import Stat, stat_of
 from ckptfs._daemon.usage.counters import Usage, count_failed_read
 from ckptfs._model.blocks import blocks_of
 from ckptfs._model.manifest import METADATA_NAME
+from ckptfs._model.volume import FOLDER
 from ckptfs._mount.handoff import Handles, Slot
 from ckptfs.errors import LimitExceeded, StoreTimeout
 
@@ -46,30 +48,6 @@ if TYPE_CHECKING:
 class Overshoot(Exception):
     """Readahead of the kernel beyond the bytes that will be read. The kernel asks again, page by
     page, for the bytes that a program needs."""
-
-
-_DIRECTORY_MODE, _FILE_MODE = 0o700, 0o600
-"""Copies take these modes over. With fewer bits their owner could not overwrite or delete them."""
-
-
-class Stat(NamedTuple):
-    """Attributes of a file or directory, `mtime_ns` since the epoch, `size` in bytes.
-
-    Attributes:
-        volatile: Whether the kernel has to ask each time. The name of the metadata may soon lead to
-            another inode. A path through a checkpoint's directory must fail when the mount has no
-            daemon any more, although the kernel remembers all names and attributes below it.
-    """
-
-    inode: int
-    is_directory: bool
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-    size: int
-    mtime_ns: int
-    volatile: bool = False
 
 
 @dataclass(slots=True)
@@ -113,7 +91,7 @@ class Vfs:
         self._gid = gid
         self._released = released
         self._by_ordinal: dict[int, Attachment] = {}
-        self._by_name: dict[bytes, Attachment] = {}
+        self._entries: dict[int, dict[bytes, Attachment]] = {inode: {} for inode in OUTSIDE}
         self._open: dict[int, OpenFile] = {}  # by handle
         self._directories: dict[int, OpenDirectory] = {}  # by handle
 
@@ -122,12 +100,14 @@ class Vfs:
     def add(self, attachment: Attachment) -> None:
         """Show an attachment."""
         self._by_ordinal[attachment.ordinal] = attachment
-        self._by_name[attachment.name.encode()] = attachment
+        folder, name = entry_of(attachment.name)
+        self._entries[folder][name] = attachment
 
     def remove(self, attachment: Attachment) -> None:
         """Stop showing an attachment. Handles that are still open in it become stale."""
         del self._by_ordinal[attachment.ordinal]
-        del self._by_name[attachment.name.encode()]
+        folder, name = entry_of(attachment.name)
+        del self._entries[folder][name]
         for handle, opened in list(self._open.items()):
             if ordinal_of(opened.inode) == attachment.ordinal:
                 del self._open[handle]
@@ -148,13 +128,15 @@ class Vfs:
     def getattr(self, inode: int) -> Stat:
         """Attributes of an inode."""
         if inode == MOUNT_ROOT:
-            times = [int(a.attached_s * 1e9) for a in self._by_ordinal.values()]
+            times = [int(a.attached_s * 1e9) for a in self._entries[MOUNT_ROOT].values()]
             links = 2 + len(times)
             mode = 0o711  # not readable by others, because names tell what a user trains
             newest_ns = max(times, default=0)
             return Stat(inode, True, mode, links, self._uid, self._gid, 0, newest_ns)
+        if inode == VOLUMES_ROOT:
+            return Stat(inode, True, 0o700, 2, self._uid, self._gid, 0, 0)
         attachment, node = self.find(inode)
-        return _stat(attachment, node)
+        return stat_of(attachment, node)
 
     def access(self, inode: int, mask: int) -> bool:
         """Whether the mount's user has the access in `mask` (of `os.R_OK`, `os.W_OK`, `os.X_OK`).
@@ -166,31 +148,33 @@ class Vfs:
 
     def lookup(self, parent: int, name: bytes) -> Stat:
         """Attributes of `name` in the directory `parent`."""
-        if parent == MOUNT_ROOT:
-            attachment = self._by_name.get(name)
+        if parent == MOUNT_ROOT and name == FOLDER.encode():
+            return self.getattr(VOLUMES_ROOT)
+        if parent in OUTSIDE:
+            attachment = self._entries[parent].get(name)
             if attachment is None:
                 raise NoEntry(name)
-            return _stat(attachment, attachment.snapshot.tree.root)
+            return stat_of(attachment, attachment.snapshot.tree.root)
         attachment, node = self.find(parent)
         child = node.children.get(name)
         if child is None:
             raise NoEntry(name)
-        return _stat(attachment, child)
+        return stat_of(attachment, child)
 
     def is_lasting(self, parent: int, name: bytes) -> bool:
         """Whether the kernel may remember that the directory has no such name."""
-        return parent != MOUNT_ROOT and name != METADATA_NAME.encode()
+        return parent not in OUTSIDE and name != METADATA_NAME.encode()
 
     def is_listing_lasting(self, inode: int) -> bool:
         """Whether the entries of that directory never change."""
-        if inode == MOUNT_ROOT:
+        if inode in OUTSIDE:
             return False
         attachment = self._by_ordinal.get(ordinal_of(inode))  # its root has the metadata
         return attachment is not None and inode != attachment.snapshot.tree.root.inode
 
     def opendir(self, inode: int, pid: int) -> int:
         """Open a directory, and return its handle. An open root is a lease on the attachment."""
-        if inode != MOUNT_ROOT and not self.find(inode)[1].is_directory:
+        if inode not in OUTSIDE and not self.find(inode)[1].is_directory:
             raise NotDirectory(inode)
         handle = self._handles.reserve(inode, pid, is_directory=True)
         self._add_directory(handle, inode, pid)
@@ -198,7 +182,7 @@ class Vfs:
 
     def _add_directory(self, handle: int, inode: int, pid: int) -> None:
         self._directories[handle] = OpenDirectory(inode)
-        if inode == MOUNT_ROOT:
+        if inode in OUTSIDE:
             return
         attachment, node = self.find(inode)
         if node is attachment.snapshot.tree.root:
@@ -215,7 +199,7 @@ class Vfs:
         if opened is None:
             raise StaleInode(handle)
         inode = opened.inode
-        within = self._by_name if inode == MOUNT_ROOT else self.find(inode)[1].children
+        within = self._entries[inode] if inode in OUTSIDE else self.find(inode)[1].children
         if opened.names is None or start == 0:
             opened.names = list(within)
         names = opened.names
@@ -433,13 +417,3 @@ class Vfs:
         """Bytes and number of the files of all attachments."""
         manifests = [attachment.manifest for attachment in self._by_ordinal.values()]
         return sum(m.size for m in manifests), sum(len(m.files) for m in manifests)
-
-
-def _stat(attachment: Attachment, node: Node) -> Stat:
-    uid, gid = attachment.uid, attachment.gid
-    if node.is_directory:
-        links = 2 + node.subdirectories
-        is_root = node is attachment.snapshot.tree.root
-        return Stat(node.inode, True, _DIRECTORY_MODE, links, uid, gid, 0, node.mtime_ns, is_root)
-    volatile = is_metadata(node)
-    return Stat(node.inode, False, _FILE_MODE, 1, uid, gid, node.size, node.mtime_ns, volatile)

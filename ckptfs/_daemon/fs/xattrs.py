@@ -21,7 +21,7 @@ import msgspec
 import trio
 
 from ckptfs._daemon.attachment.attachment import Attachment
-from ckptfs._daemon.attachment.inodes import MOUNT_ROOT, Node, VfsError
+from ckptfs._daemon.attachment.inodes import OUTSIDE, Node, VfsError
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.fetch.fetcher import Fetcher
@@ -84,7 +84,7 @@ class Xattrs:
     async def get(self, inode: int, name: str) -> bytes:
         """The value of an extended attribute. Raises NoAttribute, StaleInode, and for metadata
         what `MetadataKeeper.values` raises."""
-        if inode == MOUNT_ROOT:
+        if inode in OUTSIDE:
             raise NoAttribute(name)
         attachment, node = self.vfs.find(inode)
         if name.startswith(names.META_PREFIX):
@@ -108,7 +108,7 @@ class Xattrs:
         The list is empty for other users, because the kernel does not check a permission before it
         lists, and the metadata's keys are not for other users.
         """
-        if inode == MOUNT_ROOT:
+        if inode in OUTSIDE:
             return []
         attachment, node = self.vfs.find(inode)
         if uid not in (0, attachment.uid):
@@ -273,7 +273,7 @@ class Xattrs:
         if name in names.STATED:
             raise AttributeStated(name)
         known = name in (names.PREFETCH, names.EVICT) or name.startswith(names.META_PREFIX)
-        if inode == MOUNT_ROOT or not known:
+        if inode in OUTSIDE or not known:
             raise NotSupported(name)
         attachment, node = self.vfs.find(inode)
         if uid not in (0, attachment.uid):

@@ -22,10 +22,11 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext
 
 from ckptfs import errors
 from ckptfs._daemon.attachment import inodes
-from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
+from ckptfs._daemon.attachment.inodes import MOUNT_ROOT, OUTSIDE
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
 from ckptfs._daemon.fs import xattrs
-from ckptfs._daemon.fs.vfs import Stat, Vfs
+from ckptfs._daemon.fs.stats import Stat
+from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fuse.relay import Relay
 from ckptfs._daemon.usage.procfs import process_of
 from ckptfs._mount import session
@@ -114,7 +115,7 @@ class Operations(pyfuse3.Operations):
             try:
                 return _entry(self._vfs.lookup(parent_inode, name))
             except inodes.NoEntry:
-                if parent_inode == MOUNT_ROOT:
+                if parent_inode in OUTSIDE:
                     raise
                 if not self._vfs.is_lasting(parent_inode, name):
                     attachment, parent = self._vfs.find(parent_inode)

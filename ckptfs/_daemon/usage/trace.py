@@ -30,7 +30,7 @@ _PROCESSES_MAX = 1000
 """Processes whose names a trace has."""
 
 
-Key = tuple[int, str]
+Key = tuple[int, str, str]
 """See ``Attachment.key``."""
 
 

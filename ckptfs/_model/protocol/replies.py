@@ -301,6 +301,7 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
         error: The newest error, with its time; "" without one.
         skipped: The first objects that the mount does not show.
         skipped_count: Number of all these objects.
+        volume: Id of the volume (``ckptfs._model.volume``); "" for another attachment.
         processes: The first processes that hold the attachment, or have files of it open.
         reads_per_s: Reads by the kernel, over the last ten seconds or so.
         read_bytes_per_s: Bytes of these reads.
@@ -323,6 +324,7 @@ class AttachmentStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     skipped: list[Skipped] = []
     skipped_count: int = 0
+    volume: str = ""
     processes: list[Holder] = []
     reads_per_s: float = 0.0
     read_bytes_per_s: float = 0.0

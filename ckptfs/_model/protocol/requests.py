@@ -12,6 +12,7 @@ from ckptfs._model.plans.plan import Plan
 from ckptfs._model.protocol import replies
 from ckptfs._model.protocol.message import Message
 from ckptfs._model.units import AGE_S_MAX, RATE_MAX
+from ckptfs._model.volume import Volume
 
 PIECE_BLOCKS_MAX = 16
 """Most blocks in one message. They are 16 MiB, so the round trip counts for little."""
@@ -57,12 +58,15 @@ class Attach(Request[replies.Attached], frozen=True, tag="attach", omit_defaults
         rank: Rank of the process in its job, which chooses its part of the plan; -1 if unknown.
         prefetch: Globs of files to fetch in the background, in that order.
         saves: Whether the client will save blocks that it has uploaded (`SaveBlocks`).
+        volume: The volume that gets an attachment of its own; only root and the daemon's own user
+            may name one.
     """
 
     needs_secrets: ClassVar[bool] = True
     location: Location
     pinned: bool = False
     saves: bool = False
+    volume: Volume | None = None
     plan: Plan | None = None
     rank: _Rank = -1
     prefetch: _Globs = msgspec.field(default_factory=list[str])
@@ -76,8 +80,10 @@ class Detach(Request[replies.Done], frozen=True, tag="detach"):
     force: bool = False
 
 
-class Status(Request[replies.StatusReply], frozen=True, tag="status"):
-    """Return the daemon's state."""
+class Status(Request[replies.StatusReply], frozen=True, tag="status", omit_defaults=True):
+    """Return the daemon's state, of all attachments or of the one with that name."""
+
+    name: str = ""
 
 
 class Activity(Request[replies.ActivityReply], frozen=True, tag="activity"):

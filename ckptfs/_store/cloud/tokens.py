@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timezone
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from ckptfs._model.manifest import printable
@@ -36,6 +37,7 @@ _PAUSE_S = 5.0
 _GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _GOOGLE_SCOPE_OF_ALL = "https://www.googleapis.com/auth/cloud-platform"
 """The scope that impersonation needs."""
+_GOOGLE_TOKEN_URL = "https://sts.googleapis.com/v1/token"
 _KEY_BYTES_MAX = 64 << 10
 _AZURE_SCOPE = "https://storage.azure.com/.default"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -138,12 +140,15 @@ class GivenToken(TokenSource):
 def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSource:
     """The tokens for a location on Google. Raises LocationError if its key is malformed.
 
-    The options have a `service_account_key` (JSON), `application_credentials` (a path), or neither,
-    for the credentials of Google's chain. `target_service_account` is impersonated with these.
+    The options have a `service_account_key` (JSON), `application_credentials` (a path), a
+    `federated_token` (the text of a token that the caller renews) with its `workload_provider`, or
+    nothing, for the credentials of Google's chain. `target_service_account` is impersonated with
+    these.
     `name` is the location, for messages. `proxy` is on the way to Google's token server, or "".
     """
     text = str(options.get("service_account_key", ""))
     key = _own_key(text, "the service_account_key") if text else None
+    federated = str(options.get("workload_provider", "")), str(options.get("federated_token", ""))
     path = str(options.get("application_credentials", ""))
     target = str(options.get("target_service_account", ""))
     found: list[Any] = []  # the credentials, from the first look-up on
@@ -154,7 +159,7 @@ def google_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSou
         try:
             transport = _google_transport(proxy)
             if not found:
-                found.append(_google_credentials(key, path, target, transport))
+                found.append(_google_credentials(key, path, federated, target, transport))
             found[0].refresh(transport)
         except google.auth.exceptions.DefaultCredentialsError as error:
             raise AccessDenied(
@@ -196,7 +201,13 @@ def _own_key(text: str | bytes, what: str) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
-def _google_credentials(key: dict[str, Any] | None, path: str, target: str, transport: Any) -> Any:
+def _google_credentials(
+    key: dict[str, Any] | None,
+    path: str,
+    federated: tuple[str, str],
+    target: str,
+    transport: Any,
+) -> Any:
     import google.auth
     from google.auth import impersonated_credentials
     from google.oauth2 import credentials, service_account
@@ -206,7 +217,9 @@ def _google_credentials(key: dict[str, Any] | None, path: str, target: str, tran
         with open(path, "rb") as file:
             key = _own_key(file.read(_KEY_BYTES_MAX), path)
     scopes = [_GOOGLE_SCOPE] if not target else [_GOOGLE_SCOPE_OF_ALL]
-    if key is None:
+    if federated[1]:
+        found = _google_federated(*federated, scopes)
+    elif key is None:
         found, _ = google.auth.default(scopes=scopes, request=transport)
     elif key["type"] == "service_account":
         found = service_account.Credentials.from_service_account_info(key, scopes=scopes)
@@ -215,6 +228,23 @@ def _google_credentials(key: dict[str, Any] | None, path: str, target: str, tran
     if target:
         return impersonated_credentials.Credentials(found, target, [_GOOGLE_SCOPE])
     return found
+
+
+def _google_federated(provider: str, token: str, scopes: list[str]) -> Any:
+    """Credentials of workload identity federation for a token that the caller has sent."""
+    from google.auth import identity_pool
+
+    class Supplier(identity_pool.SubjectTokenSupplier):
+        def get_subject_token(self, context: Any, request: Any) -> str:
+            return token
+
+    return identity_pool.Credentials(
+        audience=f"//iam.googleapis.com/{provider}",
+        subject_token_type="urn:ietf:params:oauth:token-type:jwt",
+        token_url=_GOOGLE_TOKEN_URL,
+        subject_token_supplier=Supplier(),
+        scopes=scopes,
+    )
 
 
 def _google_transport(proxy: str) -> Any:
@@ -232,8 +262,9 @@ def _google_transport(proxy: str) -> Any:
 def azure_tokens(options: Mapping[str, Any], name: str, proxy: str) -> TokenSource:
     """The tokens for a location on Azure; for `name` and `proxy` see `google_tokens`.
 
-    The options have `tenant_id` and `client_id` with `client_secret` or `federated_token_file`; or
-    a `client_id` alone, of a managed identity; or none, for the credentials of Azure's chain.
+    The options have `tenant_id` and `client_id` with `client_secret`, `federated_token_file` or
+    `federated_token` (the token itself, of a caller who renews it); or a `client_id` alone, of a
+    managed identity; or none, for the credentials of Azure's chain.
     `authority_host` names another token server than that of the public cloud.
     """
     found: list[Any] = []
@@ -274,6 +305,9 @@ def _azure_credential(options: Mapping[str, Any], proxy: str) -> Any:
     tenant, client = options.get("tenant_id"), options.get("client_id")
     if tenant and client and options.get("client_secret"):
         return identity.ClientSecretCredential(tenant, client, options["client_secret"], **more)
+    if tenant and client and options.get("federated_token"):
+        token = partial(str, options["federated_token"])
+        return identity.ClientAssertionCredential(tenant, client, token, **more)
     if tenant and client and options.get("federated_token_file"):
         file = options["federated_token_file"]
         return identity.WorkloadIdentityCredential(

@@ -9,11 +9,13 @@ expired. If the server refuses keys, the chain is searched once more, because th
 been rewritten. Only the chain imports botocore, because that takes a quarter of a second.
 """
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ckptfs._model.named_store import Credentials
@@ -130,6 +132,9 @@ def _now(credentials: Any, name: str) -> tuple[Keys, str]:
 def _translated(name: str) -> Generator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
+    logger = logging.getLogger("botocore.credentials")
+    if logger.level == logging.NOTSET:  # it logs each failure with a traceback besides raising it
+        logger.setLevel(logging.ERROR)
     try:
         yield
     # botocore raises RuntimeError for keys not renewed in time, and OSError for a token's file.
@@ -157,12 +162,12 @@ def _credentials(options: S3Options, profile: str) -> Any:
     extra: dict[str, str | int] = {}
     if options.session_name:
         extra["RoleSessionName"] = options.session_name
-    if options.web_identity_token_file:
+    if options.web_identity_token_file or options.web_identity_token:
+        load_token: Callable[[], str] = partial(str, options.web_identity_token)
+        if options.web_identity_token_file:
+            load_token = FileWebIdentityTokenLoader(options.web_identity_token_file)
         fetcher: Any = AssumeRoleWithWebIdentityCredentialFetcher(
-            session.create_client,
-            FileWebIdentityTokenLoader(options.web_identity_token_file),
-            options.role_arn,
-            extra_args=extra,
+            session.create_client, load_token, options.role_arn, extra_args=extra
         )
         return DeferredRefreshableCredentials(fetcher.fetch_credentials, "web-identity")
     if options.access_key:  # skips the chain, which may wait for the metadata of an instance
@@ -196,10 +201,12 @@ def _session(options: S3Options, profile: str) -> Any:
     session = CallersSession(profile=profile or None)
     # Certificates for the user's own server are not those of Amazon.
     ca_file = "" if options.endpoint_override else options.tls_ca_file_path
+    # A token that the caller sends is for any region, and the daemon's region need not be set.
+    region = options.region or ("us-east-1" if options.web_identity_token else "")
     for name, value in (
         ("config_file", options.config_file),
         ("credentials_file", options.credentials_file),
-        ("region", options.region),
+        ("region", region),
         ("ca_bundle", ca_file),
     ):
         if value:

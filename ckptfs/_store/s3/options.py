@@ -26,6 +26,7 @@ class S3Options(Network, frozen=True, forbid_unknown_fields=True):
         profile, config_file, credentials_file: The caller's profile, and the files that have it.
         sts_endpoint_url: The endpoint of the security token service; "" for Amazon's.
         web_identity_token_file: The file of the token for assuming the role.
+        web_identity_token: The token itself, of a caller who renews it.
         container_credentials_uri, container_token_file, container_token: The URL of the keys of the
             caller's container, or a path at Amazon's own address, and the authorization for it.
     """
@@ -50,6 +51,7 @@ class S3Options(Network, frozen=True, forbid_unknown_fields=True):
     credentials_file: str = ""
     sts_endpoint_url: str = ""
     web_identity_token_file: str = ""
+    web_identity_token: str = ""
     container_credentials_uri: str = ""
     container_token_file: str = ""
     container_token: str = ""

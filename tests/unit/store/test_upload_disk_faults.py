@@ -237,7 +237,7 @@ class Stream:
         self._file.close()
         self._close()
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:

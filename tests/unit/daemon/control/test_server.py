@@ -109,7 +109,7 @@ async def test_an_unexpected_error_says_nothing_and_does_not_end_the_server(
 ) -> None:
     client = await server.connect()
     with monkeypatch.context() as patch:
-        patch.setattr(server.service.reporter, "status", lambda uid: 1 / 0)
+        patch.setattr(server.service.reporter, "status", lambda uid, name: 1 / 0)
         reply = await client.ask(Status())
     assert isinstance(reply, Failed)
     assert reply.code == "error"

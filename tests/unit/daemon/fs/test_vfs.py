@@ -101,7 +101,7 @@ async def test_vfs_unknown_names_and_wrong_kinds_are_errors(view: View, store: F
         view.vfs.open(root)
     with pytest.raises(NotDirectory):
         view.vfs.opendir(file, 1)
-    for unknown in (2, 99 << 32 | 1, root + 1000):
+    for unknown in (3, 99 << 32 | 1, root + 1000):
         with pytest.raises(StaleInode):
             view.vfs.getattr(unknown)
         with pytest.raises(StaleInode):

@@ -7,12 +7,12 @@ from ckptfs._daemon.usage.trace import About, Trace, Traces
 from ckptfs._model.manifest import ListedFile
 
 MIB = 1 << 20
-KEY = 0, "place"
+KEY = 0, "place", ""
 ABOUT = About("s3://b/run", "v", 0.0, 2, 3 * MIB)
 FILES = [ListedFile(f"f{i}", MIB * (i + 1), 0) for i in range(4)]
 
 
-def begin(traces: Traces | None = None, key: tuple[int, str] = KEY) -> tuple[Trace, float]:
+def begin(traces: Traces | None = None, key: tuple[int, str, str] = KEY) -> tuple[Trace, float]:
     """A trace, and about the time of its beginning."""
     trace = (traces or Traces()).begin(key, ABOUT, lambda: FILES)
     return trace, time.perf_counter()
@@ -65,7 +65,7 @@ def test_trace_beyond_its_limit_counts_left_out_entries() -> None:
     assert (len(trace.accesses), trace.fetches, trace.left_out) == (3, [], 3)
     read(trace, 100, now_s)  # it continues an entry
     assert (trace.accesses[0].reads, trace.left_out) == (2, 3)
-    other, _ = begin(traces, (0, "other"))
+    other, _ = begin(traces, (0, "other", ""))
     read(other, 0, now_s)
     assert (other.accesses, other.left_out) == ([], 1)
     traces.end(KEY)

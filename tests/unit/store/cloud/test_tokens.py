@@ -284,6 +284,25 @@ def test_a_key_that_names_others_to_ask_is_the_environments_only(
     assert source.token() == "ya29.1"
 
 
+def test_a_token_of_the_caller_is_exchanged_at_google(
+    server: TokenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_GOOGLE_TOKEN_URL", server.url)
+    server.answer |= {
+        "issued_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "token_type": "Bearer",
+    }
+    given = {"workload_provider": "projects/1/providers/cluster", "federated_token": SECRET}
+    assert google_tokens(given, NAME, "").token() == "ya29.1"
+    [asked] = server.asked
+    assert asked["subject_token"] == [SECRET]
+    assert asked["audience"] == ["//iam.googleapis.com/projects/1/providers/cluster"]
+    server.status, server.answer = 400, {"error": "invalid_grant", "error_description": "expired"}
+    with pytest.raises(AccessDenied, match="gives no token") as caught:
+        google_tokens(given, NAME, "").token()
+    assert SECRET not in str(caught.value)
+
+
 # -- Azure
 
 
@@ -319,6 +338,7 @@ def test_which_credential_of_azure_is_meant(tmp_path: Path) -> None:
     who = {"tenant_id": "t", "client_id": "c"}
     kinds = {
         "ClientSecretCredential": {**who, "client_secret": SECRET},
+        "ClientAssertionCredential": {**who, "federated_token": SECRET},
         "WorkloadIdentityCredential": {**who, "federated_token_file": str(file)},
         "ManagedIdentityCredential": {"client_id": "c"},
         "DefaultAzureCredential": {},

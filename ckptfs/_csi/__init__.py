@@ -1,0 +1,1 @@
+"""The driver of Kubernetes' container storage interface (CSI), the command ``ckptfs csi``."""

@@ -1,0 +1,86 @@
+"""``csi``: the driver of Kubernetes' container storage interface."""
+
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptfs._config.load import load_config
+from ckptfs._model.wording import INSTALL_CSI
+from ckptfs._mount import logs
+from ckptfs.errors import CannotMount
+
+_NAME = "csi.ckptfs.dev"
+
+
+def csi(
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            envvar="CSI_ENDPOINT",
+            help="The socket of the driver, as unix:///csi/csi.sock.",
+        ),
+    ],
+    driver_name: Annotated[
+        str, typer.Option("--driver-name", metavar="NAME", help="The name of the CSIDriver object.")
+    ] = _NAME,
+    node_id: Annotated[
+        str,
+        typer.Option(
+            "--node-id",
+            metavar="NAME",
+            envvar="KUBE_NODE_NAME",
+            help="The name of this node. Default: its host name.",
+            show_default=False,
+        ),
+    ] = "",
+    state_dir: Annotated[
+        Path, typer.Option("--state-dir", metavar="DIR", help="The directory of the records.")
+    ] = Path("/var/lib/ckptfs/csi"),
+    node_credentials_namespace: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--node-credentials-namespace",
+            metavar="NAMESPACE",
+            help="A namespace whose pods may read with the node's own credentials; '*' for all; "
+            "may be given again. Default: none.",
+        ),
+    ] = None,
+) -> None:
+    """Serve volumes of pods to the kubelet, until SIGTERM.
+
+    The command needs root and the node's daemon, with allow_other. A volume of a pod shows one
+    checkpoint, read-only, and is read with the pod's identity. Volumes stay published when the
+    command ends. ckptfs help kubernetes explains it.
+    """
+    try:
+        from ckptfs._csi import records, server  # they bring grpc
+        from ckptfs._csi.publishing import Publishing
+    except ModuleNotFoundError as error:
+        if error.name not in ("grpc", "google", "google.protobuf"):
+            raise
+        raise CannotMount(f"ckptfs csi: {error.name} is not installed; {INSTALL_CSI}") from None
+    limiter = logs.configure(load_config())
+    stopped = threading.Event()
+
+    def stop(number: int, _: object) -> None:
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    settings = server.Settings(
+        endpoint, driver_name, node_id or socket.gethostname(), node_credentials_namespace or []
+    )
+    server.socket_path(endpoint)
+    with records.opened(state_dir) as found:
+        publishing = Publishing(found)
+        publishing.reconcile()
+        server.serve(settings, publishing, stopped)
+    limiter.flush()
+    sys.exit(0)
