@@ -22,6 +22,7 @@ from conftest import Node
 import ckptfs
 from ckptfs import xattrs
 from ckptfs._client import client
+from ckptfs._config import paths
 from ckptfs._model.location import Location
 from ckptfs._model.plans.plan import Wanted
 from ckptfs._model.protocol.requests import Attach, Detach, GetTrace, MetadataChanged
@@ -172,8 +173,16 @@ def _denied() -> None:
 
 
 def test_what_a_user_uploads_is_in_the_cache_for_that_user_only(
-    shared_node: Node, tmp_path: Path, bucket: Path, uri_of: Callable[[Path], str]
+    shared_node: Node,
+    tmp_path: Path,
+    bucket: Path,
+    uri_of: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    places = shared_node.folder / "places"  # of the users' own files, as /tmp is
+    places.mkdir()
+    places.chmod(0o1777)
+    monkeypatch.setattr(paths, "_SHARED", (places,))
     run = tmp_path / "run"
     run.mkdir()
     content = bytes(range(256)) * (20 << 12)
