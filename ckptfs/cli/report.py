@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from ckptfs._client import client
 from ckptfs._model.formats import headers
 from ckptfs._model.formats.tensors import tensors_of_file
 from ckptfs._model.manifest import printable
 from ckptfs._model.protocol.replies import Trace
+from ckptfs._model.units import size_text
 from ckptfs.cli import output
 from ckptfs.cli.checkpoints import PathOrUriArgument
 from ckptfs.cli.target import traced
@@ -57,7 +59,7 @@ def report(
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(trace.attached)),
         size=trace.size,
         file_count=trace.file_count,
-        notes=_notes(trace),
+        notes=[*_notes(trace), *_notes_of_uploads(trace.uri)],
         commands={process.pid: process.command for process in trace.processes},
     )
     out.write_text(page.render(about, summary, tensors), encoding="utf-8", errors="replace")
@@ -86,3 +88,15 @@ def _notes(trace: Trace) -> list[str]:
     if not trace.accesses and not trace.fetches:
         notes.append("Nothing was read yet.")
     return notes
+
+
+def _notes_of_uploads(uri: str) -> list[str]:
+    """Notes on uploads in the background that are not done, because the checkpoint may change at
+    the store when one of them goes on."""
+    with client.connect() as connection:
+        uploads = [each for each in connection.status().uploads if each.uri == uri]
+    return [
+        f"The upload {upload.id} to this place is {upload.state}: {size_text(upload.sent)} of "
+        f"{size_text(upload.bytes)} are at the store. {upload.message}"
+        for upload in uploads
+    ]

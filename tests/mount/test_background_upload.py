@@ -215,7 +215,7 @@ def test_a_cancelled_upload_leaves_nothing(
 
 
 def test_a_failed_upload_keeps_its_files_until_it_is_dropped(
-    node: Node, run: Path, place: Path, uri_of: UriOf
+    node: Node, run: Path, place: Path, uri_of: UriOf, tmp_path: Path
 ) -> None:
     node.expected_in_log.append("has other content")
     node.expected_in_log.append("other content in 1 file")
@@ -227,6 +227,9 @@ def test_a_failed_upload_keeps_its_files_until_it_is_dropped(
     assert (place / "large.bin").read_bytes() == b"other"
     assert node.cli("uploads", "--wait", check=False).returncode == 1
     assert f"{upload.id}/files/large.bin" in spooled(node)
+    with ckptfs.Checkpoint(uri_of(place)).as_directory() as path:
+        node.here("report", path, "-o", str(tmp_path / "page.html"))
+    assert f"The upload {upload.id} to this place is failed" in (tmp_path / "page.html").read_text()
     node.here("uploads", "--drop", upload.id)
     assert spooled(node) == []
 
