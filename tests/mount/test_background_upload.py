@@ -56,7 +56,9 @@ def contents(top: Path) -> dict[str, bytes]:
 def spooled(node: Node) -> list[str]:
     """The files in the spool, without the records of uploads that are done."""
     top = node.cache_dir / "uploads"
-    return sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file())
+    # Unlike rglob, os.walk bears with directories that are removed meanwhile.
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names]
+    return sorted(os.path.relpath(path, top) for path in found)
 
 
 def test_a_directory_may_change_and_go_when_the_call_returns(

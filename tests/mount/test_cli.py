@@ -19,6 +19,7 @@ UriOf = Callable[[Path], str]
 
 ATTACHMENT_FIELDS = {
     *("name", "path", "uri", "version", "state", "files", "size", "cached", "holders"),
+    "volume",
     *("open_files", "pinned", "attached", "uid", "error", "skipped", "skipped_count"),
     *("processes", "reads_per_s", "read_bytes_per_s", "fetched_bytes_per_s"),
 }
