@@ -10,8 +10,7 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NoReturn
 
 import msgspec
@@ -25,11 +24,11 @@ from ckptfs._store import directory_upload
 from ckptfs._store.source import files_in
 from ckptfs._store.target import open_target
 from ckptfs._workers.lifeline import end_before_others, end_with
-from ckptfs.errors import CannotUpload, CkptfsError, StoreError, StoreUnavailable
+from ckptfs._workers.messages import failed
+from ckptfs.errors import CannotUpload, CkptfsError
 
 _PROGRESS_S = 0.2
 """Time between two lines with the progress: five a second look live."""
-_MESSAGE_CHARACTERS_MAX = 4_000
 
 
 def main() -> None:
@@ -41,8 +40,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     setup = msgspec.json.decode(sys.stdin.buffer.read(), type=Setup)
     # The daemon in which this user's programs attach gets the files: the node's, if there is one.
-    if load_config().socket != setup.socket:
-        os.environ["CKPTFS_SOCKET"] = setup.socket
+    with suppress(CkptfsError):  # a file that is wrong by now costs only the cache's part
+        if load_config().socket != setup.socket:
+            os.environ["CKPTFS_SOCKET"] = setup.socket
     _tell(_outcome(setup))
     os._exit(0)  # threads of a library would keep the process alive
 
@@ -55,13 +55,9 @@ def _end(number: int, _: object) -> NoReturn:
 def _outcome(setup: Setup) -> Sent | NotSent:
     try:
         return send(setup, _Progress())
-    except CkptfsError as error:
-        retry_after_s = error.retry_after_s if isinstance(error, StoreUnavailable) else 0.0
-        return NotSent(error.code, str(error)[:_MESSAGE_CHARACTERS_MAX], retry_after_s)
-    except Exception as error:  # its text may contain secrets
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return NotSent(StoreError.code, f"unexpected {type(error).__name__} at {where}")
+    except Exception as error:
+        told = failed(error, "upload")
+        return NotSent(told.code, told.message, told.retry_after_s)
 
 
 def send(setup: Setup, told: directory_upload.Told) -> Sent:

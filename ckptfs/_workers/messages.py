@@ -1,5 +1,7 @@
 """The messages between daemon and worker; see the package's docstring. Plain data."""
 
+import os
+import traceback
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -8,6 +10,7 @@ from ckptfs._model.location import Location, StoreRef
 from ckptfs._model.manifest import ListedFile, Skipped
 from ckptfs._model.named_store import Credentials
 from ckptfs._store.base import Method, Pin
+from ckptfs.errors import CkptfsError, StoreError, StoreUnavailable
 
 PROTOCOL = 2
 """The version of the messages; change it with any message. A worker may be of another version if
@@ -23,6 +26,7 @@ PROGRESS_S = 0.05
 ``_daemon.fetch.transfers``."""
 MESSAGE_BYTES_MAX = 64 << 10
 """The longest message. A path has 8 KiB at most, a name 4 KiB, and a text is cut."""
+_TEXT_CHARACTERS_MAX = 4_000
 OBJECT_BYTES_MAX = 16 << 20
 """The largest object that is read as a whole, which is metadata. It is the same on S3."""
 LISTED_AT_ONCE = 5_000
@@ -111,6 +115,17 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 Answer: TypeAlias = Came | Done | Failed
+
+
+def failed(error: Exception, doing: str) -> Failed:
+    """What a process says of an exception. It names only the type and place of an unexpected one of
+    a library, and what the process was `doing`, because its text may contain secrets."""
+    if isinstance(error, CkptfsError):
+        retry_after_s = error.retry_after_s if isinstance(error, StoreUnavailable) else 0.0
+        return Failed(error.code, str(error)[:_TEXT_CHARACTERS_MAX], retry_after_s)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return Failed(StoreError.code, f"{doing}: unexpected {type(error).__name__} at {where}")
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -30,12 +29,11 @@ from ckptfs._store.base import HasWholeAnswers, Pin, Store
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._workers import messages
 from ckptfs._workers.lifeline import end_before_others, end_with
-from ckptfs.errors import CkptfsError, StoreError, StoreUnavailable
+from ckptfs.errors import StoreError
 
 if TYPE_CHECKING:
     from ckptfs._store.resolve import OpenStore
 
-_MESSAGE_CHARACTERS_MAX = 4_000
 _CLOSED = b""
 _CLOSED_MAX = 1000
 """The closed directories that a worker remembers. A call can arrive after the close of its
@@ -116,23 +114,15 @@ def _serve_channel(
 def _outcome(
     call: messages.Call, progress: Progress, memory: "Memory", directories: "Directories"
 ) -> bytes:
-    """The answer to a call. It names only the type and place of a library's unexpected exception,
-    because its text may contain secrets."""
+    """The answer to a call."""
     try:
         with ends_in(call.left_s):
             store = directories.store(call)
             answer = messages.encode(progress.run(lambda: carry_out(call, store, memory)))
         if len(answer) > messages.MESSAGE_BYTES_MAX:
             raise StoreError(f"{store.name}: the store's answer has {len(answer)} bytes of names")
-    except CkptfsError as error:
-        retry_after_s = error.retry_after_s if isinstance(error, StoreUnavailable) else 0.0
-        text = str(error)[:_MESSAGE_CHARACTERS_MAX]
-        answer = messages.encode(messages.Failed(error.code, text, retry_after_s))
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        text = f"{call.method}: unexpected {type(error).__name__} at {where}"
-        answer = messages.encode(messages.Failed(StoreError.code, text))
+        answer = messages.encode(messages.failed(error, call.method))
     return answer
 
 
