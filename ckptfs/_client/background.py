@@ -29,7 +29,7 @@ from ckptfs._model.protocol.uploads import (
 from ckptfs._model.uploads import UploadOptions, UploadStatus
 from ckptfs._os.write_all import write_all
 from ckptfs._store.environment.draft import mount_namespace
-from ckptfs._store.source import SourceFile, files_in
+from ckptfs._store.source import check_unchanged, files_in
 from ckptfs.errors import CannotMount, CannotUpload, DaemonError, NoDaemon, NoUpload
 
 _ANSWER_S = 600.0
@@ -101,14 +101,10 @@ class Directory:
         metadata: bytes | None,
     ) -> None:
         self._top, self._include, self._fault_of = top, include, fault_of
-        self._files = self._listed()
+        self._files = {file.path: file for file in files_in(top, include, fault_of)}
         self._metadata = metadata
         if metadata is not None:
             self._files.pop(METADATA_NAME, None)
-
-    def _listed(self) -> dict[str, SourceFile]:
-        files = files_in(self._top, self._include, self._fault_of)
-        return {file.path: file for file in files}
 
     @property
     def files(self) -> int:
@@ -156,13 +152,7 @@ class Directory:
                 yield METADATA_NAME, len(self._metadata), fd
             finally:
                 os.close(fd)
-        for file in self._files.values():
-            file.check()
-        if new := sorted(self._listed().keys() - self._files.keys() - {METADATA_NAME}):
-            raise CannotUpload(
-                f"{printable(os.path.join(self._top, new[0]))}: the file is new since the upload "
-                "began; upload a directory that no program writes to any more"
-            )
+        check_unchanged(self._files, self._top, self._include, self._fault_of)
 
 
 def hand_over(

@@ -31,12 +31,11 @@ from ckptfs._store.base import Store, pin_of
 from ckptfs._store.buffers import thread_buffer
 from ckptfs._store.request_context import Progress, ends_in
 from ckptfs._store.retrying import Places, retry
-from ckptfs._store.source import SourceFile, files_in
+from ckptfs._store.source import SourceFile, check_unchanged, files_in
 from ckptfs._store.uploads import ObjectUpload, Uploads, contradicts, other_bytes, parts_of
 from ckptfs._store.worker_threads import Pace, WorkerThreads
 from ckptfs._store.wrappers import TimedStore
 from ckptfs.errors import (
-    CannotUpload,
     CheckpointNotFound,
     CkptfsError,
     ObjectChanged,
@@ -214,7 +213,7 @@ class _Run:
         self._etags = {path: there[path].etag for path in same}
         self._send_files(missing)
         self._verify()
-        self._check_unchanged()
+        check_unchanged(self._files, self._top, self._wanted.include, self._uploads.fault_of)
         if metadata is not None and metadata == self._old_metadata:
             same.add(METADATA_NAME)
             self._count(len(metadata))
@@ -364,18 +363,6 @@ class _Run:
             return False
         is_same = self._is_same(file, found)
         return self._reads_same(file, found) if is_same is None else is_same
-
-    def _check_unchanged(self) -> None:
-        """Raise CannotUpload if the directory has changed since the first look at it."""
-        for file in self._files.values():
-            file.check()
-        now = files_in(self._top, self._wanted.include, self._uploads.fault_of)
-        known = {*self._files, METADATA_NAME}
-        if new := [file.path for file in now if file.path not in known]:
-            raise CannotUpload(
-                f"{printable(os.path.join(self._top, new[0]))}: the file is new since the upload "
-                "began; upload a directory that no program writes to any more"
-            )
 
     # -- metadata
 

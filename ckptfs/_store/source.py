@@ -15,11 +15,11 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
 
 from ckptfs._model.globs import any_matcher
-from ckptfs._model.manifest import fault_of_name, printable
+from ckptfs._model.manifest import METADATA_NAME, fault_of_name, printable
 from ckptfs._os.mountinfo import why_hidden
 from ckptfs._store.timestamps import wait_until_settled
 from ckptfs._store.uploads import parts_of
@@ -170,6 +170,25 @@ def files_in(
         raise CannotUpload(f"{printable(top)} {what}; name the directory of a checkpoint")
     wait_until_settled(*(file.mtime_ns for file in walk.files))
     return sorted(walk.files, key=lambda file: file.path)
+
+
+def check_unchanged(
+    before: Mapping[str, SourceFile],
+    top: str,
+    include: Sequence[str],
+    fault_of: Callable[[str], str | None],
+) -> None:
+    """Raise CannotUpload if a file of `before` is another one now, or if `files_in` finds a new
+    one. ``.metadata.json`` may be new, because the caller of an upload can give its content."""
+    for file in before.values():
+        file.check()
+    known = {*before, METADATA_NAME}
+    now = files_in(top, include, fault_of)
+    if new := [file.path for file in now if file.path not in known]:
+        raise CannotUpload(
+            f"{printable(os.path.join(top, new[0]))}: the file is new since the upload began; "
+            "upload a directory that no program writes to any more"
+        )
 
 
 def file_in(top: str, path: str) -> SourceFile | None:
