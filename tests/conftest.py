@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -24,6 +25,7 @@ from ckptfs._config.load import load_config
 
 HAS_FUSE = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
 COMMAND_TIMEOUT_S = 60
+LARGE_BYTES = (20 << 20) + 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -358,6 +360,17 @@ def bucket(s3: S3Server) -> Iterator[Path]:
 def uri_of(s3: S3Server) -> Callable[[Path], str]:
     """The URI of a folder in a bucket."""
     return lambda folder: s3.uri(str(folder.relative_to(s3.root)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A directory to upload: a file of several parts (`LARGE_BYTES`), a small and an empty one."""
+    top = tmp_path / "checkpoint"
+    (top / "a").mkdir(parents=True)
+    (top / "large.bin").write_bytes(random.Random(5).randbytes(LARGE_BYTES))
+    (top / "a" / "small.bin").write_bytes(b"small")
+    (top / "a" / "empty").touch()
+    return top
 
 
 @pytest.fixture

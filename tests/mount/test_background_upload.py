@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from conftest import Node, parent_of, wait_until
+from conftest import LARGE_BYTES, Node, parent_of, wait_until
 from mount.test_named_stores import configure, key_file, store_toml
 from support.s3server import S3Server
 
@@ -27,19 +26,13 @@ pytestmark = pytest.mark.mount
 
 UriOf = Callable[[Path], str]
 MIB = 1 << 20
-SIZE = 20 * MIB + 1
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A checkpoint with a file of several parts, a small and an empty one, and metadata."""
-    top = tmp_path / "checkpoint"
-    (top / "a").mkdir(parents=True)
-    (top / "large.bin").write_bytes(random.Random(5).randbytes(SIZE))
-    (top / "a" / "small.bin").write_bytes(b"small")
-    (top / "a" / "empty").touch()
-    (top / ".metadata.json").write_text('{"step": 1}')
-    return top
+def run(run: Path) -> Path:
+    """The directory to upload has metadata, too."""
+    (run / ".metadata.json").write_text('{"step": 1}')
+    return run
 
 
 @pytest.fixture
@@ -203,7 +196,7 @@ def test_secrets_are_in_memory_only_and_an_upload_without_them_fails_until_a_ret
 def test_a_cancelled_upload_leaves_nothing(
     node: Node, run: Path, place: Path, uri_of: UriOf
 ) -> None:
-    (run / "large.bin").write_bytes(bytes(2 * SIZE))
+    (run / "large.bin").write_bytes(bytes(2 * LARGE_BYTES))
     upload = slowly(run, uri_of(place), 4 * MIB)
     wait_until(lambda: begun(upload))
     upload.cancel()
@@ -344,4 +337,4 @@ def test_an_upload_to_a_named_store_goes_on_after_daemon_and_keeper_have_ended(
     assert upload.wait(60).path == "checkpoint"
     assert contents(place) == contents(run)
     assert listed(node)[upload.id]["uri"] == "prod:checkpoint"
-    assert listed(node)[upload.id]["cached"] == SIZE + 5
+    assert listed(node)[upload.id]["cached"] == LARGE_BYTES + 5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node
+from conftest import LARGE_BYTES, Node
 from support.s3server import S3Server
 
 import ckptfs
@@ -24,18 +24,6 @@ pytestmark = pytest.mark.mount
 
 UriOf = Callable[[Path], str]
 MIB = 1 << 20
-SIZE = 20 * MIB + 1
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A checkpoint with a file of several pieces, a small and an empty one."""
-    top = tmp_path / "checkpoint"
-    (top / "a").mkdir(parents=True)
-    (top / "large.bin").write_bytes(random.Random(5).randbytes(SIZE))
-    (top / "a" / "small.bin").write_bytes(b"small")
-    (top / "a" / "empty").touch()
-    return top
 
 
 @pytest.fixture
@@ -64,22 +52,22 @@ def test_a_restore_reads_nothing_of_what_was_uploaded_here(
     node: Node, run: Path, uri: str, s3: S3Server
 ) -> None:
     told = uploaded(node, run, uri)
-    assert (told["cached_bytes"], told["cache_error"]) == (SIZE + 5, "")
+    assert (told["cached_bytes"], told["cache_error"]) == (LARGE_BYTES + 5, "")
     s3.reset_traffic()
     with ckptfs.Checkpoint(uri).as_directory() as path:
         large = Path(path, "large.bin")
         assert large.read_bytes() == (run / "large.bin").read_bytes()
         assert Path(path, "a", "small.bin").read_bytes() == b"small"
-        assert xattrs.get(path, attributes.CACHED) == str(SIZE + 5)
+        assert xattrs.get(path, attributes.CACHED) == str(LARGE_BYTES + 5)
         status = node.status()
-        assert (status["fetched_bytes"], status["taken_bytes"]) == (0, SIZE + 5)
+        assert (status["fetched_bytes"], status["taken_bytes"]) == (0, LARGE_BYTES + 5)
     assert s3.traffic().bytes_to_client < MIB  # listings, and the checks of versions
 
 
 def test_a_second_upload_gives_the_cache_what_it_lacks(node: Node, run: Path, uri: str) -> None:
     assert uploaded(node, run, uri, "--no-cache")["cached_bytes"] == 0
     assert not node.socket.exists()
-    assert uploaded(node, run, uri, "--overwrite")["cached_bytes"] == SIZE + 5
+    assert uploaded(node, run, uri, "--overwrite")["cached_bytes"] == LARGE_BYTES + 5
 
 
 def test_uploads_that_merge_at_the_same_time_give_the_cache_all_files(
@@ -87,7 +75,7 @@ def test_uploads_that_merge_at_the_same_time_give_the_cache_all_files(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    (other / "other.bin").write_bytes(random.Random(6).randbytes(SIZE))
+    (other / "other.bin").write_bytes(random.Random(6).randbytes(LARGE_BYTES))
     options = _upload.Options(merge=True)
 
     def upload(top: Path) -> _upload.Done:
@@ -95,10 +83,10 @@ def test_uploads_that_merge_at_the_same_time_give_the_cache_all_files(
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(upload, [run, other]))
-    assert [each.cached_bytes for each in done] == [SIZE + 5, SIZE]
+    assert [each.cached_bytes for each in done] == [LARGE_BYTES + 5, LARGE_BYTES]
     s3.reset_traffic()
     with ckptfs.Checkpoint(uri).as_directory() as path:
-        assert xattrs.get(path, attributes.CACHED) == str(2 * SIZE + 5)
+        assert xattrs.get(path, attributes.CACHED) == str(2 * LARGE_BYTES + 5)
         for top, name in ((run, "large.bin"), (other, "other.bin")):
             assert Path(path, name).read_bytes() == (top / name).read_bytes()
     assert s3.traffic().bytes_to_client < MIB
@@ -107,7 +95,7 @@ def test_uploads_that_merge_at_the_same_time_give_the_cache_all_files(
 def test_an_object_that_is_replaced_after_the_upload_is_not_taken_for_it(
     node: Node, run: Path, uri: str, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = random.Random(6).randbytes(SIZE)
+    other = random.Random(6).randbytes(LARGE_BYTES)
     place = bucket / "run" / "checkpoint" / "large.bin"
     meanwhile(monkeypatch, lambda: place.write_bytes(other))
     assert uploaded(node, run, uri)["cached_bytes"] == 5

@@ -24,6 +24,8 @@ _spec = importlib.util.find_spec("ray")
 collect_ignore_glob = [] if _spec and _spec.origin else ["test_*.py"]
 
 WEIGHTS_BYTES = 32 << 20
+CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"
+"""Settings of the AWS SDK."""
 
 os.environ |= {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, of which Ray warns
@@ -117,6 +119,21 @@ def nodes(machines: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[M
         wait_until(lambda: not daemons())
 
 
+@pytest.fixture
+def can_write(nodes: list[Member], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the job on `nodes` write to the S3 server (see `writable_s3`)."""
+    import ray
+
+    for name in CHECKSUMS:
+        monkeypatch.setenv(name, "when_required")
+    ray.shutdown()  # the job's processes need these, too
+    ray.init(
+        address=nodes[0].address,
+        runtime_env={"env_vars": dict.fromkeys(CHECKSUMS, "when_required")},
+        log_to_driver=False,
+    )
+
+
 def processes_with(name: str, value: str) -> dict[int, str]:
     """Other processes that were started with this environment variable: their commands."""
     found: dict[int, str] = {}
@@ -168,7 +185,7 @@ def writable_s3(s3: S3Server, node: Node, monkeypatch: pytest.MonkeyPatch) -> S3
     rclone does not understand the checksums that the AWS SDK sends, nor requests for directories:
     those must be there already, see `make_directory`.
     """
-    for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+    for name in CHECKSUMS:
         monkeypatch.setenv(name, "when_required")
         node.environment[name] = "when_required"
     return s3.filesystem(check_directory_existence_before_creation=True)

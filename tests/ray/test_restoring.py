@@ -58,6 +58,7 @@ def train(config: dict[str, Any]) -> None:
     ray.train.collective.barrier()
 
 
+@pytest.mark.usefixtures("can_write")
 def test_all_nodes_of_a_run_restore_for_one_download(
     nodes: list[Member],
     s3: S3Server,
@@ -65,15 +66,6 @@ def test_all_nodes_of_a_run_restore_for_one_download(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
-    for name in names:
-        monkeypatch.setenv(name, "when_required")
-    ray.shutdown()  # the job's processes need these, too
-    ray.init(
-        address=nodes[0].address,
-        runtime_env={"env_vars": dict.fromkeys(names, "when_required")},
-        log_to_driver=False,
-    )
     monkeypatch.chdir(tmp_path)
     storage = s3.filesystem(check_directory_existence_before_creation=True)
     run = bucket / "runs" / "run"

@@ -178,6 +178,7 @@ class Occupant:
 
 @pytest.mark.mount
 @pytest.mark.filterwarnings(r"ignore:`use_\w+` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("can_write")
 def test_nodes_that_have_saved_a_checkpoint_restore_it_without_the_store(
     nodes: list[Member],
     s3: S3Server,
@@ -185,15 +186,6 @@ def test_nodes_that_have_saved_a_checkpoint_restore_it_without_the_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
-    for name in names:
-        monkeypatch.setenv(name, "when_required")
-    ray.shutdown()  # the job's processes need these, too
-    ray.init(
-        address=nodes[0].address,
-        runtime_env={"env_vars": dict.fromkeys(names, "when_required")},
-        log_to_driver=False,
-    )
     monkeypatch.chdir(tmp_path)
     third = NodeAffinitySchedulingStrategy(nodes[2].id, soft=False)
     occupant = Occupant.options(scheduling_strategy=third).remote()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import socket
-import threading
 import time
 from contextlib import suppress
 from email.utils import formatdate
@@ -17,14 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from support.serverbase import accepted
+from support.serverbase import ConnectionServer
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
-    from typing_extensions import Self
 
-STOP_DEADLINE_S = 5.0
 STEP_S = 0.1
 """Between the bytes of a trickle: never silent for as long as the tests' `store_timeout_s`."""
 
@@ -111,7 +108,7 @@ CONNECTIONS = (
 """Faults of a connection."""
 
 
-class FaultServer:
+class FaultServer(ConnectionServer):
     """A context manager. `fault` is one of `ANSWERS` or `CONNECTIONS`, or "".
 
     Attributes:
@@ -120,31 +117,11 @@ class FaultServer:
     """
 
     def __init__(self, fault: str = "", *, is_disk: bool = False) -> None:
+        super().__init__()
         self.fault = fault
         self.is_disk = is_disk
         self.objects: dict[str, Object] = {}
         self.during: Callable[[str], None] = lambda _: None
-        self.port = 0
-        self._healed = threading.Event()
-        self._listener: socket.socket | None = None
-        self._lock = threading.Lock()  # guards the two below
-        self._open: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def __enter__(self) -> Self:
-        self._listen()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._healed.set()
-        self._close()
-        for thread in self._threads:
-            thread.join(STOP_DEADLINE_S)
-            assert not thread.is_alive()
 
     def break_down(self) -> None:
         """Let the fault begin."""
@@ -159,35 +136,7 @@ class FaultServer:
         if fault == "refused":
             self._listen()
 
-    def _listen(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
-        self.port = self._listener.getsockname()[1]
-        self._start(self._accept, self._listener)
-
-    def _close(self) -> None:
-        if self._listener is not None:
-            with suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
-        with self._lock:
-            for connection in self._open:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def _start(self, target: Callable[[socket.socket], None], connection: socket.socket) -> None:
-        thread = threading.Thread(target=target, args=(connection,), daemon=True)
-        with self._lock:
-            self._threads.append(thread)
-        thread.start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        for connection in accepted(listener):
-            with self._lock:
-                self._open.add(connection)
-            self._start(self._serve, connection)
-
     def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection, suppress(OSError), connection.makefile("rb") as incoming:
             while line := incoming.readline():
                 method, target, _ = line.decode().split(" ")
@@ -207,8 +156,6 @@ class FaultServer:
                     self._send_in_halves(connection, target, right)
                 else:
                     connection.sendall(raw)
-        with self._lock:
-            self._open.discard(connection)
 
     def _send_in_halves(self, connection: socket.socket, target: str, right: Answer) -> None:
         half = len(right.body) // 2

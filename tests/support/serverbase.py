@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Self
 
@@ -34,6 +35,77 @@ def accepted(listener: socket.socket) -> Iterator[socket.socket]:
         except OSError:
             return
         yield connection
+
+
+class ConnectionServer:
+    """A server in this process, with a thread for each connection, a context manager.
+
+    Subclasses serve a connection in `_serve`. `_healed` is set while nothing is wrong.
+    """
+
+    stop_deadline_s: ClassVar[float] = STOP_DEADLINE_S
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._healed = threading.Event()
+        self._listener: socket.socket | None = None
+        self._lock = threading.Lock()  # guards the two below
+        self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._healed.set()
+        self._close()
+        for thread in self._threads:
+            thread.join(self.stop_deadline_s)
+            assert not thread.is_alive()
+
+    def _listen(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        self.port = self._listener.getsockname()[1]
+        self._start(self._accept, self._listener)
+
+    def _close(self) -> None:
+        """Refuse connections, and end those that are open."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        with self._lock:
+            for connection in self._open:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _start(self, target: Callable[[socket.socket], None], connection: socket.socket) -> None:
+        thread = threading.Thread(target=target, args=(connection,), daemon=True)
+        with self._lock:
+            self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        for connection in accepted(listener):
+            with self._lock:
+                self._open.add(connection)
+            self._start(self._run, connection)
+
+    def _run(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._serve(connection)
+        with self._lock:
+            self._open.discard(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Serve a connection until its end, and close it."""
+        raise NotImplementedError
 
 
 class Missing(Exception):

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import socket
 import struct
-import threading
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from support.httpwire import Answer, error_answer, read_body, read_head
-from support.serverbase import accepted
+from support.serverbase import ConnectionServer
 from support.wronganswers import LOGIN_PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from support.httpwire import Head
     from support.uploadservices import CloudService, Request
-    from typing_extensions import Self
 
-STOP_DEADLINE_S = 20.0
 STEP_S = 0.05
 """The pause between the bytes of a trickle."""
 
@@ -79,86 +75,39 @@ class Fault(NamedTuple):
     once: bool = False
 
 
-class UploadServer:
+class UploadServer(ConnectionServer):
     """A context manager that serves `service`.
 
     Attributes:
         faults: What is wrong now.
         met: The operations of the requests that have met a fault.
         asked: The operations of all requests.
+
+    `_lock` guards all three, too.
     """
 
+    stop_deadline_s = 20.0
+
     def __init__(self, service: CloudService) -> None:
+        super().__init__()
         self.service = service
         self.faults: list[Fault] = []
         self.met: Counter[str] = Counter()
         self.asked: list[str] = []
-        self._port = 0
-        self._over = threading.Event()
-        self._listener: socket.socket | None = None
-        self._lock = threading.Lock()  # guards `faults`, `met`, `asked` and the two below
-        self._open: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self._port}"
-
-    def __enter__(self) -> Self:
-        self._listen()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._close()
-        for thread in self._threads:
-            thread.join(STOP_DEADLINE_S)
-            assert not thread.is_alive()
 
     def heal(self) -> None:
         """End all faults. Requests that wait for an answer lose their connection."""
         with self._lock:
             self.faults = []
-        self._over.set()
+        self._healed.set()
         if self._listener is None:
             self._listen()
 
-    def _listen(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self._port), backlog=64)
-        self._port = self._listener.getsockname()[1]
-        self._start(self._accept, self._listener)
-
-    def _close(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-        with self._lock:
-            for connection in self._open:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def _start(self, target: Callable[[socket.socket], None], connection: socket.socket) -> None:
-        thread = threading.Thread(target=target, args=(connection,), daemon=True)
-        with self._lock:
-            self._threads.append(thread)
-        thread.start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        for connection in accepted(listener):
-            with self._lock:
-                self._open.add(connection)
-            self._start(self._serve, connection)
-
     def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection, suppress(OSError, ValueError), connection.makefile("rb") as reader:
             while head := read_head(reader):
                 if not self._exchange(connection, reader, head):
                     break
-        with self._lock:
-            self._open.discard(connection)
 
     def _exchange(self, connection: socket.socket, reader: Any, head: Head) -> bool:
         """Answer one request. Returns whether the connection serves another one."""
@@ -194,11 +143,11 @@ class UploadServer:
         if kind == "refused":
             self._close()
         elif kind == "silence":
-            self._over.wait()
+            self._healed.wait()
         elif kind == "no HTTP":
             connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\0\xff\r\n")
         elif kind == "100 for ever":
-            while not self._over.wait(STEP_S):
+            while not self._healed.wait(STEP_S):
                 connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)
         else:
             return _reset(connection)
@@ -223,11 +172,11 @@ class UploadServer:
         elif kind == "cut in the body":
             connection.sendall(raw[: begin + (len(raw) - begin) // 2])
         elif kind == "lost by silence":
-            self._over.wait()
+            self._healed.wait()
         elif kind == "trickle":
             for i in range(len(raw)):
                 connection.sendall(raw[i : i + 1])
-                if self._over.wait(STEP_S):
+                if self._healed.wait(STEP_S):
                     break
         return False
 
