@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 _VERSION = version_of("ckptfs")
 _PAUSE_S = 0.1
 """Time between two claims, if the owner is about to change."""
+_SILENT_S = 5.0
+"""A keeper that has the lock for so long, and does not answer, hands nothing over."""
 
 
 def take_over(keeper: Keeper, loaded: Loaded, *, waits: bool) -> bool:
@@ -61,6 +63,7 @@ def take_over(keeper: Keeper, loaded: Loaded, *, waits: bool) -> bool:
     """
     path = places.takeover_path(loaded.config)
     said = ""
+    answered_s = time.monotonic()
     while True:
         found = takeover.claim(path, Claim(takeover.name_of_container(), _VERSION, waits))
         if isinstance(found, Offered):
@@ -70,7 +73,12 @@ def take_over(keeper: Keeper, loaded: Loaded, *, waits: bool) -> bool:
         if found is None:
             if _is_free(loaded.config):
                 return False
+            if time.monotonic() < answered_s + _SILENT_S:  # a new owner is about to listen
+                time.sleep(_PAUSE_S)
+                continue
             found = Refused("it does not hand its mount over")
+        else:
+            answered_s = time.monotonic()
         if isinstance(found, Refused):
             waits = waits or found.lasting
             if found.reason != said:
