@@ -186,7 +186,10 @@ class Keeper:
             self._end_spare()
             if self._daemon is not None:
                 self._daemon.end(at_once=True)
-            offered.refuse(str(error) if isinstance(error, CkptfsError) else "it was told to end")
+            if self._is_ending or not isinstance(error, CkptfsError):
+                offered.refuse("it was told to end")
+                sys.exit(0)
+            offered.refuse(str(error))
             raise
         handoff.note_takeover(held.memory)
         offered.serving()
