@@ -37,6 +37,7 @@ from ckptfs._keeper.systemd import ServiceManager, taken_from
 from ckptfs._model.wording import INSTALL_DAEMON
 from ckptfs._mount import logs, session
 from ckptfs._os.jobs import job_of
+from ckptfs._os.takeover import exit_on_signal
 from ckptfs.errors import CannotMount, CkptfsError
 
 log = logging.getLogger("ckptfs._keeper.keeper")  # it is __main__, too
@@ -142,7 +143,7 @@ def _serve_in_turn(given: _Given, *, waits: bool) -> str:
     says whether this process has owned it before."""
     os.chdir("/")
     while True:
-        succession.exit_on_signal()
+        exit_on_signal()
         loaded = load_settings()
         logs.configure(loaded.config)
         keeper = Keeper(loaded.config, b"", given.manager, hands_over=True)
@@ -165,7 +166,7 @@ def _serve_in_turn(given: _Given, *, waits: bool) -> str:
 
 def _follows(keeper: Keeper) -> bool:
     """Whether this process has handed its mount over, and may follow the next owner."""
-    succession.exit_on_signal()
+    exit_on_signal()
     return keeper.handed_over and not keeper.is_ending
 
 

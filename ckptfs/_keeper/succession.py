@@ -24,8 +24,6 @@ is not configured is the former keeper's.
 
 import logging
 import os
-import signal
-import sys
 import time
 from importlib.metadata import version as version_of
 
@@ -89,18 +87,6 @@ def take_over(keeper: Keeper, loaded: Loaded, *, waits: bool) -> bool:
                 )
             said = found.reason
         time.sleep(_PAUSE_S)
-
-
-def exit_on_signal() -> None:
-    """Exit on SIGTERM and SIGINT while this process owns no mount. The first process of a container
-    would ignore them otherwise."""
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(0)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN if not os.isatty(2) else signal.SIG_DFL)
 
 
 def _is_free(config: Config) -> bool:

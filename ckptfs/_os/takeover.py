@@ -32,7 +32,9 @@ before (`Claimants`). So two processes never take one thing from each other in t
 import contextlib
 import os
 import select
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -155,6 +157,18 @@ def name_of_container() -> str:
     return os.uname().nodename
 
 
+def exit_on_signal() -> None:
+    """Exit on SIGTERM and SIGINT while this process owns nothing. The first process of a container
+    would ignore them otherwise."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if not os.isatty(2) else signal.SIG_DFL)
+
+
 # -- the claimant
 
 
@@ -164,11 +178,13 @@ class Offered:
     Attributes:
         state: The owner's state, as JSON.
         fds: The descriptors by name, which the receiver closes.
+        is_accepted: Whether this process has said that it has begun.
     """
 
     def __init__(self, channel: Channel, offer: Offer, fds: list[int]) -> None:
         self._channel = channel
         self.state = offer.state
+        self.is_accepted = False
         self.fds = dict(zip(offer.fds, fds, strict=False))
         close_all(fds[len(offer.fds) :])
 
@@ -188,6 +204,7 @@ class Offered:
 
     def serving(self) -> None:
         """Say that this process has begun."""
+        self.is_accepted = True
         self._channel.send(Serving())
         self._channel.close()
 
