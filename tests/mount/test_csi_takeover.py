@@ -139,13 +139,12 @@ def is_killed_at(
         before = other.log().count(WAITS)
     else:
         victim = start_killed_at(node, kubelet, moment, armed)
-    wait_until(
-        lambda: (
-            victim.poll() is not None
-            or WAITS in log.read_text()
-            or other.log().count(WAITS) > before
-        )
-    )
+
+    def is_over() -> bool:
+        waits = WAITS in log.read_text() or other.log().count(WAITS) > before
+        return victim.poll() is not None or waits
+
+    wait_until(is_over)
     armed.unlink()
     was_killed = victim.poll() == -signal.SIGKILL
     kubelet.publish("a", **volume)

@@ -14,6 +14,7 @@ import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from mount.test_lifecycle import attachments, has_ended, hear, is_mounted, tell
 from mount.test_restart import READER
+from mount.test_users import let_others_in
 from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes
 
 import ckptfs
@@ -174,6 +175,8 @@ def test_container_that_has_owned_the_mount_waits(
     node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses
 ) -> None:
     """A container of the old pod that is started again does not take the mount from the new pod."""
+    if os.geteuid():
+        pytest.skip("only root can name containers")
 
     def start(name: str) -> "KeeperProcess":
         ckptfs = str(Path(sys.executable).with_name("ckptfs"))
@@ -409,3 +412,47 @@ def test_keeper_that_is_killed_at_any_moment_of_a_takeover(
     else:
         assert outcomes == ["new"] * 3 + ["same"] * (len(outcomes) - 3)
         assert len(outcomes) > 10
+
+
+# -- other users
+
+NOBODY = 65534
+AS_NOBODY = (
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    # The interpreter may lie where only root can read.
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
+def test_takeover_of_a_mount_of_fusermount(
+    node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses
+) -> None:
+    """A user without root takes over the own mount, and ends it by fusermount3."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    let_others_in(node.folder)
+    os.chown(node.folder, NOBODY, NOBODY)
+    ckptfs = str(Path(sys.executable).with_name("ckptfs"))
+    command = [*AS_NOBODY, ckptfs, "mount", "--foreground", "--take-over"]
+    first = keepers.run(command)
+    first.wait_serving()
+    path = node.run(*AS_NOBODY, ckptfs, "attach", uri_of(small)).stdout.rstrip("\n")
+    second = keepers.run(command)
+    first.wait_standing_by(second)
+    assert node.run(*AS_NOBODY, "cat", f"{path}/config.json").stdout == '{"layers": 1}'
+    assert first.end() == 0
+    assert is_mounted(node)
+    assert node.run(*AS_NOBODY, "cat", f"{path}/config.json").stdout == '{"layers": 1}'
+    root = keepers.start()  # root is another user
+    node.expected_in_log.append("it belongs to uid 65534, and this process to uid 0")
+    root.wait_for("waiting for its end")
+    assert root.end() == 0
+    assert second.end() == 0
+    assert not is_mounted(node)
+
+
+def test_takeover_needs_the_foreground(node: Node) -> None:
+    refused = node.here("mount", "--take-over", check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "--take-over is for a mount in the foreground; add --foreground" in refused.stderr
+    assert has_ended(node)

@@ -1,4 +1,4 @@
-"""The daemon's pod is replaced on a node, while pods read: other mount, pid and host name spaces."""
+"""The daemon's pod is replaced on a node while other pods read. All have their own namespaces."""
 
 import contextlib
 import hashlib
