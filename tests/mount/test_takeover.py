@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from mount.test_lifecycle import attachments, has_ended, hear, is_mounted, tell
 from mount.test_restart import READER
 from mount.test_users import let_others_in
 from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes
+from support.worlds import OWN_MOUNTS
 
 import ckptfs
 from ckptfs._os.mountinfo import mount_table
@@ -424,31 +426,54 @@ AS_NOBODY = (
 )
 
 
-def test_takeover_of_a_mount_of_fusermount(
-    node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses
-) -> None:
-    """A user without root takes over the own mount, and ends it by fusermount3."""
+@pytest.fixture
+def as_nobody(node: Node) -> Iterator[tuple[str, ...]]:
+    """The beginning of a command of a user without root, where every user may open /dev/fuse."""
     if os.geteuid():
         pytest.skip("only root can become another user")
     let_others_in(node.folder)
     os.chown(node.folder, NOBODY, NOBODY)
+    device = node.folder / "fuse"
+    script = f"mknod -m 666 {device} c 10 229; mount --bind {device} /dev/fuse; echo; cat"
+    with subprocess.Popen(
+        [*OWN_MOUNTS, "sh", "-ec", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as world:
+        assert hear(world) == ""
+        yield ("nsenter", f"--target={world.pid}", "--mount", *AS_NOBODY)
+        world.communicate(timeout=COMMAND_TIMEOUT_S)
+
+
+def test_takeover_of_a_mount_of_fusermount(
+    node: Node,
+    small: Path,
+    uri_of: UriOf,
+    as_nobody: tuple[str, ...],
+    keepers: KeeperProcesses,
+) -> None:
+    """A user without root takes over the own mount, and ends it by fusermount3."""
+
+    def in_world(*command: str) -> str:
+        return node.run(*as_nobody, *command).stdout.rstrip("\n")
+
     ckptfs = str(Path(sys.executable).with_name("ckptfs"))
-    command = [*AS_NOBODY, ckptfs, "mount", "--foreground", "--take-over"]
+    command = [*as_nobody, ckptfs, "mount", "--foreground", "--take-over"]
     first = keepers.run(command)
     first.wait_serving()
-    path = node.run(*AS_NOBODY, ckptfs, "attach", uri_of(small)).stdout.rstrip("\n")
+    path = in_world(ckptfs, "attach", uri_of(small))
     second = keepers.run(command)
     first.wait_standing_by(second)
-    assert node.run(*AS_NOBODY, "cat", f"{path}/config.json").stdout == '{"layers": 1}'
+    assert in_world("cat", f"{path}/config.json") == '{"layers": 1}'
     assert first.end() == 0
-    assert is_mounted(node)
-    assert node.run(*AS_NOBODY, "cat", f"{path}/config.json").stdout == '{"layers": 1}'
+    assert in_world("cat", f"{path}/config.json") == '{"layers": 1}'
     root = keepers.start()  # root is another user
     node.expected_in_log.append("it belongs to uid 65534, and this process to uid 0")
     root.wait_for("waiting for its end")
     assert root.end() == 0
     assert second.end() == 0
-    assert not is_mounted(node)
+    assert str(node.mount) not in in_world("cat", "/proc/self/mountinfo")
 
 
 def test_takeover_needs_the_foreground(node: Node) -> None:
