@@ -138,7 +138,7 @@ def runai(job: Job) -> Result:
 
 
 def upload_ckptfs(job: Job) -> Result:
-    """What ckptfs does, which ends when the node's cache has the files, too."""
+    """Upload by ckptfs, until the cache of the node has the files, too."""
     import ckptfs
 
     ckptfs.upload(job["source"], Store.of(job).uri(f"{BUCKET}/{job['name']}"))
@@ -146,7 +146,7 @@ def upload_ckptfs(job: Job) -> Result:
 
 
 def upload_ray(job: Job) -> Result:
-    """What Ray does: pyarrow copies the files."""
+    """Upload by pyarrow, as Ray does."""
     to = Store.of(job).filesystem()
     copy_files(
         job["source"],
@@ -158,7 +158,7 @@ def upload_ray(job: Job) -> Result:
 
 
 def upload_s5cmd(job: Job) -> Result:
-    """What s5cmd does."""
+    """Upload by s5cmd."""
     s5cmd(job, f"{job['source']}/*", f"s3://{BUCKET}/{job['name']}/")
     return {}
 
