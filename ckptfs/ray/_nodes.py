@@ -9,9 +9,10 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ckptfs._local_directory import filesystem_behind
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import ArrowFileSystem, FileSystem, local_path_of
-from ckptfs.checkpoint import Checkpoint, filesystem_behind
+from ckptfs.checkpoint import Checkpoint
 from ckptfs.errors import LocationError
 from ckptfs.ray._peer import Failure, Joined, Peer
 
