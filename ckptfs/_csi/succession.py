@@ -27,7 +27,8 @@ from ckptfs._csi import records, server
 from ckptfs._csi.publishing import Publishing
 from ckptfs._csi.records import Records
 from ckptfs._os import filelock, takeover
-from ckptfs._os.takeover import Claim, Claimants, Heir, Offered, Refused
+from ckptfs._os.claimants import Claimants, Heir
+from ckptfs._os.takeover import Claim, Offered, Refused
 from ckptfs.errors import PlaceUnusable
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,9 @@ from ckptfs._keeper.mount_state import Held, MountOffer
 from ckptfs._keeper.systemd import ServiceManager
 from ckptfs._model.config import Config
 from ckptfs._mount import handoff, session
+from ckptfs._os.claimants import Claimants, Heir
 from ckptfs._os.filelock import release
-from ckptfs._os.takeover import WORKER, Claimants, Heir, Offered, Refusal, close_all
+from ckptfs._os.takeover import WORKER, Offered, Refusal, close_all
 from ckptfs.errors import CkptfsError, ConfigError, PlaceUnusable
 
 log = logging.getLogger("ckptfs._keeper.keeper")  # the program that users know

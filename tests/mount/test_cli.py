@@ -24,6 +24,7 @@ ATTACHMENT_FIELDS = {
     *("processes", "reads_per_s", "read_bytes_per_s", "fetched_bytes_per_s"),
 }
 STATUS_FIELDS = {
+    *("taken_over_s", "host"),
     *("version", "pid", "mount", "cache_dir", "cache_bytes", "cache_bytes_max"),
     *(
         "fetched_bytes",

@@ -1,5 +1,6 @@
 """A CSI driver takes over from another one, with a gRPC client as the kubelet."""
 
+import functools
 import os
 import signal
 import socket
@@ -126,19 +127,20 @@ def is_killed_at(
     log = node.folder / "killed.log"
     log.write_text("")
     other = new_driver(node, kubelet)
-    if killed == "owner":
-        victim = start_killed_at(node, kubelet, moment, armed)
-        wait_until(lambda: SERVING in log.read_text())
-    else:
+    is_owner = killed == "owner"
+    start_victim = functools.partial(start_killed_at, node, kubelet, moment, armed)
+    victim = start_victim() if is_owner else None
+    if victim is None:
         other.start()
-    before = other.log().count(WAITS) if killed == "claimant" else 0
+    else:
+        wait_until(lambda: SERVING in log.read_text())
     target = kubelet.publish("a", **volume)
     armed.touch()
-    if killed == "owner":
-        other.start()
-        before = other.log().count(WAITS)
+    before = other.log().count(WAITS) if (node.folder / "csi.log").exists() else 0
+    if victim is None:
+        victim = start_victim()
     else:
-        victim = start_killed_at(node, kubelet, moment, armed)
+        other.start()
 
     def is_over() -> bool:
         waits = WAITS in log.read_text() or other.log().count(WAITS) > before

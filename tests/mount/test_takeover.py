@@ -239,7 +239,7 @@ import struct, sys
 import msgspec
 from ckptfs._keeper import keeper, mount_state
 from ckptfs._mount import handoff
-from ckptfs._os import takeover
+from ckptfs._os import claimants, takeover
 
 change = sys.argv.pop(1)
 offer = mount_state.Held.offer
@@ -261,7 +261,7 @@ elif change == "message":
     class Offer(msgspec.Struct, tag="offer-2"):
         state: msgspec.Raw
         fds: list[str]
-    takeover.Offer = Offer
+    claimants.Offer = Offer
 else:
     mount_state.Held.offer = changed
 keeper.main()
@@ -343,7 +343,7 @@ def test_a_process_of_another_user_learns_nothing(node: Node, keepers: KeeperPro
         "from ckptfs._os import takeover\n"
         "os.chdir(sys.argv[1])\n"
         "os.setresgid(1234, 1234, 1234); os.setresuid(1234, 1234, 1234)\n"
-        "takeover._why_not_peer = lambda _: ''\n"
+        "takeover.why_not_peer = lambda _: ''\n"
         "print(takeover.claim(sys.argv[2], takeover.Claim('x', '0', False)))\n"
     )
     with node.python(code, str(path.parent), path.name) as process:
