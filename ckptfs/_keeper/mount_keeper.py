@@ -180,6 +180,7 @@ class Keeper:
                 why_not = "it has ended the mount"
             if why_not:
                 self._end_spare()
+                offered.refuse(why_not)
                 return why_not
             self._catch_signals()
             self._start_daemon(after_another=True)
