@@ -68,12 +68,13 @@ class Heir(NamedTuple):
 
 
 class _Claimant:
-    """A connection: its claim, and whether it has an offer."""
+    """A connection: its claim, and whether it has an offer or was refused."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.claim: Claim | None = None
         self.has_offer = False
+        self.is_refused = False
 
 
 class Claimants:
@@ -157,7 +158,10 @@ class Claimants:
         except OSError:  # the claimant has gone, or there are too many open files
             return
         reason = why_not_peer(connection)
-        if not reason and len(self._known) == _CLAIMANTS_MAX:
+        if len(self._known) >= 2 * _CLAIMANTS_MAX:
+            connection.close()
+            return
+        if not reason and len(self._known) >= _CLAIMANTS_MAX:
             reason = "too many processes want to take over"
         claimant = _Claimant(Channel(connection))
         self._known[connection.fileno()] = claimant
@@ -167,6 +171,9 @@ class Claimants:
     def _hear(self, claimant: _Claimant) -> Heir | None:
         answer = claimant.channel.receive()
         message, fds = (None, []) if answer is None else answer
+        if claimant.is_refused and message is not None:
+            close_all(fds)
+            return None
         known = claimant.claim
         match message:
             case Claim() if known is None and not fds:
@@ -206,7 +213,9 @@ class Claimants:
     def _refuse(self, claimant: _Claimant, refusal: Refused) -> None:
         self._say(f"{_named(claimant.claim)} may not take over: {refusal.reason}")
         claimant.channel.send(refusal)
-        self._forget(claimant)
+        # The claimant closes the connection. If this process closed it, the kernel would drop the
+        # refusal in favor of a message of the claimant that is not read yet (ECONNRESET).
+        claimant.claim, claimant.has_offer, claimant.is_refused = None, False, True
 
     def _forget(self, claimant: _Claimant) -> None:
         del self._known[claimant.channel.fileno()]
