@@ -37,6 +37,10 @@ NOTIFY_RESEND = 7
 UNIQUE_RESEND = 1 << 63
 """Bit in the number of a repeated request."""
 
+INVALID_UID = 0xFFFFFFFF
+"""FUSE_INVALID_UIDGID, the user of every request that makes no inode, in a session with
+ALLOW_IDMAP."""
+
 # -- flags of INIT
 
 ASYNC_READ = 1 << 0
@@ -49,6 +53,9 @@ EXPLICIT_INVAL_DATA = 1 << 25
 INIT_EXT = 1 << 30
 PASSTHROUGH = 1 << 37
 HAS_RESEND = 1 << 39
+ALLOW_IDMAP = 1 << 40
+"""Lets root make idmapped mounts of the session (Linux 6.12). The kernel fails the session if it
+has this flag without ``default_permissions``."""
 
 # -- flags of the reply to OPEN and OPENDIR
 

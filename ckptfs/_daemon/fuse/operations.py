@@ -28,8 +28,8 @@ from ckptfs._daemon.fs import xattrs
 from ckptfs._daemon.fs.stats import Stat
 from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fuse.relay import Relay
-from ckptfs._daemon.usage.procfs import process_of
-from ckptfs._mount import session
+from ckptfs._daemon.usage.procfs import process_of, user_of
+from ckptfs._mount import fuse_abi, session
 
 log = logging.getLogger(__name__)
 
@@ -178,17 +178,17 @@ class Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
         with self._replying():
-            return [name.encode() for name in await self._xattrs.list(inode, ctx.uid)]
+            return [name.encode() for name in await self._xattrs.list(inode, _lister(ctx))]
 
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
         with self._replying():
-            await self._xattrs.set(inode, _text(name), value, ctx.uid)
+            await self._xattrs.set(inode, _text(name), value, _writer(ctx))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         with self._replying():
-            await self._xattrs.remove(inode, _text(name), ctx.uid)
+            await self._xattrs.remove(inode, _text(name), _writer(ctx))
 
     # -- writing
 
@@ -196,6 +196,18 @@ class Operations(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.EROFS)
 
     create = link = mkdir = mknod = rename = rmdir = setattr = symlink = unlink = write = _refuse
+
+
+def _lister(ctx: RequestContext) -> int:
+    """The user who lists attributes; -1 if unknown. The kernel checks no permission for a list, so
+    the daemon looks the user up if the request does not name them."""
+    return user_of(ctx.pid) if ctx.uid == fuse_abi.INVALID_UID else ctx.uid
+
+
+def _writer(ctx: RequestContext) -> int | None:
+    """The user who sets an attribute, or None if the request does not name them. Then the session
+    has ``default_permissions``, and the kernel has checked that the mode lets the user write."""
+    return None if ctx.uid == fuse_abi.INVALID_UID else ctx.uid
 
 
 def _text(name: bytes) -> str:
