@@ -43,6 +43,7 @@ from support.serverbase import free_port
 from ckptfs._config.load import load_config
 from ckptfs._csi import identity, publication
 from ckptfs._csi.publication import KUBELET, Capability, publication_of
+from ckptfs._model.config import Config
 from ckptfs._model.named_store import CredentialSource
 from ckptfs.cli import app
 
@@ -152,19 +153,28 @@ def test_the_namespace_and_its_quota_admit_the_pods() -> None:
 # -- the places that containers share
 
 
-def test_the_base_and_the_overlay_have_valid_configurations(tmp_path: Path) -> None:
+def config_of(overlay: str, folder: Path) -> Config:
+    """The daemon's configuration of an overlay."""
     environment = environment_of(DAEMON)
     file = PurePosixPath(environment["CKPTFS_CONFIG"])
+    (folder / file.name).write_text(built(overlay)["ConfigMap"]["data"][file.name])
+    return load_config({**environment, "CKPTFS_CONFIG": str(folder / file.name)})
+
+
+def test_the_base_and_the_overlays_have_valid_configurations(tmp_path: Path) -> None:
     for overlay in OVERLAYS:
-        (tmp_path / file.name).write_text(built(overlay)["ConfigMap"]["data"][file.name])
-        config = load_config({**environment, "CKPTFS_CONFIG": str(tmp_path / file.name)})
+        config = config_of(overlay, tmp_path)
         assert config.allow_other  # pods run as other users
         assert not config.lend_daemon_rights
         assert config.idle_exit_s == 0
         assert (overlay == "node-credentials") == ("prod" in config.store)
         assert f"proxy_pass http://{config.metrics};" in BASE["ConfigMap"]["data"]["nginx.conf"]
-    assert config.store["prod"].users == "*"
-    credentials = config.store["prod"].credentials
+
+
+def test_the_nodes_credentials_are_in_a_secret(tmp_path: Path) -> None:
+    store = config_of("node-credentials", tmp_path).store["prod"]
+    assert store.users == "*"
+    credentials = store.credentials
     assert isinstance(credentials, CredentialSource)
     pod = pod_of(built("node-credentials")["DaemonSet"])
     mounts = container_of(pod, "ckptfs")["volumeMounts"]
@@ -189,7 +199,8 @@ def test_daemon_driver_and_client_see_the_same_socket_and_mount() -> None:
         assert seen == (place, "HostToContainer")
         # The directory around both is the volume, which outlives what is in it.
         assert place not in [v.get("hostPath", {}).get("path") for v in POD["volumes"]]
-    assert on_node(POD, DAEMON, environment_of(DAEMON)["CKPTFS_CACHE_DIR"])
+    cache = environment_of(DAEMON)["CKPTFS_CACHE_DIR"]
+    assert on_node(POD, DAEMON, cache)[0] == cache
 
 
 def test_the_kubelet_finds_the_driver_and_its_mounts() -> None:

@@ -18,6 +18,7 @@ FORGET = 2
 GETATTR = 3
 OPEN = 14
 READ = 15
+STATFS = 17
 RELEASE = 18
 REMOVEXATTR = 24
 FLUSH = 25
@@ -87,6 +88,9 @@ OPEN_OUT = struct.Struct("<QIi")
 ATTR_OUT = struct.Struct("<QI4x6Q10I")
 """struct fuse_attr_out: validity (s, ns), then struct fuse_attr: inode, size, blocks, three times
 in seconds and three in nanoseconds, mode, links, uid, gid, rdev, size of a block, flags."""
+STATFS_OUT = struct.Struct("<5Q3I28x")
+"""struct fuse_statfs_out: blocks, free and available ones, inodes, free ones, size of a block,
+longest name, size of a fragment."""
 NOTIFY_INVAL_ENTRY_OUT = struct.Struct("<QII")
 """struct fuse_notify_inval_entry_out: parent, length of the name, flags."""
 

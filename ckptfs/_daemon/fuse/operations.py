@@ -157,17 +157,6 @@ class Operations(pyfuse3.Operations):
             await self._vfs.before_passthrough(handle)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
-    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        total_bytes, file_count = self._vfs.statfs()
-        result = pyfuse3.StatvfsData()
-        result.f_bsize = result.f_frsize = 4096
-        result.f_blocks = -(-total_bytes // 4096)
-        result.f_bfree = result.f_bavail = 0
-        result.f_files = file_count
-        result.f_ffree = result.f_favail = 0
-        result.f_namemax = 255
-        return result
-
     # -- extended attributes
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
