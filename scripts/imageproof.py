@@ -2,8 +2,8 @@
 
 Each stage of the recipe is a copy of a small Debian, in which its steps run with a changed root
 directory. Then the containers `ckptfs` and `driver` of the DaemonSet run in the last stage, with
-their arguments, variables and places, and a root file system that is read-only. A gRPC client asks
-the driver for its health, and a checkpoint is read through the mount.
+their arguments, variables, places and probes, and a root file system that is read-only. A second
+pod replaces the first one, as in an update, while a checkpoint is read through the mount.
 """
 
 import argparse
@@ -34,6 +34,7 @@ _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _PASSED_ON = ("PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
 """How a build reaches packages, if this machine's settings say so."""
 _START_S = 60.0
+_PROBE_S = 10.0
 _ENTER = (
     'mount --make-private "$(findmnt --noheadings --output TARGET --target "$0")"; '
     'mount --bind "$0" "$0"; mount --rbind /dev "$0/dev"; mount --make-rprivate "$0/dev"; '
@@ -46,19 +47,12 @@ def say(text: str) -> None:
     print(f"image-proof: {text}", file=sys.stderr, flush=True)
 
 
-def command_in(root: Path, before: str, folder: str, *command: str) -> list[str]:
-    """A command with the root directory `root`, in mount and PID namespaces of its own, after the
-    shell commands `before`."""
+def command_in(root: Path, folder: str, *command: str, before: str = "", **own: bool) -> list[str]:
+    """A command with the root directory `root`, in a mount namespace of its own, after the shell
+    commands `before`. `own` are further namespaces, as the flags of unshare(1) name them."""
     enter = f'{_ENTER}{before} exec chroot "$0" sh -c \'cd "$0" && exec "$@"\' "$@"'
-    unshare = [
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--propagation",
-        "unchanged",
-    ]
+    flags = [f"--{name}" for name, is_own in own.items() if is_own]
+    unshare = ["unshare", "--mount", "--propagation", "unchanged", "--fork", "--kill-child", *flags]
     return [*unshare, "sh", "-ec", enter, str(root), folder, *command]
 
 
@@ -100,7 +94,7 @@ class Build:
             given["PIP_CERT"] = "/run/certificates.pem"
         given["DEBIAN_FRONTEND"] = "noninteractive"
         subprocess.run(
-            command_in(self.root, "", self._folder, "/bin/sh", "-c", text),
+            command_in(self.root, self._folder, "/bin/sh", "-c", text, pid=True),
             env=self.environment | given,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
@@ -147,18 +141,19 @@ def built(base: Path, scratch: Path, *, frozen: bool) -> Build:
 
 def installed(root: Path) -> str:
     """The packages in the image, as lines of a file of constraints."""
-    listing = command_in(root, "", "/", "/opt/ckptfs/bin/pip", "freeze", "--exclude", "ckptfs")
+    listing = command_in(root, "/", "/opt/ckptfs/bin/pip", "freeze", "--exclude", "ckptfs")
     done = subprocess.run(listing, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-class Containers:
-    """The containers of the DaemonSet, in the last stage of a build. They share their directories
-    of the node, which are in `node`."""
+class Pod:
+    """A pod of the DaemonSet, called `name`. Its containers run in the last stage of a build. Pods
+    share the node's directories, which are in `node`."""
 
-    def __init__(self, build: Build, node: Path) -> None:
+    def __init__(self, build: Build, node: Path, name: str) -> None:
         self._build = build
-        self._node = node
+        self.node = node
+        self._name = name
         documents = yaml.safe_load_all((FOLDER / "base" / "node.yaml").read_text())
         [daemon_set] = [each for each in documents if each["kind"] == "DaemonSet"]
         self._pod = daemon_set["spec"]["template"]["spec"]
@@ -167,8 +162,8 @@ class Containers:
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a container, and end it by SIGTERM."""
-        [container] = [each for each in self._pod["containers"] if each["name"] == name]
-        say(f"starting {self._build.entry} {' '.join(container['args'])}")
+        container = self._container(name)
+        say(f"{self._name}: {self._build.entry} {' '.join(container['args'])}")
         process = subprocess.Popen(
             self.command(container, self._build.entry, *container["args"]),
             env=self._environment(container),
@@ -181,27 +176,32 @@ class Containers:
                 [child] = _children(process.pid)
                 os.kill(child, signal.SIGTERM)
             if status := process.wait(_START_S):
-                raise SystemExit(f"image-proof: {name} ended with status {status}")
+                raise SystemExit(f"image-proof: {self._name}: {name} ended with status {status}")
 
     def run(self, name: str, *command: str) -> str:
-        """The output of a command in a container of that name."""
-        [container] = [each for each in self._pod["containers"] if each["name"] == name]
-        done = subprocess.run(
+        """The output of a command in a container. Raises SystemExit if the command fails."""
+        done = self._done(name, *command)
+        if done.returncode:
+            raise SystemExit(f"image-proof: {' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def passes(self, name: str, probe: str) -> bool:
+        """Whether the command of a container's probe succeeds."""
+        return not self._done(name, *self._container(name)[probe]["exec"]["command"]).returncode
+
+    def _done(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        container = self._container(name)
+        return subprocess.run(
             self.command(container, *command),
             env=self._environment(container),
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise SystemExit(f"image-proof: {' '.join(command)}: {done.stderr.strip()}")
-        return done.stdout
 
-    def run_probes(self, name: str) -> None:
-        """Run the commands of a container's probes. Raises SystemExit."""
+    def _container(self, name: str) -> dict[str, Any]:
         [container] = [each for each in self._pod["containers"] if each["name"] == name]
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            self.run(name, *container[probe]["exec"]["command"])
+        return container
 
     def _environment(self, container: dict[str, Any]) -> dict[str, str]:
         given = {each["name"]: each.get("value", "node-1") for each in container.get("env", [])}
@@ -209,7 +209,7 @@ class Containers:
 
     def command(self, container: dict[str, Any], *command: str) -> list[str]:
         """A command with the container's root file system, volumes and mount propagation."""
-        before = ""
+        before = f"hostname {self._name}; "
         for mount in container["volumeMounts"]:
             place = f'"$0{mount["mountPath"]}"'
             source = self._source(self._volumes[mount["name"]])
@@ -222,14 +222,15 @@ class Containers:
             before += f"mount --make-{'rslave' if slave else 'rshared'} {place}; "
         readonly = container["securityContext"]["readOnlyRootFilesystem"]
         before += 'mount -o remount,bind,ro "$0"; ' if readonly else ""
-        return command_in(self._build.root, before, "/", *command)
+        own = {"uts": True, "pid": not self._pod["hostPID"]}
+        return command_in(self._build.root, "/", *command, before=before, **own)
 
     def _source(self, volume: dict[str, Any]) -> Path | None:
         if "configMap" in volume:
             return FOLDER / "base"
         if "hostPath" not in volume:
             return None
-        place = self._node / volume["hostPath"]["path"].lstrip("/")
+        place = self.node / volume["hostPath"]["path"].lstrip("/")
         place.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -247,40 +248,59 @@ def wait_until(is_so: Any, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def probe(socket: Path) -> bool:
-    """Whether the driver says that it is ready. Raises grpc.RpcError."""
+def driver_is_ready(node: Path) -> bool:
+    """Whether a driver says that it is ready."""
+    socket = node / "var/lib/kubelet/plugins/csi.ckptfs.dev/csi.sock"
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         ask = channel.unary_unary(
             f"/{service_name('Identity')}/Probe",
             request_serializer=CLASSES["ProbeRequest"].SerializeToString,
             response_deserializer=CLASSES["ProbeResponse"].FromString,
         )
-        return ask(CLASSES["ProbeRequest"](), timeout=_START_S, wait_for_ready=True).ready.value
+        try:
+            return ask(CLASSES["ProbeRequest"](), timeout=_PROBE_S).ready.value
+        except grpc.RpcError:
+            return False
 
 
 def prove(build: Build, node: Path) -> None:
-    """Start both containers, and read a checkpoint. Raises SystemExit."""
-    containers = Containers(build, node)
+    """Replace a pod while a file is read, as an update does, and end the next one. Raises
+    SystemExit."""
+    old, new = (Pod(build, node, name) for name in ("old", "new"))
     for command in (["--version"], ["csi", "--help"]):
-        print(containers.run("ckptfs", build.entry, *command).splitlines()[0])
+        print(old.run("ckptfs", build.entry, *command).splitlines()[0])
     content = random.Random(1).randbytes(3 << 20)
     data = node / "run/ckptfs/data"
-    with containers.running("ckptfs") as daemon:
-        wait_until(lambda: os.path.ismount(node / "run/ckptfs/mnt"), daemon)
-        containers.run_probes("ckptfs")
-        data.mkdir()
-        (data / "weights.bin").write_bytes(content)
-        path = containers.run("ckptfs", "ckptfs", "attach", "/run/ckptfs/data").strip()
-        seen = node / path.lstrip("/") / "weights.bin"
-        if seen.read_bytes() != content:
-            raise SystemExit("image-proof: WRONG BYTES")
-        with containers.running("driver") as driver:
-            socket = node / "var/lib/kubelet/plugins/csi.ckptfs.dev/csi.sock"
-            wait_until(socket.exists, driver)
-            if not probe(socket):
-                raise SystemExit("image-proof: the driver is not ready")
-    if os.path.ismount(node / "run/ckptfs/mnt"):
-        raise SystemExit("image-proof: the daemon has left its mount")
+    with contextlib.ExitStack() as ends:
+        with contextlib.ExitStack() as old_ends:
+            start(old, old_ends)
+            require(not new.passes("ckptfs", "startupProbe"), "the new pod is ready too soon")
+            data.mkdir()
+            (data / "weights.bin").write_bytes(content)
+            path = old.run("ckptfs", "ckptfs", "attach", "/run/ckptfs/data").strip()
+            file = ends.enter_context((node / path.lstrip("/") / "weights.bin").open("rb"))
+            seen = file.read(1 << 20)
+            start(new, ends)
+            seen += file.read(1 << 20)
+        seen += file.read()
+        require(seen == content, "WRONG BYTES")
+        require(new.passes("ckptfs", "livenessProbe"), "the end of the old pod ended the daemon")
+        require(driver_is_ready(node), "the end of the old pod ended the driver")
+    require(not os.path.ismount(node / "run/ckptfs/mnt"), "the daemon has left its mount")
+
+
+def start(pod: Pod, ends: contextlib.ExitStack) -> None:
+    """Start the containers of a pod, until their probes succeed. Raises SystemExit."""
+    daemon = ends.enter_context(pod.running("ckptfs"))
+    wait_until(lambda: pod.passes("ckptfs", "startupProbe"), daemon)
+    require(pod.passes("ckptfs", "readinessProbe"), "the pod is not ready")
+    driver = ends.enter_context(pod.running("driver"))
+    wait_until(lambda: driver_is_ready(pod.node), driver)
+
+
+def require(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise SystemExit(f"image-proof: {otherwise}")
 
 
 @contextlib.contextmanager
