@@ -229,7 +229,7 @@ def answer_init(fd: int, stack_depth: int = 0, *, allow_other: bool = False) -> 
 
     With `allow_other`, root can make idmapped mounts of the session, as container runtimes do for
     pods with user namespaces. The kernel then decides by owner and mode, and names the user in no
-    request (see `operations.Operations`).
+    request (see ``_daemon.fuse.operations``).
 
     Args:
         fd: The session.

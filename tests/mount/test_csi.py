@@ -14,6 +14,7 @@ from conftest import Node, wait_until
 from support.kubelet import ROX, DriverProcess, Kubelet, capability, in_own_users, in_pod
 from support.s3server import S3Server
 from support.servers import Moto
+from support.usernamespace import IS_SUPPORTED
 from support.webidentity import WebIdentityAws
 
 from ckptfs._csi import bind_mounts
@@ -132,6 +133,7 @@ def test_publish_read_and_unpublish_leave_nothing(
     assert keys["AWS_SECRET_ACCESS_KEY"] not in driver.log() + node.log()
 
 
+@pytest.mark.skipif(not IS_SUPPORTED, reason="the kernel has no idmapped mounts of FUSE")
 def test_a_pod_with_user_namespaces_reads_and_changes_nothing(
     node: Node,
     kubelet: Kubelet,

@@ -18,6 +18,9 @@ FIRST = 300_000
 IDS = 65_536
 """The ids of a pod, as the kubelet gives them out."""
 
+IS_SUPPORTED = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 12)
+"""Whether the kernel lets root make idmapped mounts of FUSE."""
+
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4

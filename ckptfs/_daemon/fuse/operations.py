@@ -4,6 +4,16 @@
 """The FUSE adapter: maps pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing.
 
 The relay handles reads and releases itself (`relay`).
+
+**Users.** Requests of a session with ALLOW_IDMAP name no user, because an idmapped mount maps
+owners and not the users of requests. Nothing here may then depend on the user of a request, except
+in two places:
+
+- Setting an attribute. The kernel has checked by owner and mode that the user may write
+  (``default_permissions``, without which it fails a session with ALLOW_IDMAP). That includes root
+  of a user namespace on an idmapped mount, so `xattrs` refuses to set any attribute of a volume.
+- Listing attributes, for which the kernel checks nothing. The request names the thread, which waits
+  for the reply, so its user is looked up (`procfs.user_of`). An unknown user gets an empty list.
 """
 
 import contextlib
