@@ -10,6 +10,7 @@ from ckptfs import errors
 from ckptfs._background_upload import BackgroundUpload
 from ckptfs._client import background
 from ckptfs._client.uploading import Done, upload_and_save
+from ckptfs._local_directory import filesystem_behind, shown
 from ckptfs._model.location import Location
 from ckptfs._model.manifest import METADATA_NAME, printable
 from ckptfs._model.uploads import UploadOptions
@@ -19,7 +20,7 @@ from ckptfs._store.directory_upload import Told, Wanted
 from ckptfs._store.filesystems import FileSystem, local_path_of
 from ckptfs._store.in_process import uploads_to
 from ckptfs._store.source import file_in
-from ckptfs.checkpoint import Checkpoint, filesystem_behind, shown
+from ckptfs.checkpoint import Checkpoint
 
 
 class Options(NamedTuple):

@@ -10,21 +10,16 @@ import os
 import tempfile
 import time
 import uuid
-import warnings
 from collections.abc import Generator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ckptfs import _local_directory as local_directory
 from ckptfs import errors, xattrs
-from ckptfs._client import background, client, plans, private_daemon, shared_copies
-from ckptfs._client.failures import noting
-from ckptfs._client.waiting import wait_fetched
-from ckptfs._model.units import size_text
-from ckptfs._os.callers import level_of_caller
+from ckptfs._client import client
+from ckptfs._local_directory import expanded, filesystem_behind, globs_of, readable, shown
 from ckptfs._store import metadata as _metadata
-from ckptfs._store.base import Store
-from ckptfs._store.copy import Progress, bytes_chosen, copy_directory, listed
+from ckptfs._store.copy import Progress, copy_directory
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import (
     FileSystem,
@@ -36,8 +31,7 @@ from ckptfs._store.filesystems import (
     type_name_of,
     wrapped,
 )
-from ckptfs._store.in_process import ask, store_of
-from ckptfs._store.private import dump
+from ckptfs._store.in_process import ask
 
 if TYPE_CHECKING:
     # pyarrow has no type stubs. A user who has installed some gets the full type.
@@ -49,8 +43,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "mount", "copy"]
-_ANSWER_S = 60.0
-"""Longest silence of the daemon, which reports its progress several times a second."""
 Self = TypeVar("Self", bound="Checkpoint")
 
 
@@ -138,7 +130,7 @@ class Checkpoint:
             path: The directory. ``~`` is the home directory. A relative path becomes absolute at
                 once, so that the checkpoint means the same directory in other processes.
         """
-        return cls(Path(_expanded(path)).absolute(), filesystem=local_filesystem())
+        return cls(Path(expanded(path)).absolute(), filesystem=local_filesystem())
 
     # -- content
 
@@ -221,7 +213,7 @@ class Checkpoint:
         """
         if mode not in ("auto", "mount", "copy"):
             raise ValueError(f"mode must be 'auto', 'mount' or 'copy', not {mode!r}")
-        globs = ["*"] if prefetch == "all" else _globs("prefetch", prefetch)
+        globs = ["*"] if prefetch == "all" else globs_of("prefetch", prefetch)
         if wait and not globs:
             raise ValueError(
                 "wait=True waits for the files that prefetch names; give prefetch='all' for all"
@@ -229,27 +221,31 @@ class Checkpoint:
         if pending and mode == "copy":
             raise ValueError("pending=True mounts files of the daemon; leave mode='copy' out")
         awaited = progress if wait else None
-        included = _globs("include", include)
+        included = globs_of("include", include)
         local = local_path_of(filesystem_behind(self), self.path)
         began_s = time.monotonic()
         with contextlib.ExitStack() as stack:
-            path = _pending(self, stack, timeout_s) if pending else ""
+            path = local_directory.pending(self, stack, timeout_s) if pending else ""
             if path:
                 how = "the files of an upload that is not done"
             elif mode == "copy":
-                path, how = _copied(self, stack, included, timeout_s), "copied, as mode='copy' asks"
+                path, how = (
+                    local_directory.copied(self, stack, included, timeout_s),
+                    "copied, as mode='copy' asks",
+                )
             elif local is not None:
-                path, how = _existing(local), "a local directory"
+                path, how = local_directory.existing(local), "a local directory"
             else:
                 how = "mounted"
                 try:
-                    filesystem = filesystem_behind(self)
-                    mounted = _mounted(filesystem, self.path, globs, awaited, timeout_s, plan)
+                    mounted = local_directory.mounted(
+                        filesystem_behind(self), self.path, globs, awaited, timeout_s, plan
+                    )
                     path = stack.enter_context(mounted)
                 except (errors.CannotMount, NotDescribable) as error:
                     if mode == "mount":
                         raise
-                    path = _copied(self, stack, included, timeout_s, because=error)
+                    path = local_directory.copied(self, stack, included, timeout_s, because=error)
                     how = f"copied: {error}"
             _log.debug("%s: %s after %.3f s: %s", self, path, time.monotonic() - began_s, how)
             yield path
@@ -285,11 +281,11 @@ class Checkpoint:
         """
         if path is None:
             path = os.path.join(tempfile.gettempdir(), f"checkpoint_tmp_{self._uuid.hex}")
-        target = os.path.normpath(_expanded(path))
-        included = _globs("include", include)
+        target = os.path.normpath(expanded(path))
+        included = globs_of("include", include)
         with (
             shown(progress, f"copying {self.path}") as told,
-            _readable(filesystem_behind(self), self.path) as store,
+            readable(filesystem_behind(self), self.path) as store,
         ):
             copy_directory(
                 store, Path(target), include=included, timeout_s=timeout_s, progress=told
@@ -309,7 +305,7 @@ class Checkpoint:
             AccessDenied, StoreError: The store's answer.
         """
         if is_daemon_only(filesystem_behind(self)):
-            with _readable(filesystem_behind(self), self.path) as store:
+            with readable(filesystem_behind(self), self.path) as store:
                 return _metadata.read(store)
         return ask(filesystem_behind(self), self.path, _metadata.read)
 
@@ -359,155 +355,7 @@ class Checkpoint:
         _tell_changed(filesystem_behind(self), self.path)
 
 
-def filesystem_behind(checkpoint: Any) -> FileSystem:
-    """The filesystem of a checkpoint, or the description of a URI. Checkpoints of Ray always have
-    filesystems."""
-    return getattr(checkpoint, "_filesystem", None) or checkpoint.filesystem
-
-
-def _pending(checkpoint: Any, stack: contextlib.ExitStack, timeout_s: float | None) -> str:
-    """The directory of an upload that is not done, as long as `stack` lasts; "" if there is none,
-    or if no daemon can have one."""
-    try:
-        location = describe(filesystem_behind(checkpoint), checkpoint.path)
-        return stack.enter_context(background.pending(location, timeout_s))
-    except (errors.CannotMount, NotDescribable):
-        return ""
-
-
 def _tell_changed(filesystem: FileSystem, path: str) -> None:
     # The store has the change already, so an error here must not look like one of the change.
     with contextlib.suppress(errors.CkptfsError, OSError):
         client.tell_metadata_changed(describe(filesystem, path))
-
-
-def _globs(name: str, globs: Sequence[str]) -> list[str]:
-    if isinstance(globs, str):  # would be a Sequence[str] of characters
-        raise TypeError(f"{name} must be a list of globs, not the string {globs!r}")
-    return list(globs)
-
-
-def _existing(path: str) -> str:
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
-        raise errors.CheckpointIsFile(f"{path} is a file, not a directory; name its directory")
-    raise errors.CheckpointNotFound(f"{path} does not exist; check the path")
-
-
-def _copied(
-    checkpoint: Checkpoint,
-    stack: contextlib.ExitStack,
-    include: Sequence[str],
-    timeout_s: float | None,
-    because: Exception | None = None,
-) -> str:
-    """The path of a copy that lasts as long as `stack`. `because` is the reason for a copy instead
-    of a mount, for a warning."""
-    filesystem = filesystem_behind(checkpoint)
-    with _readable(filesystem, checkpoint.path) as store:
-        manifest = listed(store)
-
-        def fill(target: Path) -> None:
-            copy_directory(store, target, include=include, manifest=manifest)
-
-        try:
-            which = _identity(filesystem, checkpoint)
-            folder = shared_copies.folder_of(which, manifest.version, sorted(set(include)))
-            if because is not None:
-                size = size_text(bytes_chosen(manifest, include))
-                place = shared_copies.path_in(folder)
-                warnings.warn(
-                    f"ckptfs copies the checkpoint ({size}) to {place}: {because}",
-                    stacklevel=level_of_caller(),
-                )
-            copy = shared_copies.shared_copy(folder, fill, timeout_s, store.name)
-            return str(stack.enter_context(copy))
-        except errors.CannotCopy as error:
-            if because is None:
-                raise
-            raise errors.CannotMount(f"{because}; and there can be no copy: {error}") from error
-
-
-def _expanded(path: "str | os.PathLike[str]") -> str:
-    """Replace ``~`` in a path. Raises LocationError if this user has no home, because a directory
-    called ``~`` would be made."""
-    found = os.path.expanduser(path)
-    if found.partition("/")[0] == "~":
-        raise errors.LocationError(
-            f"{path}: uid {os.geteuid()} has no home directory; give an absolute path, or set HOME"
-        )
-    return found
-
-
-def _identity(filesystem: FileSystem, checkpoint: Any) -> str:
-    """A text by which processes find the same copy. It depends on the place. If no text describes
-    that, it depends on the object and its pickled copies, as in Ray."""
-    try:
-        return describe(filesystem, checkpoint.path).identity
-    except NotDescribable:
-        return checkpoint._uuid.hex
-
-
-@contextlib.contextmanager
-def _readable(filesystem: FileSystem, path: str) -> Generator[Store]:
-    """The store of a checkpoint. If only the daemon knows the store, the files of a mount."""
-    with contextlib.ExitStack() as stack:
-        if is_daemon_only(filesystem):
-            path = stack.enter_context(client.leased(describe(filesystem, path)))
-            filesystem = local_filesystem()
-        yield stack.enter_context(contextlib.closing(store_of(filesystem, path)))
-
-
-@contextlib.contextmanager
-def shown(progress: Progress | bool, title: str) -> Generator[Progress | None]:
-    """The function to call with the progress: the caller's, that of a bar, or None."""
-    if progress is not True:
-        yield progress or None
-        return
-    from ckptfs._os.progress_bar import progress_bar  # rich is slow to import
-
-    with progress_bar(title) as told:
-        yield told
-
-
-@contextlib.contextmanager
-def _mounted(
-    filesystem: FileSystem,
-    path: str,
-    prefetch: Sequence[str],
-    awaited: Progress | bool | None,
-    timeout_s: float | None,
-    plan: "bool | str | os.PathLike[str]",
-) -> Generator[str]:
-    """Mount by the node's or user's daemon, or by a private one, and yield the path. `awaited` is
-    the progress of a wait for `prefetch`, or None not to wait. Raises NotDescribable if no daemon
-    can get the filesystem."""
-    begun = prefetch if awaited is None else ()
-    location = found = None
-    try:
-        location = describe(filesystem, path)
-    except NotDescribable as error:
-        if plan is not False:
-            raise errors.PlanError(
-                f"{path}: a filesystem that needs a private daemon has no plans; leave plan out"
-            ) from None
-        pickled = dump(filesystem, error)
-        connect = partial(private_daemon.connect, pickled)
-        lease = private_daemon.leased(pickled, path, begun, timeout_s)
-    else:
-        if plan is not False:
-            found = plans.kept(location) if plan is True else plans.read(plan)
-        connect = partial(client.connect, None)
-        lease = client.leased(location, prefetch=begun, plan=found, timeout_s=timeout_s)
-    with lease as mounted:
-        if awaited is not None:
-            with (
-                shown(awaited, f"fetching {os.path.basename(mounted)}") as told,
-                connect(_ANSWER_S) as connection,
-            ):
-                wait_fetched(connection, mounted, prefetch, timeout_s, told)
-        with noting(mounted):
-            yield mounted
-        if location is not None and plan is True and found is None:
-            plans.remember(location)

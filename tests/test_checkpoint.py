@@ -32,9 +32,9 @@ from ckptfs import Checkpoint
 from ckptfs._client import client
 from ckptfs._client import connection as _connection
 from ckptfs._config.load import load_config
+from ckptfs._local_directory import filesystem_behind
 from ckptfs._model.uris import parse_uri
 from ckptfs._store.describe import describe
-from ckptfs.checkpoint import filesystem_behind
 
 CONTENT = {
     "config.json": b'{"layers": 1}',

@@ -318,7 +318,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
     """The store of every checkpoint; access ends after some requests."""
     store = FakeStore({"a": b"1", "large": pattern(4 * PART_BYTES), "z": b"2"})
     store.fail("read_into", ckptfs.AccessDenied("the token has expired"), at=4, times=100)
-    monkeypatch.setattr("ckptfs.checkpoint.store_of", lambda *_: store)
+    monkeypatch.setattr("ckptfs._local_directory.store_of", lambda *_: store)
     return store
 
 

@@ -110,7 +110,7 @@ def top(bucket: Path) -> Path:
 def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
     """The store of every checkpoint that has no location: of "mock:///ckpt"."""
     store = FakeStore({"large": pattern(2 * copy.PART_BYTES), "small": b"1"})
-    monkeypatch.setattr("ckptfs.checkpoint.store_of", lambda *_: store)
+    monkeypatch.setattr("ckptfs._local_directory.store_of", lambda *_: store)
     return store
 
 
@@ -306,7 +306,7 @@ def test_a_change_between_the_listing_and_the_copy_is_an_error(
         store.overwrite("large", pattern(2 * copy.PART_BYTES, 3))
         return found
 
-    monkeypatch.setattr("ckptfs.checkpoint.listed", listed)
+    monkeypatch.setattr("ckptfs._local_directory.listed", listed)
     with (
         pytest.raises(ckptfs.ObjectChanged, match="large"),
         checkpoint.as_directory(mode="copy"),

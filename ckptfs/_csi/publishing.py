@@ -44,6 +44,7 @@ _ASK_S = 10.0
 """Longest wait for the daemon's answer to a question without a store."""
 _LOOK_S = 10.0
 """Longest look at a directory of the mount. A daemon that dies is replaced within this time."""
+_PAUSE_S = 0.05
 _TARGET_MODE = 0o750  # as the kubelet's
 
 
@@ -246,6 +247,17 @@ class Publishing:
                 now = self._records.get(publication.key)
                 if now is not None and now.state == "unpublishing":
                     self._undo(publication)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is running. Returns whether that is so."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if not self._busy:
+                    return True
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_PAUSE_S)
 
     @contextlib.contextmanager
     def _alone(self, key: str, volume_id: str) -> Generator[None]:

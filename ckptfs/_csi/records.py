@@ -106,18 +106,33 @@ class Records:
         return record
 
 
+def lock_path(directory: Path) -> Path:
+    """The lock of the records in `directory`."""
+    return directory / "lock"
+
+
+def check_directory(directory: Path) -> None:
+    """Make the directory if it is missing. Raises PlaceUnusable if other users could write to
+    it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_ours = is_this_users_alone(directory.stat())
+    except OSError as error:
+        raise PlaceUnusable(f"{directory}: {error.strerror or error}; set --state-dir") from None
+    if not is_ours:
+        raise PlaceUnusable(
+            f"{directory} belongs to another user, or others may write to it; give --state-dir "
+            "a directory of root's own"
+        )
+
+
 @contextlib.contextmanager
 def opened(directory: Path) -> Generator[Records]:
     """The records in `directory`, which is made if it is missing. No other driver has them
     meanwhile. Raises PlaceUnusable."""
+    check_directory(directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_this_users_alone(directory.stat()):
-            raise PlaceUnusable(
-                f"{directory} belongs to another user, or others may write to it; give --state-dir "
-                "a directory of root's own"
-            )
-        with filelock.locked(str(directory / "lock"), _LOCK_WAIT_S):
+        with filelock.locked(str(lock_path(directory)), _LOCK_WAIT_S):
             yield Records(directory)
     except TimeoutError:
         raise PlaceUnusable(

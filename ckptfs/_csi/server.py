@@ -4,12 +4,13 @@ Each call runs in a thread. No log line has a message's fields, because they can
 tokens. The kubelet alone may connect, since the socket is root's.
 """
 
+import contextlib
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as version_of
 from typing import Any, NamedTuple, NoReturn
@@ -35,7 +36,7 @@ _CALL_S = 110.0
 _MESSAGE_BYTES_MAX = 4 << 20
 _GRACE_S = 10.0
 """Longest wait for running calls at the end. The next driver undoes what is left."""
-_FINISH_S = 5.0
+FINISH_S = 5.0
 """Time between two tries to detach volumes of a daemon that did not answer."""
 
 
@@ -155,6 +156,24 @@ def serve(
 ) -> None:
     """Serve until `stopped` is set. Calls `ready` when the socket is there. Raises ConfigError,
     PlaceUnusable."""
+    with running(settings, publishing):
+        ready()
+        while not stopped.wait(FINISH_S):
+            finish(publishing)
+
+
+def finish(publishing: Publishing) -> None:
+    """Detach volumes of a daemon that did not answer before. The log has an error."""
+    try:
+        publishing.finish()
+    except OSError as error:
+        log.error("cannot finish ended volumes: %s", error)
+
+
+@contextlib.contextmanager
+def running(settings: Settings, publishing: Publishing) -> Generator[None]:
+    """Serve as long as the context. Its end waits a moment for running calls. Raises ConfigError,
+    PlaceUnusable."""
     path = socket_path(settings.endpoint)
     driver = Driver(settings, publishing)
     server = grpc.server(
@@ -169,12 +188,7 @@ def serve(
     server.start()
     try:
         log.info("serving on %s", path)
-        ready()
-        while not stopped.wait(_FINISH_S):
-            try:
-                publishing.finish()
-            except OSError as error:
-                log.error("cannot finish ended volumes: %s", error)
+        yield
     finally:
         server.stop(_GRACE_S).wait()
 

@@ -87,8 +87,11 @@ def main() -> None:
     for name in ("fuse-fd", "listen-fd", "ready-fd", "keeper-pid", "passthrough", "after-another"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--handoff-fds", type=int, nargs=3, required=True)
+    parser.add_argument("--announces", type=int, default=0)
     args = parser.parse_args()
     end_with(args.keeper_pid)  # only the keeper can unmount
+    if args.announces:
+        os.write(args.ready_fd, b"\n")
     settings, end, pickled = sys.stdin.buffer.read().partition(b"\n")
     if not end:
         sys.exit(1)  # the keeper is dead, so it needs no spare daemon any more

@@ -39,7 +39,8 @@ class DaemonProcess:
     """One process, for a session and a control socket.
 
     `passthrough` says that the kernel can do that, and `after_another` that an earlier daemon has
-    served the session.
+    served the session. With `announces`, the daemon says when it has imported its modules
+    (`wait_imported`).
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class DaemonProcess:
         *,
         passthrough: bool,
         after_another: bool,
+        announces: bool = False,
     ) -> None:
+        self._pidfd = -1
         self._reports, theirs = os.pipe()
         self._told = b""
         with contextlib.suppress(OSError):  # a long report then waits until the keeper reads it
@@ -63,6 +66,8 @@ class DaemonProcess:
             "--passthrough": int(passthrough),
             "--after-another": int(after_another),
         }
+        if announces:
+            options["--announces"] = 1
         command = [sys.executable, "-m", "ckptfs._daemon.app"]
         command += [str(word) for option in options.items() for word in option]
         self._process = subprocess.Popen(
@@ -71,6 +76,18 @@ class DaemonProcess:
             pass_fds=(fuse_fd, listen_fd, theirs, *memory.all()),
         )
         os.close(theirs)
+
+    def wait_imported(self) -> None:
+        """Return when the daemon has imported its modules. Raises DaemonError if it does not."""
+        if not read_line(self._reports, READY_WAIT_S, bytes_max=1):
+            raise DaemonError("the daemon did not come up; see its log")
+
+    @property
+    def pidfd(self) -> int:
+        """A descriptor that is readable when the process has ended (pidfd_open(2))."""
+        if self._pidfd < 0:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        return self._pidfd
 
     def activate(self, config: Config, pickled: bytes) -> None:
         """Let the daemon serve, and return when it does. Raises the error that it reports, or
@@ -122,6 +139,9 @@ class DaemonProcess:
         if self._reports >= 0:
             os.close(self._reports)
             self._reports = -1
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         if not at_once:
             self.terminate()
             if self.wait(_END_WAIT_S) is not None:
@@ -152,8 +172,9 @@ class Heart:
         return self._silent >= _HEART_STOPPED_BEATS
 
 
-def read_line(fd: int, timeout_s: float) -> bytes:
-    """The first line that arrives; b"" at the end of the file, or when the time is over."""
+def read_line(fd: int, timeout_s: float, bytes_max: int = 65536) -> bytes:
+    """The first line that arrives, read in pieces of at most `bytes_max`; b"" at the end of the
+    file, or when the time is over."""
     line = b""
     deadline = time.monotonic() + timeout_s
     poll = select.poll()  # select(2) takes no descriptor above 1023
@@ -161,7 +182,7 @@ def read_line(fd: int, timeout_s: float) -> bytes:
     while not line.endswith(b"\n"):
         if not poll.poll(1000 * max(0, deadline - time.monotonic())):
             return b""
-        data = os.read(fd, 65536)
+        data = os.read(fd, bytes_max)
         if not data:
             return b""
         line += data

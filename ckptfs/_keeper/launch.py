@@ -98,8 +98,9 @@ def _keep_from_ageing(path: Path) -> None:
 # -- the default cache
 
 
-def claim_cache(loaded: Loaded, environ: Mapping[str, str]) -> Config:
-    """The configuration with a cache that no other daemon uses, made and kept for this keeper.
+def claim_cache(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Config, int]:
+    """The configuration with a cache that no other daemon uses, made and kept for this keeper, and
+    the lock by which it is kept; -1 for a configured cache.
 
     A configured cache stays as it is, and the daemon refuses it if it is in use. If a default cache
     is in use, the keeper takes the next sibling, and if it cannot be used, the next candidate. The
@@ -109,7 +110,7 @@ def claim_cache(loaded: Loaded, environ: Mapping[str, str]) -> Config:
     """
     config = loaded.config
     if loaded.sources["cache_dir"] != "default":
-        return config
+        return config, -1
     # An earlier keeper on the same socket holds the cache until its end.
     with contextlib.suppress(OSError):
         wait_unlocked(f"{config.socket}.lock", LOCK_WAIT_S)
@@ -120,8 +121,8 @@ def claim_cache(loaded: Loaded, environ: Mapping[str, str]) -> Config:
             continue
         for directory in paths.siblings(place.path):
             try:
-                if _claim(directory, config.socket):
-                    return msgspec.structs.replace(config, cache_dir=str(directory))
+                if (lock := _claim(directory, config.socket)) >= 0:
+                    return msgspec.structs.replace(config, cache_dir=str(directory)), lock
             except OSError as error:
                 faults.append(f"{directory}: {error.strerror}")
                 break
@@ -148,8 +149,9 @@ def free_cache(environ: Mapping[str, str]) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def _claim(directory: Path, socket_path: str) -> bool:
-    """Keep a cache directory for this keeper. Returns whether it was free. Raises OSError."""
+def _claim(directory: Path, socket_path: str) -> int:
+    """Keep a cache directory for this keeper. Returns its lock; -1 if it is not free. Raises
+    OSError."""
     paths.make_folder(directory)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(directory / KEEPER_LOCK, flags, 0o600)
@@ -157,17 +159,16 @@ def _claim(directory: Path, socket_path: str) -> bool:
     with contextlib.ExitStack() as unlock:
         unlock.callback(os.close, fd)
         if not _lock_soon(fd, name):
-            return False
+            return -1
         os.ftruncate(fd, 0)
         os.pwrite(fd, name, 0)
         end_s = time.monotonic() + DYING_S  # of the daemon of a killed keeper
         while is_in_use(directory):
             if time.monotonic() > end_s:
-                return False
+                return -1
             time.sleep(_PAUSE_S)
         unlock.pop_all()
-    os.set_inheritable(fd, True)  # for a program that replaces this one, not for children
-    return True
+    return fd
 
 
 def _name_of_us(socket_path: str) -> bytes:

@@ -15,12 +15,34 @@ import msgspec
 
 from ckptfs._model.config import Config
 from ckptfs._mount import handoff
+from ckptfs._os import takeover
 
 CONTROL = "control"
 """Name of the descriptor that comes from the socket unit (``FileDescriptorName=``)."""
-_ITSELF, _LISTEN = "held", "listen"
+_ITSELF, _LISTEN, _CACHE_LOCK = "held", "listen", "cache-lock"
+_FORMER_MAX = 32
 _PLACE = struct.Struct("<QQ")
 """Offset and length of the saved state."""
+
+
+class MountOffer(msgspec.Struct, frozen=True):
+    """The state that a keeper of any release gets if it takes the mount over. A field that a later
+    release adds has a default, and unknown fields are ignored.
+
+    Attributes:
+        device: The mount's ``major:minor``.
+        allow_other: Whether the mount lets other users in.
+        cache_dir: The cache, for a keeper that has none configured.
+        made_mount, passthrough, resend, former: As in `Held`.
+    """
+
+    device: str
+    allow_other: bool
+    cache_dir: str
+    made_mount: bool
+    passthrough: bool
+    resend: bool
+    former: list[str] = []
 
 
 class Held(msgspec.Struct):
@@ -33,6 +55,10 @@ class Held(msgspec.Struct):
         made_socket: Whether the keeper has made the socket, and not the service manager.
         itself: The memory with the saved state.
         lock, fuse, listen, memory: The lock, the session, the control socket, and `handoff`.
+        cache_lock: The lock by which the keeper has a default cache directory (`launch`); -1 for a
+            configured one.
+        former: The names of the containers whose keepers have owned the mount, the last one at the
+            end (`succession`).
     """
 
     config: Config
@@ -45,6 +71,8 @@ class Held(msgspec.Struct):
     fuse: int = -1
     listen: int = -1
     memory: handoff.Fds = handoff.Fds(-1, (-1, -1))
+    cache_lock: int = -1
+    former: list[str] = []
 
     def named(self) -> dict[str, int]:
         """All descriptors by name, without a socket that the service manager has made."""
@@ -57,7 +85,25 @@ class Held(msgspec.Struct):
 
     def fds(self) -> list[int]:
         """All descriptors."""
-        return [*{*self.named().values(), self.listen}]
+        found = {*self.named().values(), self.listen, self.cache_lock}
+        return [fd for fd in found if fd >= 0]
+
+    def offer(self, device: str) -> MountOffer:
+        """The state for a keeper that takes the mount over. `device` is the mount's."""
+        return MountOffer(
+            device=device,
+            allow_other=self.config.allow_other,
+            cache_dir=self.config.cache_dir,
+            made_mount=self.made_mount,
+            passthrough=self.passthrough,
+            resend=self.resend,
+            former=[*self.former, takeover.name_of_container()],
+        )
+
+    def offered(self) -> dict[str, int]:
+        """The descriptors that belong to the offer, by name."""
+        found = {**self.named(), _CACHE_LOCK: self.cache_lock}
+        return {name: fd for name, fd in found.items() if name != _ITSELF and fd >= 0}
 
     def set_inheritable(self, inheritable: bool) -> None:
         """Let a program that replaces this one have the descriptors, or no longer."""
@@ -91,6 +137,35 @@ def handed_back(given: Mapping[str, int]) -> Held | None:
         held.made_socket = CONTROL not in given
         held.listen = given[_LISTEN if held.made_socket else CONTROL]
         held.memory = handoff.Fds(given["table"], (given["log0"], given["log1"]))
+        held.cache_lock = -1  # it ended with that keeper
     except (KeyError, msgspec.DecodeError):
         return None
+    return held
+
+
+def taken_from(offer: MountOffer, fds: Mapping[str, int], config: Config) -> Held:
+    """The state of a mount that a keeper offers, with this keeper's own configuration.
+
+    Raises:
+        Refusal: This keeper cannot use it: a descriptor is missing, or the layout of the memory is
+            that of another release.
+    """
+    try:
+        held = Held(
+            config,
+            made_mount=offer.made_mount,
+            passthrough=offer.passthrough,
+            resend=offer.resend,
+            lock=fds["lock"],
+            fuse=fds["fuse"],
+            listen=fds[_LISTEN],
+            memory=handoff.Fds(fds["table"], (fds["log0"], fds["log1"])),
+            former=offer.former[-_FORMER_MAX:],
+        )
+    except KeyError as missing:
+        raise takeover.Refusal(f"its offer lacks the descriptor {missing}") from None
+    if not handoff.has_this_layout(held.memory):
+        raise takeover.Refusal("the state of its daemon has the layout of another ckptfs version")
+    if config.cache_dir == offer.cache_dir:
+        held.cache_lock = fds.get(_CACHE_LOCK, -1)
     return held

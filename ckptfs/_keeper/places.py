@@ -17,6 +17,10 @@ _STACKED_MAX = 8
 _BACKLOG = 128
 
 
+class Served(DaemonError):
+    """Another keeper has the socket."""
+
+
 def as_mounted(config: Config) -> Path:
     """The mount point as the kernel names it. Its last part is not resolved, because a dead mount
     may be there."""
@@ -28,13 +32,18 @@ def lock_path(config: Config) -> str:
     return f"{config.socket}.lock"
 
 
+def takeover_path(config: Config) -> str:
+    """The socket at which other keepers ask for the mount."""
+    return f"{config.socket}.takeover"
+
+
 def take_lock(config: Config) -> int:
-    """Take the keeper's lock, and return its descriptor. Raises DaemonError, PlaceUnusable."""
+    """Take the keeper's lock, and return its descriptor. Raises Served, PlaceUnusable."""
     path = lock_path(config)
     try:
         return acquire(path, LOCK_WAIT_S)
     except TimeoutError:
-        raise DaemonError(
+        raise Served(
             f"a ckptfs daemon is already running on {config.socket}; ckptfs umount ends it"
         ) from None
     except OSError as error:
@@ -94,6 +103,13 @@ def listen(config: Config) -> int:
         os.umask(mask)
     listening.listen(_BACKLOG)
     return listening.detach()
+
+
+def listen_again(fd: int) -> None:
+    """Let clients see this process as the one that listens (SO_PEERCRED), and not the keeper that
+    has listened before (unix_listen in the kernel's net/unix/af_unix.c)."""
+    with socket.socket(fileno=os.dup(fd)) as listening:
+        listening.listen(_BACKLOG)
 
 
 def check_socket(fd: int, config: Config) -> None:

@@ -29,6 +29,7 @@ All of it belongs to the event loop's thread.
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ _AT_MAGIC, _AT_BEAT, _AT_ORDINAL, _AT_TOP, _AT_LOG = 0, 8, 16, 24, 32
 _AT_END = 40, 48
 """Lengths of the two logs."""
 _AT_RESTARTS = 56
+_AT_TAKEN_OVER = 64
 _SLOT = struct.Struct("<BBxxIIiQQ16s")
 """The fields of `Slot`."""
 _FREE, _RESERVED, _REPLYING, _OPEN = range(4)
@@ -83,6 +85,16 @@ def beats(fds: Fds) -> int:
     """The number of heartbeats so far, of all daemons."""
     (count,) = _U64.unpack(os.pread(fds.table, _U64.size, _AT_BEAT))
     return count
+
+
+def has_this_layout(fds: Fds) -> bool:
+    """Whether a daemon of this release can use the memory."""
+    return os.pread(fds.table, _U64.size, _AT_MAGIC) == _U64.pack(_MAGIC)
+
+
+def note_takeover(fds: Fds) -> None:
+    """Record that another keeper owns the mount from now on."""
+    os.pwrite(fds.table, _U64.pack(int(time.time())), _AT_TAKEN_OVER)
 
 
 class Slot(NamedTuple):
@@ -135,6 +147,11 @@ class Handoff:
     def restarts(self) -> int:
         """The number of daemons before this one."""
         return self._get(_AT_RESTARTS)
+
+    @property
+    def taken_over_s(self) -> int:
+        """When a keeper took the mount over, in seconds since 1970; 0 if none has."""
+        return self._get(_AT_TAKEN_OVER)
 
     def next_ordinal(self) -> int:
         """The number for a new attachment, from 1 on. It is unique for the life of the mount."""

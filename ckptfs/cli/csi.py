@@ -52,6 +52,13 @@ def csi(
             "may be given again. Default: none.",
         ),
     ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="Take over from a driver that runs with this flag, and hand over to the next one.",
+        ),
+    ] = False,
 ) -> None:
     """Serve volumes of pods to the kubelet, until SIGTERM.
 
@@ -60,7 +67,7 @@ def csi(
     command ends. ckptfs help kubernetes explains it.
     """
     try:
-        from ckptfs._csi import records, server  # they bring grpc
+        from ckptfs._csi import records, server, succession  # they bring grpc
         from ckptfs._csi.publishing import Publishing
     except ModuleNotFoundError as error:
         if error.name not in ("grpc", "google", "google.protobuf"):
@@ -78,6 +85,10 @@ def csi(
         endpoint, driver_name, node_id or socket.gethostname(), node_credentials_namespace or []
     )
     server.socket_path(endpoint)
+    if take_over:
+        succession.serve_in_turn(settings, state_dir)
+        limiter.flush()
+        sys.exit(0)
     with records.opened(state_dir) as found:
         publishing = Publishing(found)
         publishing.reconcile()

@@ -19,7 +19,7 @@ from ckptfs._model.protocol.requests import Restart
 from ckptfs._model.wording import counted
 from ckptfs.cli import config as flags
 from ckptfs.cli import output, uploads
-from ckptfs.errors import DaemonError, NoDaemon
+from ckptfs.errors import ConfigError, DaemonError, NoDaemon
 
 _END_WAIT_S = 20.0
 _PAUSE_S = 0.05
@@ -37,6 +37,14 @@ def mount(
     cache_size: flags.CacheSizeFlag = "",
     allow_other: flags.AllowOtherFlag = None,
     others: flags.SetFlag = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="With --foreground: take the mount over from a keeper that runs with this flag, "
+            "and hand it over to the next one. Readers see a pause.",
+        ),
+    ] = False,
 ) -> None:
     """Start the daemon and its mount. Prints the mount point.
 
@@ -49,7 +57,10 @@ def mount(
     if foreground:
         os.chdir("/")
         os.environ.update(flags_variable(given))
-        os.execv(sys.executable, [sys.executable, "-m", "ckptfs._keeper.keeper"])
+        command = [sys.executable, "-m", "ckptfs._keeper.keeper"]
+        os.execv(sys.executable, [*command, *(["--take-over"] if take_over else [])])
+    if take_over:
+        raise ConfigError("--take-over is for a mount in the foreground; add --foreground")
     if given.values.keys() - {"socket"}:
         _refuse_if_running(config)
     client.connect_or_start(config, flags=given).close()
@@ -151,6 +162,9 @@ def _facts(reply: StatusReply) -> Iterator[tuple[str, str]]:
     restarts = f", restarted {counted(reply.restarts, 'time')}" if reply.restarts else ""
     yield "daemon", f"ckptfs {reply.version}, pid {reply.pid}{restarts}"
     yield "mount", reply.mount
+    if reply.taken_over_s:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(reply.taken_over_s))
+        yield "taken over", f"at {at} by {printable(reply.host)}"
     limit = f" of at most {output.size(reply.cache_bytes_max)}" if reply.cache_bytes_max else ""
     yield "cache", f"{output.size(reply.cache_bytes)}{limit} in {reply.cache_dir}"
     requests = counted(reply.fetched_spans, "request")

@@ -73,8 +73,9 @@ def uploads(
 
 def _retry(connection: Connection, upload: str, uri: str) -> None:
     # Not at the top, because these imports bring pyarrow.
+    from ckptfs._local_directory import filesystem_behind
     from ckptfs._store.describe import describe
-    from ckptfs.checkpoint import Checkpoint, filesystem_behind
+    from ckptfs.checkpoint import Checkpoint
 
     known = [each for each in connection.ask(ListUploads()).uploads if each.id == upload]
     if not known:

@@ -24,14 +24,16 @@ from typing import TYPE_CHECKING
 from ckptfs._os.lazy import lazy as _lazy
 
 if TYPE_CHECKING:
-    from ckptfs.ray._broadcast import BroadcastReport, NodeReport, broadcast
+    from ckptfs.ray._broadcast import broadcast
+    from ckptfs.ray._broadcast_report import BroadcastReport, NodeReport
     from ckptfs.ray._mounting import Checkpoint, MountCallback, install, uninstall
     from ckptfs.ray._restoring import RestoreCallback
     from ckptfs.ray._uploading import upload
     from ckptfs.ray._warming import Warming, warm
 
 _MODULES = {
-    "_broadcast": ("BroadcastReport", "NodeReport", "broadcast"),
+    "_broadcast": ("broadcast",),
+    "_broadcast_report": ("BroadcastReport", "NodeReport"),
     "_mounting": ("Checkpoint", "MountCallback", "install", "uninstall"),
     "_restoring": ("RestoreCallback",),
     "_uploading": ("upload",),

@@ -13,9 +13,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -23,10 +22,9 @@ import ray
 from ckptfs import errors
 from ckptfs._model.blocks import BLOCK_BYTES
 from ckptfs._model.globs import matcher
-from ckptfs._model.units import size_text
-from ckptfs._model.wording import counted
 from ckptfs._store.filesystems import FileSystem
 from ckptfs.ray import _nodes
+from ckptfs.ray._broadcast_report import NOT_BROUGHT, BroadcastReport, NodeReport
 from ckptfs.ray._nodes import AnyCheckpoint, Nodes, answer_of
 from ckptfs.ray._peer import Failure, Gave, Joined
 from ckptfs.ray._schedule import Chunk, Course, Runs, chunks_of, length_of
@@ -50,76 +48,9 @@ _WINDOW_SHARE = 4
 _PATIENCE_S = 10.0
 """Longest wait of all nodes for a slow one, before they go on without it."""
 _PROGRESS_S = 0.25
-_SHOWN_MAX = 10
-"""Nodes with trouble that a summary names. More of them usually have the same cause."""
-_NOT_BROUGHT = "no other node could bring it"
 _HOPELESS = frozenset(["lost", "access-denied", "daemon", "no-daemon", "not-attached", "protocol"])
 """Errors after which a broadcast does not ask the node again: its actor or daemon has gone, or its
 daemon does not exchange blocks with this user or in this version."""
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """One node's part of a broadcast.
-
-    Attributes:
-        had: Bytes that were in its cache when the broadcast began.
-        fetched: Bytes that its daemon has read from the store to give them.
-        read: Bytes that its daemon gave, from the store or from its cache.
-        taken: Bytes that it took from other nodes.
-        left: Bytes that it lacks, and reads from the store when a program needs them.
-        error: The node's first error, or "". A later try may have succeeded.
-    """
-
-    read: int
-    taken: int
-    left: int
-    error: str = ""
-    had: int = 0
-    fetched: int = 0
-
-
-@dataclass(frozen=True)
-class BroadcastReport:
-    """The result of a broadcast. ``print(report)`` shows a summary.
-
-    Attributes:
-        version: The checkpoint's version, as in ``user.ckptfs.version``.
-        files: Number of files in the broadcast.
-        bytes: Total size of these files.
-        nodes: The report of each node, by Ray's node id.
-        seconds: Duration of the broadcast.
-    """
-
-    version: str
-    files: int
-    bytes: int
-    nodes: Mapping[str, NodeReport]
-    seconds: float
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every node has all bytes."""
-        return not any(node.left for node in self.nodes.values())
-
-    def __str__(self) -> str:
-        parts = self.nodes.values()
-        complete = sum(not part.left for part in parts)
-        lines = [
-            f"{counted(self.files, 'file')}, {size_text(self.bytes)}, in {self.seconds:.1f} s: "
-            f"{complete} of {len(parts)} nodes have all of it",
-            f"read from the store {size_text(sum(part.fetched for part in parts))}, "
-            f"taken from other nodes {size_text(sum(part.taken for part in parts))}, "
-            f"in caches before {size_text(sum(part.had for part in parts))}",
-        ]
-        troubled = [(name, part) for name, part in self.nodes.items() if part.left or part.error]
-        troubled.sort(key=lambda each: -each[1].left)
-        for name, part in troubled[:_SHOWN_MAX]:
-            state = f"lacks {size_text(part.left)}" if part.left else "has all of it"
-            lines.append(f"node {name} {state}: {part.error or _NOT_BROUGHT}")
-        if len(troubled) > _SHOWN_MAX:
-            lines.append(f"and {len(troubled) - _SHOWN_MAX} nodes more")
-        return "\n".join(lines)
 
 
 def broadcast(
@@ -127,6 +58,7 @@ def broadcast(
     nodes: Nodes = "all",
     files: Sequence[str] = (),
     *,
+    sources: Collection[str] = (),
     on: Literal["driver", "task"] = "driver",
     progress: bool = True,
     window_bytes: int | None = None,
@@ -149,6 +81,9 @@ def broadcast(
             for which the call waits.
         files: Globs on relative paths (``*`` also matches ``/``), the most urgent first; empty for
             all files.
+        sources: Ray's ids of further nodes that give what they have of the checkpoint in their
+            caches, such as those that saved it. They get nothing, and a source that is dead or does
+            not answer soon is left out.
         on: The place that directs the broadcast: this process ("driver") or a Ray task ("task"),
             which suits a distant driver. The files' contents never pass through this process.
         progress: Whether to show a bar, if this process has a terminal or a notebook.
@@ -164,8 +99,10 @@ def broadcast(
         ValueError: The cluster has no such nodes.
     """
     filesystem, path = _nodes.place_of(checkpoint)
-    options: dict[str, Any] = {"window_bytes": window_bytes, "timeout_s": timeout_s}
     ids = _nodes.node_ids(nodes)
+    giving = sorted((set(sources) & _nodes.living_ids()) - set(ids))
+    options: dict[str, Any] = {"window_bytes": window_bytes, "timeout_s": timeout_s}
+    options["sources"] = giving
     if on == "task":
         remote = ray.remote(num_cpus=0)(_broadcast)
         task = remote.remote(filesystem, path, ids, files, progress=progress, **options)
@@ -188,46 +125,47 @@ def _broadcast(
     ids: Sequence[str],
     globs: Sequence[str],
     *,
+    sources: Sequence[str],
     progress: bool,
     window_bytes: int | None,
     timeout_s: float,
 ) -> BroadcastReport:
     began_s = time.monotonic()
-    window_bytes = window_bytes or _nodes.smallest_object_store(ids) // _WINDOW_SHARE
+    all_ids = [*ids, *sources]
+    window_bytes = window_bytes or _nodes.smallest_object_store(all_ids) // _WINDOW_SHARE
     with ExitStack() as stack:
         # The best size of a chunk depends on the files, and only a node can list them.
         chunk_bytes_max = max(BLOCK_BYTES, min(_CHUNK_BYTES_MAX, window_bytes // _WINDOW_SHARE))
-        peers = _nodes.start_peers(filesystem, path, ids, chunk_bytes_max, _GIVES_MAX)
+        peers = _nodes.start_peers(filesystem, path, all_ids, chunk_bytes_max, _GIVES_MAX)
         stack.callback(_nodes.end, peers)
-        version, joined, failed = _joined(peers, path)
+        version, joined, failed = _joined(peers, path, sources)
         partners = {name: peers[name] for name in joined}
         files = chosen(_files(partners), globs)
         size = sum(length for _, length in files)
-        chunk_bytes = _chunk_bytes(size, len(partners), chunk_bytes_max)
+        takers = partners.keys() - set(sources)
+        chunk_bytes = _chunk_bytes(size, len(takers), chunk_bytes_max)
         chunks, has = chunks_of(files, chunk_bytes, _what_is_there(partners, joined, files))
         had = {name: sum(length_of(chunks[i]) for i in own) for name, own in has.items()}
         gives_max = max(2, min(_GIVES_MAX, _GIVE_BYTES_MAX // chunk_bytes))
-        course = Course(chunks, has, window_bytes, gives_max)
+        course = Course(chunks, has, window_bytes, gives_max, sources)
         show = stack.enter_context(_bar(f"broadcasting {path}")) if progress else None
         run = _Run(course, chunks, partners, timeout_s, show)
         run.run()
     failed |= run.failed
-    nodes: dict[str, NodeReport] = {}
-    for name in ids:
-        left = course.left(name) if name in partners else size
+
+    def report(name: str, left: int) -> NodeReport:
         error = failed[name].message if name in failed else ""
-        nodes[name] = NodeReport(
-            run.read_bytes[name],
-            run.taken_bytes[name],
-            left,
-            error,
-            had.get(name, 0),
-            run.fetched_bytes[name],
-        )
-        if left:
+        taken, fetched = run.taken_bytes[name], run.fetched_bytes[name]
+        return NodeReport(run.read_bytes[name], taken, left, error, had.get(name, 0), fetched)
+
+    nodes = {name: report(name, course.left(name) if name in partners else size) for name in ids}
+    for name, part in nodes.items():
+        if part.left:
             text = "broadcast of %s: node %s reads %d bytes from the store itself: %s"
-            log.warning(text, path, name, left, error or _NOT_BROUGHT)
-    return BroadcastReport(version, len(files), size, nodes, time.monotonic() - began_s)
+            log.warning(text, path, name, part.left, part.error or NOT_BROUGHT)
+    given = {name: report(name, 0) for name in sources}
+    seconds = time.monotonic() - began_s
+    return BroadcastReport(version, len(files), size, nodes, seconds, given)
 
 
 def _chunk_bytes(size: int, nodes: int, most: int) -> int:
@@ -236,16 +174,17 @@ def _chunk_bytes(size: int, nodes: int, most: int) -> int:
 
 
 def _joined(
-    peers: Mapping[str, Any], path: str
+    peers: Mapping[str, Any], path: str, sources: Collection[str]
 ) -> tuple[str, dict[str, Joined], dict[str, Failure]]:
-    """The version that most nodes see, these nodes, and the failures of the others. Raises the
-    first failure if no node has joined."""
-    joined, failed = _nodes.join(peers)
-    if not joined:
-        failure = next(iter(failed.values()))
+    """The version that most nodes see, these nodes, and the failures of the others. Sources do not
+    decide on the version. Raises the first failure if no other node has joined."""
+    joined, failed = _nodes.join(peers, sources)
+    versions = Counter(answer.version for name, answer in joined.items() if name not in sources)
+    if not versions:
+        failure = next(failure for name, failure in failed.items() if name not in sources)
         error = errors.BY_CODE.get(failure.code, errors.DaemonError)
         raise error(f"no node could attach {path}: {failure.message}")
-    version = Counter(answer.version for answer in joined.values()).most_common(1)[0][0]
+    version = versions.most_common(1)[0][0]
     for name in [name for name, answer in joined.items() if answer.version != version]:
         del joined[name]
         failed[name] = Failure(errors.ObjectChanged.code, "it sees another version")

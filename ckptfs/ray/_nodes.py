@@ -1,7 +1,7 @@
 """The nodes of a Ray cluster, and an actor on each that has a checkpoint attached."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import ray
@@ -9,9 +9,10 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ckptfs._local_directory import filesystem_behind
 from ckptfs._store.describe import NotDescribable, describe
 from ckptfs._store.filesystems import ArrowFileSystem, FileSystem, local_path_of
-from ckptfs.checkpoint import Checkpoint, filesystem_behind
+from ckptfs.checkpoint import Checkpoint
 from ckptfs.errors import LocationError
 from ckptfs.ray._peer import Failure, Joined, Peer
 
@@ -44,6 +45,9 @@ Nodes: TypeAlias = Literal["all"] | list[str] | Bundles | None
 
 JOIN_S = 120.0
 """Longest wait for a node to attach, which can start a daemon and lists the store."""
+SOURCE_JOIN_S = 5.0
+"""Longest further wait for nodes that would only give. A node that has just failed may be among
+them, and Ray takes 30 s to notice that."""
 _TAKES_MAX = 4
 """Maximum number of chunks that a node takes at the same time."""
 
@@ -65,7 +69,7 @@ def place_of(checkpoint: AnyCheckpoint | str) -> tuple[FileSystem, str]:
 
 def node_ids(nodes: Nodes) -> list[str]:
     """The ids of the given nodes, which must be alive. Raises ValueError."""
-    living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    living = living_ids()
     if nodes is None or nodes == "all":
         found = sorted(living)
     elif isinstance(nodes, PlacementGroup):
@@ -85,6 +89,11 @@ def node_ids(nodes: Nodes) -> list[str]:
     return ids
 
 
+def living_ids() -> set[str]:
+    """The ids of the nodes that are alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def start_peers(
     filesystem: FileSystem, path: str, ids: Sequence[str], chunk_bytes: int, gives_max: int
 ) -> dict[str, Any]:
@@ -99,19 +108,25 @@ def start_peers(
     }
 
 
-def join(peers: Mapping[str, Any]) -> tuple[dict[str, Joined], dict[str, Failure]]:
-    """Have the actors attach the checkpoint. Return their answers and their failures, by node."""
+def join(
+    peers: Mapping[str, Any], sources: Collection[str] = ()
+) -> tuple[dict[str, Joined], dict[str, Failure]]:
+    """Have the actors attach the checkpoint. Return their answers and their failures, by node.
+
+    When the others have answered, the `sources` have `SOURCE_JOIN_S` more."""
     refs = {peer.join.remote(): name for name, peer in peers.items()}
     joined: dict[str, Joined] = {}
     failed: dict[str, Failure] = {}
-    for ref, name in as_they_come(refs):
-        answer = answer_of(ref)
-        if isinstance(answer, Joined):
-            joined[name] = answer
-        else:
-            failed[name] = answer
-    for name in peers.keys() - joined.keys() - failed.keys():
-        failed[name] = Failure("ray", f"the node has not attached it within {JOIN_S:g} s")
+    for timeout_s, are_sources in ((JOIN_S, False), (SOURCE_JOIN_S, True)):
+        these = {ref: name for ref, name in refs.items() if (name in sources) == are_sources}
+        for ref, name in as_they_come(these, timeout_s):
+            answer = answer_of(ref)
+            if isinstance(answer, Joined):
+                joined[name] = answer
+            else:
+                failed[name] = answer
+        for name in set(these.values()) - joined.keys() - failed.keys():
+            failed[name] = Failure("ray", f"the node has not attached it within {timeout_s:g} s")
     return joined, failed
 
 

@@ -23,8 +23,9 @@ class RestoreCallback(MountCallback, WorkerGroupCallback, ReplicaGroupCallback):
     ``RAY_TRAIN_CALLBACKS=ckptfs.ray.RestoreCallback``. It is also a `MountCallback`.
 
     Each time Ray starts workers, also after a failure, the callback broadcasts the checkpoint of
-    ``ray.train.get_checkpoint()`` to their nodes. If a node has it already, the store is not read.
-    If a broadcast fails, the log says why, and the workers read from the store.
+    ``ray.train.get_checkpoint()`` to their nodes. Blocks that these nodes, or other living nodes on
+    which the run had workers, have in their caches do not come from the store. If a broadcast
+    fails, the log says why, and the workers read from the store.
 
     Args:
         checkpoint: The checkpoint or URI to broadcast while the run has no checkpoint of its own.
@@ -36,16 +37,20 @@ class RestoreCallback(MountCallback, WorkerGroupCallback, ReplicaGroupCallback):
     ) -> None:
         self._checkpoint = checkpoint
         self._files = list(files)
+        self._ran_on: set[str] = set()  # the nodes that have had workers
 
     def after_execution_group_start(self, execution_group: Any) -> None:
         """Called by Ray in the controller, before the training function begins."""
+        workers = execution_group.get_workers()
+        nodes = list(dict.fromkeys(worker.metadata.node_id for worker in workers))
+        earlier = self._ran_on.difference(nodes)
+        self._ran_on.update(nodes)
         try:
             checkpoint = execution_group.execute_single(0, ray.train.get_checkpoint)
             if checkpoint is None:
                 checkpoint = self._checkpoint
             if checkpoint is not None:
-                workers = execution_group.get_workers()
-                nodes = list(dict.fromkeys(worker.metadata.node_id for worker in workers))
-                log.info("restoring: %s", broadcast(checkpoint, nodes, self._files))
+                report = broadcast(checkpoint, nodes, self._files, sources=earlier)
+                log.info("restoring: %s", report)
         except (CkptfsError, RayError, ValueError) as error:
             log.warning("cannot broadcast the checkpoint; each node reads the store: %s", error)

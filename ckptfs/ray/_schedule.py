@@ -14,11 +14,13 @@ possible, and `TRIES` times at most. A lost node gives and takes no more, and a 
 more. If all others wait for one node, it is set aside: the others go on without it, and it gets the
 chunks that it lacks when they have everything. Each node reads the rest (`left`) from the store
 when a program needs it.
+
+**Sources** only give chunks that they have. They take none, and read none from the store.
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
@@ -117,6 +119,7 @@ def length_of(chunk: Chunk) -> int:
 class _Node:
     """A node, with the chunks that it has, and those that it gives and takes now."""
 
+    is_source: bool = False
     has: set[int] = field(default_factory=set[int])
     giving: set[int] = field(default_factory=set[int])
     taking: set[int] = field(default_factory=set[int])
@@ -127,7 +130,7 @@ class _Node:
 
     @property
     def takes(self) -> bool:
-        return not (self.is_lost or self.is_full)
+        return not (self.is_source or self.is_lost or self.is_full)
 
     @property
     def gives(self) -> bool:
@@ -142,6 +145,7 @@ class Course:
         nodes: The positions of the chunks that each node has already.
         window_bytes: Maximum size of all chunks under way. A single chunk may be larger.
         gives_max: Maximum number of chunks that a node gives at the same time.
+        sources: The nodes that only give what they have.
     """
 
     def __init__(
@@ -150,9 +154,10 @@ class Course:
         nodes: Mapping[str, set[int]],
         window_bytes: int,
         gives_max: int,
+        sources: Collection[str] = (),
     ) -> None:
         self._bytes = [length_of(chunk) for chunk in chunks]
-        self._nodes = {name: _Node() for name in nodes}
+        self._nodes = {name: _Node(is_source=name in sources) for name in nodes}
         self._window_bytes = window_bytes
         self._gives_max = gives_max
         self._tries = [0] * len(chunks)
@@ -215,9 +220,9 @@ class Course:
 
     def _could_give(self, chunk: int, able: set[str]) -> list[str]:
         fresh = able - self._failed_at.get(chunk, set())
-        # A full node would read the chunk, but not keep it in its cache.
+        # A node that takes no chunks would read this one, but not keep it in its cache.
         having = fresh & self._owners[chunk]
-        could = having or {n for n in fresh if not self._nodes[n].is_full}
+        could = having or {n for n in fresh if self._nodes[n].takes}
         return [name for name in self._nodes if name in could]  # in an order that can be repeated
 
     def _bring_back(self) -> bool:
@@ -291,13 +296,17 @@ class Course:
         if name not in self._owners[chunk]:
             self._owners[chunk].add(name)
             self._nodes[name].has.add(chunk)
-            self._bytes_there += self._bytes[chunk]
+            self._count(name, self._bytes[chunk])
 
     def _is_not_there(self, name: str, chunk: int) -> None:
         if name in self._owners[chunk]:
             self._owners[chunk].discard(name)
             self._nodes[name].has.discard(chunk)
-            self._bytes_there -= self._bytes[chunk]
+            self._count(name, -self._bytes[chunk])
+
+    def _count(self, name: str, new_bytes: int) -> None:
+        if not self._nodes[name].is_source:
+            self._bytes_there += new_bytes
 
     def _wait_no_more(self, chunk: int, name: str) -> None:
         takers = self._under_way.get(chunk, set())
@@ -336,8 +345,10 @@ class Course:
         return sorted(behind) if set(self._wanting(self._queue[-1])) - behind else []
 
     def bytes_there(self) -> tuple[int, int]:
-        """The bytes that the nodes have, and those that they will have in the end."""
-        return self._bytes_there, sum(self._bytes) * len(self._nodes)
+        """The bytes that the nodes have, and those that they will have in the end, without
+        sources."""
+        takers = sum(not node.is_source for node in self._nodes.values())
+        return self._bytes_there, sum(self._bytes) * takers
 
     def left(self, name: str) -> int:
         """The bytes that a node lacks."""

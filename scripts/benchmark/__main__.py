@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from support.s3server import S3Server
 
-from benchmark import attaching, cold, link, loads, results, warm, weed
+from benchmark import attaching, cold, link, loads, results, uploads, warm, weed
 from benchmark.ceiling import ceiling
 from benchmark.contenders import CKPTFS
 from benchmark.cursors import cursors
@@ -50,6 +50,9 @@ CASES = {
     "small-tls": cold.small_tls,
     "prefetch": attaching.prefetch,
     "plan": plan,
+    "upload": uploads.upload,
+    "upload-tls": uploads.upload_tls,
+    "upload-seaweedfs": uploads.upload_seaweedfs,
 }
 RESULTS = ROOT / "scripts" / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2

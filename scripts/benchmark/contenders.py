@@ -257,6 +257,7 @@ def _rclone(mode: str) -> Contender:
 RAW = _direct("raw", "raw", "pyarrow")
 CKPTFS = Contender("ckptfs", ckptfs_node, _no_fuse, partial(package_version, "ckptfs"))
 RAY = _direct("Ray's way", "ray", "pyarrow")
+COPY_FILES = _direct("copy_files", "ray", "pyarrow")
 RCLONE_FULL = _rclone("full")
 RCLONE_OFF = _rclone("off")
 S3FS = Contender(

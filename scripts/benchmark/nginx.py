@@ -40,6 +40,8 @@ http {{
   scgi_temp_path {folder}/scgi;
   keepalive_requests 1000000;
   sendfile on;
+  client_max_body_size 0;
+  proxy_request_buffering off;
   proxy_max_temp_file_size 0;
   proxy_buffers 16 128k;
   proxy_buffer_size 128k;

@@ -30,7 +30,7 @@ RAW_THREADS = {
 """Numbers of readers, the fastest of which is the limit, by the store's field of the run."""
 
 USERS = {
-    "tls": {"sequential-tls", "load-tls", "tensor-tls", "small-tls", "ceiling"},
+    "tls": {"sequential-tls", "load-tls", "tensor-tls", "small-tls", "ceiling", "upload-tls"},
     "capped": {"capped", "plan"},
     "capped_tls": {"capped-tls"},
     "link": {"link"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from support.serverbase import Authority, Missing
@@ -41,23 +43,32 @@ class MissingStore(Exception):
 
 @contextmanager
 def seaweedfs_store(run: Run) -> Iterator[Store]:
-    """SeaweedFS with the run's large file.
+    """SeaweedFS with the run's large file, over HTTPS.
 
     Raises:
         MissingStore: It is not installed, or does not start.
     """
-    folder = run.temp / "seaweedfs"
-    folder.mkdir()
-    authority = Authority(folder)
+    with seaweedfs_server(run) as (server, ca_file):
+        large = run.objects.folder / "large" / "data.bin"
+        server.client().upload_file(str(large), BUCKET, "large/data.bin")
+        yield Store("SeaweedFS", server.tls_endpoint, ca_file)
+
+
+@contextmanager
+def seaweedfs_server(run: Run) -> Iterator[tuple[SeaweedFS, str]]:
+    """SeaweedFS with an empty bucket, and the file of the authority that its clients trust.
+
+    Raises:
+        MissingStore: It is not installed, or does not start.
+    """
     with ExitStack() as stack:
+        temp = stack.enter_context(TemporaryDirectory(prefix="seaweedfs-", dir=run.temp))
+        authority = Authority(Path(temp))
         try:
             server = stack.enter_context(SeaweedFS(authority))
         except Missing as missing:
             raise MissingStore(f"SeaweedFS is {why_not_installed('seaweedfs')}") from missing
         except RuntimeError as error:
             raise MissingStore(" ".join(str(error).split())) from error
-        client = server.client()
-        client.create_bucket(Bucket=BUCKET)
-        large = run.objects.folder / "large" / "data.bin"
-        client.upload_file(str(large), BUCKET, "large/data.bin")
-        yield Store("SeaweedFS", server.tls_endpoint, str(authority.ca_file))
+        server.client().create_bucket(Bucket=BUCKET)
+        yield server, str(authority.ca_file)

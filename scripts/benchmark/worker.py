@@ -23,7 +23,7 @@ from pyarrow.fs import LocalFileSystem, copy_files
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from benchmark.direct import DIRECT
+from benchmark.direct import DIRECT, s5cmd
 from benchmark.stores import BUCKET, MIB, PAGE_WORDS, SMALL_FILES, Store
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def reach(job: Job, stack: ExitStack) -> Iterator[str]:
             yield temp
         case "s5cmd":
             temp = stack.enter_context(tempfile.TemporaryDirectory(dir=job["temp"]))
-            s5cmd = Path(sys.executable).with_name("s5cmd")
-            command = [s5cmd, "--endpoint-url", store.url, "--log", "error"]
-            source = [f"s3://{BUCKET}/{name}/*", f"{temp}/"]
-            subprocess.run([*command, "cp", *source], check=True)
+            s5cmd(job, f"s3://{BUCKET}/{name}/*", f"{temp}/")
             yield temp
         case way:
             raise ValueError(f"{way!r} makes no directory")
@@ -265,9 +262,9 @@ def prepare(job: Job) -> None:
             import safetensors.torch  # noqa: F401
         case "runai":
             import runai_model_streamer  # noqa: F401
-        case "ckptfs":
+        case "ckptfs" | "upload_ckptfs":
             import ckptfs  # noqa: F401
-        case "raw" | "ray":
+        case "raw" | "ray" | "upload_ray":
             Store.of(job).filesystem()  # starts the AWS SDK
 
 

@@ -114,6 +114,50 @@ def test_each_byte_comes_from_the_store_once_for_three_nodes(
     assert s3.traffic().bytes_to_client <= 0.05 * size
 
 
+def test_a_source_gives_what_it_has_and_gets_nothing(
+    nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    size = size_of(content)
+    assert on(nodes[1], read, checkpoint) == content
+    wait_until(lambda: nodes[1].status().cache_bytes >= size)
+    s3.reset_traffic()
+    targets = [nodes[0].id, nodes[2].id]
+    report = ckptfs.ray.broadcast(checkpoint, targets, sources=[nodes[1].id, "f" * 56])
+    assert report.is_complete
+    assert list(report.nodes) == targets
+    assert report.sources == {nodes[1].id: ckptfs.ray.NodeReport(size, 0, 0, had=size)}
+    assert [part.taken for part in report.nodes.values()] == [size, size]
+    assert s3.traffic().bytes_to_client <= 0.05 * size
+    assert [on(nodes[i], read, checkpoint) for i in (0, 2)] == [content] * 2
+    assert fetched(nodes) == [0, size, 0]
+
+
+class NeverJoining(Peer):
+    """Attaches for ever, on the node with the file `silent`."""
+
+    def join(self) -> Any:
+        if Path(os.environ["CKPTFS_MOUNT"]).with_name("silent").exists():
+            threading.Event().wait()
+        return super().join()
+
+
+@pytest.mark.parametrize("peer", [NeverJoining], indirect=True)
+def test_a_silent_source_is_left_out(
+    peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
+) -> None:
+    marker = nodes[2].node.folder / "silent"
+    marker.touch()
+    report = ckptfs.ray.broadcast(
+        checkpoint, [member.id for member in nodes[:2]], sources=[nodes[2].id]
+    )
+    marker.unlink()
+    why = f"the node has not attached it within {nodes_module.SOURCE_JOIN_S:g} s"
+    assert report.sources[nodes[2].id].error == why
+    assert f"source {nodes[2].id}: {why}" in str(report)
+    assert report.is_complete
+    assert [on(member, read, checkpoint) for member in nodes[:2]] == [content] * 2
+
+
 def test_what_is_named_comes_to_the_nodes_of_a_placement_group(
     nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:

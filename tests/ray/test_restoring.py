@@ -4,6 +4,7 @@
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,3 +98,28 @@ def test_all_nodes_of_a_run_restore_for_one_download(
     assert sum(fetched) == size
     assert sum(count > 0 for count in fetched) >= 2  # they may be others after the failure
     assert size <= s3.traffic().bytes_to_client <= 1.1 * size
+
+
+def test_nodes_that_lost_their_workers_give_what_they_have(
+    nodes: list[Member], s3: S3Server, bucket: Path
+) -> None:
+    make_directory(bucket / "checkpoint-0")
+    (bucket / "checkpoint-0" / "weights.bin").write_bytes(weights(0))
+    checkpoint = Checkpoint(f"{bucket.name}/checkpoint-0", s3.filesystem())
+    callback = ckptfs.ray.RestoreCallback()
+    callback.after_execution_group_start(group([nodes[0], nodes[1]], None))
+    warming = ckptfs.ray.warm(checkpoint, [nodes[1].id])  # as if its rank had saved it
+    assert warming.wait() == {nodes[1].id: WEIGHTS_BYTES}
+    s3.reset_traffic()
+    callback.after_execution_group_start(group([nodes[0], nodes[2]], checkpoint))
+    assert [member.status().fetched_bytes for member in nodes] == [0, WEIGHTS_BYTES, 0]
+    assert nodes[0].status().taken_bytes == nodes[2].status().taken_bytes == WEIGHTS_BYTES
+    assert s3.traffic().bytes_to_client <= 0.05 * WEIGHTS_BYTES
+
+
+def group(members: list[Member], checkpoint: Checkpoint | None) -> Any:
+    """Workers on these nodes, to the extent that the callback asks."""
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=each.id)) for each in members]
+    return SimpleNamespace(
+        get_workers=lambda: workers, execute_single=lambda rank, function: checkpoint
+    )

@@ -146,8 +146,12 @@ class DriverProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self.end() == 0, self.log()
+
+    def end(self) -> int:
+        """End it by SIGTERM, and return its status."""
         self._process.terminate()
-        assert self._process.wait(CALL_S) == 0, self.log()
+        return self._process.wait(CALL_S)
 
     def start(self) -> None:
         with self._log.open("ab") as log_file:

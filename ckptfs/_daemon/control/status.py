@@ -111,6 +111,8 @@ class Reporter:
             log=self._log,
             workers=len(worker_bytes),
             worker_bytes=sum(worker_bytes),
+            taken_over_s=self.handoff.taken_over_s,
+            host=os.uname().nodename,
             uploads=uploads,
             uploads_left_out=len(pending) - len(uploads),
         )

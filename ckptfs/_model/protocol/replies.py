@@ -369,6 +369,9 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
         given_bytes: Bytes that went to other nodes.
         log: Where the daemon's log is: a file, a command, or a description.
         worker_bytes: Memory of these processes.
+        taken_over_s: When the mount was last taken over from another keeper (``--take-over``), in
+            seconds since 1970; 0 if it never was.
+        host: The host name of the daemon's container, which in Kubernetes is the name of its pod.
         uploads: The uploads in the background that the client may see, without those that are done.
         uploads_left_out: Number of uploads for which the message has no space.
     """
@@ -380,6 +383,8 @@ class StatusReply(DaemonReply, frozen=True, tag="status-reply"):
     given_bytes: int = 0
     log: str = ""
     worker_bytes: int = 0
+    taken_over_s: int = 0
+    host: str = ""
     uploads: list[UploadStatus] = msgspec.field(default_factory=list[UploadStatus])
     uploads_left_out: int = 0
 

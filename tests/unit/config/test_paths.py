@@ -342,7 +342,6 @@ def test_cache_in_use_by_another_daemon_gets_a_sibling(
 ) -> None:
     monkeypatch.setattr(launch, "DYING_S", 0.0)
     monkeypatch.setattr(paths, "fault_of", lambda *_, **__: "")
-    monkeypatch.setattr(os, "set_inheritable", lambda fd, _: held.append(fd))
     held: list[int] = []
     loaded = load(machine.environ)
     first = machine.home / ".cache" / "ckptfs"
@@ -350,7 +349,9 @@ def test_cache_in_use_by_another_daemon_gets_a_sibling(
     for number in range(paths.SIBLINGS_MAX):
         config = loaded.config
         other = loaded._replace(config=msgspec.structs.replace(config, socket=f"/s{number}"))
-        names.append(Path(launch.claim_cache(other, machine.environ).cache_dir).name)
+        claimed, fd = launch.claim_cache(other, machine.environ)
+        names.append(Path(claimed.cache_dir).name)
+        held.append(fd)
         assert launch.is_kept(first)
     assert names == ["ckptfs", *(f"ckptfs-{n}" for n in range(2, paths.SIBLINGS_MAX + 1))]
     directory, faults = launch.free_cache(machine.environ)
@@ -369,19 +370,21 @@ def test_a_socket_of_that_path_in_another_namespace_is_no_predecessor(
     """Jobs whose /tmp is their own share a home: the next one waits for no other. But a keeper that
     comes after another one of the same socket waits until that one has ended."""
     monkeypatch.setattr(paths, "fault_of", lambda *_, **__: "")
-    monkeypatch.setattr(os, "set_inheritable", lambda fd, _: held.append(fd))
     waited: list[float] = []
     monkeypatch.setattr(launch.time, "sleep", waited.append)
     held: list[int] = []
     loaded = load(machine.environ)
     for number in range(4):
         monkeypatch.setattr(os, "readlink", lambda _, n=number: f"mnt:[{n}]")
-        config = launch.claim_cache(loaded, machine.environ)
+        config, fd = launch.claim_cache(loaded, machine.environ)
+        held.append(fd)
         assert Path(config.cache_dir).name == ("ckptfs" if not number else f"ckptfs-{number + 1}")
         assert not waited
     monkeypatch.setattr(os, "readlink", lambda _: "mnt:[2]")
     monkeypatch.setattr(launch.time, "sleep", lambda _: os.close(held.pop(2)))
-    assert launch.claim_cache(loaded, machine.environ).cache_dir.endswith("ckptfs-3")
+    config, fd = launch.claim_cache(loaded, machine.environ)
+    held.append(fd)
+    assert config.cache_dir.endswith("ckptfs-3")
     assert len(held) == 4
     for fd in held:
         os.close(fd)

@@ -129,6 +129,32 @@ def test_who_has_it_gives_it() -> None:
     assert course.left("c") == 0
 
 
+@given(seed=st.integers(0, 1000), count=st.integers(0, 20), has=st.sets(st.integers(0, 19)))
+def test_a_source_gives_what_it_has_and_gets_nothing(seed: int, count: int, has: set[int]) -> None:
+    has = {chunk for chunk in has if chunk < count}
+    course = Course(chunks(count), {"a": set(), "s": has, "b": set()}, 16 * MIB, 2, {"s"})
+    cluster, given_by_it = Cluster(course, seed), set[int]()
+    cluster.begin()
+    while not course.is_done:
+        given_by_it |= {chunk for chunk, name in cluster.gives if name == "s"}
+        assert "s" not in {name for _, name in cluster.takes}
+        cluster.step()
+        cluster.begin()
+    assert given_by_it == has
+    assert course.left("a") == course.left("b") == 0
+    assert course.bytes_there() == (2 * count * 4 * MIB,) * 2
+
+
+def test_chunks_of_a_lost_source_come_from_the_store() -> None:
+    course = Course(chunks(6), {"a": set(), "s": set(range(6)), "b": set()}, 1 << 40, 2, {"s"})
+    cluster = Cluster(course)
+    cluster.begin()
+    assert {name for _, name in cluster.gives} == {"s"}
+    cluster.lose("s")
+    cluster.run()
+    assert course.left("a") == course.left("b") == 0
+
+
 def test_a_busy_owner_stops_no_other() -> None:
     """The first chunks are on one node only, which gives two at a time."""
     course = Course(chunks(6), {"a": {0, 1, 2, 3}, "b": {4, 5}, "c": set()}, 1 << 40, 2)

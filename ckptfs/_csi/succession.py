@@ -1,0 +1,175 @@
+"""How drivers with ``--take-over`` follow each other on one node (`ckptfs._os.takeover`).
+
+A driver that starts asks the running one, which then stops listening, finishes its calls, and hands
+over the lock of the records. The kubelet's calls in between fail, and the kubelet repeats them.
+Volumes stay readable. A former driver waits, without a socket, until SIGTERM or until its successor
+ends, and then serves again. The same rules as for keepers decide which driver waits
+(`ckptfs._keeper.succession`).
+
+If a call does not end in time, or the new driver dies before it serves, the old one serves again. A
+driver reconciles the records before it serves, because the other one may have died in a call.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from ckptfs._csi import records, server
+from ckptfs._csi.publishing import Publishing
+from ckptfs._csi.records import Records
+from ckptfs._os import filelock, takeover
+from ckptfs._os.takeover import Claim, Claimants, Heir, Offered, Refused
+from ckptfs.errors import PlaceUnusable
+
+log = logging.getLogger(__name__)
+
+_SOCKET = "takeover"
+_LOCK = "lock"
+_FORMER_MAX = 32
+_LOOK_S = 0.5
+"""Longest time until the driver notices a signal."""
+_PAUSE_S = 1.0
+"""Time between two claims."""
+_CALLS_S = 20.0
+"""Longest end of calls that the stop of the server has not ended. A call takes 110 s at most, and
+the kubelet should not wait so long for a driver."""
+
+
+class _Owned(NamedTuple):
+    """The lock of the records, the offer that it came with, and the names of the containers whose
+    drivers have owned it before."""
+
+    lock: int
+    offered: Offered | None
+    former: list[str]
+
+
+class _State(msgspec.Struct):
+    """The state that a driver of any release gets."""
+
+    former: list[str] = []
+
+
+def serve_in_turn(settings: server.Settings, state_dir: Path) -> None:
+    """Serve whenever this driver may, until SIGTERM or SIGINT. Raises PlaceUnusable, ConfigError,
+    OSError."""
+    waits = False
+    records.check_directory(state_dir)
+    while True:
+        takeover.exit_on_signal()
+        owned = _obtain(state_dir, waits=waits)
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame, stopped=stopped: stopped.set())
+        is_owner = True
+        try:
+            is_owner = _serve(settings, state_dir, owned, stopped)
+        finally:
+            is_accepted = owned.offered is None or owned.offered.is_accepted
+            if is_owner and is_accepted:
+                filelock.release(str(records.lock_path(state_dir)), owned.lock)
+            else:  # another driver has the lock, too
+                os.close(owned.lock)
+        takeover.exit_on_signal()
+        if is_owner or stopped.is_set():
+            return
+        waits = True
+
+
+def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
+    """Get the lock of the records, from the running driver or because there is none."""
+    said = ""
+    while True:
+        wanted = Claim(takeover.name_of_container(), version_of("ckptfs"), waits)
+        found = takeover.claim(str(state_dir / _SOCKET), wanted)
+        reason = "it does not hand over"
+        if isinstance(found, Refused):
+            waits = waits or found.lasting
+            reason = found.reason
+        elif isinstance(found, Offered):
+            reason = found.ready() if _LOCK in found.fds else "its offer lacks the lock"
+            if not reason:
+                state = msgspec.json.decode(found.state, type=_State)
+                return _Owned(found.fds.pop(_LOCK), found, state.former)
+            found.refuse(reason)
+            found.close_fds()
+        with contextlib.suppress(TimeoutError):
+            return _Owned(filelock.acquire(str(records.lock_path(state_dir)), 0), None, [])
+        if found is not None and reason != said:
+            log.warning("cannot take over from the running driver: %s; trying again", reason)
+            said = reason
+        time.sleep(_PAUSE_S)
+
+
+def _serve(
+    settings: server.Settings, state_dir: Path, owned: _Owned, stopped: threading.Event
+) -> bool:
+    """Serve until `stopped`, or until another driver has taken over. Returns whether this one is
+    still the owner."""
+    publishing = Publishing(Records(state_dir))
+    offered = owned.offered
+    while not stopped.is_set():
+        publishing.reconcile()
+        with server.running(settings, publishing), _claimants(state_dir, owned) as claimants:
+            if offered is not None:
+                log.info("took over from the former driver")
+                offered.serving()
+                offered.close_fds()
+                offered = None
+            heir = _wait(claimants, publishing, stopped)
+        if heir is not None and _hand_over(heir, publishing):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _claimants(state_dir: Path, owned: _Owned) -> Generator[Claimants]:
+    path = str(state_dir / _SOCKET)
+    state = _State([*owned.former, takeover.name_of_container()][-_FORMER_MAX:])
+    offer = (state, {_LOCK: owned.lock})
+    try:
+        claimants = Claimants(path, owned.former, lambda: offer, log.info)
+    except OSError as error:
+        raise PlaceUnusable(
+            f"{path}: {error.strerror or error}; give a shorter path as --state-dir"
+        ) from None
+    try:
+        yield claimants
+    finally:
+        claimants.close(is_owner=True)
+
+
+def _wait(claimants: Claimants, publishing: Publishing, stopped: threading.Event) -> Heir | None:
+    """Wait for a driver that can begin, or for `stopped`."""
+    finish_s = time.monotonic()
+    while not stopped.is_set():
+        heir = claimants.wait(_LOOK_S)
+        if heir is not None:
+            return heir
+        if time.monotonic() > finish_s:
+            server.finish(publishing)
+            finish_s = time.monotonic() + server.FINISH_S
+    return None
+
+
+def _hand_over(heir: Heir, publishing: Publishing) -> bool:
+    """Let another driver serve, after this one's server has stopped. Returns whether it does."""
+    log.info("handing over to ckptfs %s on %r", heir.version, heir.name)
+    if not publishing.wait_idle(_CALLS_S):
+        log.warning("serving on, because calls are still running")
+        heir.refuse("its calls are still running")
+        return False
+    if why_not := heir.grant():
+        log.error("%r does not serve: %s; serving again", heir.name, why_not)
+        return False
+    log.info("%r serves the volumes now; waiting for its end", heir.name)
+    return True

@@ -1,0 +1,167 @@
+"""A CSI driver takes over from another one, with a gRPC client as the kubelet."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import COMMAND_TIMEOUT_S, Node, wait_until
+from mount.test_csi import check_nothing_left, volumes_at
+from support.kubelet import DriverProcess, Kubelet
+from support.s3server import S3Server
+from support.takingover import KILLED_AT
+
+from ckptfs._csi import bind_mounts
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can bind mounts"),
+]
+SERVING = "ckptfs._csi.server: serving on "
+WAITS = "waits for the end of this process"
+
+
+@pytest.fixture
+def kubelet(node: Node) -> Iterator[Kubelet]:
+    """A kubelet, and a daemon that serves all users."""
+    node.configure(allow_other=True)
+    node.folder.chmod(0o755)
+    node.here("mount")
+    kubelet = Kubelet(node.folder / "kubelet")
+    kubelet.folder.mkdir()
+    yield kubelet
+    kubelet.close()
+    for target in volumes_at(kubelet):  # of a test that has failed
+        bind_mounts.unmount(target)
+
+
+@pytest.fixture
+def volume(s3: S3Server, small: Path) -> dict[str, dict[str, str]]:
+    """The attributes and the Secret of a volume with the checkpoint `small`."""
+    uri = f"s3://{small.relative_to(s3.root)}"
+    keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+    attributes = {"uri": uri, "endpoint": f"http://{s3.endpoint}", "region": s3.region}
+    return {"attributes": attributes, "secrets": keys}
+
+
+def new_driver(node: Node, kubelet: Kubelet) -> DriverProcess:
+    return DriverProcess(node, kubelet, "--take-over")
+
+
+def wait_for(driver: DriverProcess, text: str, count: int) -> None:
+    """Wait until the drivers' log has a text so often."""
+    wait_until(lambda: driver.log().count(text) == count)
+
+
+def test_driver_takes_over_from_a_running_one(
+    node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]]
+) -> None:
+    with new_driver(node, kubelet) as first:
+        target = kubelet.publish("a", **volume)
+        with new_driver(node, kubelet) as second:
+            wait_for(second, SERVING, 2)
+            wait_for(first, WAITS, 1)
+            assert "handing over to ckptfs" in first.log()
+            assert Path(target, "config.json").read_text() == '{"layers": 1}'
+            kubelet.publish("a", **volume)  # by the second driver
+            assert len(volumes_at(kubelet)) == 1
+            kubelet.publish("b", **volume)
+        wait_for(first, SERVING, 3)  # the former driver serves again
+        assert not kubelet.stats("b").volume_condition.abnormal
+        for pod in ("a", "b"):
+            kubelet.unpublish(pod)
+        check_nothing_left(node, kubelet, first)
+    assert sorted(os.listdir(first.state)) == []
+
+
+def test_call_that_runs_during_a_takeover_is_finished_or_repeated(
+    node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]]
+) -> None:
+    """The first driver hands over when a call that waits for a store has ended."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        ThreadPoolExecutor(1) as threads,
+        new_driver(node, kubelet) as first,
+    ):
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        given = {**volume, "attributes": volume["attributes"] | {"endpoint": endpoint}}
+        request = kubelet.request("b", given["attributes"], secrets=given["secrets"])
+        refused = threads.submit(kubelet.refusal, "NodePublishVolume", timeout_s=15, **request)
+        wait_until(lambda: len(list(first.state.glob("*.json"))) == 1)
+        with new_driver(node, kubelet) as second:
+            wait_for(second, SERVING, 2)
+            assert refused.result()[0] in ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
+            wait_for(first, WAITS, 1)
+            kubelet.publish("b", **volume)
+            kubelet.unpublish("b")
+            check_nothing_left(node, kubelet, second)
+
+
+def start_killed_at(
+    node: Node, kubelet: Kubelet, moment: int, armed: Path
+) -> "subprocess.Popen[bytes]":
+    code = KILLED_AT.replace("keeper.main()", "from ckptfs.__main__ import main; main()")
+    words = ["csi", "--take-over", "--endpoint", f"unix://{kubelet.socket}", "--node-id", "node-1"]
+    with (node.folder / "killed.log").open("ab") as log_file:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-c", code, str(moment), str(armed), *words),
+                *("--state-dir", str(node.folder / "csi")),
+            ],
+            stderr=log_file,
+            cwd="/",
+        )
+
+
+def is_killed_at(
+    node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]], killed: str, moment: int
+) -> bool:
+    """Take over, with a driver that is killed at that moment. Returns whether it was."""
+    armed = node.folder / "armed"
+    log = node.folder / "killed.log"
+    log.write_text("")
+    other = new_driver(node, kubelet)
+    if killed == "owner":
+        victim = start_killed_at(node, kubelet, moment, armed)
+        wait_until(lambda: SERVING in log.read_text())
+    else:
+        other.start()
+    before = other.log().count(WAITS) if killed == "claimant" else 0
+    target = kubelet.publish("a", **volume)
+    armed.touch()
+    if killed == "owner":
+        other.start()
+        before = other.log().count(WAITS)
+    else:
+        victim = start_killed_at(node, kubelet, moment, armed)
+
+    def is_over() -> bool:
+        waits = WAITS in log.read_text() or other.log().count(WAITS) > before
+        return victim.poll() is not None or waits
+
+    wait_until(is_over)
+    armed.unlink()
+    was_killed = victim.poll() == -signal.SIGKILL
+    kubelet.publish("a", **volume)
+    assert Path(target, "config.json").read_text() == '{"layers": 1}'
+    kubelet.unpublish("a")
+    victim.terminate()
+    assert victim.wait(COMMAND_TIMEOUT_S) in (0, -signal.SIGKILL), log.read_text()
+    assert other.end() == 0, other.log()
+    check_nothing_left(node, kubelet, other)
+    return was_killed
+
+
+@pytest.mark.parametrize("killed", ["claimant", "owner"])
+def test_driver_that_is_killed_at_any_moment_of_a_takeover(
+    node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]], killed: str
+) -> None:
+    moment = 1
+    while is_killed_at(node, kubelet, volume, killed, moment):
+        moment += 1
+    assert moment > 8
