@@ -127,7 +127,9 @@ class Keeper:
         held.fuse = session.mount(self._mount, allow_other=config.allow_other)
         self._undo.callback(self._end_mount)
         depth = launch.stack_depth(Path(config.cache_dir)) if config.passthrough else 0
-        held.passthrough, held.resend = session.answer_init(held.fuse, depth)
+        held.passthrough, held.resend = session.answer_init(
+            held.fuse, depth, allow_other=config.allow_other
+        )
         if os.geteuid() == 0:
             session.set_read_ahead(self._mount, config.read_ahead_kb)
         if not held.made_socket:

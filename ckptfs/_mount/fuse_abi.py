@@ -18,6 +18,7 @@ FORGET = 2
 GETATTR = 3
 OPEN = 14
 READ = 15
+STATFS = 17
 RELEASE = 18
 REMOVEXATTR = 24
 FLUSH = 25
@@ -37,6 +38,10 @@ NOTIFY_RESEND = 7
 UNIQUE_RESEND = 1 << 63
 """Bit in the number of a repeated request."""
 
+INVALID_UID = 0xFFFFFFFF
+"""FUSE_INVALID_UIDGID, the user of every request that makes no inode, in a session with
+ALLOW_IDMAP."""
+
 # -- flags of INIT
 
 ASYNC_READ = 1 << 0
@@ -49,6 +54,9 @@ EXPLICIT_INVAL_DATA = 1 << 25
 INIT_EXT = 1 << 30
 PASSTHROUGH = 1 << 37
 HAS_RESEND = 1 << 39
+ALLOW_IDMAP = 1 << 40
+"""Lets root make idmapped mounts of the session (Linux 6.12). The kernel fails the session if it
+has this flag without ``default_permissions``."""
 
 # -- flags of the reply to OPEN and OPENDIR
 
@@ -80,6 +88,9 @@ OPEN_OUT = struct.Struct("<QIi")
 ATTR_OUT = struct.Struct("<QI4x6Q10I")
 """struct fuse_attr_out: validity (s, ns), then struct fuse_attr: inode, size, blocks, three times
 in seconds and three in nanoseconds, mode, links, uid, gid, rdev, size of a block, flags."""
+STATFS_OUT = struct.Struct("<5Q3I28x")
+"""struct fuse_statfs_out: blocks, free and available ones, inodes, free ones, size of a block,
+longest name, size of a fragment."""
 NOTIFY_INVAL_ENTRY_OUT = struct.Struct("<QII")
 """struct fuse_notify_inval_entry_out: parent, length of the name, flags."""
 

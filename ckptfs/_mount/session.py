@@ -224,13 +224,18 @@ class Features(NamedTuple):
     resend: bool
 
 
-def answer_init(fd: int, stack_depth: int = 0) -> Features:
+def answer_init(fd: int, stack_depth: int = 0, *, allow_other: bool = False) -> Features:
     """Read the kernel's FUSE_INIT from a fresh session and answer it. Raises CannotMount.
+
+    With `allow_other`, root can make idmapped mounts of the session, as container runtimes do for
+    pods with user namespaces. The kernel then decides by owner and mode, and names the user in no
+    request (see ``_daemon.fuse.operations``).
 
     Args:
         fd: The session.
         stack_depth: For passthrough, the greatest depth of the cache's file system among stacked
             file systems, plus 1; 0 for no passthrough.
+        allow_other: As in `mount`.
     """
     message = os.read(fd, 64 << 10).ljust(_INIT_BYTES, b"\0")
     _, opcode, unique, *_ = fuse_abi.IN_HEADER.unpack_from(message)
@@ -239,7 +244,8 @@ def answer_init(fd: int, stack_depth: int = 0) -> Features:
     if not is_known or minor < fuse_abi.PROTOCOL_MINOR_MIN:
         raise CannotMount(f"cannot mount: FUSE protocol {major}.{minor} of the kernel is too old")
     offered = flags | (rest[0] << 32 if flags & fuse_abi.INIT_EXT else 0)
-    chosen = (_WANTED | (fuse_abi.PASSTHROUGH if stack_depth else 0)) & offered
+    wanted = _WANTED | (fuse_abi.PASSTHROUGH if stack_depth else 0)
+    chosen = (wanted | (fuse_abi.ALLOW_IDMAP if allow_other else 0)) & offered
     passthrough = bool(chosen & fuse_abi.PASSTHROUGH)
     body = fuse_abi.INIT_OUT.pack(
         major,

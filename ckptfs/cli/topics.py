@@ -20,7 +20,7 @@ _TOPICS = {
     "ray": ("RAY.md", "checkpoints of Ray, and many nodes"),
     "jobs": ("JOBS.md", "Slurm, PBS, LSF and SSH clusters"),
     "containers": ("CONTAINERS.md", "places, users without a home, Docker"),
-    "kubernetes": ("KUBERNETES.md", "the daemon on each node of a cluster"),
+    "kubernetes": ("KUBERNETES.md", "volumes of pods, by a driver on each node of a cluster"),
     "operators": ("OPERATORS.md", "a node's figures, alerts and log"),
     "metrics": ("METRICS.md", "the metrics of a daemon for Prometheus"),
     "troubleshooting": ("TROUBLESHOOTING.md", "failed reads, SIGBUS, the doctor"),

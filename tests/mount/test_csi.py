@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import Node, wait_until
-from support.kubelet import ROX, DriverProcess, Kubelet, capability, in_pod
+from support.kubelet import ROX, DriverProcess, Kubelet, capability, in_own_users, in_pod
 from support.s3server import S3Server
 from support.servers import Moto
+from support.usernamespace import IS_SUPPORTED
 from support.webidentity import WebIdentityAws
 
 from ckptfs._csi import bind_mounts
@@ -130,6 +131,62 @@ def test_publish_read_and_unpublish_leave_nothing(
     ) == ("NOT_FOUND", f"volume csi-a is not published at {kubelet.target('a')}")
     check_nothing_left(node, kubelet, driver)
     assert keys["AWS_SECRET_ACCESS_KEY"] not in driver.log() + node.log()
+
+
+@pytest.mark.skipif(not IS_SUPPORTED, reason="the kernel has no idmapped mounts of FUSE")
+def test_a_pod_with_user_namespaces_reads_and_changes_nothing(
+    node: Node,
+    kubelet: Kubelet,
+    driver: DriverProcess,
+    attributes: dict[str, str],
+    keys: dict[str, str],
+    small: Path,
+) -> None:
+    (small / ".metadata.json").write_text('{"a": 1}')
+    target = kubelet.publish("a", attributes, secrets=keys)
+    kubelet.publish("b", attributes, secrets=keys, volume_capability=capability(ROX, "4711"))
+    digest = hashlib.sha256((small / "layers/0/weights.bin").read_bytes()).hexdigest()
+    seen = "stat -c '%u %g %a' . config.json; sha256sum < layers/0/weights.bin"
+    read = in_own_users(target, f"id -u; {seen}; getfattr --only-values -n user.ckptfs.meta.a .")
+    assert read.returncode == 0, read.stderr
+    *lines, meta = read.stdout.splitlines()
+    assert lines == ["0", "0 0 555", "0 0 444", f"{digest}  -"], read.stderr
+    assert meta == "1"
+    grouped = in_own_users(kubelet.target("b"), seen)
+    assert grouped.stdout.splitlines()[:2] == ["0 4711 550", "0 4711 440"], grouped.stderr
+    # The same bytes, from the cache, by passthrough where the kernel has it.
+    assert in_own_users(target, seen).stdout.splitlines()[-1] == f"{digest}  -"
+    user = "setpriv --reuid=1000 --regid=1000 {} cat config.json"
+    assert in_own_users(target, user.format("--clear-groups")).stdout == '{"layers": 1}'
+    outside = in_own_users(kubelet.target("b"), user.format("--clear-groups"))
+    assert "Permission denied" in outside.stderr
+    member = in_own_users(kubelet.target("b"), user.format("--groups=4711"))
+    assert member.stdout == '{"layers": 1}', member.stderr
+    # Root of the pod owns the files there, and has all capabilities there, but changes nothing,
+    # even if its runtime has made the volume writable.
+    changes = [
+        "setfattr -n user.ckptfs.meta.a -v 2 .",
+        "setfattr -x user.ckptfs.meta.a .",
+        "setfattr -n user.ckptfs.evict -v 1 config.json",
+        "setfattr -n user.ckptfs.prefetch -v 1 .",
+        "touch new",
+        "rm config.json",
+        "chmod 777 config.json",
+        "chown 1000 config.json",
+        "sh -c 'echo > config.json'",
+    ]
+    for readonly in (True, False):
+        for change in changes:
+            done = in_own_users(target, change, readonly=readonly)
+            assert done.returncode, change
+            assert "Read-only file system" in done.stderr, done.stderr
+    for attachment in node.status()["attachments"]:  # the same for root on the node
+        with pytest.raises(OSError, match="Read-only"):
+            os.setxattr(attachment["path"], "user.ckptfs.meta.a", b"2")
+    assert (small / ".metadata.json").read_text() == '{"a": 1}'
+    kubelet.unpublish("a")
+    kubelet.unpublish("b")
+    check_nothing_left(node, kubelet, driver)
 
 
 def test_refused_requests(

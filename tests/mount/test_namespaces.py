@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node
+from support.usernamespace import IS_SUPPORTED
 from support.worlds import OWN_MOUNTS
 
 from ckptfs._os import peercred
@@ -85,12 +86,13 @@ class Containers:
         found = [fields[4] for fields in lines if "fuse.ckptfs" in fields]
         return [path for path in found if path.startswith(str(self.folder))]
 
-    def daemon(self) -> "subprocess.Popen[str]":
+    def daemon(self, *flags: str) -> "subprocess.Popen[str]":
         """Start a daemon in its container, as its process 1, and wait for it."""
         run = self.folder / "daemon" / "run"
         process = self._start(
             [*self._enter, "unshare", "--mount", "--propagation", "unchanged", *OWN_PIDS],
-            f"mount --rbind {self.folder}/host/run {run}; exec {CKPTFS} mount --foreground",
+            f'mount --rbind {self.folder}/host/run {run}; exec {CKPTFS} mount --foreground "$@"',
+            *flags,
             CKPTFS_SOCKET=f"{run}/sock",
             CKPTFS_MOUNT=f"{run}/mnt",
         )
@@ -192,6 +194,25 @@ def test_pids_that_the_daemon_does_not_see(
     assert refused[0] == 1
     assert "is held by processes of other containers;" in refused[2]
     assert said(client)[0] == 0
+
+
+@pytest.mark.skipif(not IS_SUPPORTED, reason="the kernel names the user of each request")
+def test_users_that_the_daemon_does_not_see(
+    containers: Containers, small: Path, uri_of: UriOf
+) -> None:
+    """The kernel names neither the user nor the process, so the daemon lists no attributes. The
+    kernel decides who may read and set them."""
+    (small / ".metadata.json").write_text('{"a": 1}')
+    containers.daemon("--allow-other")
+    path = said(containers.client(CKPTFS, "attach", uri_of(small)))[1].strip()
+    name = "user.ckptfs.meta.a"
+    for user, listed, read, changed in (("0", "", "1", 0), ("65534", "", "", 1)):
+        become = ("setpriv", f"--reuid={user}", "--clear-groups")
+        assert said(containers.client(*become, "getfattr", "--dump", path))[1] == listed
+        one = containers.client(*become, "getfattr", "--only-values", "--name", name, path)
+        assert said(one)[1] == read
+        change = containers.client(*become, "setfattr", "--name", name, "--value", "1", path)
+        assert said(change)[0] == changed
 
 
 @pytest.mark.parametrize("begins", ["before", "after"])

@@ -130,6 +130,10 @@ def test_statvfs(module_node: Node, source: Path, uri_of: UriOf) -> None:
         assert space.f_blocks == -(-size // space.f_frsize)
         assert space.f_files == 9
         assert space.f_bfree == space.f_bavail == space.f_ffree == 0
+        with ckptfs.Checkpoint(uri_of(source / "layers")).as_directory() as part:
+            assert os.statvfs(path) == space
+            assert 0 < os.statvfs(part).f_files < 9
+            assert os.statvfs(module_node.mount).f_files == 9 + os.statvfs(part).f_files
 
 
 def test_directory_entries_carry_their_type(module_node: Node, source: Path, uri_of: UriOf) -> None:

@@ -5,8 +5,10 @@ interpreter itself may lie where only root can read.
 """
 
 import contextlib
+import ctypes
 import encodings.idna  # noqa: F401 - so that the children need not read it
 import errno
+import json
 import os
 import signal
 import socket
@@ -18,6 +20,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from conftest import Node
+from support.usernamespace import IS_SUPPORTED, clone_idmapped
 
 import ckptfs
 from ckptfs import xattrs
@@ -317,6 +320,60 @@ def test_client_refuses_a_socket_of_somebody_else(node: Node) -> None:
 
     as_user(ALICE, alice_listens_and_bob_connects, for_good=False)
     node.socket.unlink()
+
+
+def test_root_of_a_user_namespace_has_no_more_rights_than_its_user(
+    shared_node: Node, small: Path, uri_of: Callable[[Path], str]
+) -> None:
+    """With ALLOW_IDMAP no request names its user, so the kernel and the daemon must not take root
+    of a user namespace for root."""
+    (small / ".metadata.json").write_text('{"a": 1}')
+    checkpoint = ckptfs.Checkpoint(uri_of(small))
+    own = os.stat("/proc/self/ns/user").st_ino
+
+    def alice_attaches() -> None:
+        with checkpoint.as_directory() as path:
+            assert "user.ckptfs.meta.a" in os.listxattr(path)
+            os.setxattr(path, "user.ckptfs.meta.b", b"2")
+
+    as_user(ALICE, alice_attaches)
+    (attachment,) = shared_node.status()["attachments"]
+    path = attachment["path"]
+    inherited = os.open(path, os.O_RDONLY)
+
+    def bob_as_root() -> None:
+        _become_root_of_a_user_namespace()
+        assert os.geteuid() == 0
+        assert os.stat("/proc/self/ns/user").st_ino != own
+        attempts: list[Callable[[], object]] = [
+            lambda: os.setxattr(path, "user.ckptfs.meta.a", b"3"),
+            lambda: os.setxattr(inherited, "user.ckptfs.evict", b""),
+            lambda: os.removexattr(inherited, "user.ckptfs.meta.a"),
+            lambda: os.getxattr(inherited, "user.ckptfs.meta.a"),
+            lambda: os.open(f"{path}/config.json", os.O_RDONLY),
+            lambda: os.listdir(f"{shared_node.mount}/.volumes"),
+        ]
+        for attempt in attempts:
+            with pytest.raises(PermissionError):
+                attempt()
+        with pytest.raises(OSError, match="not permitted" if IS_SUPPORTED else "Invalid"):
+            clone_idmapped(path, os.open("/proc/self/ns/user", os.O_RDONLY))
+        assert os.listxattr(path) == os.listxattr(inherited) == []
+
+    as_user(BOB, bob_as_root)
+    os.close(inherited)
+    assert json.loads((small / ".metadata.json").read_text()) == {"a": 1, "b": 2}
+    assert "user.ckptfs.meta.b" in os.listxattr(path)  # for root
+
+
+def _become_root_of_a_user_namespace() -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(4, 1)  # PR_SET_DUMPABLE, so that /proc/self is this user's own
+    assert libc.unshare(0x10000000 | 0x20000) == 0, os.strerror(ctypes.get_errno())
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
 
 
 def test_mounting_by_fusermount(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

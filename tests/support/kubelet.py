@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 from conftest import Node, wait_until
+from support import usernamespace
 
 from ckptfs._csi import messages
 from ckptfs._csi.messages import CLASSES, METHODS
@@ -192,4 +193,25 @@ def in_pod(
         check=False,
     )
     Path(seen).rmdir()
+    return done
+
+
+def in_own_users(
+    volume: str, script: str, *, readonly: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell script as root of a pod with ``hostUsers: false``, with the volume as its working
+    directory. See `usernamespace`."""
+    seen = f"{os.path.dirname(volume)}/seen"
+    os.mkdir(seen)
+    done = subprocess.run(
+        [
+            *(sys.executable, usernamespace.__file__),
+            *(volume, seen, "yes" if readonly else "no", script),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=CALL_S,
+        check=False,
+    )
+    os.rmdir(seen)
     return done

@@ -413,7 +413,9 @@ class Vfs:
 
     # -- all together
 
-    def statfs(self) -> tuple[int, int]:
-        """Bytes and number of the files of all attachments."""
-        manifests = [attachment.manifest for attachment in self._by_ordinal.values()]
+    def statfs(self, inode: int = MOUNT_ROOT) -> tuple[int, int]:
+        """Bytes and number of the files of the attachment with that inode, or of all attachments,
+        if it is outside of them. Raises StaleInode."""
+        among = self._by_ordinal.values() if inode in OUTSIDE else [self.find(inode)[0]]
+        manifests = [attachment.manifest for attachment in among]
         return sum(m.size for m in manifests), sum(len(m.files) for m in manifests)

@@ -21,7 +21,7 @@ import msgspec
 import trio
 
 from ckptfs._daemon.attachment.attachment import Attachment
-from ckptfs._daemon.attachment.inodes import OUTSIDE, Node, VfsError
+from ckptfs._daemon.attachment.inodes import OUTSIDE, Node, ReadOnly, VfsError
 from ckptfs._daemon.attachment.metadata import MetadataKeeper
 from ckptfs._daemon.cache.cache import Cache
 from ckptfs._daemon.fetch.fetcher import Fetcher
@@ -237,11 +237,12 @@ class Xattrs:
 
     # -- writing
 
-    async def set(self, inode: int, name: str, value: bytes, uid: int) -> None:
-        """Set a key of the metadata, or begin an action.
+    async def set(self, inode: int, name: str, value: bytes, uid: int | None) -> None:
+        """Set a key of the metadata, or begin an action. `uid` is the user; None if the kernel has
+        checked the permission and does not name the user.
 
-        Raises AttributeStated, NotSupported, NotPermitted, InvalidValue, StaleInode, Busy,
-        CacheError, and what `MetadataKeeper.change` raises.
+        Raises AttributeStated, ReadOnly, NotSupported, NotPermitted, InvalidValue, StaleInode,
+        Busy, CacheError, and what `MetadataKeeper.change` raises.
         """
         attachment, node = self._writable(inode, name, uid)
         if name == names.PREFETCH:
@@ -255,7 +256,7 @@ class Xattrs:
             except RecursionError:
                 raise InvalidValue("too deeply nested") from None
 
-    async def remove(self, inode: int, name: str, uid: int) -> None:
+    async def remove(self, inode: int, name: str, uid: int | None) -> None:
         """Remove a key of the metadata. Raises NoAttribute, and what `set` raises."""
         attachment, node = self._writable(inode, name, uid)
         if name in (names.PREFETCH, names.EVICT):
@@ -269,14 +270,16 @@ class Xattrs:
 
         await self.metadata.change(attachment, without)
 
-    def _writable(self, inode: int, name: str, uid: int) -> tuple[Attachment, Node]:
+    def _writable(self, inode: int, name: str, uid: int | None) -> tuple[Attachment, Node]:
         if name in names.STATED:
             raise AttributeStated(name)
         known = name in (names.PREFETCH, names.EVICT) or name.startswith(names.META_PREFIX)
         if inode in OUTSIDE or not known:
             raise NotSupported(name)
         attachment, node = self.vfs.find(inode)
-        if uid not in (0, attachment.uid):
+        if attachment.volume is not None:  # whatever rights the pod has in its own namespaces
+            raise ReadOnly(inode)
+        if uid is not None and uid not in (0, attachment.uid):
             raise NotPermitted(name)
         return attachment, node
 

@@ -4,6 +4,16 @@
 """The FUSE adapter: maps pyfuse3's callbacks to `vfs`, and errors to errnos. It decides nothing.
 
 The relay handles reads and releases itself (`relay`).
+
+**Users.** Requests of a session with ALLOW_IDMAP name no user, because an idmapped mount maps
+owners and not the users of requests. Nothing here may then depend on the user of a request, except
+in two places:
+
+- Setting an attribute. The kernel has checked by owner and mode that the user may write
+  (``default_permissions``, without which it fails a session with ALLOW_IDMAP). That includes root
+  of a user namespace on an idmapped mount, so `xattrs` refuses to set any attribute of a volume.
+- Listing attributes, for which the kernel checks nothing. The request names the thread, which waits
+  for the reply, so its user is looked up (`procfs.user_of`). An unknown user gets an empty list.
 """
 
 import contextlib
@@ -28,8 +38,8 @@ from ckptfs._daemon.fs import xattrs
 from ckptfs._daemon.fs.stats import Stat
 from ckptfs._daemon.fs.vfs import Vfs
 from ckptfs._daemon.fuse.relay import Relay
-from ckptfs._daemon.usage.procfs import process_of
-from ckptfs._mount import session
+from ckptfs._daemon.usage.procfs import process_of, user_of
+from ckptfs._mount import fuse_abi, session
 
 log = logging.getLogger(__name__)
 
@@ -157,17 +167,6 @@ class Operations(pyfuse3.Operations):
             await self._vfs.before_passthrough(handle)
             return pyfuse3.FileInfo(fh=handle, keep_cache=True)  # an inode's bytes never change
 
-    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        total_bytes, file_count = self._vfs.statfs()
-        result = pyfuse3.StatvfsData()
-        result.f_bsize = result.f_frsize = 4096
-        result.f_blocks = -(-total_bytes // 4096)
-        result.f_bfree = result.f_bavail = 0
-        result.f_files = file_count
-        result.f_ffree = result.f_favail = 0
-        result.f_namemax = 255
-        return result
-
     # -- extended attributes
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
@@ -178,17 +177,17 @@ class Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> "list[XAttrNameT]":
         with self._replying():
-            return [name.encode() for name in await self._xattrs.list(inode, ctx.uid)]
+            return [name.encode() for name in await self._xattrs.list(inode, _lister(ctx))]
 
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
         with self._replying():
-            await self._xattrs.set(inode, _text(name), value, ctx.uid)
+            await self._xattrs.set(inode, _text(name), value, _writer(ctx))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         with self._replying():
-            await self._xattrs.remove(inode, _text(name), ctx.uid)
+            await self._xattrs.remove(inode, _text(name), _writer(ctx))
 
     # -- writing
 
@@ -196,6 +195,18 @@ class Operations(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.EROFS)
 
     create = link = mkdir = mknod = rename = rmdir = setattr = symlink = unlink = write = _refuse
+
+
+def _lister(ctx: RequestContext) -> int:
+    """The user who lists attributes; -1 if unknown. The kernel checks no permission for a list, so
+    the daemon looks the user up if the request does not name them."""
+    return user_of(ctx.pid) if ctx.uid == fuse_abi.INVALID_UID else ctx.uid
+
+
+def _writer(ctx: RequestContext) -> int | None:
+    """The user who sets an attribute, or None if the request does not name them. Then the session
+    has ``default_permissions``, and the kernel has checked that the mode lets the user write."""
+    return None if ctx.uid == fuse_abi.INVALID_UID else ctx.uid
 
 
 def _text(name: bytes) -> str:

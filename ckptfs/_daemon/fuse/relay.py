@@ -41,7 +41,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 import time
 from collections.abc import Callable
 from functools import partial
@@ -52,6 +51,7 @@ import trio
 from ckptfs._daemon.attachment.inodes import MOUNT_ROOT
 from ckptfs._daemon.cache.page_copies import Found, Views
 from ckptfs._daemon.fs.vfs import Overshoot, Vfs
+from ckptfs._daemon.fuse import replies
 from ckptfs._daemon.fuse.passthrough import Passthrough
 from ckptfs._daemon.fuse.reply_threads import Parts, ReplyThreads, write_message
 from ckptfs._mount import fuse_abi, session
@@ -216,7 +216,10 @@ class Relay:
         if opcode == fuse_abi.FLUSH:
             self._fail(unique, errno.ENOSYS)  # nothing to write; the kernel does not ask again
         elif opcode == fuse_abi.GETATTR and inode == MOUNT_ROOT:
-            self._answer(unique, [self._attributes_of_root()])
+            # Attachments come and go, and the mount of a dead daemon has to look dead.
+            self._reply_with(unique, lambda: replies.attributes_once(self._vfs.getattr(inode)))
+        elif opcode == fuse_abi.STATFS:
+            self._reply_with(unique, lambda: replies.space(*self._vfs.statfs(inode)))
         elif opcode in (fuse_abi.RELEASE, fuse_abi.RELEASEDIR):
             (handle,) = fuse_abi.RELEASE_IN.unpack_from(message, IN_HEADER.size)
             self._release(inode, handle)
@@ -231,6 +234,14 @@ class Relay:
                 size = min(size, _LISTING_BYTES_MAX)
                 fuse_abi.READ_IN.pack_into(message, IN_HEADER.size, handle, offset, size)
             await self._pass_on(message)
+
+    def _reply_with(self, unique: int, made: Callable[[], bytes]) -> None:
+        try:
+            reply = made()
+        except Exception as error:
+            self._fail(unique, self._errno_of(error))
+            return
+        self._answer(unique, [memoryview(reply)])
 
     async def _pass_on(self, message: memoryview) -> None:
         while True:
@@ -293,20 +304,6 @@ class Relay:
         """Begin a read again that is counted already, because its bytes went meanwhile."""
         if not self._has_ended:
             nursery.start_soon(partial(self._read_later, read, is_counted=True))
-
-    def _attributes_of_root(self) -> memoryview:
-        """The root's attributes, valid for this one request. Attachments come and go, and the mount
-        of a dead daemon has to look dead."""
-        found = self._vfs.getattr(MOUNT_ROOT)
-        at_s, at_ns = divmod(found.mtime_ns, 10**9)
-        reply = fuse_abi.ATTR_OUT.pack(
-            *(0, 0),  # validity
-            *(MOUNT_ROOT, 0, 0),  # inode, size, blocks
-            *(at_s, at_s, at_s, at_ns, at_ns, at_ns),
-            *(stat.S_IFDIR | found.mode, found.nlink, found.uid, found.gid),
-            *(0, 1 << 20, 0),  # rdev, size of a block, flags
-        )
-        return memoryview(reply)
 
     async def _read_later(self, read: _Read, *, is_counted: bool = False) -> None:
         try:

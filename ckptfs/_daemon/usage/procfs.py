@@ -12,6 +12,8 @@ import os
 import re
 
 _TGID = re.compile(rb"\nTgid:\s*(\d+)")
+_FILESYSTEM_UID = re.compile(rb"\nUid:(?:\s+\d+){3}\s+(\d+)")
+_KERNEL_THREAD = re.compile(rb"\nKthread:\s*1")
 _READ_BYTES = 4096
 _WORD_LENGTH_MAX = 40
 
@@ -20,6 +22,18 @@ def process_of(thread: int) -> int:
     """The process of a thread. FUSE names the thread."""
     found = _TGID.search(_read(f"/proc/{thread}/status"))  # one of the first lines
     return int(found[1]) if found else thread
+
+
+def user_of(thread: int) -> int:
+    """The user as whom a thread accesses files; -1 if unknown.
+
+    A thread that waits in a system call cannot change its user. So the answer is right for a
+    request of that thread, as long as the daemon does nothing but reply to it. A thread of the
+    kernel, for example of its NFS server, acts for users whom only the kernel knows.
+    """
+    status = _read(f"/proc/{thread}/status")
+    found = _FILESYSTEM_UID.search(status)
+    return int(found[1]) if found and not _KERNEL_THREAD.search(status) else -1
 
 
 def started(pid: int) -> int:

@@ -14,6 +14,7 @@ FUSE_INIT = 26
 INIT_EXT = 1 << 30
 ASYNC_READ, PARALLEL_DIROPS, MAX_PAGES, DO_READDIRPLUS = 1, 1 << 18, 1 << 22, 1 << 13
 WRITEBACK_CACHE, READDIRPLUS_AUTO, POSIX_ACL = 1 << 16, 1 << 14, 1 << 20
+ALLOW_IDMAP = 1 << 40
 ALL = 0xFFFFFFFF
 
 
@@ -25,12 +26,12 @@ def request(
     return struct.pack("<IIQQIIIHH", 40 + len(body), opcode, 77, 0, 0, 0, 0, 0, 0) + body
 
 
-def answer(message: bytes) -> "tuple[int, ...]":
+def answer(message: bytes, *, allow_other: bool = False) -> "tuple[int, ...]":
     """The fields of our fuse_init_out for a kernel's message."""
     kernel, daemon = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with kernel, daemon:
         kernel.send(message)
-        session.answer_init(daemon.fileno())
+        session.answer_init(daemon.fileno(), allow_other=allow_other)
         reply = kernel.recv(4096)
     length, error, unique = struct.unpack_from("<IiQ", reply)
     assert (length, error, unique) == (len(reply), 0, 77)
@@ -42,11 +43,11 @@ def flags_of(fields: "tuple[int, ...]") -> int:
     return fields[3] | fields[10] << 32
 
 
-@given(st.integers(0, ALL), st.integers(0, ALL), st.integers(28, 60))
+@given(st.integers(0, ALL), st.integers(0, ALL), st.integers(28, 60), st.booleans())
 def test_answer_init_chooses_among_the_offered_features(
-    flags: int, flags2: int, minor: int
+    flags: int, flags2: int, minor: int, allow_other: bool
 ) -> None:
-    fields = answer(request(minor=minor, flags=flags, flags2=flags2))
+    fields = answer(request(minor=minor, flags=flags, flags2=flags2), allow_other=allow_other)
     offered = flags | (flags2 << 32 if flags & INIT_EXT else 0)
     assert flags_of(fields) & ~offered == 0
     assert fields[0] == 7
@@ -67,6 +68,13 @@ def test_answer_init_has_the_wanted_features() -> None:
     assert max_write >= 4096
     assert gran == 1
     assert pages == 256  # requests of 1 MiB
+
+
+def test_idmapped_mounts_are_for_mounts_where_the_kernel_checks_permissions() -> None:
+    assert flags_of(answer(request(), allow_other=True)) & ALLOW_IDMAP
+    assert not flags_of(answer(request())) & ALLOW_IDMAP  # the kernel would fail the session
+    before_6_12 = request(flags2=ALL & ~(ALLOW_IDMAP >> 32))
+    assert not flags_of(answer(before_6_12, allow_other=True)) & ALLOW_IDMAP
 
 
 def test_answer_init_accepts_the_shorter_message_of_an_older_kernel() -> None:

@@ -18,6 +18,7 @@ from trio.testing import MockClock
 from ckptfs._daemon.attachment.attachment import Attachment
 from ckptfs._daemon.attachment.inodes import (
     MOUNT_ROOT,
+    VOLUMES_ROOT,
     IsDirectory,
     NoEntry,
     NotDirectory,
@@ -140,13 +141,19 @@ async def test_vfs_readdir_of_the_mount_point_is_stable_until_rewound(
     view.vfs.release(handle)
 
 
-async def test_vfs_statfs_sums_up_all_attachments(view: View, store: FakeStore) -> None:
+async def test_vfs_statfs_is_that_of_the_attachment_or_of_all(view: View, store: FakeStore) -> None:
     assert view.vfs.statfs() == (0, 0)
-    view.attach(store)
+    one = view.attach(store)
     other = view.attach(FakeStore({"a": b"abc"}), Location("local", "/other"))
     size = sum(map(len, CONTENT.values()))
-    assert view.vfs.statfs() == (size + 3, len(CONTENT) + 1)
+    for outside in (MOUNT_ROOT, VOLUMES_ROOT):
+        assert view.vfs.statfs(outside) == (size + 3, len(CONTENT) + 1)
+    inode = other.snapshot.tree.root.inode
+    assert view.vfs.statfs(inode) == (3, 1)
+    assert view.vfs.statfs(view.stat(one, "config.json").inode) == (size, len(CONTENT))
     view.vfs.remove(other)
+    with pytest.raises(StaleInode):
+        view.vfs.statfs(inode)
     assert view.vfs.statfs() == (size, len(CONTENT))
 
 

@@ -315,9 +315,11 @@ async def test_xattrs_can_be_set_by_root_and_the_user_only(view: View, store: Fa
             await view.xattrs.remove(root, name, UID + 1)
     await view.xattrs.set(root, META + "a", b"1", UID)
     await view.xattrs.set(root, META + "b", b"2", 0)
-    assert stored(store) == {"a": 1, "b": 2}
+    await view.xattrs.set(root, META + "c", b"3", None)  # the kernel has checked it
+    assert stored(store) == {"a": 1, "b": 2, "c": 3}
     for place in (root, view.stat(attachment, "config.json").inode):
-        assert await view.xattrs.list(place, UID + 1) == []  # the kernel lets every user list
+        for other in (UID + 1, -1):  # the kernel lets every user list
+            assert await view.xattrs.list(place, other) == []
         assert await view.xattrs.list(place, 0) == await view.xattrs.list(place, UID) != []
 
 

@@ -28,7 +28,7 @@ from ckptfs._daemon.fuse.reply_threads import ReplyThreads, threads_for
 from ckptfs.errors import AccessDenied
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, OPENDIR = 1, 2, 3, 14, 15, 18, 25, 27
-REMOVEXATTR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 24, 36, 42, 44
+STATFS, REMOVEXATTR, INTERRUPT, BATCH_FORGET, READDIRPLUS = 17, 24, 36, 42, 44
 KEEP_CACHE, CACHE_DIR, PASSTHROUGH = 2, 8, 128
 SIZE = 2 * MIB + 77
 CONTENT = pattern(SIZE)
@@ -168,6 +168,20 @@ async def test_relay_answers_attributes_of_the_root_without_libfuse(ends: Ends) 
     other = request(GETATTR, 10, ends.view.attachments[0].snapshot.tree.root.inode, b"\0" * 16)
     ends.ask(other)
     assert await ends.asked() == other
+
+
+async def test_relay_answers_the_space_of_an_attachment(ends: Ends) -> None:
+    [attachment] = ends.view.attachments
+    inode = attachment.snapshot.tree.root.inode
+    ends.ask(request(STATFS, 11, inode))
+    answer = await ends.answer()
+    assert answer[:16] == struct.pack("<IiQ", 16 + 80, 0, 11)
+    space = struct.unpack_from("<5Q3I", answer, 16)
+    assert space == (-(-SIZE // 4096), 0, 0, len(attachment.manifest.files), 0, 4096, 255, 4096)
+    assert await ends.nothing()
+    ends.view.vfs.remove(attachment)
+    ends.ask(request(STATFS, 12, inode))
+    assert await ends.answer() == reply(12, error=errno.ESTALE)
 
 
 async def test_relay_answers_failed_reads_with_errnos(ends: Ends, store: FakeStore) -> None:

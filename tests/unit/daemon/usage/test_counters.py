@@ -156,6 +156,17 @@ def test_procfs_describes_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert procfs.process_of(-1) == -1
 
 
+def test_procfs_tells_the_user_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert procfs.user_of(os.getpid()) == os.geteuid()
+    assert procfs.user_of(0) == -1  # of another PID namespace
+    status = b"Name:\tx\nUmask:\t0022\nUid:\t1000\t1001\t1002\t1003\nGid:\t1\t2\t3\t4\n"
+    for kernel_thread, user in ((b"0", 1003), (b"1", -1)):
+        said = status + b"Kthread:\t" + kernel_thread + b"\n"
+        monkeypatch.setattr(procfs, "_read", lambda path, said=said: said)
+        assert procfs.user_of(7) == user
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
