@@ -164,7 +164,8 @@ class Background:
 
     def run(self) -> None:
         """Upload until the store has it, or cancel it. Raises Stopped."""
-        self._write()
+        if not self._kept.exists():
+            self._write()
         self._counts["begun in the background"] += 1
         while True:
             self._hand_over()
@@ -186,8 +187,6 @@ class Background:
         """Do what is left while nothing fails."""
         self._is_at_rest, self._cancels = True, False
         try:
-            if not self._kept.exists():
-                self._write()
             if self._id and self._follow():
                 self._finish()
             else:

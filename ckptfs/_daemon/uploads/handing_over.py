@@ -102,7 +102,11 @@ class HandingOver:
                 f"{uri}: cache_dir cannot be used, so it cannot keep the files; see the daemon's "
                 "log, or upload with wait=True"
             )
-        await self.queue.changes.wait_until(lambda: self._fits(uri, request.bytes), _WAIT_S)
+        queue = self.queue
+        if not queue.is_restored:  # what the daemon before has left is not counted yet
+            await queue.changes.wait_until(lambda: queue.is_restored, _WAIT_S)
+            queue.require_restored()
+        await queue.changes.wait_until(lambda: self._fits(uri, request.bytes), _WAIT_S)
         if not self._fits(uri, request.bytes):
             return None
         public = msgspec.structs.replace(request.location, secrets={})
@@ -119,11 +123,9 @@ class HandingOver:
             order=0,
             accepted=0.0,
         )
-        spool = self.queue.spool
         self._beginning_bytes += request.bytes
         try:
-            upload = await self.offload.spool(spool.make)
-            top = await self.offload.spool(spool.open_files, upload)
+            upload, top = await self.offload.spool(queue.spool.make)
         except OSError as error:
             raise CacheError(
                 f"{uri}: cache_dir cannot keep the files: {error.strerror}; check its disk, or "
@@ -131,7 +133,7 @@ class HandingOver:
             ) from None
         finally:
             self._beginning_bytes -= request.bytes
-        tree = StagedTree(top, spool.path_of(upload), request.files, request.bytes)
+        tree = StagedTree(top, queue.spool.path_of(upload), request.files, request.bytes)
         record = msgspec.structs.replace(record, id=upload)
         staging = self._stagings[upload] = Staging(record, request.location, tree)
         self.queue.changes.tell()

@@ -339,7 +339,7 @@ async def test_a_named_store_with_another_place_gets_nothing(
 async def test_old_records_go(
     world: World, processes: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptfs._daemon.uploads.queue._DONE_MAX", 2)
+    monkeypatch.setattr("ckptfs._daemon.uploads.removal._DONE_MAX", 2)
     queue = world.queue()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(queue.run)
