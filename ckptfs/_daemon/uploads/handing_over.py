@@ -4,7 +4,6 @@ The files arrive in pieces (``staging``). They belong to the connection until th
 them. Until then, its end removes them.
 """
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ from ckptfs._model.protocol.uploads import BeginUpload, StageFile
 from ckptfs._model.units import size_text
 from ckptfs._model.uploads import Record, UploadStatus
 from ckptfs.errors import CacheError, CannotUpload, CkptfsError, LimitExceeded, ProtocolError
-
-log = logging.getLogger(__name__)
 
 _WAIT_S = 5.0
 """Longest time until the answer to a client that waits for space, or for its commit."""
@@ -103,9 +100,7 @@ class HandingOver:
                 "log, or upload with wait=True"
             )
         queue = self.queue
-        if not queue.is_restored:  # what the daemon before has left is not counted yet
-            await queue.changes.wait_until(lambda: queue.is_restored, _WAIT_S)
-            queue.require_restored()
+        await queue.wait_restored()  # what the daemon before has left counts, too
         await queue.changes.wait_until(lambda: self._fits(uri, request.bytes), _WAIT_S)
         if not self._fits(uri, request.bytes):
             return None
@@ -232,10 +227,7 @@ class HandingOver:
         async with staging.lock:
             staging.tree.close()
             upload = staging.record.id
-            try:
-                await self.offload.spool(self.queue.spool.remove, upload)
-            except OSError as error:
-                log.error("uploads: cannot remove %s: %s", upload, error.strerror)
+            await self.queue.removal.remove_unfinished(upload)
             del self._stagings[upload]
         self.queue.changes.tell()
 

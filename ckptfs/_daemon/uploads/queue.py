@@ -66,6 +66,7 @@ class Queue:
     Attributes:
         is_restored: Whether it knows the uploads that the daemon before it has left.
         changes: Tells each change of an upload.
+        removal: Removes what no upload needs any more.
         sent_bytes: The bytes that uploads have brought to stores since the daemon started.
         ended: The number of uploads that have ended since then, by result.
     """
@@ -85,14 +86,14 @@ class Queue:
     ended: dict[str, int] = field(
         default_factory=lambda: {"done": 0, "failed": 0, "dropped": 0}, init=False
     )
-    _removal: Removal = field(init=False)
+    removal: Removal = field(init=False)
     _lock: trio.Lock = field(default_factory=trio.Lock, init=False)
     """Held while the record of an accepted upload changes on the disk."""
     _uploads: dict[str, Upload] = field(default_factory=dict[str, Upload], init=False)
     _order: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._removal = Removal(
+        self.removal = Removal(
             self.spool, self.offload, self.shows, self._uploads, self.changes, self._record_end
         )
 
@@ -107,14 +108,14 @@ class Queue:
             found = await self.offload.spool(self.spool.recover)
         except OSError as error:
             about = {"once_for": "uploads-restore"}
-            log.error("uploads: cannot read their directory: %s", error.strerror, extra=about)
+            log.warning("uploads: cannot read their directory: %s", error.strerror, extra=about)
             return
         try:
             asked = credentials.kept(self.journal)
         except msgspec.DecodeError as error:  # of a daemon of another version
             log.error("uploads: cannot read the credentials of the daemon before: %s", error)
             asked = {}
-        self._removal.unfinished += found.unfinished
+        self.removal.unfinished += found.unfinished
         done = {record.place: record.order for record in found.records if record.state == "done"}
         for record in found.records:
             known = asked.pop(record.id, None if record.had_secrets else record.location)
@@ -175,7 +176,7 @@ class Queue:
     async def run(self) -> None:
         """Send the uploads until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._removal.run)
+            nursery.start_soon(self.removal.run)
             nursery.start_soon(self._restore_later)
             while True:
                 next_s = self._start(nursery)
@@ -286,7 +287,7 @@ class Queue:
             if upload.is_recorded or upload.is_dropped:
                 return
             record = upload.record
-            if await self._removal.on_disk("record the end of", record.id, self.spool.save, record):
+            if await self.removal.on_disk("record the end of", record.id, self.spool.save, record):
                 upload.is_recorded = True
                 credentials.forget(self.journal, record.id)
 
@@ -303,12 +304,18 @@ class Queue:
 
     async def wait_ended(self, upload_id: str, uid: int, seconds: float) -> UploadStatus:
         """The state of an upload when it has ended, or after `seconds`. Raises NoUpload; CacheError
-        if the cache's directory cannot be used."""
-        if not self.is_restored:
-            await self.changes.wait_until(lambda: self.is_restored, _RESTORED_S)
+        as `wait_restored`."""
+        await self.wait_restored()
         upload = self.find(upload_id, uid)
         await self.changes.wait_until(lambda: not upload.goes_on or upload.is_dropped, seconds)
         return self.find(upload_id, uid).status()
+
+    async def wait_restored(self) -> None:
+        """Wait until all uploads are known. Raises CacheError if the cache's directory cannot be
+        used for long."""
+        if not self.is_restored:
+            await self.changes.wait_until(lambda: self.is_restored, _RESTORED_S)
+            self.require_restored()
 
     def require_restored(self) -> None:
         """Raise CacheError unless all uploads are known."""
@@ -339,7 +346,7 @@ class Queue:
                 return
             upload.is_dropped = True
             remove = self.spool.remove_record
-            if not await self._removal.on_disk("drop", upload_id, remove, upload_id):
+            if not await self.removal.on_disk("drop", upload_id, remove, upload_id):
                 upload.is_dropped = False
                 self.changes.tell()
                 raise CacheError(
@@ -354,7 +361,7 @@ class Queue:
         self._log(upload.record, "dropped")
         self.ended["dropped"] += 1
         credentials.forget(self.journal, upload_id)
-        await self._removal.forget(upload)
+        await self.removal.forget(upload)
 
     async def retry(self, upload_id: str, uid: int, asked: Location) -> None:
         """Begin a failed upload again, after all others, with the credentials in `asked`. Raises

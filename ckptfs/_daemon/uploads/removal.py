@@ -80,6 +80,12 @@ class Removal:
             self.uploads.pop(upload.record.id, None)
             self.changes.tell()
 
+    async def remove_unfinished(self, upload_id: str) -> None:
+        """Remove a directory without a record, now or when the disk lets it go."""
+        if not await self.on_disk("remove", upload_id, self.spool.remove, upload_id):
+            self.unfinished.append(upload_id)
+            self.changes.tell()
+
     async def _remove_unfinished(self) -> None:
         """Remove the directories without a record. An attachment may show one of an upload that
         was dropped."""
@@ -110,12 +116,13 @@ class Removal:
     async def on_disk(
         self, verb: str, upload_id: str, call: Callable[[T], None], argument: T
     ) -> bool:
-        """Have the disk do something. Returns whether it does; the log says why not."""
+        """Have the disk do something. Returns whether it does; the log says why not. A failure is
+        a warning as those of the cache are, because a later try may succeed."""
         try:
             await self.offload.spool(call, argument)
         except OSError as error:
             about = {"once_for": f"upload-{verb}"}
-            log.error("uploads: cannot %s %s: %s", verb, upload_id, error.strerror, extra=about)
+            log.warning("uploads: cannot %s %s: %s", verb, upload_id, error.strerror, extra=about)
             return False
         return True
 
