@@ -289,6 +289,11 @@ class Queue:
             record = upload.record
             if await self.removal.on_disk("record the end of", record.id, self.spool.save, record):
                 upload.is_recorded = True
+            elif not await self.offload.spool(self.spool.has, record.id):
+                # It went with a disk that was replaced, so the next daemon has nothing to learn.
+                upload.is_recorded, upload.has_files = True, False
+                self.changes.tell()
+            if upload.is_recorded:
                 credentials.forget(self.journal, record.id)
 
     # -- the commands of users

@@ -127,9 +127,15 @@ class Spool:
         records.sort(key=lambda record: record.order)
         return Found(records, unfinished)
 
-    def has_files(self, upload: str) -> bool:
-        """Whether the directory with the staged files is there."""
-        return (self._top / upload / _FILES).is_dir()
+    def has(self, upload: str) -> bool:
+        """Whether the directory of an upload is there, or may be."""
+        try:
+            os.stat(self._top / upload)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _ids(self) -> Iterator[str]:
         try:

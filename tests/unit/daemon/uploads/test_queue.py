@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import msgspec
 import pytest
@@ -204,6 +205,24 @@ async def test_the_end_is_recorded_when_the_disk_takes_it(
     await after.restore()
     assert state(after, upload) == "done"
     assert world.files() == [f"{upload}/upload.json"]
+
+
+@pytest.mark.parametrize("result", [SENT, FAILS], ids=["done", "failed"])
+async def test_an_upload_whose_disk_was_replaced_takes_no_space(
+    result: object,
+    world: World,
+    queue: Queue,
+    processes: list[Process],
+    autojump_clock: MockClock,
+) -> None:
+    upload = await world.accepted(queue)
+    await trio.sleep(0.1)
+    shutil.rmtree(world.folder / "uploads")
+    assert queue.kept_bytes() == 4
+    processes[0].finish(result)  # type: ignore[arg-type]
+    await trio.sleep(5)
+    assert state(queue, upload) == ("done" if result is SENT else "failed")
+    assert queue.kept_bytes() == 0
 
 
 async def test_the_next_daemon_sends_nothing_older_than_what_a_place_has(
