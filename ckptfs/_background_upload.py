@@ -68,6 +68,8 @@ class BackgroundUpload:
             CannotUpload, TargetExists, AccessDenied, StoreError, LocationError: The upload has
                 failed. The daemon keeps the files for ``ckptfs uploads --retry``.
             DaemonError: No daemon answers, or the process that sends was killed again and again.
+            CacheError: The daemon cannot use its cache's directory, and so does not know the
+                upload. It goes on with a daemon that can.
         """
         deadline_s = None if timeout is None else time.monotonic() + timeout
         while True:

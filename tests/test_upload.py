@@ -26,6 +26,7 @@ from ckptfs._model.backoff import Backoff
 from ckptfs._store import retrying, source
 from ckptfs._store.directory_upload import _Run
 from ckptfs._store.s3 import retry, uploads
+from ckptfs._store.s3.uploads import S3Uploads
 from ckptfs._store.worker_threads import Pace
 
 UriOf = Callable[[Path], str]
@@ -726,3 +727,32 @@ def test_object_of_another_program_with_another_kind_of_etag_is_an_error(
     with pytest.raises(ckptfs.StoreError, match="another program has written it"):
         ckptfs.upload(run, target.uri, metadata={"step": 1})
     assert ".metadata.json" not in target.objects()
+
+
+@pytest.mark.parametrize("size", [4, (8 << 20) + 1], ids=["put", "multipart"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_of_two_merges_at_one_moment_the_first_stays(
+    is_same: bool,
+    size: int,
+    run: Path,
+    target: Target,
+    moto: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another program writes the file between the listing and the end of the upload."""
+    (run / "file.bin").write_bytes(bytes(size))
+    other = bytes(size) if is_same else b"\x01" * size
+    prepare = S3Uploads.prepare
+
+    def write_first(uploads: Any, *paths: Any, **options: Any) -> None:
+        prepare(uploads, *paths, **options)
+        moto.put(f"{target.path}/file.bin", other)
+
+    monkeypatch.setattr(S3Uploads, "prepare", write_first)
+    if is_same:
+        ckptfs.upload(run, target.uri, merge=True)
+    else:
+        with pytest.raises(ckptfs.TargetExists, match=r"other content in 1 file \(file\.bin\)"):
+            ckptfs.upload(run, target.uri, merge=True)
+    assert target.objects()["file.bin"] == other
+    assert "Uploads" not in target.store.client.list_multipart_uploads(Bucket=BUCKET)

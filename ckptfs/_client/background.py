@@ -29,7 +29,7 @@ from ckptfs._model.protocol.uploads import (
 from ckptfs._model.uploads import UploadOptions, UploadStatus
 from ckptfs._os.write_all import write_all
 from ckptfs._store.environment.draft import mount_namespace
-from ckptfs._store.source import check_unchanged, files_in
+from ckptfs._store.source import check_unchanged, files_in, names_below
 from ckptfs.errors import CannotMount, CannotUpload, DaemonError, NoDaemon, NoUpload
 
 _ANSWER_S = 600.0
@@ -121,13 +121,8 @@ class Directory:
         CannotUpload if they are too many for a request."""
         if not self._include:
             return ()
-        found = [
-            os.path.relpath(os.path.join(folder, name), self._top)
-            for folder, _, names in os.walk(self._top)
-            for name in names
-        ]
         # No upload brings a name with a fault, and a request cannot have one that is no UTF-8.
-        named = (path for path in found if fault_of_name(path) is None)
+        named = (path for path in names_below(self._top) if fault_of_name(path) is None)
         left = tuple(sorted(path for path in named if path not in self._files))
         size = sum(len(path.encode()) + 8 for path in left)
         if len(left) > _LEFT_OUT_MAX or size > _LEFT_OUT_BYTES_MAX:

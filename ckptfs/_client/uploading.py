@@ -9,7 +9,7 @@ from ckptfs._model.location import Location
 from ckptfs._store.base import Store
 from ckptfs._store.directory_upload import Told, Uploaded, Wanted, upload_directory
 from ckptfs._store.uploads import Uploads
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, DaemonError
 
 _log = logging.getLogger("ckptfs._upload")
 
@@ -39,7 +39,7 @@ def upload_and_save(
     `upload_directory`.
     """
     uploaded, contents = upload_directory(top, store, uploads, wanted, told)
-    # The store has all of it, so an error from here on must not look like one of the upload.
+    # The store has all of it, so no error from here on may look like one of the upload.
     saved = save.Saved(0, None)
     try:
         location = locate()
@@ -48,6 +48,10 @@ def upload_and_save(
             saved = save.save(location, contents)
     except (CkptfsError, OSError) as error:  # it cannot be described
         saved = save.Saved(0, error if cache else None)
+    except Exception as error:
+        _log.warning("unexpected error after the upload of %s", uploaded.uri, exc_info=True)
+        text = f"unexpected error ({type(error).__name__}); the log of the upload has it"
+        saved = save.Saved(0, DaemonError(text) if cache else None)
     if saved.error is not None:
         text = "the cache of this node does not have all of %s: %s"
         _log.info(text, uploaded.uri, saved.error)

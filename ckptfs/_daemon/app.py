@@ -180,8 +180,7 @@ async def _run(
             await restore(service)
             relay.take_over()
             service.attachments.release_all()
-        if cache.index.root.lock_fd >= 0:  # otherwise the cache has said why
-            await service.uploads.restore()
+        await service.uploads.restore()
         await _start(nursery, service, stores, relay, inherited, limiter)
         await service.lifetime.stopped.wait()
         log.info("ending")

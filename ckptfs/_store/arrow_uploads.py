@@ -126,7 +126,7 @@ class ArrowUploads:
         whole = max(1, listed.size)
         return there.size == listed.size and there.md5s(whole) == digests(whole)
 
-    def begin(self, path: str, size: int) -> "ArrowUpload":
+    def begin(self, path: str, size: int, *, is_new: bool = False) -> "ArrowUpload":
         return ArrowUpload(self, self._fs, f"{self._root}/{path}", path, size, self._renames)
 
     def remove(self, path: str) -> None:

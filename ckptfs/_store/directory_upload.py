@@ -190,6 +190,7 @@ class _Run:
         self._places = Places(_THREADS)
         self._etags: dict[str, str] = {}  # as the store has answered, by path
         self._sent: dict[str, _File] = {}
+        self._new: set[str] = set()  # paths at which no object may be replaced
         self.contents: list[Content] = []
         self._done_bytes = 0
         self._total_bytes = 0
@@ -210,6 +211,8 @@ class _Run:
         if missing and self._old_metadata is not None and not self._wanted.merge:
             self._ask(lambda: self._uploads.remove(METADATA_NAME))  # it says: complete
             self._old_metadata = None
+        if self._wanted.merge and not self._wanted.overwrite:
+            self._new = self._files.keys() - there.keys()
         self._etags = {path: there[path].etag for path in same}
         self._send_files(missing)
         self._verify()
@@ -422,7 +425,8 @@ class _Run:
 
         def begin() -> ObjectUpload:
             # Nothing cuts this request, or no thread would know of the upload.
-            begun = partial(self._uploads.begin, source.path, source.size)
+            is_new = source.path in self._new
+            begun = partial(self._uploads.begin, source.path, source.size, is_new=is_new)
             return Progress().run(begun)
 
         source = file.source

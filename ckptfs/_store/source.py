@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from ckptfs._model.globs import any_matcher
@@ -170,6 +170,26 @@ def files_in(
         raise CannotUpload(f"{printable(top)} {what}; name the directory of a checkpoint")
     wait_until_settled(*(file.mtime_ns for file in walk.files))
     return sorted(walk.files, key=lambda file: file.path)
+
+
+def names_below(top: str) -> Iterator[str]:
+    """The paths below `top` of all entries but directories. As `files_in`, it follows links to
+    directories below `top`, but no link to a directory around it. It skips directories that cannot
+    be read."""
+    real_top = os.path.realpath(top)
+    left: list[tuple[str, frozenset[str]]] = [("", frozenset())]
+    while left:
+        below, inside = left.pop()
+        real = os.path.realpath(os.path.join(top, below))
+        if real in inside or (below and not real.startswith(f"{real_top.rstrip('/')}/")):
+            continue
+        with contextlib.suppress(OSError), os.scandir(os.path.join(top, below)) as entries:
+            for entry in entries:
+                path = f"{below}/{entry.name}" if below else entry.name
+                if _is_directory(entry):
+                    left.append((path, inside | {real}))
+                else:
+                    yield path
 
 
 def check_unchanged(

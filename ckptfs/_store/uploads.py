@@ -80,8 +80,9 @@ class Uploads(Protocol):
         says nothing of the content that ckptfs can compare."""
         ...
 
-    def begin(self, path: str, size: int) -> ObjectUpload:
-        """Begin an upload."""
+    def begin(self, path: str, size: int, *, is_new: bool = False) -> ObjectUpload:
+        """Begin an upload. With `is_new`, a store that can refuses to replace an object of another
+        program. `finish` then returns "", and the object stays as it is."""
         ...
 
     def remove(self, path: str) -> None:

@@ -140,7 +140,7 @@ def _broadcast(
         stack.callback(_nodes.end, peers)
         version, joined, failed = _joined(peers, path, sources)
         partners = {name: peers[name] for name in joined}
-        files = chosen(_files(partners), globs)
+        files = chosen(_files(partners, timeout_s), globs)
         size = sum(length for _, length in files)
         takers = partners.keys() - set(sources)
         chunk_bytes = _chunk_bytes(size, len(takers), chunk_bytes_max)
@@ -191,11 +191,14 @@ def _joined(
     return version, joined, failed
 
 
-def _files(partners: Mapping[str, Any]) -> list[tuple[str, int]]:
-    for peer in partners.values():
-        answer = answer_of(peer.files.remote())
-        if not isinstance(answer, Failure):
-            return answer
+def _files(partners: Mapping[str, Any], timeout_s: float) -> list[tuple[str, int]]:
+    """The files of the checkpoint, from the first node that lists them. A node has `timeout_s` for
+    its answer. Raises CheckpointNotFound."""
+    for name, peer in partners.items():
+        for ref, _ in _nodes.as_they_come({peer.files.remote(): name}, timeout_s):
+            answer = answer_of(ref)
+            if not isinstance(answer, Failure):
+                return answer
     raise errors.CheckpointNotFound("no node could list the checkpoint's files")
 
 

@@ -1,8 +1,8 @@
 """Faults and other actions. Each function does one of them once, and undoes it.
 
-Four lanes run beside each other, for the store, for the node, for the disk of its cache, and for
-uploads. Each has its own stream of chance, so the order of the actions depends on the seed only,
-and not on the speed of the machine.
+The lanes run beside each other: for the store, for the node, for the disk of its cache, and for
+uploads by programs and in the background. Each has its own stream of chance, so the order of the
+actions depends on the seed only, and not on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.faultproxy import FAULTS, TLS_FAULTS
 
 from chaostest import verdict
 from chaostest.content import LOCAL, MIB
-from chaostest.node import DAEMON, KEEPER, WORKER
+from chaostest.node import DAEMON, KEEPER, SENDER, WORKER
 from ckptfs._model.protocol.requests import Attach, Detach
 from ckptfs.errors import Busy, CkptfsError, NotAttached
 
@@ -156,11 +156,11 @@ def kill_worker(chaos: Chaos, chance: random.Random) -> None:
 
 def stop_worker(chaos: Chaos, chance: random.Random) -> None:
     """SIGSTOP; the daemon gives it up if a call waits for it. Otherwise it goes on."""
-    _stop_workers(chaos, chance.uniform(0.1, 3.0))
+    _stop(chaos, WORKER, chance.uniform(0.1, 3.0))
 
 
-def _stop_workers(chaos: Chaos, seconds: float) -> None:
-    pids = chaos.kill(WORKER, signal.SIGSTOP)
+def _stop(chaos: Chaos, module: bytes, seconds: float) -> None:
+    pids = chaos.kill(module, signal.SIGSTOP)
     try:
         chaos.wait(seconds)
     finally:
@@ -173,7 +173,7 @@ def starve_worker(chaos: Chaos, chance: random.Random) -> None:
     """The workers run for a quarter of the time, as under a limit of the CPU."""
     end_s = time.monotonic() + chance.uniform(0.5, 2.0)
     while time.monotonic() < end_s:
-        _stop_workers(chaos, 0.15)
+        _stop(chaos, WORKER, 0.15)
         chaos.wait(0.05)
 
 
@@ -246,6 +246,19 @@ def change_metadata(chaos: Chaos, chance: random.Random) -> None:
 def upload(chaos: Chaos, chance: random.Random) -> None:
     """A program uploads a directory, is killed at times, and tries again until it succeeds."""
     chaos.uploads.upload(chance)
+
+
+def upload_in_background(chaos: Chaos, chance: random.Random) -> None:
+    """A program hands a directory over. The lane follows the upload to its end."""
+    chaos.backgrounds.upload(chance)
+
+
+def kill_sender(chaos: Chaos, chance: random.Random) -> None:
+    """The process that sends an upload of the background is killed, or stands still for a while."""
+    if chance.random() < 0.7:
+        chaos.kill(SENDER, chance.choice((signal.SIGKILL, signal.SIGABRT, signal.SIGTERM)))
+    else:
+        _stop(chaos, SENDER, chance.uniform(0.2, 2.0))
 
 
 # -- cache and disk
@@ -343,7 +356,7 @@ def disk_read_only(chaos: Chaos, chance: random.Random) -> None:
                 disk.become_read_only()
                 chaos.wait(length_s)
             finally:
-                disk.replace()
+                replace(chaos, disk)
 
 
 def disk_fails(chaos: Chaos, chance: random.Random) -> None:
@@ -362,7 +375,7 @@ def disk_fails(chaos: Chaos, chance: random.Random) -> None:
                 chaos.wait(length_s)
         finally:
             if replaces or not disk.is_writable():
-                disk.replace()
+                replace(chaos, disk)
 
 
 def disk_hangs(chaos: Chaos, chance: random.Random) -> None:
@@ -374,6 +387,12 @@ def disk_hangs(chaos: Chaos, chance: random.Random) -> None:
     disk = disk_of(chaos)
     with chaos.timeline.during(verdict.DISK_HANGS), disk.hanging():
         chaos.wait(length_s)
+
+
+def replace(chaos: Chaos, disk: Disk) -> None:
+    """Replace the disk. Files on it are lost."""
+    with chaos.timeline.during(verdict.REPLACED):
+        disk.replace()
 
 
 def disk_of(chaos: Chaos) -> Disk:
@@ -396,6 +415,7 @@ NODE: dict[str, tuple[int, Action]] = {
     "stop worker": (2, stop_worker),
     "starve worker": (2, starve_worker),
     "kill reader": (4, kill_reader),
+    "kill sender": (6, kill_sender),
     "pin": (3, pin),
     "detach by force": (3, detach_by_force),
     "prefetch": (3, prefetch),
@@ -412,8 +432,18 @@ DISK: dict[str, tuple[int, Action]] = {
     "disk hangs": (2, disk_hangs),
 }
 UPLOADS: dict[str, tuple[int, Action]] = {"upload": (1, upload)}
-LANES = {"store": STORE, "node": NODE, "disk": DISK, "uploads": UPLOADS}
+BACKGROUND: dict[str, tuple[int, Action]] = {"background upload": (1, upload_in_background)}
+LANES = {
+    "store": STORE,
+    "node": NODE,
+    "disk": DISK,
+    "uploads": UPLOADS,
+    "background": BACKGROUND,
+    "background beside it": BACKGROUND,
+}
 """The actions of each lane, with weights: how often each comes."""
+UPLOADING = {"uploads", "background", "background beside it"}
+"""The lanes whose actions take longer than others, because an upload is tried several times."""
 
 SLOW = {"daemon stuck"}
 """Actions that take more than 10 s each: not in a short run."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from support.faultproxy import TLS_FAULTS, Proxy
 from support.s3server import S3Server
 
+from chaostest.background import Backgrounds
 from chaostest.board import Board
 from chaostest.certificates import certify
 from chaostest.content import LOCAL, MIB, Contents, File
-from chaostest.node import DAEMON, KEEPER, Node
+from chaostest.node import DAEMON, KEEPER, SENDER, Node
 from chaostest.reader import NOTED
 from chaostest.report import Outcome
 from chaostest.uploads import Uploads, unfinished
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ckptfs._model.location import Location
 
 BUCKET = "chaos"
+_KILLS = {DAEMON: "daemon", KEEPER: "keeper", SENDER: "process that sends"}
 HUNG_AFTER_S = 5.0
 """Excess over its limit after which an operation counts as endless."""
 
@@ -93,10 +95,12 @@ class Chaos:
         if settings["fetch_processes"]:  # only many reads at once are a load
             settings |= {"connections_max": 16, "span_bytes_max": MIB, "window_bytes_max": 32 * MIB}
         settings["reply_threads"] = chance.choice((0, 1, 2))
+        settings["upload_bytes_max"] = chance.choice((0, 24, 40, 100)) * MIB
         self.outcome = Outcome(seed, dict(settings))
         self.timeline = Timeline()
         self.node = Node(settings, small_disk=os.geteuid() == 0)
         self.uploads = Uploads(self)
+        self.backgrounds = Backgrounds(self)
         self._scheme = "scheme=http"
         self._readers = readers
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -178,8 +182,10 @@ class Chaos:
     # -- for actions
 
     def kill(self, module: bytes, number: int) -> list[int]:
-        """Send a signal to the daemon or the keeper, and return the processes."""
+        """Send a signal to processes of a module, and return these."""
         pids = self.node.serving(module)
+        if pids and module in _KILLS and number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT):
+            self.backgrounds.note_kill(_KILLS[module])
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

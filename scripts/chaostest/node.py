@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONTROL_TIMEOUT_S = 40.0
 KEEPER, DAEMON = b"ckptfs._keeper.keeper", b"ckptfs._daemon.app"
-WORKER = b"ckptfs._workers"
+WORKER, SENDER = b"ckptfs._workers", b"ckptfs._upload_process"
 
 
 class Sample(NamedTuple):

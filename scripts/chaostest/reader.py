@@ -98,7 +98,7 @@ class Reader:
         try:
             yield handle
         finally:
-            os.close(fd)
+            self.watch.do("close", os.close, fd, lease=lease, file=file)
 
     def read(self, handle: Handle, offset: int, length: int) -> bytes:
         """Read once, and check it."""

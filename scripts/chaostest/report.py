@@ -29,6 +29,7 @@ class Outcome:
         undisturbed_s: Longest time of all operations without a fault, if above a second.
         uploads: Number of uploads that have begun, that were complete, read back and wrong, and of
             their tries that were killed and that have failed.
+        kills: Number of kills during uploads in the background, by the killed process.
         samples: Memory, descriptors and threads, by process ("daemon", "keeper") and moment
             ("first" and "last" at rest, "most").
         cache_cannot: Failed operations of the cache in the log, by verb.
@@ -49,6 +50,7 @@ class Outcome:
     undisturbed_s: float = 0.0
     daemons: int = 0
     uploads: Counter[str] = field(default_factory=Counter[str])
+    kills: Counter[str] = field(default_factory=Counter[str])
     samples: dict[str, dict[str, list[int]]] = field(default_factory=dict[str, Any])
     breaches: list[Breach] = field(default_factory=list[Breach])
     cache_cannot: Counter[str] = field(default_factory=Counter[str])
@@ -85,6 +87,9 @@ def show(outcome: Outcome, console: Console) -> None:
     if outcome.uploads:
         counts = ", ".join(f"{count} {what}" for what, count in sorted(outcome.uploads.items()))
         console.print(f"uploads, and their tries: {counts}")
+    if outcome.kills:
+        counts = ", ".join(f"{count} × {what}" for what, count in sorted(outcome.kills.items()))
+        console.print(f"{outcome.kills.total()} kills during uploads in the background: {counts}")
     if outcome.undisturbed_s:
         console.print(f"longest while nothing was wrong: {outcome.undisturbed_s:.2f} s")
     table = Table(box=None, title="what it took", title_justify="left")

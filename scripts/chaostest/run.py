@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SAMPLE_S = 0.5
 ACTIONS_PER_UPLOAD = 3
-"""An upload takes longer than other actions, because it is tried several times."""
+"""The actions of other lanes in the time of an upload."""
 
 
 def run(
@@ -51,6 +51,7 @@ def run(
     for lane in lanes:
         lane.join(60)
     chaos.end_readers()
+    chaos.backgrounds.end()
     chaos.uploads.end()
     rest.judge(chaos)
     outcome.seconds = time.monotonic() - begin_s
@@ -85,7 +86,7 @@ def _lanes(outcome: Outcome, only: Sequence[str]) -> dict[str, list[str]]:
 
 def _lane(chaos: Chaos, name: str, choices: list[str], actions_max: int | None) -> None:
     known = actions.LANES[name]
-    if name == "uploads" and actions_max is not None:
+    if name in actions.UPLOADING and actions_max is not None:
         actions_max = max(1, actions_max // ACTIONS_PER_UPLOAD)
     weights = [known[each][0] for each in choices]
     seed = chaos.outcome.seed

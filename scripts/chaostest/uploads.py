@@ -1,7 +1,8 @@
 """Uploads of known content, which are killed and tried again until they succeed, and are verified.
 
-`python -m chaostest.uploads URI DIRECTORY` is the last reader of an upload: it compares the mounted
-checkpoint with the directory, and prints the first file that differs.
+`python -m chaostest.uploads URI DIRECTORY [--pending]` is a reader of an upload: it compares the
+mounted checkpoint with the directory, and prints the first file that differs. With `--pending` it
+reads what the daemon still has to upload.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SIZES = {"large.bin": 17 * MIB + 11, "a/small.bin": 70_000, "a/b/empty": 0}
 """The files, one of them with several parts."""
 METADATA = ".metadata.json"
+COMMAND = str(Path(sys.executable).with_name("ckptfs"))
 KILLED_MAX = 5
 """The most tries of an upload that are killed."""
 TRIES_MAX = 40
@@ -108,7 +110,7 @@ class Upload:
 
     def _command(self) -> list[str]:
         """The command of a try. Another way to upload has another command."""
-        command = [str(Path(sys.executable).with_name("ckptfs")), "upload", "--json"]
+        command = [COMMAND, "upload", "--json"]
         # A target with other content refuses all others.
         command += ["--overwrite"] if self._makes_old or self._chance.random() < 0.2 else []
         command += ["--no-cache"] if self._chance.random() < 0.3 else []
@@ -156,39 +158,60 @@ class Upload:
         if status in KILLED:
             return False
         self._counts["failed"] += 1
-        lines = said.strip().splitlines()
-        errors = [line for line in lines if not line.startswith("ckptfs: warning: ")]
-        if status != 1 or len(errors) != 1 or not errors[0].startswith("ckptfs: error: "):
-            self._chaos.breach("upload", f"{self._name} ended with {status}: {lines[-3:]}")
+        if fault := fault_of_end(status, said):
+            self._chaos.breach("upload", f"{self._name}: {fault}")
         elif not self._chaos.timeline.overlapping(begin_s, time.monotonic()):
-            self._chaos.breach("upload", f"{self._name} failed while nothing was wrong: {lines}")
+            self._chaos.breach("upload", f"{self._name} failed while nothing was wrong: {said}")
         return False
 
     def _verify(self) -> None:
-        """Compare the directory with the files of the store, and with the checkpoint in the
-        mount. The files of the store come first, because the mount may be away."""
-        expected = _files(self._top)
-        stored = _files(self._chaos.stored(self._name))
-        wrong = sorted(name for name in expected | stored if expected.get(name) != stored.get(name))
-        if wrong:
-            self._counts["wrong"] += 1
-            self._chaos.breach("upload", f"the store has other bytes of {self._name}: {wrong}")
-        command = [sys.executable, "-m", "chaostest.uploads", self._uri, str(self._top)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMPARE_S, check=False
-            )
-            if done.returncode == DIFFERS:
-                self._counts["wrong"] += 1
-                text = f"the mount has other bytes of {self._name}: {done.stdout.strip()}"
-                self._chaos.breach("upload", text)
-            self._counts["read back"] += done.returncode == 0
+        verify(self._chaos, self._name, self._uri, self._top)
         self._counts["complete"] += 1
         shutil.rmtree(self._top)
         shutil.rmtree(self._chaos.stored(self._name))
 
 
-def _files(top: Path) -> dict[str, bytes]:
+def verify(chaos: Chaos, name: str, uri: str, top: Path) -> None:
+    """Compare a directory with the files of the store, and with the checkpoint in the mount. The
+    files of the store come first, because the mount may be away."""
+    counts = chaos.outcome.uploads
+    expected, stored = files_in(top), files_in(chaos.stored(name))
+    wrong = sorted(path for path in expected | stored if expected.get(path) != stored.get(path))
+    if wrong:
+        counts["wrong"] += 1
+        chaos.breach("upload", f"the store has other bytes of {name}: {wrong}")
+    counts["read back"] += read_back(chaos, name, uri, top)
+
+
+def read_back(chaos: Chaos, name: str, uri: str, top: Path, *, is_pending: bool = False) -> bool:
+    """Compare a directory with the checkpoint in the mount. Returns whether all of it was read."""
+    command = [sys.executable, "-m", "chaostest.uploads", uri, str(top)]
+    command += ["--pending"] if is_pending else []
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPARE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode == DIFFERS:
+        chaos.outcome.uploads["wrong"] += 1
+        which = "pending files" if is_pending else "mount"
+        text = f"the {which} has other bytes of {name}: {done.stdout.strip()}"
+        chaos.breach("upload", text)
+    return done.returncode == 0
+
+
+def fault_of_end(status: int, said: str) -> str:
+    """The reason why a command may not have ended so, with `said` on its standard error; ""
+    if it may."""
+    lines = said.strip().splitlines()
+    errors = [line for line in lines if not line.startswith("ckptfs: warning: ")]
+    if status == 1 and len(errors) == 1 and errors[0].startswith("ckptfs: error: "):
+        return ""
+    return f"it ended with {status}: {lines[-3:]}"
+
+
+def files_in(top: Path) -> dict[str, bytes]:
     """The files below a directory."""
     return {
         str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()
@@ -208,9 +231,10 @@ def unfinished(endpoint: str, access_key: str, secret_key: str, bucket: str) -> 
 
 
 def main() -> int:
-    uri, top = sys.argv[1:]
+    uri, top, *more = sys.argv[1:]
+    is_pending = more == ["--pending"]
     try:
-        with Checkpoint(uri).as_directory(mode="mount") as mounted:
+        with Checkpoint(uri).as_directory(mode="mount", pending=is_pending) as mounted:
             for path in Path(top).rglob("*"):
                 name = path.relative_to(top)
                 if path.is_file() and path.read_bytes() != Path(mounted, name).read_bytes():

@@ -56,6 +56,7 @@ KILLED, STOPPED, ENDED, DETACHED = "daemon killed", "daemon stopped", "keeper ki
 """The mount has ended after ENDED, so everything in it fails until the next attach."""
 
 READ_ONLY, DISK_FAILS, DISK_HANGS = "disk read-only", "disk fails", "disk hangs"
+REPLACED = "disk replaced"
 """No reader notices a disk that fails, but for who reads it without the daemon (passthrough). One
 that does not answer holds up who needs it."""
 

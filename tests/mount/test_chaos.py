@@ -24,7 +24,7 @@ WORKERS = {"kill worker", "stop worker", "starve worker"}
 
 
 def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
-    """The seed decides what happens, in lanes of seven actions and two uploads; root has one of the
+    """The seed decides what happens, in lanes of seven actions or two uploads. Root has one of the
     disk."""
     command = [sys.executable, "-m", "chaostest", "--seed", "366775", "--actions", "7"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("scripts", "tests"))
@@ -39,9 +39,13 @@ def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     lanes = {"store", "node", *(["disk"] if "disk fails" not in outcome["left_out"] else [])}
-    expected = {**dict.fromkeys(lanes, 7), "uploads": 2}
+    uploading = ("uploads", "background", "background beside it")
+    expected = {**dict.fromkeys(lanes, 7), **dict.fromkeys(uploading, 2)}
     assert {lane: len(names) for lane, names in outcome["sequence"].items()} == expected
-    assert outcome["uploads"]["complete"] == 2
+    uploads = outcome["uploads"]
+    assert uploads["complete"] == 2
+    ended = uploads["complete in the background"] + uploads.get("cancelled", 0)
+    assert ended == uploads["begun in the background"] == 4
     assert outcome["bytes_verified"] > 0
     assert {*WORKERS, "kill daemon", "crash daemon", "crash loop"} <= set(outcome["actions"])
     assert outcome["breaches"] == []

@@ -1,5 +1,6 @@
 """The daemon's uploads in the background, with processes that a test plays."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +63,7 @@ class World:
         self.shown: set[str] = set()
         self.limit = 0
         self.room = True
+        self.has_disk = True
 
     def queue(self) -> Queue:
         """The queue of the next daemon."""
@@ -74,6 +76,7 @@ class World:
             keeps=self.shown.__contains__,
             store_timeout_s=lambda: 3.0,
             socket="/socket",
+            has_disk=lambda: self.has_disk,
         )
 
     def handing_over(self, queue: Queue, nursery: trio.Nursery) -> HandingOver:
@@ -87,13 +90,14 @@ class World:
             offload=self.offload,
             nursery=nursery,
             limit_bytes=lambda: self.limit,
-            has_disk=lambda: True,
+            has_disk=lambda: self.has_disk,
             free_disk=free_disk,
         )
 
     def staged(self, queue: Queue, data: bytes = b"data") -> str:
         """Stage a file, and return the id."""
-        upload = queue.spool.make()
+        upload, top = queue.spool.make()
+        os.close(top)
         Path(queue.spool.path_of(upload), "file").write_bytes(data)
         return upload
 

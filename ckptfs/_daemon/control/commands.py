@@ -339,6 +339,7 @@ class Commands:
     async def find_upload(self, request: FindUpload, client: ConnectionState) -> PendingUpload:
         uid, gid, _ = client.peer
         place = self.stores.target(request.location, uid, gid)[0].identity
+        await self.service.uploads.wait_restored()
         return PendingUpload(self.service.uploads.hold_newest(place, uid, client.leaves))
 
     # -- the daemon

@@ -89,6 +89,10 @@ class Service:
         )
         self.exchange = Exchange(fetcher, cache)
         self.cache_commands = CacheCommands(cache, offload, nursery, self.attachments)
+
+        def has_disk() -> bool:
+            return cache.index.root.lock_fd >= 0
+
         self.uploads = Queue(
             spool=Spool(cache.index.root.path, cache.directory),
             offload=offload,
@@ -98,13 +102,14 @@ class Service:
             keeps=self.attachments.keep_directory,
             store_timeout_s=lambda: current.config.store_timeout_s,
             socket=current.config.socket,
+            has_disk=has_disk,
         )
         self.handing_over = HandingOver(
             queue=self.uploads,
             offload=offload,
             nursery=nursery,
             limit_bytes=lambda: current.config.upload_bytes_max,
-            has_disk=lambda: cache.index.root.lock_fd >= 0,
+            has_disk=has_disk,
             free_disk=fetcher.free_disk,
         )
         self.reporter = Reporter(

@@ -118,7 +118,9 @@ class Reporter:
         )
 
     def all_uploads(self, uid: int) -> UploadsReply:
-        """The uploads that this user may see, also those that are done, the newest first."""
+        """The uploads that this user may see, also those that are done, the newest first. Raises
+        CacheError before they are known."""
+        self.uploads.require_restored()
         found = [*self.uploads.statuses(uid, with_done=True), *self.handing_over.statuses(uid)]
         listed = _fitting(reversed(found))
         return UploadsReply(uploads=listed, left_out=len(found) - len(listed))

@@ -4,7 +4,6 @@ The files arrive in pieces (``staging``). They belong to the connection until th
 them. Until then, its end removes them.
 """
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ from ckptfs._model.protocol.uploads import BeginUpload, StageFile
 from ckptfs._model.units import size_text
 from ckptfs._model.uploads import Record, UploadStatus
 from ckptfs.errors import CacheError, CannotUpload, CkptfsError, LimitExceeded, ProtocolError
-
-log = logging.getLogger(__name__)
 
 _WAIT_S = 5.0
 """Longest time until the answer to a client that waits for space, or for its commit."""
@@ -102,7 +99,9 @@ class HandingOver:
                 f"{uri}: cache_dir cannot be used, so it cannot keep the files; see the daemon's "
                 "log, or upload with wait=True"
             )
-        await self.queue.changes.wait_until(lambda: self._fits(uri, request.bytes), _WAIT_S)
+        queue = self.queue
+        await queue.wait_restored()  # what the daemon before has left counts, too
+        await queue.changes.wait_until(lambda: self._fits(uri, request.bytes), _WAIT_S)
         if not self._fits(uri, request.bytes):
             return None
         public = msgspec.structs.replace(request.location, secrets={})
@@ -119,11 +118,9 @@ class HandingOver:
             order=0,
             accepted=0.0,
         )
-        spool = self.queue.spool
         self._beginning_bytes += request.bytes
         try:
-            upload = await self.offload.spool(spool.make)
-            top = await self.offload.spool(spool.open_files, upload)
+            upload, top = await self.offload.spool(queue.spool.make)
         except OSError as error:
             raise CacheError(
                 f"{uri}: cache_dir cannot keep the files: {error.strerror}; check its disk, or "
@@ -131,7 +128,7 @@ class HandingOver:
             ) from None
         finally:
             self._beginning_bytes -= request.bytes
-        tree = StagedTree(top, spool.path_of(upload), request.files, request.bytes)
+        tree = StagedTree(top, queue.spool.path_of(upload), request.files, request.bytes)
         record = msgspec.structs.replace(record, id=upload)
         staging = self._stagings[upload] = Staging(record, request.location, tree)
         self.queue.changes.tell()
@@ -230,10 +227,7 @@ class HandingOver:
         async with staging.lock:
             staging.tree.close()
             upload = staging.record.id
-            try:
-                await self.offload.spool(self.queue.spool.remove, upload)
-            except OSError as error:
-                log.error("uploads: cannot remove %s: %s", upload, error.strerror)
+            await self.queue.removal.remove_unfinished(upload)
             del self._stagings[upload]
         self.queue.changes.tell()
 

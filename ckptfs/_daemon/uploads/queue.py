@@ -39,12 +39,10 @@ log = logging.getLogger(__name__)
 _RUNNING_MAX = 2
 """One upload fills a usual link with its 16 threads. The second one uses the time in which the
 first one compares and verifies."""
-_DONE_MAX = 1000
-_DONE_S = 7 * 86400.0
-"""The most records of uploads that are done, and the time for which they stay. A program asks for
-the last upload when it saves the next checkpoint, which may be hours later."""
 _LOOK_S = 1.0
-"""Time between two looks whether attachments still show the files of an upload that has ended."""
+"""Time between two looks whether the cache's directory can be used by now."""
+_RESTORED_S = 30.0
+"""Longest wait for that before an error. The keeper kills a daemon that is stuck after 10 s."""
 
 Resolve = Callable[[Location, int, int], "tuple[Location, Credentials]"]
 """Returns the place that a client's location names, and the credentials of its named store; for a
@@ -63,9 +61,12 @@ class Queue:
         shows: Says whether an attachment shows a directory.
         keeps: Says whether one does that stays until a user or program ends its use.
         store_timeout_s, socket: See `Setup`.
+        has_disk: Says whether this daemon has the cache's directory.
 
     Attributes:
+        is_restored: Whether it knows the uploads that the daemon before it has left.
         changes: Tells each change of an upload.
+        removal: Removes what no upload needs any more.
         sent_bytes: The bytes that uploads have brought to stores since the daemon started.
         ended: The number of uploads that have ended since then, by result.
     """
@@ -78,36 +79,43 @@ class Queue:
     keeps: Callable[[str], bool]
     store_timeout_s: Callable[[], float]
     socket: str
+    has_disk: Callable[[], bool]
+    is_restored: bool = field(default=False, init=False)
     changes: Changes = field(default_factory=Changes, init=False)
     sent_bytes: int = field(default=0, init=False)
     ended: dict[str, int] = field(
         default_factory=lambda: {"done": 0, "failed": 0, "dropped": 0}, init=False
     )
-    _removal: Removal = field(init=False)
+    removal: Removal = field(init=False)
     _lock: trio.Lock = field(default_factory=trio.Lock, init=False)
     """Held while the record of an accepted upload changes on the disk."""
     _uploads: dict[str, Upload] = field(default_factory=dict[str, Upload], init=False)
-    _unfinished: list[str] = field(default_factory=list[str], init=False)
     _order: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._removal = Removal(self.spool, self.offload, self.shows)
+        self.removal = Removal(
+            self.spool, self.offload, self.shows, self._uploads, self.changes, self._record_end
+        )
 
     # -- the life of an upload
 
     async def restore(self) -> None:
-        """Take over what the daemon before this one has left. Call it once, before `run`."""
+        """Take over what the daemon before this one has left, if this daemon has the cache's
+        directory by now. `run` tries again otherwise."""
+        if self.is_restored or not self.has_disk():
+            return
+        try:
+            found = await self.offload.spool(self.spool.recover)
+        except OSError as error:
+            about = {"once_for": "uploads-restore"}
+            log.warning("uploads: cannot read their directory: %s", error.strerror, extra=about)
+            return
         try:
             asked = credentials.kept(self.journal)
         except msgspec.DecodeError as error:  # of a daemon of another version
             log.error("uploads: cannot read the credentials of the daemon before: %s", error)
             asked = {}
-        try:
-            found = await self.offload.spool(self.spool.recover)
-        except OSError as error:
-            log.error("uploads: cannot read their directory: %s", error.strerror)
-            return
-        self._unfinished = found.unfinished
+        self.removal.unfinished += found.unfinished
         done = {record.place: record.order for record in found.records if record.state == "done"}
         for record in found.records:
             known = asked.pop(record.id, None if record.had_secrets else record.location)
@@ -129,6 +137,14 @@ class Queue:
                 await self._fail(upload, NotSent(AccessDenied.code, text))
         for lost in asked:
             credentials.forget(self.journal, lost)
+        self.is_restored = True
+        self.changes.tell()
+
+    async def _restore_later(self) -> None:
+        """Restore as soon as the directory can be read. A daemon that ends may hold it still."""
+        while not self.is_restored:
+            await trio.sleep(_LOOK_S)
+            await self.restore()
 
     async def accept(self, record: Record, asked: Location) -> None:
         """Queue an upload whose files are on the disk. Raises CacheError if the disk refuses the
@@ -160,7 +176,8 @@ class Queue:
     async def run(self) -> None:
         """Send the uploads until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._remove_rest)
+            nursery.start_soon(self.removal.run)
+            nursery.start_soon(self._restore_later)
             while True:
                 next_s = self._start(nursery)
                 with trio.move_on_at(next_s):
@@ -270,8 +287,13 @@ class Queue:
             if upload.is_recorded or upload.is_dropped:
                 return
             record = upload.record
-            if await self._removal.on_disk("record the end of", record.id, self.spool.save, record):
+            if await self.removal.on_disk("record the end of", record.id, self.spool.save, record):
                 upload.is_recorded = True
+            elif not await self.offload.spool(self.spool.has, record.id):
+                # It went with a disk that was replaced, so the next daemon has nothing to learn.
+                upload.is_recorded, upload.has_files = True, False
+                self.changes.tell()
+            if upload.is_recorded:
                 credentials.forget(self.journal, record.id)
 
     # -- the commands of users
@@ -286,14 +308,33 @@ class Queue:
         ]
 
     async def wait_ended(self, upload_id: str, uid: int, seconds: float) -> UploadStatus:
-        """The state of an upload when it has ended, or after `seconds`. Raises NoUpload."""
+        """The state of an upload when it has ended, or after `seconds`. Raises NoUpload; CacheError
+        as `wait_restored`."""
+        await self.wait_restored()
         upload = self.find(upload_id, uid)
         await self.changes.wait_until(lambda: not upload.goes_on or upload.is_dropped, seconds)
         return self.find(upload_id, uid).status()
 
+    async def wait_restored(self) -> None:
+        """Wait until all uploads are known. Raises CacheError if the cache's directory cannot be
+        used for long."""
+        if not self.is_restored:
+            await self.changes.wait_until(lambda: self.is_restored, _RESTORED_S)
+            self.require_restored()
+
+    def require_restored(self) -> None:
+        """Raise CacheError unless all uploads are known."""
+        if not self.is_restored:
+            raise CacheError(
+                "the daemon does not know its uploads yet, because cache_dir cannot be used; the "
+                "log has the reason; try again, or restart the daemon"
+            )
+
     def find(self, upload_id: str, uid: int) -> Upload:
-        """The user's upload. Raises NoUpload."""
+        """The user's upload. Raises NoUpload; CacheError before the uploads are known."""
         upload = self._uploads.get(upload_id)
+        if upload is None:
+            self.require_restored()
         if upload is None or upload.is_dropped or uid not in (0, upload.record.uid):
             raise NoUpload(
                 f"there is no upload {upload_id}; it was dropped, or is done since long ago; "
@@ -310,7 +351,7 @@ class Queue:
                 return
             upload.is_dropped = True
             remove = self.spool.remove_record
-            if not await self._removal.on_disk("drop", upload_id, remove, upload_id):
+            if not await self.removal.on_disk("drop", upload_id, remove, upload_id):
                 upload.is_dropped = False
                 self.changes.tell()
                 raise CacheError(
@@ -325,7 +366,7 @@ class Queue:
         self._log(upload.record, "dropped")
         self.ended["dropped"] += 1
         credentials.forget(self.journal, upload_id)
-        await self._forget(upload)
+        await self.removal.forget(upload)
 
     async def retry(self, upload_id: str, uid: int, asked: Location) -> None:
         """Begin a failed upload again, after all others, with the credentials in `asked`. Raises
@@ -411,46 +452,6 @@ class Queue:
             if upload.state in found:
                 found[upload.state] += 1
         return found
-
-    # -- the disk
-
-    async def _remove_rest(self) -> None:
-        """Remove what nobody needs any more, until cancelled: unfinished uploads of the daemon
-        before, files of uploads that are done, dropped uploads, and old records."""
-        for upload_id in self._unfinished:
-            await self._removal.on_disk("remove", upload_id, self.spool.remove, upload_id)
-        while True:
-            for upload in self._uploads.copy().values():
-                if not upload.is_recorded:
-                    await self._record_end(upload)
-                if upload.is_dropped and upload.sender is None:
-                    await self._forget(upload)
-                elif upload.record.state == "done" and upload.has_files:
-                    await self._removal.files(upload)
-                    self.changes.tell()
-            await self._remove_old()
-            left = any(
-                upload.is_dropped
-                or not upload.is_recorded
-                or (upload.record.state == "done" and upload.has_files)
-                for upload in self._uploads.values()
-            )
-            with trio.move_on_after(_LOOK_S if left else _DONE_S):
-                await self.changes.wait()
-
-    async def _remove_old(self) -> None:
-        done = [each for each in self._uploads.values() if each.record.state == "done"]
-        done.sort(key=lambda upload: upload.record.ended)
-        before = time.time() - _DONE_S
-        for position, upload in enumerate(done):
-            if len(done) - position > _DONE_MAX or upload.record.ended < before:
-                await self._forget(upload)
-
-    async def _forget(self, upload: Upload) -> None:
-        """Remove all of an upload, unless an attachment shows it."""
-        if await self._removal.all(upload):
-            self._uploads.pop(upload.record.id, None)
-            self.changes.tell()
 
     def _log(self, record: Record, event: str) -> None:
         uri = record.location.uri

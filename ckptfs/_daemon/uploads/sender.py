@@ -7,6 +7,7 @@ thread.
 """
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -23,14 +24,18 @@ from ckptfs._model.uploads import Sent
 from ckptfs._os.write_all import write_all
 from ckptfs.errors import DaemonError
 
+log = logging.getLogger(__name__)
+
 _PROGRAM = "ckptfs._upload_process"
 _LINE_BYTES_MAX = 1 << 16
 _KILL_S = 30.0
 """Time after which a process that was asked to end is killed. It first removes its unfinished
 objects, for 10 s at most, and a request under way may take longer."""
 _END_S = 5.0
-"""Longest wait for the end of a process that has said its last line, or was killed."""
+"""Longest wait for the end of a process that has said its last line, or was killed. A process that
+waits for a disk in the kernel can take longer."""
 _REAP_S = 0.02
+_REAP_LATE_S = 1.0
 _decoder: msgspec.json.Decoder[Told] = msgspec.json.Decoder(Told)
 
 
@@ -50,7 +55,8 @@ class Sender:
             self._process.send_signal(signal.SIGTERM)
 
     async def run(self, setup: Setup, progressed: Callable[[int], None]) -> Sent | NotSent:
-        """Send, and return the result. `progressed` is called with the bytes at the store."""
+        """Send, and return the result when the process has ended. `progressed` is called with the
+        bytes at the store."""
         if self._is_ended:
             return NotSent(DaemonError.code, "the upload was ended before its process started")
         try:
@@ -61,7 +67,7 @@ class Sender:
         self._process = process
         lines = trio.lowlevel.FdStream(output)
         result: Sent | NotSent | None = None
-        status = 0
+        status: int | None = None
         try:
             with self._kill:
                 result = await _read(lines, progressed)
@@ -71,6 +77,12 @@ class Sender:
             with trio.CancelScope(shield=True):
                 await lines.aclose()
                 status = await _ended(process, is_done=result is not None)
+        if status is None:
+            # What it has begun in the kernel can still reach the target, so no other process may
+            # send to that place yet.
+            log.warning("uploads: the process %d is killed and waits in the kernel", process.pid)
+            while (status := process.poll()) is None:  # noqa: ASYNC110 - no signal tells its end
+                await trio.sleep(_REAP_LATE_S)
         if result is None:
             return NotSent(DaemonError.code, f"the process that sent it {_how(status)}")
         return result
@@ -115,9 +127,9 @@ async def _read(
     return None
 
 
-async def _ended(process: "subprocess.Popen[Any]", *, is_done: bool) -> int:
-    """Wait for the end of a process, which is killed unless it is done. Returns its status, also if
-    the process waits in the kernel and cannot end."""
+async def _ended(process: "subprocess.Popen[Any]", *, is_done: bool) -> int | None:
+    """Wait for the end of a process, which is killed unless it is done. Returns its status; None if
+    it waits in the kernel and cannot end."""
     for wait_s in (_END_S, _END_S):
         if not is_done:
             process.kill()
@@ -126,7 +138,7 @@ async def _ended(process: "subprocess.Popen[Any]", *, is_done: bool) -> int:
                 await trio.sleep(_REAP_S)
             return status
         is_done = False
-    return -signal.SIGKILL
+    return None
 
 
 def _how(status: int) -> str:

@@ -50,22 +50,25 @@ class Spool:
         """The directory with the staged files of an upload."""
         return str(self._shown / upload / _FILES)
 
-    def make(self) -> str:
-        """Make the directory of a new upload, and return the upload's id. Raises OSError."""
+    def make(self) -> tuple[str, int]:
+        """Make the directory of a new upload. Returns the upload's id, and a descriptor of the
+        directory for its files. Raises OSError."""
         with contextlib.suppress(FileExistsError):
             self._top.mkdir(mode=0o700)
         while True:
             upload = secrets.token_hex(ID_BYTES)
+            folder = self._top / upload
             try:
-                (self._top / upload).mkdir(mode=0o700)
+                folder.mkdir(mode=0o700)
             except FileExistsError:
                 continue
-            (self._top / upload / _FILES).mkdir(mode=0o700)
-            return upload
-
-    def open_files(self, upload: str) -> int:
-        """A descriptor of the directory with the staged files. Raises OSError."""
-        return os.open(self._top / upload / _FILES, _DIRECTORY)
+            try:
+                (folder / _FILES).mkdir(mode=0o700)
+                return upload, os.open(folder / _FILES, _DIRECTORY)
+            except OSError:
+                with contextlib.suppress(OSError):  # the next daemon removes it otherwise
+                    _remove(folder)
+                raise
 
     def persist(self, upload: str) -> None:
         """Have the disk keep the staged files, also after a loss of power. Raises OSError."""
@@ -124,9 +127,15 @@ class Spool:
         records.sort(key=lambda record: record.order)
         return Found(records, unfinished)
 
-    def has_files(self, upload: str) -> bool:
-        """Whether the directory with the staged files is there."""
-        return (self._top / upload / _FILES).is_dir()
+    def has(self, upload: str) -> bool:
+        """Whether the directory of an upload is there, or may be."""
+        try:
+            os.stat(self._top / upload)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _ids(self) -> Iterator[str]:
         try:

@@ -64,7 +64,7 @@ class AzureUploads:
             return found == _base64(digests(max(1, listed.size))[0])
         return None
 
-    def begin(self, path: str, size: int) -> "AzureUpload":
+    def begin(self, path: str, size: int, *, is_new: bool = False) -> "AzureUpload":
         is_whole = size <= self.part_bytes(size)
         return AzureUpload(self._client, self._prefix + path, is_whole, self._what(path))
 

@@ -63,7 +63,7 @@ class GoogleUploads:
         digest = digests(max(1, listed.size))[0]
         return listed.etag.strip('"') in (digest.hex(), base64.b64encode(digest).decode())
 
-    def begin(self, path: str, size: int) -> "GoogleUpload":
+    def begin(self, path: str, size: int, *, is_new: bool = False) -> "GoogleUpload":
         name = self._prefix + path
         key = f"storage/v1/b/{self._objects.address.bucket}/o"
         what = f"{printable(path)} in {self.name}"

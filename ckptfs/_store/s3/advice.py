@@ -35,7 +35,14 @@ _THROTTLED = frozenset(
     ]
 )
 _BROKEN = frozenset(
-    ["InternalError", "OperationAborted", "RequestTimeout", "ServerBusy", "ServiceUnavailable"]
+    [
+        "ConditionalRequestConflict",  # another program writes the object now
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "ServerBusy",
+        "ServiceUnavailable",
+    ]
 )
 _FOR_GOOD = frozenset([501, 505, 507])
 """Statuses from 500 on that are permanent: not implemented, HTTP version, no space."""

@@ -13,6 +13,10 @@ have other ETags, and so do some servers. Those ETags say nothing, as the answer
 **Marks.** Some servers show another ETag than they have answered to the upload (rclone). So each
 object has a mark of its upload in its metadata. An answer with that mark has the ETag of the
 uploaded object, and not of one that another program has written meanwhile.
+
+**New objects.** `If-None-Match: *` refuses to replace an object (status 412). Amazon's S3 and
+SeaweedFS obey it in PutObject and CompleteMultipartUpload. rclone and JuiceFS's gateway ignore it.
+The refused object may be of this upload, if an answer was lost. Its mark tells.
 """
 
 import base64
@@ -35,7 +39,7 @@ from ckptfs._store.transport.answers import read_all
 from ckptfs._store.transport.errors import BrokenConnection, S3Error
 from ckptfs._store.uploads import Digests, contradicts, other_bytes, part_bytes_for, parts_of
 from ckptfs._store.versions import etag_in, is_web_page
-from ckptfs.errors import AccessDenied, StoreError, StoreUnavailable
+from ckptfs.errors import AccessDenied, CkptfsError, StoreError, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -113,10 +117,10 @@ class S3Uploads:
         headers, _ = answer_to(self._client, Asked("HEAD", key), self._what(key))
         return False if _has_md5_etags(headers) else None
 
-    def begin(self, path: str, size: int) -> "S3Put | S3Multipart":
+    def begin(self, path: str, size: int, *, is_new: bool = False) -> "S3Put | S3Multipart":
         key, mark = self._prefix + path, secrets.token_hex(16)
         if size <= self.part_bytes(size):
-            return S3Put(self._client, key, self._what(key), mark)
+            return S3Put(self._client, key, self._what(key), mark, is_new=is_new)
         if path in self._unsure:
             self.prepare({path})
         try:
@@ -131,7 +135,7 @@ class S3Uploads:
                 f"{self._what(key)}: the store's answer to the begin of an upload has no UploadId; "
                 "check the endpoint"
             )
-        return S3Multipart(self._client, key, upload_id, self._what(key), mark)
+        return S3Multipart(self._client, key, self._what(key), mark, upload_id, is_new=is_new)
 
     def remove(self, path: str) -> None:
         expected = frozenset([200, 204, 404])
@@ -149,13 +153,15 @@ class S3Uploads:
 
 
 class _S3Object:
-    """An object that is uploaded with a mark. `what` is the object, for messages."""
+    """An object that is uploaded with a mark. `what` is the object, for messages. With `is_new` it
+    replaces no other one, if the server knows that condition."""
 
-    def __init__(self, client: S3Client, key: str, what: str, mark: str) -> None:
+    def __init__(self, client: S3Client, key: str, what: str, mark: str, *, is_new: bool) -> None:
         self._client = client
         self._key = key
         self._what = what
         self._mark = mark
+        self._condition = {"if-none-match": "*"} if is_new else {}
 
     def shown_etag(self) -> str:
         """See ObjectUpload.shown_etag."""
@@ -172,8 +178,14 @@ class S3Put(_S3Object):
 
     def send(self, number: int, data: memoryview) -> None:
         digest = md5_of(data)
-        asked = _put(self._key, {}, data, digest, {_MARK: self._mark})
-        headers, body = answer_to(self._client, asked, self._what)
+        asked = _put(self._key, {}, data, digest, {_MARK: self._mark, **self._condition})
+        try:
+            headers, body = answer_to(self._client, asked, self._what)
+        except CkptfsError as error:
+            if not _is_there(error.__cause__):
+                raise
+            self._etag = self.shown_etag()
+            return
         if body.strip() or is_web_page(headers):
             raise _web_page(self._what)
         self._etag = etag_in(headers.get("etag", ""))
@@ -190,8 +202,10 @@ class S3Put(_S3Object):
 class S3Multipart(_S3Object):
     """The upload of a large object."""
 
-    def __init__(self, client: S3Client, key: str, upload_id: str, what: str, mark: str) -> None:
-        super().__init__(client, key, what, mark)
+    def __init__(
+        self, client: S3Client, key: str, what: str, mark: str, upload_id: str, *, is_new: bool
+    ) -> None:
+        super().__init__(client, key, what, mark, is_new=is_new)
         self._upload_id = upload_id
         self._lock = threading.Lock()  # guards the rest
         self._etags: dict[int, str] = {}
@@ -215,7 +229,8 @@ class S3Multipart(_S3Object):
             for number, etag in sorted(self._etags.items())
         )
         text = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
-        query, headers = {"uploadId": self._upload_id}, {"content-type": "application/xml"}
+        query = {"uploadId": self._upload_id}
+        headers = {"content-type": "application/xml", **self._condition}
         asked = Asked("POST", self._key, query, headers, text, patience_s=_FINISH_PATIENCE_S)
         try:
             with self._client.request(asked) as answer:
@@ -226,6 +241,9 @@ class S3Multipart(_S3Object):
                 raise _web_page(self._what)
             found = etag_in(_text(root, "ETag"))
         except (S3Error, BrokenConnection) as error:
+            if _is_there(error):
+                self.abort()
+                return self.shown_etag()
             is_gone = isinstance(error, S3Error) and error.code == "NoSuchUpload"
             found = self.shown_etag() if is_gone else ""  # an earlier answer may have been lost
             if not found:
@@ -276,6 +294,12 @@ def _put(
 ) -> Asked:
     headers = {"content-md5": base64.b64encode(digest).decode(), **more}
     return Asked("PUT", key, query, headers, data, _CREATED, _PATIENCE_S, body_digest=UNSIGNED)
+
+
+def _is_there(error: BaseException | None) -> bool:
+    """Whether the server has refused to replace an object. Amazon also does while another program
+    replaces it ("conflict"), and that program's request may yet fail, so it is asked again."""
+    return isinstance(error, S3Error) and error.status == 412
 
 
 def _has_md5_etags(headers: http.client.HTTPMessage) -> bool:

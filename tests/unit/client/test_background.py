@@ -9,6 +9,7 @@ import pytest
 
 from ckptfs._client import background, client
 from ckptfs._config.load import load_config
+from ckptfs._store.source import names_below
 from ckptfs.errors import CannotMount, CannotUpload, NoDaemon
 
 
@@ -87,6 +88,21 @@ def test_what_include_leaves_out_is_named_for_the_check_of_the_target(
     monkeypatch.setattr(background, "_LEFT_OUT_MAX", 1)
     with pytest.raises(CannotUpload, match="wait=True"):
         directory(tmp_path, ["*.bin"]).left_out()
+
+
+def test_what_include_leaves_out_may_be_below_a_linked_directory(tmp_path: Path) -> None:
+    """As in an upload without `include`, no link leads out of the directory."""
+    top = tmp_path / "top"
+    for folder in (top / "a" / "b", tmp_path / "outside"):
+        folder.mkdir(parents=True)
+        (folder / "one.json").write_text("x")
+    (top / "two.bin").write_text("x")
+    (top / "linked").symlink_to("a")
+    (top / "out").symlink_to(tmp_path / "outside")
+    left = ("a/b/one.json", "linked/b/one.json")
+    assert directory(top, ["*.bin"]).left_out() == left
+    (top / "a" / "b" / "above").symlink_to("..")
+    assert "a/b/above/b/one.json" not in names_below(str(top))
 
 
 def test_a_directory_that_changes_while_it_is_taken_over_is_an_error(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ async def test_other_users_have_no_uploads(server: Server, autojump_clock: MockC
 
 
 async def test_a_connection_begins_stages_and_commits_its_own_uploads(server: Server) -> None:
+    await server.service.uploads.restore()
     first, second = await server.connect(), await server.connect()
     begun = await first.ask(BEGIN)
     assert isinstance(begun, UploadBegun)

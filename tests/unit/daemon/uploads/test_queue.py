@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from ckptfs._mount import handoff
 from ckptfs.errors import (
     AccessDenied,
     Busy,
+    CacheError,
     LocationError,
     NoUpload,
     StoreUnavailable,
@@ -194,10 +196,33 @@ async def test_the_end_is_recorded_when_the_disk_takes_it(
         processes[0].finish()
         await trio.sleep(5)
         assert state(queue, upload) == "done"
+        crashed = world.queue()
+        await crashed.restore()
+        assert state(crashed, upload) == "waiting"  # it finds all at the store
+        assert f"{upload}/files/file" in world.files()
     await trio.sleep(5)
     after = world.queue()
     await after.restore()
     assert state(after, upload) == "done"
+    assert world.files() == [f"{upload}/upload.json"]
+
+
+@pytest.mark.parametrize("result", [SENT, FAILS], ids=["done", "failed"])
+async def test_an_upload_whose_disk_was_replaced_takes_no_space(
+    result: object,
+    world: World,
+    queue: Queue,
+    processes: list[Process],
+    autojump_clock: MockClock,
+) -> None:
+    upload = await world.accepted(queue)
+    await trio.sleep(0.1)
+    shutil.rmtree(world.folder / "uploads")
+    assert queue.kept_bytes() == 4
+    processes[0].finish(result)  # type: ignore[arg-type]
+    await trio.sleep(5)
+    assert state(queue, upload) == ("done" if result is SENT else "failed")
+    assert queue.kept_bytes() == 0
 
 
 async def test_the_next_daemon_sends_nothing_older_than_what_a_place_has(
@@ -313,6 +338,56 @@ async def test_what_has_no_record_goes_and_what_is_not_ours_stays(world: World) 
     assert unfinished not in world.files()
 
 
+async def test_dropped_files_that_an_attachment_shows_outlive_the_daemon(
+    world: World, queue: Queue, autojump_clock: MockClock
+) -> None:
+    upload = await world.accepted(queue)
+    world.shown.add(queue.spool.path_of(upload))
+    await queue.drop(upload, UID)
+    after = world.queue()
+    await after.restore()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(after.run)
+        await trio.sleep(5)
+        assert world.files() == [f"{upload}/files/file"]
+        world.shown.clear()
+        await trio.sleep(5)
+        assert world.files() == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_daemon_without_the_directory_learns_of_its_uploads_later(
+    world: World, processes: list[Process], autojump_clock: MockClock
+) -> None:
+    """The daemon before this one is stuck, and holds the lock of the directory."""
+    upload = await world.accepted(world.queue())
+    world.has_disk = False
+    after = world.queue()
+    await after.restore()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(after.run)
+        with pytest.raises(CacheError, match="does not know its uploads yet"):
+            await after.wait_ended(upload, UID, 0)
+        with pytest.raises(CacheError, match="does not know its uploads yet"):
+            await after.drop(upload, UID)
+        asked = []
+
+        async def ask() -> None:
+            asked.append((await after.wait_ended(upload, UID, 0)).state)
+
+        nursery.start_soon(ask)
+        await trio.sleep(5)
+        assert (asked, processes) == ([], [])
+        world.has_disk = True
+        await trio.sleep(5)
+        assert asked == ["running"]
+        assert state(after, upload) == "running"
+        [process] = processes
+        assert process.setup is not None
+        assert process.setup.asked == TARGET  # with the credentials in memory
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_record_that_cannot_be_read_keeps_its_files(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -339,7 +414,7 @@ async def test_a_named_store_with_another_place_gets_nothing(
 async def test_old_records_go(
     world: World, processes: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptfs._daemon.uploads.queue._DONE_MAX", 2)
+    monkeypatch.setattr("ckptfs._daemon.uploads.removal._DONE_MAX", 2)
     queue = world.queue()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(queue.run)

@@ -156,3 +156,36 @@ def test_files_that_are_missing_or_short_are_not_sent(
     (staged / "two").write_bytes(b"1234")
     assert _upload_process.send(setup, lambda *_: None).bytes == 8
     assert (target / "two").read_bytes() == b"1234"
+
+
+async def test_a_process_that_cannot_end_keeps_its_place(
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A killed process waits for a disk in the kernel, as long as `poll` finds it there."""
+    waits = True
+
+    def poll(process: "subprocess.Popen[bytes]") -> int | None:
+        return None if waits else really_poll(process)
+
+    really_poll = subprocess.Popen.poll
+    monkeypatch.setattr(subprocess.Popen, "poll", poll)
+    monkeypatch.setattr(sender_module, "_END_S", 0.05)
+    monkeypatch.setattr(sender_module, "_REAP_LATE_S", 0.01)
+    program.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    results: list[object] = []
+
+    async def run() -> None:
+        results.append(await Sender().run(setup_of(tmp_path), lambda _: None))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        while "waits in the kernel" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+            await trio.sleep(0.01)
+        await trio.sleep(0.1)
+        assert results == []
+        waits = False
+    killed = "the process that sent it was killed by SIGKILL"
+    assert results == [NotSent(DaemonError.code, killed)]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -294,3 +295,48 @@ async def test_uploads_that_begin_at_the_same_time_share_the_limit(
             both.start_soon(one)
         [staging] = filter(None, found)
         handing_over.leave(staging)
+
+
+@pytest.mark.parametrize("refused", ["mkdir", "open"])
+async def test_a_begin_that_the_disk_refuses_leaves_no_directory(
+    refused: str, world: World, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: "str | Path", *more: Any, **named: Any) -> Any:
+        if str(path).endswith("/files"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return really(path, *more, **named)
+
+    really = getattr(os, refused)
+    async with trio.open_nursery() as nursery:
+        handing_over = world.handing_over(queue, nursery)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, refused, refuse)
+            with pytest.raises(CacheError, match="Too many open files"):
+                await begin(handing_over, 1, 4)
+        assert handing_over.active() == handing_over.kept_bytes() == 0
+    assert list((world.folder / "uploads").iterdir()) == []
+
+
+async def test_files_that_the_disk_keeps_after_the_connection_go_later(
+    world: World,
+    queue: Queue,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    async with trio.open_nursery() as nursery:
+        handing_over = world.handing_over(queue, nursery)
+        staging = await begin(handing_over, 1, len(DATA))
+        with descriptor(tmp_path) as fd:
+            await stage(handing_over, staging, "file", fd)
+        assert staging is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(queue.spool, "remove", refuse)
+            handing_over.leave(staging)
+            await trio.sleep(5)
+            assert world.files() != []
+        await trio.sleep(5)
+    assert world.files() == []

@@ -24,13 +24,16 @@ WHOLE = etag_of(PARTS).strip('"')
 KMS = {"x-amz-server-side-encryption": "aws:kms"}
 
 
-def begun(*answers: Any, size: int = PART_BYTES + 1) -> tuple[ScriptedClient, Any]:
+def begun(
+    *answers: Any, size: int = PART_BYTES + 1, is_new: bool = False
+) -> tuple[ScriptedClient, Any]:
     """The upload of an object of two parts, or of one, and the client with these answers."""
     created = Reply(
         body=b"<InitiateMultipartUpload><UploadId>id</UploadId></InitiateMultipartUpload>"
     )
     client = ScriptedClient(*([created] if size > PART_BYTES else []), *answers)
-    return client, S3Uploads(client, "run/", "s3://b/run").begin("x", size)  # type: ignore[arg-type]
+    uploads = S3Uploads(client, "run/", "s3://b/run")  # type: ignore[arg-type]
+    return client, uploads.begin("x", size, is_new=is_new)
 
 
 def done(etag: str) -> Reply:
@@ -121,6 +124,23 @@ def test_finish_after_a_lost_answer_takes_no_other_object_for_its_own(
     else:
         with pytest.raises(StoreError, match="another program has ended the upload"):
             upload.finish()
+
+
+@pytest.mark.parametrize("size", [5, PART_BYTES + 1])
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_new_object_that_is_there_is_ours_by_its_mark_only(is_ours: bool, size: int) -> None:
+    """An answer was lost, or another program has written the object."""
+    is_small = size == 5
+    client, upload = begun(size=size, is_new=True)
+    head = Reply(headers={"etag": f'"{OTHER}"', MARK: upload._mark if is_ours else "another"})
+    refused = refusal(412, "PreconditionFailed")
+    part = Reply(headers={"etag": f'"{MD5}"'})
+    client.answers = [refused, head] if is_small else [part, refused, Reply(204), head]
+    upload.send(1, DATA)
+    assert upload.finish() == (f'"{OTHER}"' if is_ours else "")
+    conditional = [each for each in client.asked if each.headers.get("if-none-match") == "*"]
+    assert [each.method for each in conditional] == ["PUT" if is_small else "POST"]
+    assert client.asked[-1].method == "HEAD"
 
 
 def test_shown_etag_is_that_of_the_own_object_only() -> None:
