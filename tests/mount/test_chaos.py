@@ -23,6 +23,7 @@ RUN_TIMEOUT_S = 300
 WORKERS = {"kill worker", "stop worker", "starve worker"}
 
 
+@pytest.mark.long
 def test_readers_see_what_is_promised_whatever_goes_wrong() -> None:
     """The seed decides what happens, in lanes of seven actions or two uploads. Root has one of the
     disk."""

@@ -113,7 +113,14 @@ WAYS: dict[str, Callable[[str, Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ext4 4096", "xfs", "btrfs", "tmpfs"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ext4 4096",
+        "tmpfs",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("xfs", "btrfs")),
+    ],
+)
 def test_copies_work_whatever_the_file_system_keeps(
     module_node: Node, source: Path, tmp_path: Path, kind: str, subtests: pytest.Subtests
 ) -> None:

@@ -159,6 +159,7 @@ def is_killed_at(
     return was_killed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", ["claimant", "owner"])
 def test_driver_that_is_killed_at_any_moment_of_a_takeover(
     node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]], killed: str

@@ -42,6 +42,7 @@ def taken_by(pid: int) -> Taken:
     return Taken(len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]), memory_bytes)
 
 
+@pytest.mark.long
 def test_cycles_of_attaching_and_reading_leave_nothing(node: Node) -> None:
     node.configure(linger_s=0, attach_deadline_s=0.2, read_deadline_s=0.2, store_timeout_s=0.1)
     node.expected_in_log += ["bucket/run", "weights"]

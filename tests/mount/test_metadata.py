@@ -167,6 +167,7 @@ def check_round_trip(
     assert text(attributes(path)) == text(carried)
 
 
+@pytest.mark.long
 def test_round_trips_on_a_local_disk(module_node: Node, local: Path) -> None:
     checkpoint = ckptfs.Checkpoint.from_directory(local)
     with mounted(local) as path:
@@ -482,7 +483,7 @@ def test_short_buffers_are_erange(module_node: Node, local: Path) -> None:
         assert name in buffer.raw[:length].split(b"\0")
 
 
-@pytest.mark.parametrize("count", [120, 3000])
+@pytest.mark.parametrize("count", [120, pytest.param(3000, marks=pytest.mark.long)])
 def test_all_keys_are_read_by_name_whatever_is_listed(
     module_node: Node, local: Path, count: int
 ) -> None:

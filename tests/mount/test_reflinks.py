@@ -32,7 +32,7 @@ _HEAD = struct.Struct("=QQLLLL")
 _EXTENT = struct.Struct("=QQQQQLLLL")
 
 
-@pytest.fixture(params=["xfs", "btrfs"])
+@pytest.fixture(params=["xfs", pytest.param("btrfs", marks=pytest.mark.long)])
 def disk(request: pytest.FixtureRequest, node: Node) -> Iterator[Path]:
     """A directory on such a file system, which the cache's directory is on, too."""
     kind = request.param

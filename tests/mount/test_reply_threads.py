@@ -60,7 +60,7 @@ for number in range(reads):
 """
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_no_reply_comes_out_of_a_buffer_that_was_reused(
     node: Node,
     bucket: Path,

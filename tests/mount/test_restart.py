@@ -110,7 +110,7 @@ def serving(node: Node) -> list[int]:
     return sorted(daemons(node), key=has_cache, reverse=True)
 
 
-@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize("spare", [pytest.param(False, marks=pytest.mark.long), True])
 def test_readers_do_not_notice_that_the_daemon_is_killed(
     node: Node, bucket: Path, uri_of: UriOf, spare: bool
 ) -> None:

@@ -78,7 +78,9 @@ def test_the_watchdog_hears_nothing_while_the_daemon_is_stuck(
     wait_until(lambda: manager.beats - before > 1)
 
 
-@pytest.mark.parametrize("activated", [False, True], ids=["alone", "by-its-socket"])
+@pytest.mark.parametrize(
+    "activated", [pytest.param(False, marks=pytest.mark.long), True], ids=["alone", "by-its-socket"]
+)
 def test_readers_do_not_notice_that_the_service_is_restarted_or_killed(
     node: Node, bucket: Path, uri_of: UriOf, manager: ServiceManager, activated: bool
 ) -> None:

@@ -44,6 +44,7 @@ def content_of(fd: int) -> bytes:
     return os.pread(fd, 1 << 20, 0)
 
 
+@pytest.mark.long
 def test_readers_do_not_notice_that_the_keeper_is_replaced(
     node: Node, bucket: Path, uri_of: UriOf, keepers: KeeperProcesses
 ) -> None:
@@ -395,6 +396,7 @@ def outcome_of_kill(
     return found if was_killed else ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", ["claimant", "owner"])
 def test_keeper_that_is_killed_at_any_moment_of_a_takeover(
     node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses, killed: str

@@ -108,7 +108,7 @@ def pods(node: Node) -> Iterator[Pods]:
         yield Pods(node.folder / "node", stack)
 
 
-@pytest.fixture(params=["http", "https"])
+@pytest.fixture(params=[pytest.param("http", marks=pytest.mark.long), "https"])
 def uri(
     request: pytest.FixtureRequest, bucket: Path, uri_of: Callable[[Path], str], node: Node
 ) -> Iterator[str]:

@@ -235,6 +235,7 @@ print(len({name for _, name in seen} - {b".", b".."}))
 """
 
 
+@pytest.mark.long
 def test_ten_thousand_objects(node: Node, s3: S3Server, large: Path, uri_of: UriOf) -> None:
     """Attaching lists and nothing else; afterwards names cost no request. One directory is large
     enough to be read in many pieces, in any order."""

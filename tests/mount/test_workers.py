@@ -194,6 +194,7 @@ def test_a_library_that_holds_the_lock_stops_nobody_else(
     wait_until(lambda: not workers())
 
 
+@pytest.mark.long
 def test_a_library_that_aborts_costs_an_error_and_no_daemon(
     node: Node, faulty: ckptfs.Checkpoint
 ) -> None:

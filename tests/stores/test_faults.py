@@ -26,7 +26,7 @@ from ckptfs import xattrs
 from ckptfs._client import client
 from ckptfs._model.location import Location
 
-pytestmark = [pytest.mark.mount, pytest.mark.all_servers]
+pytestmark = [pytest.mark.mount, pytest.mark.all_servers, pytest.mark.long]
 
 OPERATIONS = ("list", "head", "read", "get", "put")
 FAULTS = [*INSTEAD, *CHANGED, *(kind for kind in CONNECTIONS if kind != "trickle")]

@@ -12,7 +12,7 @@ from conftest import Node, wait_until
 from support.stores.common import MIB, configure, directory, fill, read_once
 from support.stores.realstore import RealStore
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.long]
 
 
 @pytest.mark.parametrize("outage", ["refused", "dark"])

@@ -92,7 +92,9 @@ async def read_while_it_changes(
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("is_disk", [False, True], ids=["S3", "disk"])
+@pytest.mark.parametrize(
+    "is_disk", [False, pytest.param(True, marks=pytest.mark.long)], ids=["S3", "disk"]
+)
 async def test_a_thousand_overwrites_in_the_middle_of_reads(
     tmp_path: Path, is_disk: bool, seed: int
 ) -> None:
@@ -104,6 +106,7 @@ async def test_a_thousand_overwrites_in_the_middle_of_reads(
     assert stale > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "quirk",
     [
@@ -187,6 +190,7 @@ async def test_a_thousand_overwrites_of_a_store_without_conditions(
     assert stale > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0])
 async def test_a_thousand_overwrites_of_a_local_disk(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
