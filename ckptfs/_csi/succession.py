@@ -6,6 +6,9 @@ Volumes stay readable. A former driver waits, without a socket, until SIGTERM or
 ends, and then serves again. The same rules as for keepers decide which driver waits
 (`ckptfs._keeper.succession`).
 
+The kubelet does not notice, because the registration stays (`ckptfs._csi.registration`). A driver
+that ends while none waits for it removes the registration.
+
 If a call does not end in time, or the new driver dies before it serves, the old one serves again. A
 driver reconciles the records before it serves, because the other one may have died in a call.
 """
@@ -26,6 +29,7 @@ import msgspec
 from ckptfs._csi import records, server
 from ckptfs._csi.publishing import Publishing
 from ckptfs._csi.records import Records
+from ckptfs._csi.registration import Registration
 from ckptfs._os import filelock, takeover
 from ckptfs._os.claimants import Claimants, Heir
 from ckptfs._os.takeover import Claim, Offered, Refused
@@ -36,8 +40,6 @@ log = logging.getLogger(__name__)
 _SOCKET = "takeover"
 _LOCK = "lock"
 _FORMER_MAX = 32
-_LOOK_S = 0.5
-"""Longest time until the driver notices a signal."""
 _PAUSE_S = 1.0
 """Time between two claims."""
 _CALLS_S = 20.0
@@ -117,16 +119,24 @@ def _serve(
     """Serve until `stopped`, or until another driver has taken over. Returns whether this one is
     still the owner."""
     publishing = Publishing(Records(state_dir))
+    registration = settings.registration
     offered = owned.offered
+    is_again = False
     while not stopped.is_set():
         publishing.reconcile()
         with server.running(settings, publishing), _claimants(state_dir, owned) as claimants:
+            taken_over = offered is not None
             if offered is not None:
                 log.info("took over from the former driver")
                 offered.serving()
                 offered.close_fds()
                 offered = None
-            heir = _wait(claimants, publishing, stopped)
+            if registration:
+                registration.start(taken_over=taken_over or is_again)
+            is_again = True
+            heir = _wait(claimants, publishing, registration, stopped)
+            if heir is None and registration and not claimants:
+                registration.end()
         if heir is not None and _hand_over(heir, publishing):
             return False
     return True
@@ -149,13 +159,20 @@ def _claimants(state_dir: Path, owned: _Owned) -> Generator[Claimants]:
         claimants.close(is_owner=True)
 
 
-def _wait(claimants: Claimants, publishing: Publishing, stopped: threading.Event) -> Heir | None:
-    """Wait for a driver that can begin, or for `stopped`."""
+def _wait(
+    claimants: Claimants,
+    publishing: Publishing,
+    registration: Registration | None,
+    stopped: threading.Event,
+) -> Heir | None:
+    """Keep the driver registered, and wait for a driver that can begin, or for `stopped`."""
     finish_s = time.monotonic()
     while not stopped.is_set():
-        heir = claimants.wait(_LOOK_S)
+        heir = claimants.wait(server.LOOK_S)
         if heir is not None:
             return heir
+        if registration:
+            registration.keep()
         if time.monotonic() > finish_s:
             server.finish(publishing)
             finish_s = time.monotonic() + server.FINISH_S
