@@ -6,10 +6,10 @@ serves Registration on the socket of CSI. The name in the directory is a symboli
 
 **Takeover.** An update replaces the socket, which is in another directory, and leaves the link. So
 the kubelet sees no event, and the driver stays registered. A new socket or link in the watched
-directory would be an event, after which the kubelet unregisters the driver by its name and registers
-it again. The removal of a name is an event, too. Therefore a driver removes the link only if no
-other driver waits to serve. A driver that has not taken over from a running one makes the link anew,
-because the kubelet may have given the driver up.
+directory would be an event, after which the kubelet unregisters the driver by its name, and
+registers it again. The removal of a name is an event, too. Therefore a driver removes the link
+only if no other driver waits to serve. A driver that has not taken over from a running one makes
+the link anew, because the kubelet may have given the driver up.
 
 **Restart of the kubelet.** It looks through the directory, and follows links. If it does so in the
 second in which no driver listens, kubelets with a monitor of connections find the driver later.
@@ -26,6 +26,7 @@ empty endpoint is the name in the directory) in pkg/kubelet/pluginmanager, and
 pkg/volume/csi/csi_plugin.go (two names in the directory cannot register one driver).
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -103,13 +104,18 @@ class Registration:
     # -- the link
 
     def check(self) -> None:
-        """Raises PlaceUnusable if the link cannot be made because of what has its name."""
+        """Raises PlaceUnusable if the link cannot be made because of the directory, or because of
+        what has the link's name."""
         try:
+            with os.scandir(self._directory):  # a path to a file fails here
+                pass
             info = os.lstat(self._link)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if error.filename == self._directory:
+                raise self._unusable(error) from None
             return
         except OSError as error:
-            raise PlaceUnusable(f"{self._link}: {error.strerror}") from None
+            raise self._unusable(error) from None
         if stat.S_ISSOCK(info.st_mode):
             if _has_listener(self._link):
                 raise PlaceUnusable(
@@ -120,7 +126,7 @@ class Registration:
             raise PlaceUnusable(f"{self._link} is not a socket or a link; remove it")
 
     def start(self, *, taken_over: bool) -> None:
-        """Register the driver, which serves by now. `taken_over` says whether another one has served
+        """Register the driver, which serves by now. `taken_over` says whether a driver has served
         until now. Raises PlaceUnusable."""
         if not (taken_over and self._is_made()):
             self._make()
@@ -158,28 +164,29 @@ class Registration:
         """Make the link at once complete, as one event. Raises PlaceUnusable."""
         self.check()
         try:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)  # of a driver that was killed
-            except FileNotFoundError:
-                pass
             os.symlink(self._endpoint, self._temporary)
             os.rename(self._temporary, self._link)
         except OSError as error:
-            raise PlaceUnusable(
-                f"{self._directory}: {error.strerror}; give the kubelet's plugins_registry as "
-                "--registration-dir"
-            ) from None
+            raise self._unusable(error) from None
         self._trouble = ""
         self._silent_until_s = time.monotonic() + _SILENCE_S
         log.info("asking the kubelet to register %s", self._driver_name)
+
+    def _unusable(self, error: OSError) -> PlaceUnusable:
+        return PlaceUnusable(
+            f"{self._directory}: {error.strerror}; give the kubelet's plugins_registry, "
+            "writable, as --registration-dir"
+        )
 
     def _complain(self) -> None:
         until_s = self._silent_until_s
         if until_s is not None and time.monotonic() > until_s:
             self._silent_until_s = None
             log.warning(
-                "the kubelet has not registered %s for %d s; check that %s is the driver's socket on "
-                "the node, and %s the kubelet's plugins_registry",
+                "the kubelet has not registered %s for %d s; check that %s is the driver's socket "
+                "on the node, and %s the kubelet's plugins_registry",
                 self._driver_name,
                 _SILENCE_S,
                 self._endpoint,

@@ -41,7 +41,7 @@ FINISH_S = 5.0
 """Time between two tries to detach volumes of a daemon that did not answer."""
 LOOK_S = 0.5
 """Longest time until the driver notices a signal, or that its registration is gone."""
-_PROBE_S = 9.0
+PROBE_S = 9.0
 """Longest wait of a probe. Kubernetes gives the command 10 s by the manifest."""
 
 
@@ -237,7 +237,7 @@ def probe(endpoint: str) -> None:
             response_deserializer=CLASSES["ProbeResponse"].FromString,
         )
         try:
-            ask(CLASSES["ProbeRequest"](), timeout=_PROBE_S)
+            ask(CLASSES["ProbeRequest"](), timeout=PROBE_S)
         except grpc.RpcError as error:
             status: Any = error
             why = " ".join(str(status.details()).split())

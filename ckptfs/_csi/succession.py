@@ -121,19 +121,18 @@ def _serve(
     publishing = Publishing(Records(state_dir))
     registration = settings.registration
     offered = owned.offered
-    is_again = False
+    taken_over = offered is not None
     while not stopped.is_set():
         publishing.reconcile()
         with server.running(settings, publishing), _claimants(state_dir, owned) as claimants:
-            taken_over = offered is not None
             if offered is not None:
                 log.info("took over from the former driver")
                 offered.serving()
                 offered.close_fds()
                 offered = None
             if registration:
-                registration.start(taken_over=taken_over or is_again)
-            is_again = True
+                registration.start(taken_over=taken_over)
+            taken_over = True  # a heir that has failed has left the registration
             heir = _wait(claimants, publishing, registration, stopped)
             if heir is None and registration and not claimants:
                 registration.end()

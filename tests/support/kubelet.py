@@ -158,11 +158,12 @@ class DriverProcess:
             self._process = subprocess.Popen(self._command, stderr=log_file, cwd="/")
         wait_until(lambda: self._kubelet.socket.exists() or self._process.poll() is not None)
 
-    def kill(self) -> None:
-        """End it by SIGKILL."""
+    def kill(self, *, is_alone: bool = True) -> None:
+        """End it by SIGKILL. `is_alone` says that the socket is not another driver's."""
         self._process.kill()
         self._process.wait()
-        self._kubelet.socket.unlink(missing_ok=True)
+        if is_alone:
+            self._kubelet.socket.unlink(missing_ok=True)
 
     def log(self) -> str:
         return self._log.read_text()
