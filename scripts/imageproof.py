@@ -3,7 +3,8 @@
 Each stage of the recipe is a copy of a small Debian, in which its steps run with a changed root
 directory. Then the containers `ckptfs` and `driver` of the DaemonSet run in the last stage, with
 their arguments, variables, places and probes, and a root file system that is read-only. A second
-pod replaces the first one, as in an update, while a checkpoint is read through the mount.
+pod replaces the first one, as in an update, while a volume is read. The kubelet is that of the
+tests: a plugin manager with which the driver registers, and a client that publishes the volume.
 """
 
 import argparse
@@ -20,11 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import yaml
 from recipe import Step, base_and_name, context_names, copy_of, steps, variables
-
-from ckptfs._csi.messages import CLASSES, service_name
+from support.kubelet import Kubelet
+from support.pluginmanager import PluginManager
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = PROJECT / "scripts" / "kubernetes"
@@ -248,54 +248,38 @@ def wait_until(is_so: Any, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def driver_is_ready(node: Path) -> bool:
-    """Whether a driver says that it is ready."""
-    socket = node / "var/lib/kubelet/plugins/csi.ckptfs.dev/csi.sock"
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        ask = channel.unary_unary(
-            f"/{service_name('Identity')}/Probe",
-            request_serializer=CLASSES["ProbeRequest"].SerializeToString,
-            response_deserializer=CLASSES["ProbeResponse"].FromString,
-        )
-        try:
-            return ask(CLASSES["ProbeRequest"](), timeout=_PROBE_S).ready.value
-        except grpc.RpcError:
-            return False
-
-
 def prove(build: Build, node: Path) -> None:
-    """Replace a pod while a file is read, as an update does, and end the next one. Raises
+    """Replace a pod while a volume is read, as an update does, and end the next one. Raises
     SystemExit."""
     old, new = (Pod(build, node, name) for name in ("old", "new"))
     for command in (["--version"], ["csi", "--help"]):
         print(old.run("ckptfs", build.entry, *command).splitlines()[0])
     content = random.Random(1).randbytes(3 << 20)
-    data = node / "run/ckptfs/data"
+    kubelet = Kubelet(KUBELET / "plugins" / DRIVER)
+    registry = KUBELET / "plugins_registry"
+    registry.mkdir(parents=True)
     with contextlib.ExitStack() as ends:
+        ends.callback(kubelet.close)
+        manager = ends.enter_context(PluginManager(registry))
+        new_ends = ends.enter_context(contextlib.ExitStack())
         with contextlib.ExitStack() as old_ends:
-            start(old, old_ends)
+            start(old, old_ends, manager)
             require(not new.passes("ckptfs", "startupProbe"), "the new pod is ready too soon")
-            data.mkdir()
-            (data / "weights.bin").write_bytes(content)
-            path = old.run("ckptfs", "ckptfs", "attach", "/run/ckptfs/data").strip()
-            file = ends.enter_context((node / path.lstrip("/") / "weights.bin").open("rb"))
+            path = ends.enter_context(published(kubelet, content))
+            file = ends.enter_context((path / "weights.bin").open("rb"))
             seen = file.read(1 << 20)
-            start(new, ends)
+            start(new, new_ends, manager)
             seen += file.read(1 << 20)
         seen += file.read()
         require(seen == content, "WRONG BYTES")
-        require(new.passes("ckptfs", "livenessProbe"), "the end of the old pod ended the daemon")
-        require(driver_is_ready(node), "the end of the old pod ended the driver")
+        for name in ("ckptfs", "driver"):
+            require(new.passes(name, "livenessProbe"), f"the end of the old pod ended {name}")
+        require(manager.history == [("registered", DRIVER)], "the driver was registered again")
+        file.close()
+        kubelet.unpublish("pod")
+        new_ends.close()
+        wait_until(lambda: not manager.drivers)
     require(not os.path.ismount(node / "run/ckptfs/mnt"), "the daemon has left its mount")
-
-
-def start(pod: Pod, ends: contextlib.ExitStack) -> None:
-    """Start the containers of a pod, until their probes succeed. Raises SystemExit."""
-    daemon = ends.enter_context(pod.running("ckptfs"))
-    wait_until(lambda: pod.passes("ckptfs", "startupProbe"), daemon)
-    require(pod.passes("ckptfs", "readinessProbe"), "the pod is not ready")
-    driver = ends.enter_context(pod.running("driver"))
-    wait_until(lambda: driver_is_ready(pod.node), driver)
 
 
 def require(is_so: bool, otherwise: str) -> None:

@@ -42,7 +42,7 @@ FINISH_S = 5.0
 LOOK_S = 0.5
 """Longest time until the driver notices a signal, or that its registration is gone."""
 PROBE_S = 9.0
-"""Longest wait of a probe. Kubernetes gives the command 10 s by the manifest."""
+"""Longest wait of a probe, s. The manifest gives the command 10 s."""
 
 
 class Settings(NamedTuple):

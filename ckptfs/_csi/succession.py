@@ -48,12 +48,13 @@ the kubelet should not wait so long for a driver."""
 
 
 class _Owned(NamedTuple):
-    """The lock of the records, the offer that it came with, and the names of the containers whose
-    drivers have owned it before."""
+    """The lock of the records, the offer that it came with, the names of the containers whose
+    drivers have owned it before, and whether one of them has served until now."""
 
     lock: int
     offered: Offered | None
     former: list[str]
+    follows: bool
 
 
 class _State(msgspec.Struct):
@@ -102,11 +103,12 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
             reason = found.ready() if _LOCK in found.fds else "its offer lacks the lock"
             if not reason:
                 state = msgspec.json.decode(found.state, type=_State)
-                return _Owned(found.fds.pop(_LOCK), found, state.former)
+                return _Owned(found.fds.pop(_LOCK), found, state.former, follows=True)
             found.refuse(reason)
             found.close_fds()
         with contextlib.suppress(TimeoutError):
-            return _Owned(filelock.acquire(str(records.lock_path(state_dir)), 0), None, [])
+            lock = filelock.acquire(str(records.lock_path(state_dir)), 0)
+            return _Owned(lock, None, [], follows=waits)
         if found is not None and reason != said:
             log.warning("cannot take over from the running driver: %s; trying again", reason)
             said = reason
@@ -121,7 +123,7 @@ def _serve(
     publishing = Publishing(Records(state_dir))
     registration = settings.registration
     offered = owned.offered
-    taken_over = offered is not None
+    taken_over = owned.follows
     while not stopped.is_set():
         publishing.reconcile()
         with server.running(settings, publishing), _claimants(state_dir, owned) as claimants:
