@@ -273,6 +273,7 @@ def test_the_drivers_health_is_its_own_answer() -> None:
         assert (program, command) == ("ckptfs", "csi")
         context = group.commands[command].make_context(command, words)
         assert context.params["probe"]
+        assert context.params["take_over"] == (probe == "startupProbe")
         assert context.params["endpoint"] == arguments_of(DRIVER)["endpoint"]
         assert DRIVER[probe]["timeoutSeconds"] > server.PROBE_S
 

@@ -31,7 +31,7 @@ def _map(number: int) -> Field:
 
 MESSAGES: dict[str, dict[str, Field]] = {
     "GetPluginInfoRequest": {},
-    "GetPluginInfoResponse": {"name": Field(1), "vendor_version": Field(2)},
+    "GetPluginInfoResponse": {"name": Field(1), "vendor_version": Field(2), "manifest": _map(3)},
     "GetPluginCapabilitiesRequest": {},
     "GetPluginCapabilitiesResponse": {},
     "ProbeRequest": {},

@@ -24,6 +24,7 @@ from ckptfs._csi.publication import Capability, publication_of
 from ckptfs._csi.publishing import Publishing, is_serving
 from ckptfs._csi.refusals import invalid, status_of
 from ckptfs._csi.registration import Registration
+from ckptfs._os.takeover import name_of_container
 from ckptfs.errors import ConfigError, NoDaemon, PlaceUnusable
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ FINISH_S = 5.0
 """Time between two tries to detach volumes of a daemon that did not answer."""
 LOOK_S = 0.5
 """Longest time until the driver notices a signal, or that its registration is gone."""
+HOST = "host"
+"""The key of the manifest of GetPluginInfo that names the driver's pod or machine."""
 PROBE_S = 9.0
 """Longest wait of a probe, s. The manifest gives the command 10 s."""
 
@@ -74,7 +77,9 @@ class Driver:
 
     def GetPluginInfo(self, request: Any, left_s: float) -> Any:
         return CLASSES["GetPluginInfoResponse"](
-            name=self._settings.driver_name, vendor_version=version_of("ckptfs")
+            name=self._settings.driver_name,
+            vendor_version=version_of("ckptfs"),
+            manifest={HOST: name_of_container()},
         )
 
     def GetPluginCapabilities(self, request: Any, left_s: float) -> Any:
@@ -226,22 +231,29 @@ def _listen(server: Any, path: str) -> None:
         os.umask(before)
 
 
-def probe(endpoint: str) -> None:
-    """Ask the driver at `endpoint` whether it can serve. Raises NoDaemon, ConfigError,
-    PlaceUnusable."""
+def probe(endpoint: str, *, own: bool) -> None:
+    """Ask the driver at `endpoint` whether it can serve. With `own`, also check that it is the
+    driver of this pod or machine. Raises NoDaemon, ConfigError, PlaceUnusable."""
     path = socket_path(endpoint)
     with grpc.insecure_channel(f"unix:{path}") as channel:
-        ask = channel.unary_unary(
-            f"/{messages.service_name('Identity')}/Probe",
-            request_serializer=CLASSES["ProbeRequest"].SerializeToString,
-            response_deserializer=CLASSES["ProbeResponse"].FromString,
-        )
+
+        def ask(method: str) -> Any:
+            multi = channel.unary_unary(
+                f"/{messages.service_name('Identity')}/{method}",
+                request_serializer=CLASSES[f"{method}Request"].SerializeToString,
+                response_deserializer=CLASSES[f"{method}Response"].FromString,
+            )
+            return multi(CLASSES[f"{method}Request"](), timeout=PROBE_S / 2)
+
         try:
-            ask(CLASSES["ProbeRequest"](), timeout=PROBE_S)
+            host = ask("GetPluginInfo").manifest[HOST]
+            ask("Probe")
         except grpc.RpcError as error:
             status: Any = error
             why = " ".join(str(status.details()).split())
             raise NoDaemon(f"the driver at {path} cannot serve: {why}; see its log") from None
+    if own and host != name_of_container():
+        raise NoDaemon(f"the driver of {host!r} serves at {path}; see the log of this one")
 
 
 def _handler(owner: Any, method: str) -> Any:

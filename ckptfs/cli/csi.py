@@ -78,7 +78,9 @@ def csi(
     probe: Annotated[
         bool,
         typer.Option(
-            "--probe", help="Only ask the driver at --endpoint whether it can serve volumes."
+            "--probe",
+            help="Only ask the driver at --endpoint whether it can serve; with --take-over, also "
+            "whether it is the driver of this pod.",
         ),
     ] = False,
 ) -> None:
@@ -97,7 +99,7 @@ def csi(
             raise
         raise CannotMount(f"ckptfs csi: {error.name} is not installed; {INSTALL_CSI}") from None
     if probe:
-        server.probe(endpoint)
+        server.probe(endpoint, own=take_over)
         return
     if (registration_dir is None) != (kubelet_endpoint is None):
         raise ConfigError("--registration-dir and --kubelet-endpoint need each other; give both")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,7 +144,15 @@ def test_driver_tries_again_after_a_refusal(
 def test_probe_says_whether_the_driver_can_serve(node: Node, kubelet: Kubelet) -> None:
     endpoint = f"unix://{kubelet.socket}"
     with DriverProcess(node, kubelet):
-        assert node.cli("csi", "--probe", "--endpoint", endpoint).returncode == 0
+        node.cli("csi", "--probe", "--endpoint", endpoint)
+        node.cli("csi", "--probe", "--take-over", "--endpoint", endpoint)
+        command = Path(sys.executable).with_name("ckptfs")
+        other = f'hostname other; exec {command} csi --probe --endpoint {endpoint} "$@"'
+        in_pod = ("unshare", "--uts", "sh", "-ec", other, "sh")
+        node.run(*in_pod)
+        done = node.run(*in_pod, "--take-over", check=False)
+        assert done.returncode == 1
+        assert f"the driver of {os.uname().nodename!r} serves at" in done.stderr
         node.end()
         done = node.cli("csi", "--probe", "--endpoint", endpoint, check=False)
         assert done.returncode == 1

@@ -28,11 +28,12 @@ POD_UID = 100_000
 
 
 class Kubelet:
-    """A kubelet whose pods live in `folder`, and whose driver listens on ``<folder>/csi.sock``."""
+    """A kubelet whose pods live in `folder`, and whose driver listens on `socket`, which is
+    ``<folder>/csi.sock`` by default."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, socket: Path | None = None) -> None:
         self.folder = folder
-        self.socket = folder / "csi.sock"
+        self.socket = socket or folder / "csi.sock"
         self._channel = grpc.insecure_channel(f"unix:{self.socket}")
 
     def close(self) -> None:
