@@ -1,5 +1,6 @@
 """The link by which the driver registers with the kubelet, and the kubelet's answers."""
 
+import errno
 import logging
 import os
 import socket
@@ -154,6 +155,18 @@ def test_missing_directory_and_a_file_in_its_place_are_refused(tmp_path: Path) -
         for step in ("check", "_make"):
             with pytest.raises(PlaceUnusable, match=f"{tmp_path / name}: .*--registration-dir"):
                 getattr(made(tmp_path / name), step)()
+
+
+def test_directory_that_cannot_be_written_is_refused(
+    tmp_path: Path, link: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def symlink(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+    with pytest.raises(PlaceUnusable, match=f"{tmp_path}: Read-only file system; give"):
+        made(tmp_path).start(taken_over=False)
+    assert not os.path.lexists(link)
 
 
 def test_trouble_is_logged_once_and_again_after_success(
