@@ -3,7 +3,8 @@
 Each stage of the recipe is a copy of a small Debian, in which its steps run with a changed root
 directory. Then the containers `ckptfs` and `driver` of the DaemonSet run in the last stage, with
 their arguments, variables, places and probes, and a root file system that is read-only. A second
-pod replaces the first one, as in an update, while a checkpoint is read through the mount.
+pod replaces the first one, as in an update, while a volume is read. The kubelet is that of the
+tests: a plugin manager with which the driver registers, and a client that publishes the volume.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import yaml
 from recipe import Step, base_and_name, context_names, copy_of, steps, variables
-
-from ckptfs._csi.messages import CLASSES, service_name
+from support.kubelet import Kubelet
+from support.pluginmanager import PluginManager
+from support.s3server import S3Server
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = PROJECT / "scripts" / "kubernetes"
@@ -34,7 +35,9 @@ _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _PASSED_ON = ("PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
 """How a build reaches packages, if this machine's settings say so."""
 _START_S = 60.0
-_PROBE_S = 10.0
+KUBELET = Path("/var/lib/kubelet")
+DRIVER = "csi.ckptfs.dev"
+SOCKET = KUBELET / "plugins" / DRIVER / "csi.sock"
 _ENTER = (
     'mount --make-private "$(findmnt --noheadings --output TARGET --target "$0")"; '
     'mount --bind "$0" "$0"; mount --rbind /dev "$0/dev"; mount --make-rprivate "$0/dev"; '
@@ -239,63 +242,73 @@ def _children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_until(is_so: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_until(is_so: Any, process: subprocess.Popen[bytes] | None = None) -> None:
     """Raises SystemExit if the process ends, or after some time."""
     end_s = time.monotonic() + _START_S
     while not is_so():
-        if process.poll() is not None or time.monotonic() > end_s:
-            raise SystemExit("image-proof: a container does not start; see above")
+        if (process is not None and process.poll() is not None) or time.monotonic() > end_s:
+            raise SystemExit("image-proof: a container does not start or end; see above")
         time.sleep(0.1)
 
 
-def driver_is_ready(node: Path) -> bool:
-    """Whether a driver says that it is ready."""
-    socket = node / "var/lib/kubelet/plugins/csi.ckptfs.dev/csi.sock"
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        ask = channel.unary_unary(
-            f"/{service_name('Identity')}/Probe",
-            request_serializer=CLASSES["ProbeRequest"].SerializeToString,
-            response_deserializer=CLASSES["ProbeResponse"].FromString,
-        )
-        try:
-            return ask(CLASSES["ProbeRequest"](), timeout=_PROBE_S).ready.value
-        except grpc.RpcError:
-            return False
-
-
 def prove(build: Build, node: Path) -> None:
-    """Replace a pod while a file is read, as an update does, and end the next one. Raises
+    """Replace a pod while a volume is read, as an update does, and end the next one. Raises
     SystemExit."""
     old, new = (Pod(build, node, name) for name in ("old", "new"))
     for command in (["--version"], ["csi", "--help"]):
         print(old.run("ckptfs", build.entry, *command).splitlines()[0])
     content = random.Random(1).randbytes(3 << 20)
-    data = node / "run/ckptfs/data"
+    kubelet = Kubelet(KUBELET, SOCKET)
+    registry = KUBELET / "plugins_registry"
+    registry.mkdir()
     with contextlib.ExitStack() as ends:
+        ends.callback(kubelet.close)
+        manager = ends.enter_context(PluginManager(registry))
+        new_ends = ends.enter_context(contextlib.ExitStack())
         with contextlib.ExitStack() as old_ends:
-            start(old, old_ends)
+            start(old, old_ends, manager)
             require(not new.passes("ckptfs", "startupProbe"), "the new pod is ready too soon")
-            data.mkdir()
-            (data / "weights.bin").write_bytes(content)
-            path = old.run("ckptfs", "ckptfs", "attach", "/run/ckptfs/data").strip()
-            file = ends.enter_context((node / path.lstrip("/") / "weights.bin").open("rb"))
+            path = ends.enter_context(published(kubelet, content))  # ends after the pods
+            file = ends.enter_context((path / "weights.bin").open("rb"))
             seen = file.read(1 << 20)
-            start(new, ends)
+            start(new, new_ends, manager)
             seen += file.read(1 << 20)
         seen += file.read()
         require(seen == content, "WRONG BYTES")
-        require(new.passes("ckptfs", "livenessProbe"), "the end of the old pod ended the daemon")
-        require(driver_is_ready(node), "the end of the old pod ended the driver")
+        for name in ("ckptfs", "driver"):
+            require(new.passes(name, "livenessProbe"), f"the end of the old pod ended {name}")
+        require(manager.history == [("registered", DRIVER)], "the driver was registered again")
+        file.close()
+        kubelet.unpublish("pod")
+        require(not os.path.ismount(kubelet.target("pod")), "the driver has left a volume")
+        new_ends.close()
+        wait_until(lambda: not manager.drivers)
     require(not os.path.ismount(node / "run/ckptfs/mnt"), "the daemon has left its mount")
 
 
-def start(pod: Pod, ends: contextlib.ExitStack) -> None:
-    """Start the containers of a pod, until their probes succeed. Raises SystemExit."""
-    daemon = ends.enter_context(pod.running("ckptfs"))
-    wait_until(lambda: pod.passes("ckptfs", "startupProbe"), daemon)
+@contextlib.contextmanager
+def published(kubelet: Kubelet, content: bytes) -> Iterator[Path]:
+    """The path of a volume of the pod "pod", whose checkpoint at a store has the file weights.bin.
+    Serves the store as long as the context."""
+    with S3Server() as s3:
+        folder = s3.root / "bucket" / "checkpoint"
+        folder.mkdir(parents=True)
+        (folder / "weights.bin").write_bytes(content)
+        secrets = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+        attributes = {"uri": "s3://bucket/checkpoint", "region": s3.region}
+        attributes["endpoint"] = f"http://{s3.endpoint}"
+        yield Path(kubelet.publish("pod", attributes, secrets=secrets))
+
+
+def start(pod: Pod, ends: contextlib.ExitStack, manager: PluginManager) -> None:
+    """Start the containers of a pod, until their probes succeed and the kubelet knows the driver.
+    Raises SystemExit."""
+    for name in ("ckptfs", "driver"):
+        process = ends.enter_context(pod.running(name))
+        wait_until(lambda name=name: pod.passes(name, "startupProbe"), process)
+        require(pod.passes(name, "livenessProbe"), f"the container {name} is not alive")
     require(pod.passes("ckptfs", "readinessProbe"), "the pod is not ready")
-    driver = ends.enter_context(pod.running("driver"))
-    wait_until(lambda: driver_is_ready(pod.node), driver)
+    wait_until(lambda: manager.drivers == {DRIVER: str(SOCKET)})
 
 
 def require(is_so: bool, otherwise: str) -> None:
@@ -305,14 +318,21 @@ def require(is_so: bool, otherwise: str) -> None:
 
 @contextlib.contextmanager
 def node_directory(scratch: Path) -> Iterator[Path]:
-    """The node's root, whose mounts reach the containers and come from them."""
+    """The node's root, whose mounts reach the containers and come from them. Its KUBELET is also
+    that of this process, because the kubelet and the driver name paths of the node."""
     node = scratch / "node"
     node.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "node", node], check=True)
     subprocess.run(["mount", "--make-shared", node], check=True)
+    inside = node / KUBELET.relative_to("/")
+    inside.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "kubelet", KUBELET.parent], check=True)
+    KUBELET.mkdir()
+    subprocess.run(["mount", "--bind", inside, KUBELET], check=True)
     try:
         yield node
     finally:
+        subprocess.run(["umount", "--recursive", KUBELET.parent], check=True)
         subprocess.run(["umount", "--recursive", node], check=True)
 
 

@@ -41,7 +41,7 @@ from support.manifests import (
 from support.serverbase import free_port
 
 from ckptfs._config.load import load_config
-from ckptfs._csi import identity, publication
+from ckptfs._csi import identity, publication, server
 from ckptfs._csi.publication import KUBELET, Capability, publication_of
 from ckptfs._model.config import Config
 from ckptfs._model.named_store import CredentialSource
@@ -50,9 +50,7 @@ from ckptfs.cli import app
 VERSIONS = ["1.30", kubernetes_validate.latest_version()]
 BASE = built("base")
 POD = pod_of(BASE["DaemonSet"])
-DAEMON, DRIVER, REGISTRAR, LIVENESS, METRICS = (
-    container_of(POD, name) for name in ("ckptfs", "driver", "registrar", "liveness", "metrics")
-)
+DAEMON, DRIVER, METRICS = (container_of(POD, name) for name in ("ckptfs", "driver", "metrics"))
 EXAMPLES = examples()
 CLIENT = EXAMPLES["client Pod"]
 [MONITOR] = documents(FOLDER / "monitoring.yaml")
@@ -204,14 +202,12 @@ def test_daemon_driver_and_client_see_the_same_socket_and_mount() -> None:
 
 
 def test_the_kubelet_finds_the_driver_and_its_mounts() -> None:
-    driver, registrar = arguments_of(DRIVER), arguments_of(REGISTRAR)
+    driver = arguments_of(DRIVER)
     socket = driver["endpoint"].removeprefix("unix://")
     assert on_node(POD, DRIVER, socket)[0] == plugin_socket()
-    assert registrar["kubelet-registration-path"] == plugin_socket()
-    for sidecar in (REGISTRAR, LIVENESS):
-        address = arguments_of(sidecar)["csi-address"]
-        assert on_node(POD, sidecar, address)[0] == plugin_socket()
-    assert on_node(POD, REGISTRAR, "/registration")[0] == f"{KUBELET_FOLDER}/plugins_registry"
+    assert driver["kubelet-endpoint"] == plugin_socket()
+    registry = on_node(POD, DRIVER, driver["registration-dir"])[0]
+    assert registry == f"{KUBELET_FOLDER}/plugins_registry"
     # The kubelet names paths of the node, so they are the same in the container.
     target = f"{KUBELET_FOLDER}/pods/uid/volumes/kubernetes.io~csi/checkpoint/mount"
     assert on_node(POD, DRIVER, target) == (target, "Bidirectional")
@@ -226,7 +222,7 @@ def test_another_kubelet_directory_needs_one_replacement() -> None:
     pod = pod_of(pods[0])
     target = "/kubelet/pods/uid/mount"
     assert on_node(pod, container_of(pod, "driver"), target)[0] == target
-    path = arguments_of(container_of(pod, "registrar"))["kubelet-registration-path"]
+    path = arguments_of(container_of(pod, "driver"))["kubelet-endpoint"]
     assert on_node(pod, container_of(pod, "driver"), "/csi/csi.sock")[0] == path
 
 
@@ -268,19 +264,18 @@ def test_two_pods_can_run_on_a_node_at_once() -> None:
     *_, script = DAEMON["startupProbe"]["exec"]["command"]
     assert 'json.loads(status.stdout)["host"] != socket.gethostname()' in script
     compile(script, "node.yaml", "exec")
-    # The registrar of the old pod removes the registration's socket, which this one makes again.
-    port = REGISTRAR["livenessProbe"]["httpGet"]["port"]
-    [named] = REGISTRAR["ports"]
-    assert named["name"] == port
-    assert arguments_of(REGISTRAR)["http-endpoint"] == f":{named['containerPort']}"
 
 
-def test_the_drivers_health_is_that_of_its_sidecar() -> None:
-    [port] = DRIVER["ports"]
-    assert arguments_of(LIVENESS)["health-port"] == str(port["containerPort"])
+def test_the_drivers_health_is_its_own_answer() -> None:
+    group: Any = typer.main.get_command(app)
     for probe in ("startupProbe", "livenessProbe"):
-        assert DRIVER[probe]["httpGet"]["port"] == port["name"]
-        assert DRIVER[probe]["timeoutSeconds"] >= 10  # as long as the sidecar's own question
+        program, command, *words = DRIVER[probe]["exec"]["command"]
+        assert (program, command) == ("ckptfs", "csi")
+        context = group.commands[command].make_context(command, words)
+        assert context.params["probe"]
+        assert context.params["take_over"] == (probe == "startupProbe")
+        assert context.params["endpoint"] == arguments_of(DRIVER)["endpoint"]
+        assert DRIVER[probe]["timeoutSeconds"] > server.PROBE_S
 
 
 def test_monitor_and_policy_find_the_metrics() -> None:

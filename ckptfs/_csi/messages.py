@@ -3,8 +3,10 @@
 """The messages of CSI 1.x that the driver needs, and their methods.
 
 The numbers are those of the specification (csi.proto of container-storage-interface/spec, package
-``csi.v1``). Fields and messages without a use are left out, because protobuf ignores unknown ones.
-The classes are made from `MESSAGES` at the import, so they fit every version of protobuf.
+``csi.v1``). Those of the service Registration are the kubelet's (api.proto of
+k8s.io/kubelet/pkg/apis/pluginregistration/v1, package ``pluginregistration``). Fields and messages
+without a use are left out, because protobuf ignores unknown ones. The classes are made from
+`MESSAGES` at the import, so they fit every version of protobuf.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ def _map(number: int) -> Field:
 
 MESSAGES: dict[str, dict[str, Field]] = {
     "GetPluginInfoRequest": {},
-    "GetPluginInfoResponse": {"name": Field(1), "vendor_version": Field(2)},
+    "GetPluginInfoResponse": {"name": Field(1), "vendor_version": Field(2), "manifest": _map(3)},
     "GetPluginCapabilitiesRequest": {},
     "GetPluginCapabilitiesResponse": {},
     "ProbeRequest": {},
@@ -77,8 +79,19 @@ MESSAGES: dict[str, dict[str, Field]] = {
     },
     "NodeGetInfoRequest": {},
     "NodeGetInfoResponse": {"node_id": Field(1)},
+    "GetInfoRequest": {},
+    "GetInfoResponse": {
+        "type": Field(1),
+        "name": Field(2),
+        "endpoint": Field(3),
+        "supported_versions": Field(4, repeated=True),
+    },
+    "NotifyRegistrationStatusRequest": {"plugin_registered": Field(1, "bool"), "error": Field(2)},
+    "NotifyRegistrationStatusResponse": {},
 }
-"""The fields of each message. A message that the specification nests has its short name."""
+"""The fields of each message. A message that the specification nests has its short name. The last
+four are the kubelet's InfoRequest, PluginInfo, RegistrationStatus and RegistrationStatusResponse.
+Their bytes do not depend on a message's name."""
 METHODS = {
     "Identity": ("GetPluginInfo", "GetPluginCapabilities", "Probe"),
     "Node": (
@@ -88,6 +101,7 @@ METHODS = {
         "NodeGetCapabilities",
         "NodeGetInfo",
     ),
+    "Registration": ("GetInfo", "NotifyRegistrationStatus"),
 }
 """The methods of each service. The names of their messages end with Request and Response."""
 GET_VOLUME_STATS, VOLUME_CONDITION, VOLUME_MOUNT_GROUP = 2, 4, 6
@@ -98,7 +112,8 @@ BYTES, INODES = 1, 2
 
 def service_name(service: str) -> str:
     """The full name of a service."""
-    return f"{_PACKAGE}.{service}"
+    package = "pluginregistration" if service == "Registration" else _PACKAGE
+    return f"{package}.{service}"
 
 
 def _classes() -> dict[str, Any]:

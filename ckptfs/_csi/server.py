@@ -1,4 +1,4 @@
-"""The gRPC server of the driver: CSI's services Identity and Node.
+"""The gRPC server of the driver: CSI's services Identity and Node, and the kubelet's Registration.
 
 Each call runs in a thread. No log line has a message's fields, because they can be secrets and
 tokens. The kubelet alone may connect, since the socket is root's.
@@ -23,7 +23,9 @@ from ckptfs._csi.messages import CLASSES, METHODS
 from ckptfs._csi.publication import Capability, publication_of
 from ckptfs._csi.publishing import Publishing, is_serving
 from ckptfs._csi.refusals import invalid, status_of
-from ckptfs.errors import ConfigError, PlaceUnusable
+from ckptfs._csi.registration import Registration
+from ckptfs._os.takeover import name_of_container
+from ckptfs.errors import ConfigError, NoDaemon, PlaceUnusable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ _GRACE_S = 10.0
 """Longest wait for running calls at the end. The next driver undoes what is left."""
 FINISH_S = 5.0
 """Time between two tries to detach volumes of a daemon that did not answer."""
+LOOK_S = 0.5
+"""Longest time until the driver notices a signal, or that its registration is gone."""
+HOST = "host"
+"""The key of the manifest of GetPluginInfo that names the driver's pod or machine."""
+PROBE_S = 9.0
+"""Longest wait of a probe, s. The manifest gives the command 10 s."""
 
 
 class Settings(NamedTuple):
@@ -48,12 +56,14 @@ class Settings(NamedTuple):
         driver_name: The name of the CSIDriver object.
         node_id: The name of this node.
         namespaces: The namespaces whose pods may use the node's own credentials.
+        registration: How the driver registers with the kubelet, or None if a registrar does it.
     """
 
     endpoint: str
     driver_name: str
     node_id: str
     namespaces: Collection[str]
+    registration: Registration | None = None
 
 
 class Driver:
@@ -67,7 +77,9 @@ class Driver:
 
     def GetPluginInfo(self, request: Any, left_s: float) -> Any:
         return CLASSES["GetPluginInfoResponse"](
-            name=self._settings.driver_name, vendor_version=version_of("ckptfs")
+            name=self._settings.driver_name,
+            vendor_version=version_of("ckptfs"),
+            manifest={HOST: name_of_container()},
         )
 
     def GetPluginCapabilities(self, request: Any, left_s: float) -> Any:
@@ -156,10 +168,20 @@ def serve(
 ) -> None:
     """Serve until `stopped` is set. Calls `ready` when the socket is there. Raises ConfigError,
     PlaceUnusable."""
+    registration = settings.registration
+    finish_s = time.monotonic()
     with running(settings, publishing):
+        if registration:
+            registration.start(taken_over=False)
         ready()
-        while not stopped.wait(FINISH_S):
-            finish(publishing)
+        while not stopped.wait(LOOK_S):
+            if registration:
+                registration.keep()
+            if time.monotonic() > finish_s:
+                finish(publishing)
+                finish_s = time.monotonic() + FINISH_S
+        if registration:
+            registration.end()
 
 
 def finish(publishing: Publishing) -> None:
@@ -180,9 +202,12 @@ def running(settings: Settings, publishing: Publishing) -> Generator[None]:
         ThreadPoolExecutor(_THREADS, thread_name_prefix="ckptfs-csi"),
         options=[("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX)],
     )
-    for service, methods in METHODS.items():
+    owners: dict[str, Any] = {"Identity": driver, "Node": driver}
+    if settings.registration:
+        owners["Registration"] = settings.registration
+    for service, owner in owners.items():
         name = messages.service_name(service)
-        handlers = {method: _handler(driver, method) for method in methods}
+        handlers = {method: _handler(owner, method) for method in METHODS[service]}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
     _listen(server, path)
     server.start()
@@ -206,8 +231,33 @@ def _listen(server: Any, path: str) -> None:
         os.umask(before)
 
 
-def _handler(driver: Driver, method: str) -> Any:
-    run = getattr(driver, method)
+def probe(endpoint: str, *, own: bool) -> None:
+    """Ask the driver at `endpoint` whether it can serve. With `own`, also check that it is the
+    driver of this pod or machine. Raises NoDaemon, ConfigError, PlaceUnusable."""
+    path = socket_path(endpoint)
+    with grpc.insecure_channel(f"unix:{path}") as channel:
+
+        def ask(method: str) -> Any:
+            multi = channel.unary_unary(
+                f"/{messages.service_name('Identity')}/{method}",
+                request_serializer=CLASSES[f"{method}Request"].SerializeToString,
+                response_deserializer=CLASSES[f"{method}Response"].FromString,
+            )
+            return multi(CLASSES[f"{method}Request"](), timeout=PROBE_S / 2)
+
+        try:
+            host = ask("GetPluginInfo").manifest[HOST]
+            ask("Probe")
+        except grpc.RpcError as error:
+            status: Any = error
+            why = " ".join(str(status.details()).split())
+            raise NoDaemon(f"the driver at {path} cannot serve: {why}; see its log") from None
+    if own and host != name_of_container():
+        raise NoDaemon(f"the driver of {host!r} serves at {path}; see the log of this one")
+
+
+def _handler(owner: Any, method: str) -> Any:
+    run = getattr(owner, method)
 
     def call(request: Any, context: Any) -> Any:
         left_s = context.time_remaining()

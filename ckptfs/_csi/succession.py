@@ -6,6 +6,9 @@ Volumes stay readable. A former driver waits, without a socket, until SIGTERM or
 ends, and then serves again. The same rules as for keepers decide which driver waits
 (`ckptfs._keeper.succession`).
 
+The kubelet does not notice, because the registration stays (`ckptfs._csi.registration`). A driver
+that ends while none waits for it removes the registration.
+
 If a call does not end in time, or the new driver dies before it serves, the old one serves again. A
 driver reconciles the records before it serves, because the other one may have died in a call.
 """
@@ -26,6 +29,7 @@ import msgspec
 from ckptfs._csi import records, server
 from ckptfs._csi.publishing import Publishing
 from ckptfs._csi.records import Records
+from ckptfs._csi.registration import Registration
 from ckptfs._os import filelock, takeover
 from ckptfs._os.claimants import Claimants, Heir
 from ckptfs._os.takeover import Claim, Offered, Refused
@@ -36,8 +40,6 @@ log = logging.getLogger(__name__)
 _SOCKET = "takeover"
 _LOCK = "lock"
 _FORMER_MAX = 32
-_LOOK_S = 0.5
-"""Longest time until the driver notices a signal."""
 _PAUSE_S = 1.0
 """Time between two claims."""
 _CALLS_S = 20.0
@@ -46,12 +48,13 @@ the kubelet should not wait so long for a driver."""
 
 
 class _Owned(NamedTuple):
-    """The lock of the records, the offer that it came with, and the names of the containers whose
-    drivers have owned it before."""
+    """The lock of the records, the offer that it came with, the names of the containers whose
+    drivers have owned it before, and whether one of them has served until now."""
 
     lock: int
     offered: Offered | None
     former: list[str]
+    follows: bool
 
 
 class _State(msgspec.Struct):
@@ -100,11 +103,12 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
             reason = found.ready() if _LOCK in found.fds else "its offer lacks the lock"
             if not reason:
                 state = msgspec.json.decode(found.state, type=_State)
-                return _Owned(found.fds.pop(_LOCK), found, state.former)
+                return _Owned(found.fds.pop(_LOCK), found, state.former, follows=True)
             found.refuse(reason)
             found.close_fds()
         with contextlib.suppress(TimeoutError):
-            return _Owned(filelock.acquire(str(records.lock_path(state_dir)), 0), None, [])
+            lock = filelock.acquire(str(records.lock_path(state_dir)), 0)
+            return _Owned(lock, None, [], follows=waits)
         if found is not None and reason != said:
             log.warning("cannot take over from the running driver: %s; trying again", reason)
             said = reason
@@ -117,7 +121,9 @@ def _serve(
     """Serve until `stopped`, or until another driver has taken over. Returns whether this one is
     still the owner."""
     publishing = Publishing(Records(state_dir))
+    registration = settings.registration
     offered = owned.offered
+    taken_over = owned.follows
     while not stopped.is_set():
         publishing.reconcile()
         with server.running(settings, publishing), _claimants(state_dir, owned) as claimants:
@@ -126,7 +132,12 @@ def _serve(
                 offered.serving()
                 offered.close_fds()
                 offered = None
-            heir = _wait(claimants, publishing, stopped)
+            if registration:
+                registration.start(taken_over=taken_over)
+            taken_over = True  # a heir that has failed has left the registration
+            heir = _wait(claimants, publishing, registration, stopped)
+            if heir is None and registration and not claimants:
+                registration.end()
         if heir is not None and _hand_over(heir, publishing):
             return False
     return True
@@ -149,13 +160,20 @@ def _claimants(state_dir: Path, owned: _Owned) -> Generator[Claimants]:
         claimants.close(is_owner=True)
 
 
-def _wait(claimants: Claimants, publishing: Publishing, stopped: threading.Event) -> Heir | None:
-    """Wait for a driver that can begin, or for `stopped`."""
+def _wait(
+    claimants: Claimants,
+    publishing: Publishing,
+    registration: Registration | None,
+    stopped: threading.Event,
+) -> Heir | None:
+    """Keep the driver registered, and wait for a driver that can begin, or for `stopped`."""
     finish_s = time.monotonic()
     while not stopped.is_set():
-        heir = claimants.wait(_LOOK_S)
+        heir = claimants.wait(server.LOOK_S)
         if heir is not None:
             return heir
+        if registration:
+            registration.keep()
         if time.monotonic() > finish_s:
             server.finish(publishing)
             finish_s = time.monotonic() + server.FINISH_S

@@ -12,7 +12,7 @@ import typer
 from ckptfs._config.load import load_config
 from ckptfs._model.wording import INSTALL_CSI
 from ckptfs._mount import logs
-from ckptfs.errors import CannotMount
+from ckptfs.errors import CannotMount, ConfigError
 
 _NAME = "csi.ckptfs.dev"
 
@@ -59,6 +59,30 @@ def csi(
             help="Take over from a driver that runs with this flag, and hand over to the next one.",
         ),
     ] = False,
+    registration_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--registration-dir",
+            metavar="DIR",
+            help="The kubelet's directory plugins_registry, in which the driver registers itself.",
+        ),
+    ] = None,
+    kubelet_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--kubelet-endpoint",
+            metavar="PATH",
+            help="The path of the driver's socket on the node, for --registration-dir.",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Only ask the driver at --endpoint whether it can serve; with --take-over, also "
+            "whether it is the driver of this pod.",
+        ),
+    ] = False,
 ) -> None:
     """Serve volumes of pods to the kubelet, until SIGTERM.
 
@@ -69,10 +93,16 @@ def csi(
     try:
         from ckptfs._csi import records, server, succession  # they bring grpc
         from ckptfs._csi.publishing import Publishing
+        from ckptfs._csi.registration import Registration
     except ModuleNotFoundError as error:
         if error.name not in ("grpc", "google", "google.protobuf"):
             raise
         raise CannotMount(f"ckptfs csi: {error.name} is not installed; {INSTALL_CSI}") from None
+    if probe:
+        server.probe(endpoint, own=take_over)
+        return
+    if (registration_dir is None) != (kubelet_endpoint is None):
+        raise ConfigError("--registration-dir and --kubelet-endpoint need each other; give both")
     limiter = logs.configure(load_config())
     stopped = threading.Event()
 
@@ -81,8 +111,16 @@ def csi(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    registration = None
+    if registration_dir is not None and kubelet_endpoint is not None:
+        registration = Registration(driver_name, str(registration_dir), kubelet_endpoint)
+        registration.check()
     settings = server.Settings(
-        endpoint, driver_name, node_id or socket.gethostname(), node_credentials_namespace or []
+        endpoint,
+        driver_name,
+        node_id or socket.gethostname(),
+        node_credentials_namespace or [],
+        registration,
     )
     server.socket_path(endpoint)
     if take_over:

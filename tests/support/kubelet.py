@@ -28,11 +28,12 @@ POD_UID = 100_000
 
 
 class Kubelet:
-    """A kubelet whose pods live in `folder`, and whose driver listens on ``<folder>/csi.sock``."""
+    """A kubelet whose pods live in `folder`, and whose driver listens on `socket`, which is
+    ``<folder>/csi.sock`` by default."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, socket: Path | None = None) -> None:
         self.folder = folder
-        self.socket = folder / "csi.sock"
+        self.socket = socket or folder / "csi.sock"
         self._channel = grpc.insecure_channel(f"unix:{self.socket}")
 
     def close(self) -> None:
@@ -158,11 +159,12 @@ class DriverProcess:
             self._process = subprocess.Popen(self._command, stderr=log_file, cwd="/")
         wait_until(lambda: self._kubelet.socket.exists() or self._process.poll() is not None)
 
-    def kill(self) -> None:
-        """End it by SIGKILL."""
+    def kill(self, *, is_alone: bool = True) -> None:
+        """End it by SIGKILL. `is_alone` says that the socket is not another driver's."""
         self._process.kill()
         self._process.wait()
-        self._kubelet.socket.unlink(missing_ok=True)
+        if is_alone:
+            self._kubelet.socket.unlink(missing_ok=True)
 
     def log(self) -> str:
         return self._log.read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ckptfs._csi.messages import CLASSES, METHODS
+from ckptfs._csi.messages import CLASSES, METHODS, service_name
 
 PUBLISH = (
     "0a017612010a1a022f7322022f742a10120a0a01661202726f1a01371a02080330013a060a016112016242"
@@ -32,6 +32,11 @@ def test_a_publish_is_read_as_the_kubelet_writes_it() -> None:
         ("NodeGetInfoResponse", {"node_id": "n"}, "0a016e"),
         ("GetPluginInfoResponse", {"name": "n", "vendor_version": "v"}, "0a016e120176"),
         (
+            "GetInfoResponse",
+            {"type": "t", "name": "n", "endpoint": "e", "supported_versions": ["1"]},
+            "0a017412016e1a0165220131",
+        ),
+        (
             "NodeGetVolumeStatsResponse",
             {
                 "usage": [{"total": 5, "used": 5, "unit": 1}],
@@ -50,6 +55,14 @@ def test_replies_are_as_the_kubelet_reads_them(
     name: str, fields: dict[str, object], data: str
 ) -> None:
     assert CLASSES[name](**fields).SerializeToString().hex() == data
+
+
+def test_the_kubelets_answer_to_a_registration_is_read() -> None:
+    """The bytes and the service's name are those of api.proto of pluginregistration/v1."""
+    status = CLASSES["NotifyRegistrationStatusRequest"].FromString(bytes.fromhex("0801120165"))
+    assert (status.plugin_registered, status.error) == (True, "e")
+    assert service_name("Registration") == "pluginregistration.Registration"
+    assert service_name("Node") == "csi.v1.Node"
 
 
 def test_each_method_has_its_messages() -> None:
