@@ -166,7 +166,8 @@ class Background:
         """Upload until the store has it, or cancel it. Raises Stopped."""
         if not self._kept.exists():
             self._write()
-        self._counts["begun in the background"] += 1
+        if not self.is_under_way:  # `complete` runs one again that the end of the run has stopped
+            self._counts["begun in the background"] += 1
         while True:
             self._hand_over()
             if self._cancels:
@@ -209,8 +210,8 @@ class Background:
         (self._kept / METADATA).write_text('{"step": 1}')
 
     def _finish(self) -> None:
-        self._counts["complete in the background"] += 1
         verify(self._chaos, self._name, self._uri, self._kept)
+        self._counts["complete in the background"] += 1
 
     # -- the program
 
