@@ -91,10 +91,20 @@ class Backgrounds:
         for upload in sorted(self._current, key=lambda each: each.number):
             upload.complete()
         self._current.clear()
+        self._judge_counts()
         try:
             self._judge_rest()
         except (CkptfsError, OSError) as error:
             self._chaos.breach("background", f"no daemon answers at the end: {error}")
+
+    def _judge_counts(self) -> None:
+        """Each upload that has begun is complete or cancelled."""
+        counts = self._chaos.outcome.uploads
+        begun = counts["begun in the background"]
+        ended = counts["complete in the background"], counts["cancelled"]
+        if begun != sum(ended):
+            text = f"{begun} uploads have begun, {ended[0]} are complete, {ended[1]} cancelled"
+            self._chaos.breach("background", text)
 
     def _judge_rest(self) -> None:
         known = statuses(self._chaos, starts=True) or []

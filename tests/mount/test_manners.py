@@ -217,11 +217,13 @@ def plan_for(node: Node, attached: dict[str, str], number: int, words: str) -> d
     return attached | {"OUT": out}
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 6))]
+)
 def test_command_with_a_closed_pipe_ends_without_traceback(
     module_node: Node, attached: dict[str, str], subtests: pytest.Subtests, part: int
 ) -> None:
-    for number, words in enumerate(PRINTING[part::3]):
+    for number, words in enumerate(PRINTING[part::6]):
         with subtests.test(words):
             line = line_of(words, plan_for(module_node, attached, number, words))
             # Its reader has gone before it begins: the pipe of a process that has ended.

@@ -252,6 +252,7 @@ def test_jobs_that_do_not_see_each_other_have_a_cache_each(
     assert caches == {"/media/.cache/ckptfs", "/media/.cache/ckptfs-2"}
 
 
+@pytest.mark.long
 def test_the_next_daemon_has_the_cache_of_the_last(node: Node) -> None:
     """Also after a restart, and where the keeper was killed; a program that replaces the keeper
     keeps its lock."""

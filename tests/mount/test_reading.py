@@ -77,6 +77,7 @@ def test_read_every_file(mounted: Path, source: Path) -> None:
     assert differing == []
 
 
+@pytest.mark.long
 def test_every_file_with_parallel_threads(mounted: Path, source: Path) -> None:
     names = files_of(source)
     with ThreadPoolExecutor(16) as pool:
@@ -152,6 +153,7 @@ def test_o_direct(mounted: Path, source: Path) -> None:
         assert got.digest() == hashlib.sha256((source / name).read_bytes()).digest(), name
 
 
+@pytest.mark.long
 def test_cp_and_tar(node: Node, mounted: Path, source: Path) -> None:
     copy = node.folder / "copy"
     node.run("cp", "-a", str(mounted), str(copy))

@@ -25,7 +25,7 @@ DATA = random.Random(7).randbytes(SIZE)
 CHANNEL = "/memfd:ckptfs-channel (deleted)"
 
 
-@pytest.fixture(params=["http", "https"])
+@pytest.fixture(params=[pytest.param("http", marks=pytest.mark.long), "https"])
 def uri(
     request: pytest.FixtureRequest, bucket: Path, uri_of: Callable[[Path], str], tmp_path: Path
 ) -> Iterator[str]:

@@ -141,6 +141,7 @@ class NeverJoining(Peer):
         return super().join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peer", [NeverJoining], indirect=True)
 def test_a_silent_source_is_left_out(
     peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
@@ -204,6 +205,7 @@ def in_the_middle(
         thread.join()
 
 
+@pytest.mark.long
 def test_a_node_that_dies_in_the_middle(
     nodes: list[Member], machines: Members, slow: S3Server, bucket: Path, content: dict[str, str]
 ) -> None:
@@ -222,6 +224,7 @@ def test_a_node_that_dies_in_the_middle(
     assert again <= report.nodes[fourth.id].read + OBJECT_STORE_BYTES // 4
 
 
+@pytest.mark.long
 def test_a_daemon_that_is_killed_in_the_middle(
     nodes: list[Member], slow: S3Server, bucket: Path, content: dict[str, str]
 ) -> None:
@@ -234,6 +237,7 @@ def test_a_daemon_that_is_killed_in_the_middle(
     assert nodes[1].status().restarts == 1
 
 
+@pytest.mark.long
 def test_an_object_that_changes_in_the_middle(
     nodes: list[Member], slow: S3Server, bucket: Path, content: dict[str, str]
 ) -> None:
@@ -275,6 +279,7 @@ class Noisy(Peer):
         return super().take(chunk, sums, data)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peer", [Noisy], indirect=True)
 def test_blocks_that_are_damaged_on_the_way_come_again(
     peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
@@ -294,6 +299,7 @@ class Broken(Peer):
         return super().take(chunk, sums, data * 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peer", [Broken], indirect=True)
 def test_what_cannot_be_brought_is_read_from_the_store(
     peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
@@ -314,6 +320,7 @@ class Silent(Peer):
         return super().take(chunk, sums, data)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peer", [Silent], indirect=True)
 def test_a_silent_node_is_given_up(
     peer: None, nodes: list[Member], checkpoint: Checkpoint, content: dict[str, str]
@@ -344,6 +351,7 @@ def test_daemons_that_exchange_nothing_with_this_user(
     assert on(nodes[0], read, checkpoint) == content
 
 
+@pytest.mark.long
 @ray.remote(num_cpus=0)
 class Hoarder:
     """Fills its node's object store."""
@@ -365,6 +373,7 @@ def test_a_full_object_store(
     assert [on(member, read, checkpoint) for member in nodes] == [content] * 3
 
 
+@pytest.mark.long
 def test_a_cache_that_is_too_small_takes_what_it_can_hold(
     nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:

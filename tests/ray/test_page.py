@@ -78,6 +78,7 @@ def test_the_readme_shows_the_lines_of_the_trainer_that_matter() -> None:
     assert len(TRAINER.splitlines()) <= 20
 
 
+@pytest.mark.long
 def test_the_trainer_goes_on_by_a_mount(
     connect: Connect,
     node: Node,

@@ -59,6 +59,7 @@ def train(config: dict[str, Any]) -> None:
     ray.train.collective.barrier()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("can_write")
 def test_all_nodes_of_a_run_restore_for_one_download(
     nodes: list[Member],

@@ -131,6 +131,7 @@ def test_workers_go_on_from_a_checkpoint_that_they_mount(
     assert size <= s3.traffic().bytes_to_client <= 1.1 * size
 
 
+@pytest.mark.long
 def test_the_environment_names_the_callback(
     connect: Connect,
     node: Node,
