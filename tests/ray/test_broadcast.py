@@ -351,7 +351,6 @@ def test_daemons_that_exchange_nothing_with_this_user(
     assert on(nodes[0], read, checkpoint) == content
 
 
-@pytest.mark.long
 @ray.remote(num_cpus=0)
 class Hoarder:
     """Fills its node's object store."""
@@ -363,6 +362,7 @@ class Hoarder:
         return len(self.held)
 
 
+@pytest.mark.long
 def test_a_full_object_store(
     nodes: list[Member], s3: S3Server, checkpoint: Checkpoint, content: dict[str, str]
 ) -> None:
