@@ -29,6 +29,8 @@ from ckptfs._os.takeover import (
 
 _CLAIMANTS_MAX = 16
 """Most connections of claimants. A node has one or two."""
+_PAUSE_S = 0.05
+"""Time between two tries to accept a connection."""
 
 
 class Heir(NamedTuple):
@@ -124,7 +126,8 @@ class Claimants:
                         return heir
             if self._listening.fileno() in readable:  # last, as it may reuse a number from above
                 self._accept()
-            if not readable or not set(others).isdisjoint(readable):
+            is_over = not readable or time.monotonic() >= deadline_s
+            if is_over or not set(others).isdisjoint(readable):
                 return None
 
     def offer_last(self) -> bool:
@@ -156,6 +159,7 @@ class Claimants:
         try:
             connection, _ = self._listening.accept()
         except OSError:  # the claimant has gone, or there are too many open files
+            time.sleep(_PAUSE_S)  # it is readable again at once
             return
         reason = why_not_peer(connection)
         if len(self._known) >= 2 * _CLAIMANTS_MAX:

@@ -103,6 +103,36 @@ def test_call_that_runs_during_a_takeover_is_finished_or_repeated(
             check_nothing_left(node, kubelet, second)
 
 
+@pytest.mark.long
+def test_driver_serves_on_while_a_call_does_not_end(
+    node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]]
+) -> None:
+    """The call waits for a store, for longer than a handover waits for it."""
+    node.configure(allow_other=True, attach_deadline_s=45.0, store_timeout_s=40.0)
+    node.here("reload")
+    node.expected_in_log += ["store", "attach"]
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        ThreadPoolExecutor(1) as threads,
+        new_driver(node, kubelet) as first,
+    ):
+        target = kubelet.publish("a", **volume)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        given = {**volume, "attributes": volume["attributes"] | {"endpoint": endpoint}}
+        request = kubelet.request("b", given["attributes"], secrets=given["secrets"])
+        refused = threads.submit(kubelet.refusal, "NodePublishVolume", timeout_s=100, **request)
+        wait_until(lambda: len(list(first.state.glob("*.json"))) == 2)
+        with new_driver(node, kubelet) as second:
+            wait_until(lambda: "calls are still running" in first.log(), timeout_s=90)
+            assert Path(target, "config.json").read_text() == '{"layers": 1}'
+            wait_until(lambda: refused.done(), timeout_s=60)
+            wait_for(first, WAITS, 1)  # the second driver has asked again
+            kubelet.publish("a", **volume)
+            kubelet.unpublish("a")
+            kubelet.unpublish("b")
+            check_nothing_left(node, kubelet, second)
+
+
 def start_killed_at(
     node: Node, kubelet: Kubelet, moment: int, armed: Path
 ) -> "subprocess.Popen[bytes]":

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import signal
@@ -20,7 +21,9 @@ from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes
 from support.worlds import OWN_MOUNTS
 
 import ckptfs
+from ckptfs._os import takeover
 from ckptfs._os.mountinfo import mount_table
+from ckptfs._os.takeover import Claim, Offered
 
 pytestmark = pytest.mark.mount
 
@@ -114,6 +117,55 @@ def test_takeover_keeps_pins_and_the_cache_and_shows_itself(
     third = keepers.start()
     third.wait_serving()
     second.wait_standing_by(third)
+    assert Path(path, "config.json").read_text() == '{"layers": 1}'
+
+
+def test_takeover_keeps_passthrough_and_background_uploads(
+    node: Node, bucket: Path, uri_of: UriOf, keepers: KeeperProcesses
+) -> None:
+    content = random.Random(1).randbytes(3 * MIB + 5)
+    (bucket / "read").mkdir()
+    (bucket / "read" / "a.bin").write_bytes(content)
+    run = node.folder / "run"
+    run.mkdir()
+    (run / "b.bin").write_bytes(content)
+    first = keepers.start()
+    first.wait_serving()
+    with ckptfs.Checkpoint(uri_of(bucket / "read")).as_directory() as path:
+        assert Path(path, "a.bin").read_bytes() == content
+        wait_until(lambda: attachments()[0]["cached"] == len(content))
+        fd = os.open(f"{path}/a.bin", os.O_RDONLY)  # by passthrough, where the kernel has it
+        words = "--background", "--json", "--limit-rate", "1M"
+        node.cli("upload", *words, str(run), uri_of(bucket / "run"))
+        second = keepers.start()
+        first.wait_standing_by(second)
+        [upload] = json.loads(node.here("uploads", "--json").stdout)
+        assert upload["state"] in ("waiting", "running")
+        assert content_of(fd) == content[:MIB]
+        os.close(fd)
+    assert first.end() == 0
+    node.here("uploads", "--wait")
+    assert (bucket / "run" / "b.bin").read_bytes() == content
+    assert not list((node.cache_dir / "uploads").glob("*/files"))
+
+
+def test_offer_ends_with_the_daemon_it_was_made_for(
+    node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses
+) -> None:
+    node.expected_in_log.append("was killed by signal 9: starting the next one")
+    first = keepers.start()
+    first.wait_serving()
+    path = node.here("attach", uri_of(small)).stdout.rstrip("\n")
+    offered = takeover.claim(f"{node.socket}.takeover", Claim("another", "0", waits=False))
+    assert isinstance(offered, Offered)
+    killed = node.status()["pid"]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: node.status()["pid"] != killed)
+    assert offered.ready() == "its daemon has been replaced"
+    offered.refuse("it was told so")
+    offered.close_fds()
+    second = keepers.start()
+    first.wait_standing_by(second)
     assert Path(path, "config.json").read_text() == '{"layers": 1}'
 
 

@@ -1,6 +1,8 @@
 """The owner of something, and the processes that want to take it over."""
 
 import os
+import resource
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -132,6 +134,23 @@ def test_claim_of_another_protocol_and_too_many_claims_are_refused(
         if isinstance(claim.found, Offered):
             claim.found.close_fds()
             claim.found.refuse("no")
+
+
+def test_connection_that_cannot_be_accepted_ends_no_wait_late(path: str, owner: Claimants) -> None:
+    """Too many files are open. The owner returns, and so notices signals."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+        try:
+            assert owner.wait(0.1) is None
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert len(owner) == 0
+        owner.wait(0.1)
+        assert len(owner) == 1
 
 
 def test_no_owner_answers_none(path: str) -> None:
