@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,40 +110,26 @@ def serving(node: Node) -> list[int]:
     return sorted(daemons(node), key=has_cache, reverse=True)
 
 
-@pytest.mark.parametrize("spare", [pytest.param(False, marks=pytest.mark.long), True])
-def test_readers_do_not_notice_that_the_daemon_is_killed(
-    node: Node, bucket: Path, uri_of: UriOf, spare: bool
-) -> None:
-    """`CKPTFS_TEST_KILLS` of them; by default few, so that it is quick."""
-    node.expected_in_log += ["signal 9: starting the next one", "the next daemon did not come up"]
-    kills = int(os.environ.get("CKPTFS_TEST_KILLS", "4"))
-    node.configure(restarts_max=1000, spare=spare, cache_bytes_max=24 * MIB)
-    size = 48 * MIB
-    content = random.Random(1).randbytes(size)
+@contextlib.contextmanager
+def verified_reads(node: Node, bucket: Path, uri_of: UriOf, seconds: float) -> Iterator[None]:
+    """Eight processes read for so long, and compare each block with its digest. At the end of the
+    context none of them has seen an error, and nothing is attached."""
+    content = random.Random(1).randbytes(48 * MIB)
     (bucket / "a.bin").write_bytes(content)
     (bucket / "b.bin").write_bytes(content[::-1])
     digests = node.folder / "digests"
-    digests.write_bytes(
-        b"".join(
-            hashlib.blake2b(content[i : i + (1 << 16)], digest_size=16).digest()
-            for i in range(0, size, 1 << 16)
-        )
-    )
-    rng = random.Random(2)
+    blocks = (content[i : i + (1 << 16)] for i in range(0, len(content), 1 << 16))
+    digests.write_bytes(b"".join(hashlib.blake2b(b, digest_size=16).digest() for b in blocks))
     with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
         readers = [
-            node.python(READER, path, how, str(seed), str(size), str(digests))
+            node.python(READER, path, how, str(seed), str(len(content)), str(digests))
             for seed, how in enumerate(("read", "pread", "mmap", "look") * 2)
         ]
         try:
             assert [hear(reader) for reader in readers] == ["ready"] * 8
             for reader in readers:
-                tell(reader, str(kills * 1.6))
-            for _ in range(kills):
-                time.sleep(rng.uniform(0.5, 2))
-                wait_until(lambda: daemons(node))  # perhaps one that is starting, or the spare one
-                with contextlib.suppress(ProcessLookupError, IndexError):
-                    os.kill(serving(node)[0], signal.SIGKILL)
+                tell(reader, str(seconds))
+            yield
             said = [hear(reader) for reader in readers]
         finally:
             for reader in readers:
@@ -153,6 +139,24 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(
         wait_until(lambda: attachments()[0]["open_files"] == 0)  # the kernel tells it when it likes
         wait_until(lambda: attachments()[0]["holders"] == [os.getpid()])
     wait_until(lambda: not attachments())
+    digests.unlink()
+
+
+@pytest.mark.parametrize("spare", [pytest.param(False, marks=pytest.mark.long), True])
+def test_readers_do_not_notice_that_the_daemon_is_killed(
+    node: Node, bucket: Path, uri_of: UriOf, spare: bool
+) -> None:
+    """`CKPTFS_TEST_KILLS` of them; by default few, so that it is quick."""
+    node.expected_in_log += ["signal 9: starting the next one", "the next daemon did not come up"]
+    kills = int(os.environ.get("CKPTFS_TEST_KILLS", "4"))
+    node.configure(restarts_max=1000, spare=spare, cache_bytes_max=24 * MIB)
+    rng = random.Random(2)
+    with verified_reads(node, bucket, uri_of, kills * 1.6):
+        for _ in range(kills):
+            time.sleep(rng.uniform(0.5, 2))
+            wait_until(lambda: daemons(node))  # perhaps one that is starting, or the spare one
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(serving(node)[0], signal.SIGKILL)
 
 
 def test_a_read_that_waits_goes_on_with_the_next_daemon(

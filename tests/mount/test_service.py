@@ -1,9 +1,7 @@
 """The keeper as a service: what it tells the service manager, and what that keeps for it."""
 
 import errno
-import hashlib
 import os
-import random
 import signal
 import sys
 import time
@@ -12,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
-from mount.test_lifecycle import attachments, daemons, has_ended, hear, is_mounted, tell
-from mount.test_restart import READER
+from mount.test_lifecycle import attachments, daemons, has_ended, is_mounted
+from mount.test_restart import verified_reads
 from support.servicemanager import ServiceManager, managing
 
 import ckptfs
@@ -88,42 +86,17 @@ def test_readers_do_not_notice_that_the_service_is_restarted_or_killed(
     if activated:
         manager.listen("control", node.socket)
     start(manager)
-    size = 48 * MIB
-    content = random.Random(1).randbytes(size)
-    (bucket / "a.bin").write_bytes(content)
-    (bucket / "b.bin").write_bytes(content[::-1])
-    digests = node.folder / "digests"
-    blocks = (content[i : i + (1 << 16)] for i in range(0, size, 1 << 16))
-    digests.write_bytes(b"".join(hashlib.blake2b(b, digest_size=16).digest() for b in blocks))
-    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
-        readers = [
-            node.python(READER, path, how, str(seed), str(size), str(digests))
-            for seed, how in enumerate(("read", "pread", "mmap", "look") * 2)
-        ]
-        try:
-            assert [hear(reader) for reader in readers] == ["ready"] * 8
-            for reader in readers:
-                tell(reader, "6")
-            for how in ("restart", "kill"):
-                time.sleep(0.3)
-                if how == "restart":
-                    assert manager.stop("restart") == 0
-                else:
-                    manager.kill()
-                wait_until(lambda: has_ended(node))
-                assert manager.store.keys() == KEPT - ({"listen"} if activated else set())
-                start(manager)
-            assert node.status()["restarts"] == 2
-            said = [hear(reader) for reader in readers]
-        finally:
-            for reader in readers:
-                reader.communicate(timeout=COMMAND_TIMEOUT_S)
-        print("operations and longest pause:", said)
-        assert [reader.returncode for reader in readers] == [0] * 8
-        wait_until(lambda: attachments()[0]["open_files"] == 0)
-        wait_until(lambda: attachments()[0]["holders"] == [os.getpid()])
-    wait_until(lambda: not attachments())
-    digests.unlink()
+    with verified_reads(node, bucket, uri_of, 6):
+        for how in ("restart", "kill"):
+            time.sleep(0.3)
+            if how == "restart":
+                assert manager.stop("restart") == 0
+            else:
+                manager.kill()
+            wait_until(lambda: has_ended(node))
+            assert manager.store.keys() == KEPT - ({"listen"} if activated else set())
+            start(manager)
+        assert node.status()["restarts"] == 2
 
 
 def test_service_asks_for_the_job_of_its_own_unit(node: Node, manager: ServiceManager) -> None:

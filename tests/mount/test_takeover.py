@@ -1,7 +1,6 @@
 """A keeper takes the mount over from another one, as in an update of Kubernetes' DaemonSet."""
 
 import errno
-import hashlib
 import os
 import random
 import signal
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 from mount.test_background_upload import hold
-from mount.test_lifecycle import attachments, has_ended, hear, is_mounted, tell
-from mount.test_restart import READER
+from mount.test_lifecycle import attachments, has_ended, hear, is_mounted
+from mount.test_restart import verified_reads
 from mount.test_users import let_others_in
 from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes
 from support.worlds import OWN_MOUNTS
@@ -54,40 +53,15 @@ def test_readers_do_not_notice_that_the_keeper_is_replaced(
     node.configure(cache_bytes_max=24 * MIB)
     first = keepers.start()
     first.wait_serving()
-    size = 48 * MIB
-    content = random.Random(1).randbytes(size)
-    (bucket / "a.bin").write_bytes(content)
-    (bucket / "b.bin").write_bytes(content[::-1])
-    digests = node.folder / "digests"
-    blocks = (content[i : i + (1 << 16)] for i in range(0, size, 1 << 16))
-    digests.write_bytes(b"".join(hashlib.blake2b(b, digest_size=16).digest() for b in blocks))
-    with ckptfs.Checkpoint(uri_of(bucket)).as_directory() as path:
-        readers = [
-            node.python(READER, path, how, str(seed), str(size), str(digests))
-            for seed, how in enumerate(("read", "pread", "mmap", "look") * 2)
-        ]
-        try:
-            assert [hear(reader) for reader in readers] == ["ready"] * 8
-            for reader in readers:
-                tell(reader, "10")
-            for count in (1, 2):
-                time.sleep(0.3)
-                second = keepers.start()
-                second.wait_serving()
-                first.wait_standing_by(second)
-                assert first.end() == 0
-                assert node.status()["restarts"] == count
-                first = second
-            said = [hear(reader) for reader in readers]
-        finally:
-            for reader in readers:
-                reader.communicate(timeout=COMMAND_TIMEOUT_S)
-        print("operations and longest pause:", said)
-        assert [reader.returncode for reader in readers] == [0] * 8
-        wait_until(lambda: attachments()[0]["open_files"] == 0)
-        wait_until(lambda: attachments()[0]["holders"] == [os.getpid()])
-    wait_until(lambda: not attachments())
-    digests.unlink()
+    with verified_reads(node, bucket, uri_of, 10):
+        for count in (1, 2):
+            time.sleep(0.3)
+            second = keepers.start()
+            second.wait_serving()
+            first.wait_standing_by(second)
+            assert first.end() == 0
+            assert node.status()["restarts"] == count
+            first = second
 
 
 def test_takeover_keeps_pins_and_the_cache_and_shows_itself(
