@@ -142,6 +142,8 @@ class Registration:
         try:
             self._make()
         except PlaceUnusable as error:
+            if again_s is not None:  # the old link is there, and the kubelet has refused it
+                self._again_s = time.monotonic() + RETRY_S
             if str(error) != self._trouble:
                 self._trouble = str(error)
                 log.error("cannot register the driver: %s", error)

@@ -100,9 +100,9 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
             waits = waits or found.lasting
             reason = found.reason
         elif isinstance(found, Offered):
-            reason = found.ready() if _LOCK in found.fds else "its offer lacks the lock"
+            state, reason = _state_of(found)
+            reason = reason or found.ready()
             if not reason:
-                state = msgspec.json.decode(found.state, type=_State)
                 return _Owned(found.fds.pop(_LOCK), found, state.former, follows=True)
             found.refuse(reason)
             found.close_fds()
@@ -113,6 +113,16 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
             log.warning("cannot take over from the running driver: %s; trying again", reason)
             said = reason
         time.sleep(_PAUSE_S)
+
+
+def _state_of(offered: Offered) -> tuple[_State, str]:
+    """The state of an offer, and why this driver cannot use it, or ""."""
+    if _LOCK not in offered.fds:
+        return _State(), "its offer lacks the lock"
+    try:
+        return msgspec.json.decode(offered.state, type=_State), ""
+    except msgspec.DecodeError as error:
+        return _State(), f"its state is unknown: {error}"
 
 
 def _serve(
@@ -136,10 +146,11 @@ def _serve(
                 registration.start(taken_over=taken_over)
             taken_over = True  # a heir that has failed has left the registration
             heir = _wait(claimants, publishing, registration, stopped)
-            if heir is None and registration and not claimants:
-                registration.end()
+            is_last = not claimants
         if heir is not None and _hand_over(heir, publishing):
             return False
+        if stopped.is_set() and is_last and registration:
+            registration.end()
     return True
 
 

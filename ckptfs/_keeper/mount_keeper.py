@@ -431,6 +431,8 @@ class Keeper:
             self._daemon = self._new_process(after_another=after_another)
         self._daemon.activate(self._held.config, self._pickled)
         self._manager.ready(f"serving on {self._held.config.mount}")
+        if self._is_ending:  # the signal has met the former daemon
+            self._daemon.terminate()
 
     def _start_next(self) -> None:
         try:

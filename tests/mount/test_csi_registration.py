@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from conftest import Node, wait_until
 from mount.test_csi_takeover import SERVING, WAITS, wait_for
 from support.kubelet import DriverProcess, Kubelet
 from support.pluginmanager import PluginManager
+
+from ckptfs._os import takeover
+from ckptfs._os.takeover import Claim, Offered
 
 pytestmark = [
     pytest.mark.mount,
@@ -60,6 +64,24 @@ def test_driver_registers_and_unregisters_itself(
         wait_registered(kubelet, manager)
         wait_for(driver, f"the kubelet has registered {NAME}", 1)
     wait_until(lambda: manager.history == [REGISTERED, UNREGISTERED])
+    assert not os.listdir(manager.folder)
+
+
+def test_signal_in_a_takeover_that_fails_unregisters_the_driver(
+    node: Node, kubelet: Kubelet, manager: PluginManager
+) -> None:
+    with new_driver(node, kubelet, "--take-over") as driver:
+        wait_registered(kubelet, manager)
+        offered = takeover.claim(str(driver.state / "takeover"), Claim("another", "0", waits=False))
+        assert isinstance(offered, Offered)
+        assert offered.ready() == ""
+        ending = ThreadPoolExecutor(1)
+        ended = ending.submit(driver.end)
+        wait_until(lambda: not kubelet.socket.exists())
+        offered.refuse("it was told so")
+        offered.close_fds()
+        assert ended.result() == 0
+        ending.shutdown()
     assert not os.listdir(manager.folder)
 
 

@@ -142,6 +142,22 @@ def test_offer_ends_with_the_daemon_it_was_made_for(
     assert Path(path, "config.json").read_text() == '{"layers": 1}'
 
 
+def test_signal_in_a_takeover_that_fails_ends_the_owner(
+    node: Node, keepers: KeeperProcesses
+) -> None:
+    node.expected_in_log.append("has not taken the mount over: it was told so")
+    owner = keepers.start()
+    owner.wait_serving()
+    offered = takeover.claim(f"{node.socket}.takeover", Claim("another", "0", waits=False))
+    assert isinstance(offered, Offered)
+    assert offered.ready() == ""
+    owner.process.send_signal(signal.SIGTERM)  # the owner has no daemon now
+    offered.refuse("it was told so")
+    offered.close_fds()
+    assert owner.process.wait(COMMAND_TIMEOUT_S) == 0
+    assert not is_mounted(node)
+
+
 def test_new_keeper_uses_its_own_configuration(
     node: Node, small: Path, uri_of: UriOf, keepers: KeeperProcesses
 ) -> None:

@@ -84,6 +84,10 @@ def test_removed_link_is_made_again(tmp_path: Path, link: Path) -> None:
     assert os.readlink(link) == ENDPOINT
 
 
+def fails(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_refusal_is_logged_and_the_link_made_anew_after_a_pause(
     tmp_path: Path, link: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +102,11 @@ def test_refusal_is_logged_and_the_link_made_anew_after_a_pause(
     assert link.lstat().st_ino == first
     monkeypatch.setattr(registration, "RETRY_S", 0.0)
     notify(found, error="no API server")
+    with monkeypatch.context() as full:
+        full.setattr("os.rename", fails)
+        found.keep()
+    caplog.clear()
+    assert link.lstat().st_ino == first
     found.keep()
     second = link.lstat().st_ino
     assert second != first
