@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-from mount.test_background_upload import contents, hold, spooled
+from mount.test_background_upload import begin_slowly, contents, hold, spooled
 
-import ckptfs
 from ckptfs._model.protocol.uploads import STAGED_BYTES_MAX
 
 pytestmark = pytest.mark.mount
@@ -120,7 +119,7 @@ def test_the_daemon_shares_blocks_with_the_directory_until_one_changes(
     place = bucket / "run" / "checkpoint"
     before = contents(sources)
     used = used_bytes(sources)
-    upload = ckptfs.upload(sources, uri_of(place), wait=False)
+    upload = begin_slowly(sources, uri_of(place))
     sender = hold(node)
     try:
         taken = node.cache_dir / "uploads" / upload.id / "files"
