@@ -116,6 +116,16 @@ def service_name(service: str) -> str:
     return f"{package}.{service}"
 
 
+def callable_of(channel: Any, method: str) -> Any:
+    """The `grpc.UnaryUnaryMultiCallable` of a method on a channel."""
+    [service] = [name for name, methods in METHODS.items() if method in methods]
+    return channel.unary_unary(
+        f"/{service_name(service)}/{method}",
+        request_serializer=CLASSES[f"{method}Request"].SerializeToString,
+        response_deserializer=CLASSES[f"{method}Response"].FromString,
+    )
+
+
 def _classes() -> dict[str, Any]:
     file = descriptor_pb2.FileDescriptorProto(
         name="ckptfs/csi.proto", package=_PACKAGE, syntax="proto3"

@@ -165,6 +165,7 @@ class Registration:
     def _make(self) -> None:
         """Make the link at once complete, as one event. Raises PlaceUnusable."""
         self.check()
+        self._silent_until_s = time.monotonic() + _SILENCE_S  # before the kubelet can answer
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)  # of a driver that was killed
@@ -173,7 +174,6 @@ class Registration:
         except OSError as error:
             raise self._unusable(error) from None
         self._trouble = ""
-        self._silent_until_s = time.monotonic() + _SILENCE_S
         log.info("asking the kubelet to register %s", self._driver_name)
 
     def _unusable(self, error: OSError) -> PlaceUnusable:

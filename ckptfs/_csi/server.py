@@ -38,7 +38,7 @@ _CALL_S = 110.0
 _MESSAGE_BYTES_MAX = 4 << 20
 _GRACE_S = 10.0
 """Longest wait for running calls at the end. The next driver undoes what is left."""
-FINISH_S = 5.0
+_FINISH_S = 5.0
 """Time between two tries to detach volumes of a daemon that did not answer."""
 LOOK_S = 0.5
 """Longest time until the driver notices a signal, or that its registration is gone."""
@@ -169,27 +169,36 @@ def serve(
     """Serve until `stopped` is set. Calls `ready` when the socket is there. Raises ConfigError,
     PlaceUnusable."""
     registration = settings.registration
-    finish_s = time.monotonic()
+    upkeep = Upkeep(registration, publishing)
     with running(settings, publishing):
         if registration:
             registration.start(taken_over=False)
         ready()
         while not stopped.wait(LOOK_S):
-            if registration:
-                registration.keep()
-            if time.monotonic() > finish_s:
-                finish(publishing)
-                finish_s = time.monotonic() + FINISH_S
+            upkeep.run()
         if registration:
             registration.end()
 
 
-def finish(publishing: Publishing) -> None:
-    """Detach volumes of a daemon that did not answer before. The log has an error."""
-    try:
-        publishing.finish()
-    except OSError as error:
-        log.error("cannot finish ended volumes: %s", error)
+class Upkeep:
+    """The work of a driver beside its calls: it stays registered, and detaches volumes of a daemon
+    that did not answer before."""
+
+    def __init__(self, registration: Registration | None, publishing: Publishing) -> None:
+        self._registration = registration
+        self._publishing = publishing
+        self._finish_s = time.monotonic()
+
+    def run(self) -> None:
+        """Do what is due; to be called every `LOOK_S`. The log has what fails."""
+        if self._registration:
+            self._registration.keep()
+        if time.monotonic() > self._finish_s:
+            try:
+                self._publishing.finish()
+            except OSError as error:
+                log.error("cannot finish ended volumes: %s", error)
+            self._finish_s = time.monotonic() + _FINISH_S
 
 
 @contextlib.contextmanager
@@ -238,12 +247,8 @@ def probe(endpoint: str, *, own: bool) -> None:
     with grpc.insecure_channel(f"unix:{path}") as channel:
 
         def ask(method: str) -> Any:
-            multi = channel.unary_unary(
-                f"/{messages.service_name('Identity')}/{method}",
-                request_serializer=CLASSES[f"{method}Request"].SerializeToString,
-                response_deserializer=CLASSES[f"{method}Response"].FromString,
-            )
-            return multi(CLASSES[f"{method}Request"](), timeout=PROBE_S / 2)
+            ask_it = messages.callable_of(channel, method)
+            return ask_it(CLASSES[f"{method}Request"](), timeout=PROBE_S / 2)
 
         try:
             host = ask("GetPluginInfo").manifest[HOST]

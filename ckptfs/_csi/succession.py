@@ -29,7 +29,6 @@ import msgspec
 from ckptfs._csi import records, server
 from ckptfs._csi.publishing import Publishing
 from ckptfs._csi.records import Records
-from ckptfs._csi.registration import Registration
 from ckptfs._os import filelock, takeover
 from ckptfs._os.claimants import Claimants, Heir
 from ckptfs._os.takeover import Claim, Offered, Refused
@@ -100,12 +99,10 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
             waits = waits or found.lasting
             reason = found.reason
         elif isinstance(found, Offered):
-            state, reason = _state_of(found)
-            reason = reason or found.ready()
-            if not reason:
-                return _Owned(found.fds.pop(_LOCK), found, state.former, follows=True)
-            found.refuse(reason)
-            found.close_fds()
+            owned = _accept(found)
+            if isinstance(owned, _Owned):
+                return owned
+            reason = owned
         with contextlib.suppress(TimeoutError):
             lock = filelock.acquire(str(records.lock_path(state_dir)), 0)
             return _Owned(lock, None, [], follows=waits)
@@ -115,14 +112,19 @@ def _obtain(state_dir: Path, *, waits: bool) -> _Owned:
         time.sleep(_PAUSE_S)
 
 
-def _state_of(offered: Offered) -> tuple[_State, str]:
-    """The state of an offer, and why this driver cannot use it, or ""."""
-    if _LOCK not in offered.fds:
-        return _State(), "its offer lacks the lock"
+def _accept(offered: Offered) -> "_Owned | str":
+    """Take over what a driver has offered. Returns the reason if that one goes on."""
     try:
-        return msgspec.json.decode(offered.state, type=_State), ""
+        state = msgspec.json.decode(offered.state, type=_State)
     except msgspec.DecodeError as error:
-        return _State(), f"its state is unknown: {error}"
+        reason = f"its state is unknown: {error}"
+    else:
+        reason = offered.ready() if _LOCK in offered.fds else "its offer lacks the lock"
+        if not reason:
+            return _Owned(offered.fds.pop(_LOCK), offered, state.former, follows=True)
+    offered.refuse(reason)
+    offered.close_fds()
+    return reason
 
 
 def _serve(
@@ -132,6 +134,7 @@ def _serve(
     still the owner."""
     publishing = Publishing(Records(state_dir))
     registration = settings.registration
+    upkeep = server.Upkeep(registration, publishing)
     offered = owned.offered
     taken_over = owned.follows
     while not stopped.is_set():
@@ -145,7 +148,7 @@ def _serve(
             if registration:
                 registration.start(taken_over=taken_over)
             taken_over = True  # a heir that has failed has left the registration
-            heir = _wait(claimants, publishing, registration, stopped)
+            heir = _wait(claimants, upkeep, stopped)
             is_last = not claimants
         if heir is not None and _hand_over(heir, publishing):
             return False
@@ -171,23 +174,13 @@ def _claimants(state_dir: Path, owned: _Owned) -> Generator[Claimants]:
         claimants.close(is_owner=True)
 
 
-def _wait(
-    claimants: Claimants,
-    publishing: Publishing,
-    registration: Registration | None,
-    stopped: threading.Event,
-) -> Heir | None:
-    """Keep the driver registered, and wait for a driver that can begin, or for `stopped`."""
-    finish_s = time.monotonic()
+def _wait(claimants: Claimants, upkeep: server.Upkeep, stopped: threading.Event) -> Heir | None:
+    """Wait for a driver that can begin, or for `stopped`."""
     while not stopped.is_set():
         heir = claimants.wait(server.LOOK_S)
         if heir is not None:
             return heir
-        if registration:
-            registration.keep()
-        if time.monotonic() > finish_s:
-            server.finish(publishing)
-            finish_s = time.monotonic() + server.FINISH_S
+        upkeep.run()
     return None
 
 

@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 from conftest import Node, wait_until
-from support.kubelet import ROX, DriverProcess, Kubelet, capability, in_own_users, in_pod
+from support.kubelet import (
+    ROX,
+    DriverProcess,
+    Kubelet,
+    capability,
+    in_own_users,
+    in_pod,
+    volumes_at,
+)
 from support.s3server import S3Server
 from support.servers import Moto
 from support.usernamespace import IS_SUPPORTED
 from support.webidentity import WebIdentityAws
 
-from ckptfs._csi import bind_mounts
 from ckptfs._os.mountinfo import mount_table
 
 pytestmark = [
@@ -28,41 +35,9 @@ ROLE = "arn:aws:iam::123456789012:role/{}"
 
 
 @pytest.fixture
-def kubelet(node: Node) -> Iterator[Kubelet]:
-    """A kubelet, and a daemon that serves all users."""
-    node.configure(allow_other=True)
-    node.folder.chmod(0o755)
-    node.here("mount")
-    kubelet = Kubelet(node.folder / "kubelet")
-    kubelet.folder.mkdir()
-    yield kubelet
-    kubelet.close()
-    for target in volumes_at(kubelet):  # of a test that has failed
-        bind_mounts.unmount(target)
-
-
-@pytest.fixture
 def driver(node: Node, kubelet: Kubelet) -> Iterator[DriverProcess]:
     with DriverProcess(node, kubelet) as driver:
         yield driver
-
-
-@pytest.fixture
-def attributes(s3: S3Server, small: Path) -> dict[str, str]:
-    """The attributes of a volume with the checkpoint `small`."""
-    path = small.relative_to(s3.root)
-    return {"uri": f"s3://{path}", "endpoint": f"http://{s3.endpoint}", "region": s3.region}
-
-
-@pytest.fixture
-def keys(s3: S3Server) -> dict[str, str]:
-    """The Secret of that volume."""
-    return {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
-
-
-def volumes_at(kubelet: Kubelet) -> list[str]:
-    """The mounts of the kubelet's pods."""
-    return [line.path for line in mount_table() if line.path.startswith(str(kubelet.folder))]
 
 
 def check_nothing_left(node: Node, kubelet: Kubelet, driver: DriverProcess) -> None:

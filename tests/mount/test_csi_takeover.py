@@ -1,5 +1,6 @@
 """A CSI driver takes over from another one, with a gRPC client as the kubelet."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -7,17 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
-from mount.test_csi import check_nothing_left, volumes_at
-from support.kubelet import DriverProcess, Kubelet
-from support.s3server import S3Server
+from mount.test_csi import check_nothing_left
+from support.kubelet import DriverProcess, Kubelet, volumes_at
 from support.takingover import KILLED_AT
-
-from ckptfs._csi import bind_mounts
 
 pytestmark = [
     pytest.mark.mount,
@@ -28,25 +26,8 @@ WAITS = "waits for the end of this process"
 
 
 @pytest.fixture
-def kubelet(node: Node) -> Iterator[Kubelet]:
-    """A kubelet, and a daemon that serves all users."""
-    node.configure(allow_other=True)
-    node.folder.chmod(0o755)
-    node.here("mount")
-    kubelet = Kubelet(node.folder / "kubelet")
-    kubelet.folder.mkdir()
-    yield kubelet
-    kubelet.close()
-    for target in volumes_at(kubelet):  # of a test that has failed
-        bind_mounts.unmount(target)
-
-
-@pytest.fixture
-def volume(s3: S3Server, small: Path) -> dict[str, dict[str, str]]:
+def volume(attributes: dict[str, str], keys: dict[str, str]) -> dict[str, dict[str, str]]:
     """The attributes and the Secret of a volume with the checkpoint `small`."""
-    uri = f"s3://{small.relative_to(s3.root)}"
-    keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
-    attributes = {"uri": uri, "endpoint": f"http://{s3.endpoint}", "region": s3.region}
     return {"attributes": attributes, "secrets": keys}
 
 
@@ -80,27 +61,38 @@ def test_driver_takes_over_from_a_running_one(
     assert sorted(os.listdir(first.state)) == []
 
 
+@contextlib.contextmanager
+def waiting_publish(
+    kubelet: Kubelet, driver: DriverProcess, volume: dict[str, dict[str, str]], timeout_s: float
+) -> Iterator[Future[tuple[str, str]]]:
+    """A publish of the pod "b" that waits for a silent store, and its refusal."""
+    known = len(list(driver.state.glob("*.json")))
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as threads:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        attributes = volume["attributes"] | {"endpoint": endpoint}
+        request = kubelet.request("b", attributes, secrets=volume["secrets"])
+        refused = threads.submit(
+            kubelet.refusal, "NodePublishVolume", timeout_s=timeout_s, **request
+        )
+        wait_until(lambda: len(list(driver.state.glob("*.json"))) == known + 1)
+        yield refused
+
+
 def test_call_that_runs_during_a_takeover_is_finished_or_repeated(
     node: Node, kubelet: Kubelet, volume: dict[str, dict[str, str]]
 ) -> None:
     """The first driver hands over when a call that waits for a store has ended."""
     with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        ThreadPoolExecutor(1) as threads,
         new_driver(node, kubelet) as first,
+        waiting_publish(kubelet, first, volume, timeout_s=15) as refused,
+        new_driver(node, kubelet) as second,
     ):
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        given = {**volume, "attributes": volume["attributes"] | {"endpoint": endpoint}}
-        request = kubelet.request("b", given["attributes"], secrets=given["secrets"])
-        refused = threads.submit(kubelet.refusal, "NodePublishVolume", timeout_s=15, **request)
-        wait_until(lambda: len(list(first.state.glob("*.json"))) == 1)
-        with new_driver(node, kubelet) as second:
-            wait_for(second, SERVING, 2)
-            assert refused.result()[0] in ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
-            wait_for(first, WAITS, 1)
-            kubelet.publish("b", **volume)
-            kubelet.unpublish("b")
-            check_nothing_left(node, kubelet, second)
+        wait_for(second, SERVING, 2)
+        assert refused.result()[0] in ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
+        wait_for(first, WAITS, 1)
+        kubelet.publish("b", **volume)
+        kubelet.unpublish("b")
+        check_nothing_left(node, kubelet, second)
 
 
 @pytest.mark.long
@@ -111,18 +103,12 @@ def test_driver_serves_on_while_a_call_does_not_end(
     node.configure(allow_other=True, attach_deadline_s=45.0, store_timeout_s=40.0)
     node.here("reload")
     node.expected_in_log += ["store", "attach"]
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        ThreadPoolExecutor(1) as threads,
-        new_driver(node, kubelet) as first,
-    ):
+    with new_driver(node, kubelet) as first:
         target = kubelet.publish("a", **volume)
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        given = {**volume, "attributes": volume["attributes"] | {"endpoint": endpoint}}
-        request = kubelet.request("b", given["attributes"], secrets=given["secrets"])
-        refused = threads.submit(kubelet.refusal, "NodePublishVolume", timeout_s=100, **request)
-        wait_until(lambda: len(list(first.state.glob("*.json"))) == 2)
-        with new_driver(node, kubelet) as second:
+        with (
+            waiting_publish(kubelet, first, volume, timeout_s=100) as refused,
+            new_driver(node, kubelet) as second,
+        ):
             wait_until(lambda: "calls are still running" in first.log(), timeout_s=90)
             assert Path(target, "config.json").read_text() == '{"layers": 1}'
             wait_until(lambda: refused.done(), timeout_s=60)

@@ -18,8 +18,9 @@ from conftest import Node, wait_until
 from support import usernamespace
 
 from ckptfs._csi import messages
-from ckptfs._csi.messages import CLASSES, METHODS
+from ckptfs._csi.messages import CLASSES
 from ckptfs._csi.publication import KUBELET, TOKENS
+from ckptfs._os.mountinfo import mount_table
 
 CALL_S = 60.0
 RWO, ROX = 1, 3
@@ -41,14 +42,9 @@ class Kubelet:
 
     def call(self, method: str, timeout_s: float = CALL_S, **fields: Any) -> Any:
         """Call a method. Raises grpc.RpcError."""
-        [service] = [name for name, methods in METHODS.items() if method in methods]
-        multi = self._channel.unary_unary(
-            f"/{messages.service_name(service)}/{method}",
-            request_serializer=CLASSES[f"{method}Request"].SerializeToString,
-            response_deserializer=CLASSES[f"{method}Response"].FromString,
-        )
         request = CLASSES[f"{method}Request"](**fields)
-        return multi(request, timeout=timeout_s, wait_for_ready=True)
+        call = messages.callable_of(self._channel, method)
+        return call(request, timeout=timeout_s, wait_for_ready=True)
 
     def refusal(self, method: str, **fields: Any) -> tuple[str, str]:
         """The status code and the message of a call that is refused."""
@@ -127,6 +123,11 @@ def capability(mode: int = RWO, group: str = "", flags: tuple[str, ...] = (), **
     mount = CLASSES["MountVolume"](volume_mount_group=group, mount_flags=flags)
     fields = {"mount": mount, "access_mode": CLASSES["AccessMode"](mode=mode)} | more
     return CLASSES["VolumeCapability"](**fields)
+
+
+def volumes_at(kubelet: Kubelet) -> list[str]:
+    """The mounts of the kubelet's pods."""
+    return [line.path for line in mount_table() if line.path.startswith(str(kubelet.folder))]
 
 
 class DriverProcess:

@@ -131,7 +131,7 @@ class PluginManager:
                 self._backoff[path] = (min(2 * wait_s, _BACKOFF_MAX_S), until_s)
 
     def _register(self, path: str, seen: int) -> None:
-        info = _call(path, "Registration", "GetInfo", 1.0)
+        info = _call(path, "GetInfo", 1.0)
         assert info.type == "CSIPlugin"
         assert list(info.supported_versions) == ["1.0.0"]
         endpoint = info.endpoint or path
@@ -142,22 +142,18 @@ class PluginManager:
         if self.refusal:
             self._refuse(path, info.name, self.refusal)
             return
-        node = _call(endpoint, "Node", "NodeGetInfo", 10.0)
+        node = _call(endpoint, "NodeGetInfo", 10.0)
         assert node.node_id
         self.drivers[info.name] = endpoint
         self.history.append(("registered", info.name))
-        _call(path, "Registration", "NotifyRegistrationStatus", 5.0, plugin_registered=True)
+        _call(path, "NotifyRegistrationStatus", 5.0, plugin_registered=True)
 
     def _refuse(self, path: str, name: str, error: str) -> None:
         self.history.append(("refused", name))
-        _call(path, "Registration", "NotifyRegistrationStatus", 5.0, error=error)
+        _call(path, "NotifyRegistrationStatus", 5.0, error=error)
 
 
-def _call(path: str, service: str, method: str, timeout_s: float, **fields: Any) -> Any:
+def _call(path: str, method: str, timeout_s: float, **fields: Any) -> Any:
     with grpc.insecure_channel(f"unix:{path}") as channel:
-        multi = channel.unary_unary(
-            f"/{messages.service_name(service)}/{method}",
-            request_serializer=CLASSES[f"{method}Request"].SerializeToString,
-            response_deserializer=CLASSES[f"{method}Response"].FromString,
-        )
-        return multi(CLASSES[f"{method}Request"](**fields), timeout=timeout_s)
+        call = messages.callable_of(channel, method)
+        return call(CLASSES[f"{method}Request"](**fields), timeout=timeout_s)
