@@ -81,14 +81,9 @@ def begun(upload: BackgroundUpload) -> bool:
     return upload.progress()[0] > 0
 
 
-def begin_slowly(top: Path, target: "str | Checkpoint") -> BackgroundUpload:
-    """Begin an upload whose rate leaves time to find the process that sends."""
-    to = Checkpoint(target) if isinstance(target, str) else target
-    return begin_upload(top, to, Options(rate=8 << 20), None)
-
-
 def hold(node: Node) -> int:
-    """Stop the process that sends, as soon as there is one, and return its pid."""
+    """Stop the process that sends, as soon as there is one, and return its pid. The upload takes
+    some seconds, or the process could end before it is found."""
     found: list[int] = []
 
     def is_there() -> bool:
@@ -177,7 +172,7 @@ def test_secrets_are_in_memory_only_and_an_upload_without_them_fails_until_a_ret
 ) -> None:
     node.expected_in_log += ["its credentials were in the memory"]
     before = contents(run)
-    upload = begin_slowly(run, uri_of(place))
+    upload = slowly(run, uri_of(place))
     hold(node)
     for path in node.cache_dir.rglob("*"):
         assert not path.is_file() or s3.secret_key.encode() not in path.read_bytes(), path
@@ -295,7 +290,7 @@ def test_pending_shows_the_files_until_the_store_has_them(
 ) -> None:
     before = contents(run)
     checkpoint = Checkpoint(uri_of(place))
-    upload = begin_slowly(run, checkpoint)
+    upload = slowly(run, uri_of(place))
     sender = hold(node)
     with checkpoint.as_directory(pending=True) as path:
         os.kill(sender, signal.SIGCONT)
@@ -337,7 +332,7 @@ def test_an_upload_to_a_named_store_goes_on_after_daemon_and_keeper_have_ended(
     credentials = f'{{ file = "{key_file(node, s3)}" }}'
     bucket = place.parts[len(s3.root.parts)]
     configure(node, store_toml(f"s3://{bucket}/run", s3.endpoint, credentials))
-    upload = begin_slowly(run, "prod:checkpoint")
+    upload = slowly(run, "prod:checkpoint")
     hold(node)
     node.end()
     assert upload.wait(60).path == "checkpoint"

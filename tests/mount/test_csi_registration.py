@@ -12,9 +12,7 @@ from conftest import Node, wait_until
 from mount.test_csi_takeover import SERVING, WAITS, wait_for
 from support.kubelet import DriverProcess, Kubelet
 from support.pluginmanager import PluginManager
-
-from ckptfs._os import takeover
-from ckptfs._os.takeover import Claim, Offered
+from support.takingover import offer_at
 
 pytestmark = [
     pytest.mark.mount,
@@ -30,19 +28,8 @@ def registry(node: Node) -> Path:
 
 
 @pytest.fixture
-def kubelet(node: Node) -> Iterator[Kubelet]:
-    """A kubelet without volumes, and a daemon that serves all users."""
-    node.configure(allow_other=True)
-    node.here("mount")
-    kubelet = Kubelet(node.folder / "kubelet")
-    kubelet.folder.mkdir()
-    registry(node).mkdir()
-    yield kubelet
-    kubelet.close()
-
-
-@pytest.fixture
 def manager(node: Node, kubelet: Kubelet) -> Iterator[PluginManager]:
+    registry(node).mkdir()
     with PluginManager(registry(node)) as manager:
         yield manager
 
@@ -72,16 +59,14 @@ def test_signal_in_a_takeover_that_fails_unregisters_the_driver(
 ) -> None:
     with new_driver(node, kubelet, "--take-over") as driver:
         wait_registered(kubelet, manager)
-        offered = takeover.claim(str(driver.state / "takeover"), Claim("another", "0", waits=False))
-        assert isinstance(offered, Offered)
+        offered = offer_at(str(driver.state / "takeover"))
         assert offered.ready() == ""
-        ending = ThreadPoolExecutor(1)
-        ended = ending.submit(driver.end)
-        wait_until(lambda: not kubelet.socket.exists())
-        offered.refuse("it was told so")
-        offered.close_fds()
-        assert ended.result() == 0
-        ending.shutdown()
+        with ThreadPoolExecutor(1) as ending:
+            ended = ending.submit(driver.end)
+            wait_until(lambda: not kubelet.socket.exists())
+            offered.refuse("it was told so")
+            offered.close_fds()
+            assert ended.result() == 0
     assert not os.listdir(manager.folder)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Node, wait_until
-from mount.test_background_upload import begin_slowly, contents, hold, spooled
+from mount.test_background_upload import contents, hold, slowly, spooled
 
 from ckptfs._model.protocol.uploads import STAGED_BYTES_MAX
 
@@ -119,7 +119,7 @@ def test_the_daemon_shares_blocks_with_the_directory_until_one_changes(
     place = bucket / "run" / "checkpoint"
     before = contents(sources)
     used = used_bytes(sources)
-    upload = begin_slowly(sources, uri_of(place))
+    upload = slowly(sources, uri_of(place))
     sender = hold(node)
     try:
         taken = node.cache_dir / "uploads" / upload.id / "files"

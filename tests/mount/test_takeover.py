@@ -16,13 +16,11 @@ from mount.test_background_upload import hold
 from mount.test_lifecycle import attachments, has_ended, hear, is_mounted
 from mount.test_restart import verified_reads
 from mount.test_users import let_others_in
-from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes
+from support.takingover import KeeperProcess, KeeperProcesses, keeper_processes, offer_at
 from support.worlds import OWN_MOUNTS
 
 import ckptfs
-from ckptfs._os import takeover
 from ckptfs._os.mountinfo import mount_table
-from ckptfs._os.takeover import Claim, Offered
 
 pytestmark = pytest.mark.mount
 
@@ -129,8 +127,7 @@ def test_offer_ends_with_the_daemon_it_was_made_for(
     first = keepers.start()
     first.wait_serving()
     path = node.here("attach", uri_of(small)).stdout.rstrip("\n")
-    offered = takeover.claim(f"{node.socket}.takeover", Claim("another", "0", waits=False))
-    assert isinstance(offered, Offered)
+    offered = offer_at(f"{node.socket}.takeover")
     killed = node.status()["pid"]
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: node.status()["pid"] != killed)
@@ -148,8 +145,7 @@ def test_signal_in_a_takeover_that_fails_ends_the_owner(
     node.expected_in_log.append("has not taken the mount over: it was told so")
     owner = keepers.start()
     owner.wait_serving()
-    offered = takeover.claim(f"{node.socket}.takeover", Claim("another", "0", waits=False))
-    assert isinstance(offered, Offered)
+    offered = offer_at(f"{node.socket}.takeover")
     assert offered.ready() == ""
     owner.process.send_signal(signal.SIGTERM)  # the owner has no daemon now
     offered.refuse("it was told so")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from conftest import COMMAND_TIMEOUT_S, Node, wait_until
 
+from ckptfs._os import takeover
+from ckptfs._os.takeover import Claim, Offered
+
 KILLED_AT = """
 import os, signal, sys
 from ckptfs._keeper import daemon_process, keeper
@@ -43,6 +46,13 @@ keeper.main()
 """
 """A keeper that is killed at the given moment, before or after a step of a takeover. It counts as
 long as the given file exists."""
+
+
+def offer_at(path: str) -> Offered:
+    """The offer of the keeper or driver that listens there, to another one."""
+    offered = takeover.claim(path, Claim("another", "0", waits=False))
+    assert isinstance(offered, Offered)
+    return offered
 
 
 class KeeperProcess:
